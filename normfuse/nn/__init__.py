@@ -1,0 +1,6 @@
+"""Modules whose normalisation folds into their neighbours once training is over."""
+
+from .power_norm import PowerNorm
+from .unified_norm import UnifiedNorm
+
+__all__ = ["PowerNorm", "UnifiedNorm"]

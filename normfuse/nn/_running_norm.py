@@ -1,0 +1,127 @@
+"""What the norms with running statistics share: parameters, statistics of a safe dtype, checkpoints, options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._layout import accumulation_dtype
+
+
+def check_count(name: str, value: int, minimum: int) -> None:
+    """Raise unless ``value`` is an int of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}={value!r} has type {type(value).__name__}; give an int of at least {minimum}"
+        )
+    if value < minimum:
+        raise ValueError(f"{name}={value} is not allowed; give an int of at least {minimum}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless 0 <= value <= 1."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"{name}={value} is not allowed; give a number from 0 to 1 (the share of the old value)"
+        )
+
+
+class RunningNorm(nn.Module):
+    """Base of the norms with per-channel running statistics.
+
+    Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are converted to.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        affine: bool,
+        channel_dim: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_count("num_features", num_features, 1)
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"eps={eps} is not allowed; give a positive finite number such as 1e-5")
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(
+                f"channel_dim={channel_dim!r} is not allowed; give an int such as -1 (last) or 1 (NCHW)"
+            )
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype} is not allowed; give a floating dtype such as torch.float32")
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.channel_dim = channel_dim
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+
+    def _register_statistics(
+        self,
+        statistics: dict[str, tuple[tuple[int, ...], float]],
+        counters: tuple[str, ...],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Register buffers: ``statistics`` maps each name to its shape and start value; counters are int64 [1]."""
+        statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
+        for name, (shape, start) in statistics.items():
+            self.register_buffer(name, torch.full(shape, start, device=device, dtype=statistics_dtype))
+        for name in counters:
+            self.register_buffer(name, torch.zeros(1, device=device, dtype=torch.int64))
+        self._start_values = {name: start for name, (_, start) in statistics.items()} | dict.fromkeys(
+            counters, 0
+        )
+
+    def reset_running_stats(self) -> None:
+        """Set every statistic and counter back to its value before training."""
+        with torch.no_grad():
+            for name, start in self._start_values.items():
+                self.get_buffer(name).fill_(start)
+
+    def reset_parameters(self) -> None:
+        """Set the statistics back and the weight to 1, the bias to 0."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNorm:
+        before = {name: self._buffers[name] for name in self._start_values}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            # A conversion to bfloat16 or float16 is for parameters: statistics go through at full precision.
+            wanted = accumulation_dtype(new.dtype) if old.is_floating_point() else old.dtype
+            if new.dtype != wanted:
+                self._buffers[name] = old.to(device=new.device, dtype=wanted)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # The authors' programs keep vectors as [1, C, 1, 1] or [1, 1, C]: same numbers, other dimensions of size one.
+        own = {**self._parameters, **self._buffers}
+        for name, target in own.items():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) or target is None:
+                continue
+            same = [size for size in value.shape if size != 1] == [size for size in target.shape if size != 1]
+            if same and value.shape != target.shape:
+                value = value.reshape(target.shape)
+            if name in self._buffers:
+                value = value.to(target.dtype)
+            state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _describe(self, **options: object) -> str:
+        shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
+        return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])

@@ -1,0 +1,102 @@
+"""Power Normalization as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import PowerNormState, power_norm
+from ..ops.power_norm import check_options
+from ._running_norm import RunningNorm, check_count, check_fraction
+
+
+class PowerNorm(RunningNorm):
+    """Power Normalization (Shen et al., 2020, arXiv 2003.07845) with a running per-channel quadratic mean.
+
+    In evaluation it is the group scaling (an RMS normalisation of each position, ``group_num``) followed by
+    ``y = weight * x / sqrt(running_phi + eps) + bias``. The latter folds into neighbouring weights, the group scaling
+    does not: with ``group_num=None`` nothing is left after folding.
+
+    Args:
+        num_features: number of channels C.
+        group_num: number of channel groups of the group scaling, a divisor of C; None or 0 switches it off.
+        alpha_fwd: share of the old value in each update of ``running_phi``.
+        alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
+        warmup_iters: training steps that normalise by the statistic of the batch.
+        eps: added to quadratic means, inside the square root.
+        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program does; "paper"
+            by the statistic that the forward pass used, as their paper says.
+        affine: whether to learn ``weight`` and ``bias``, both [C].
+        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
+        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+
+    Shape:
+        x: any, with C channels along ``channel_dim``; float32, bfloat16, float16 (or float64 in a float64 module).
+        pad_mask: the shape of x without its channel dimension, bool, True = padding.
+        Output: like x.
+
+    Raises:
+        TypeError, ValueError: an option has a type or value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        group_num: int | None = 1,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        warmup_iters: int = 10000,
+        eps: float = 1e-5,
+        backward: str = "reference",
+        affine: bool = True,
+        channel_dim: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        if group_num is not None:
+            check_count("group_num", group_num, 0)
+        check_options(num_features, group_num, backward)
+        check_fraction("alpha_fwd", alpha_fwd)
+        check_fraction("alpha_bkw", alpha_bkw)
+        check_count("warmup_iters", warmup_iters, 0)
+        self.group_num = group_num
+        self.alpha_fwd = alpha_fwd
+        self.alpha_bkw = alpha_bkw
+        self.warmup_iters = warmup_iters
+        self.backward_form = backward
+        self._register_statistics(
+            {"running_phi": ((num_features,), 1.0), "ema_gz": ((num_features,), 0.0)},
+            ("iters",),
+            device,
+            dtype,
+        )
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        return power_norm(
+            x,
+            self.weight,
+            self.bias,
+            PowerNormState(self.running_phi, self.ema_gz, self.iters),
+            training=self.training,
+            pad_mask=pad_mask,
+            group_num=self.group_num,
+            alpha_fwd=self.alpha_fwd,
+            alpha_bkw=self.alpha_bkw,
+            warmup_iters=self.warmup_iters,
+            eps=self.eps,
+            backward=self.backward_form,
+            channel_dim=self.channel_dim,
+        )
+
+    def extra_repr(self) -> str:
+        return self._describe(
+            group_num=self.group_num,
+            alpha_fwd=self.alpha_fwd,
+            alpha_bkw=self.alpha_bkw,
+            warmup_iters=self.warmup_iters,
+            backward=self.backward_form,
+        )

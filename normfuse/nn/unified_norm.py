@@ -1,0 +1,105 @@
+"""Unified Normalization as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import UnifiedNormState, unified_norm
+from ._running_norm import RunningNorm, check_count, check_fraction
+
+
+class UnifiedNorm(RunningNorm):
+    """Unified Normalization (Yang et al., 2022, arXiv 2208.01313) with per-channel statistics of a window of steps.
+
+    In evaluation it is ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into neighbouring weights.
+
+    Args:
+        num_features: number of channels C.
+        window_size: number of steps that the forward and the backward window hold, or the pair of both; 1 switches
+            windows off.
+        warmup_iters: training steps that use the statistic of the batch alone.
+        outlier_filtration: skip the window in steps whose window holds an outlier (the authors: off for language, on
+            for vision).
+        eps: added to the quadratic mean, inside the square root.
+        momentum: share of the old value in each update of the running statistics.
+        affine: whether to learn ``weight`` and ``bias``, both [C].
+        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
+        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+
+    Shape:
+        x: any, with C channels along ``channel_dim``; float32, bfloat16, float16 (or float64 in a float64 module).
+        pad_mask: the shape of x without its channel dimension, bool, True = padding.
+        Output: like x.
+
+    Raises:
+        TypeError, ValueError: an option has a type or value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        window_size: int | tuple[int, int] = 4,
+        warmup_iters: int = 4000,
+        outlier_filtration: bool = False,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
+        affine: bool = True,
+        channel_dim: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        windows = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+        if len(windows) != 2:
+            raise ValueError(
+                f"window_size={window_size!r} has {len(windows)} entries; give an int or a pair (forward, backward)"
+            )
+        for window in windows:
+            check_count("window_size", window, 1)
+        check_count("warmup_iters", warmup_iters, 0)
+        check_fraction("momentum", momentum)
+        self.window_size = windows
+        self.warmup_iters = warmup_iters
+        self.outlier_filtration = outlier_filtration
+        self.momentum = momentum
+        self._register_statistics(
+            {
+                "running_var": ((num_features,), 1.0),
+                "ema_gz": ((num_features,), 0.0),
+                "buffer_x2": ((windows[0], num_features), 0.0),
+                "buffer_gz": ((windows[1], num_features), 0.0),
+            },
+            ("iters", "skip_counter"),
+            device,
+            dtype,
+        )
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        state = UnifiedNormState(
+            self.running_var, self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter
+        )
+        return unified_norm(
+            x,
+            self.weight,
+            self.bias,
+            state,
+            training=self.training,
+            pad_mask=pad_mask,
+            warmup_iters=self.warmup_iters,
+            outlier_filtration=self.outlier_filtration,
+            eps=self.eps,
+            momentum=self.momentum,
+            channel_dim=self.channel_dim,
+        )
+
+    def extra_repr(self) -> str:
+        return self._describe(
+            window_size=self.window_size,
+            warmup_iters=self.warmup_iters,
+            outlier_filtration=self.outlier_filtration,
+            momentum=self.momentum,
+        )

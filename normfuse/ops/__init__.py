@@ -1,0 +1,6 @@
+"""The normalisation operations in functional form; their modules are in :mod:`normfuse.nn`."""
+
+from .power_norm import PowerNormState, power_norm
+from .unified_norm import UnifiedNormState, unified_norm
+
+__all__ = ["PowerNormState", "UnifiedNormState", "power_norm", "unified_norm"]

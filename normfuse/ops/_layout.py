@@ -1,0 +1,86 @@
+"""How a tensor of any shape becomes the [rows, channels] matrix that the operations work on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums and statistics for an input of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_input(
+    x: Tensor,
+    channels: int,
+    channel_dim: int,
+    pad_mask: Tensor | None,
+    statistic: Tensor,
+) -> None:
+    """Refuse what would otherwise be flattened into a wrong matrix without a complaint."""
+    if x.dtype not in INPUT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in INPUT_DTYPES)
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {allowed}: convert it with x.to(...)")
+    if not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(
+            f"channel_dim={channel_dim} does not exist in x of shape {tuple(x.shape)}; "
+            f"give a dimension from {-x.dim()} to {x.dim() - 1}"
+        )
+    if x.shape[channel_dim] != channels:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has {x.shape[channel_dim]} channels along channel_dim={channel_dim}; "
+            f"expected {channels}: check num_features and channel_dim"
+        )
+    if statistic.dtype != accumulation_dtype(x.dtype):
+        raise TypeError(
+            f"the statistics have dtype {statistic.dtype}, but x of dtype {x.dtype} needs "
+            f"{accumulation_dtype(x.dtype)}: convert the module (module.float() or module.double()) or x"
+        )
+    if statistic.device != x.device:
+        raise ValueError(
+            f"x is on {x.device} but the statistics are on {statistic.device}: move one of them with .to(device)"
+        )
+    if pad_mask is None:
+        return
+    if pad_mask.dtype != torch.bool:
+        raise TypeError(
+            f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool with True = padding: use pad_mask.bool()"
+        )
+    expected = list(x.shape)
+    del expected[channel_dim]
+    if list(pad_mask.shape) != expected:
+        raise ValueError(
+            f"pad_mask has shape {tuple(pad_mask.shape)}; expected {tuple(expected)}, "
+            f"the shape of x {tuple(x.shape)} without its channel dimension {channel_dim}"
+        )
+
+
+def to_rows(x: Tensor, channel_dim: int) -> Tensor:
+    """Contiguous [rows, channels] matrix of ``x``; no copy when the channels are last and x is contiguous."""
+    x = x.movedim(channel_dim, -1)
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def from_rows(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+    """Inverse of :func:`to_rows`, for a matrix with the rows and channels of ``like``."""
+    return rows.reshape(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
+
+
+def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """View of a [C] vector that broadcasts against ``x`` along ``channel_dim``."""
+    trailing = x.dim() - 1 - channel_dim % x.dim()
+    return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
+
+
+def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
+    """Mean of x² over the valid rows of a [R, C] matrix; ``empty`` where no row is valid. Never syncs."""
+    square = x.square()
+    if pad_mask is None:
+        return square.sum(0) / x.shape[0] if x.shape[0] > 0 else empty.clone()
+    # Selecting instead of multiplying keeps a NaN in a padded row out of the sum.
+    total = torch.where(pad_mask[:, None], 0.0, square).sum(0)
+    count = torch.logical_not(pad_mask).sum()
+    return torch.where(count > 0, total / count.clamp(min=1), empty)

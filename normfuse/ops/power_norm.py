@@ -1,0 +1,230 @@
+"""Power Normalization (Shen et al., 2020, arXiv 2003.07845): batch normalisation by a running quadratic mean.
+
+After the warm-up the forward pass divides by the running quadratic mean of earlier steps, and the backward pass uses a
+running estimate of the mean of gradient times output: neither needs a statistic of the current batch before it writes
+its result. The optional group scaling in front is an RMS normalisation of each row over groups of channels; it is dynamic
+and cannot be folded away, ``group_num=0`` switches it off.
+
+Everything per channel follows from the column sums of x², dy and dy·x (x after the group scaling), so that counters and
+statistics stay on the device: no step waits for the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from ._layout import accumulation_dtype, check_input, from_rows, mean_square, per_channel, to_rows
+
+
+class PowerNormState(NamedTuple):
+    """Statistics of one Power Norm, updated in place by training steps.
+
+    Vectors are float32 (float64 for float64 input), the counter int64, all on the device of the input.
+
+    Attributes:
+        running_phi: [C], running quadratic mean of the (group-scaled) input; starts at 1.
+        ema_gz: [C], running sum that estimates the mean of gradient times output; starts at 0.
+        iters: [1], number of training steps so far.
+    """
+
+    running_phi: Tensor
+    ema_gz: Tensor
+    iters: Tensor
+
+
+def _scale_groups(values: Tensor, row_scale: Tensor) -> Tensor:
+    """``values`` [R, C] times ``row_scale`` [R, G], each factor over its group of C / G channels."""
+    return values * row_scale.repeat_interleave(values.shape[1] // row_scale.shape[1], dim=1)
+
+
+def _group_mean(values: Tensor, group_num: int) -> Tensor:
+    """Means [R, G] of the groups of channels of ``values`` [R, C]."""
+    return values.reshape(values.shape[0], group_num, values.shape[1] // group_num).mean(-1)
+
+
+def power_norm_forward_reference(
+    x: Tensor,
+    pad_mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_phi: Tensor,
+    iters: Tensor,
+    warmup_iters: int,
+    group_num: int,
+    eps: float,
+    alpha_fwd: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training forward in plain PyTorch on a [R, C] matrix; updates ``running_phi`` and ``iters`` in place.
+
+    Returns ``y`` [R, C] in x's dtype; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps), mean over
+    all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the group scaling ([0]
+    when ``group_num`` is 0, which switches it off).
+    """
+    values = x.to(accumulation_dtype(x.dtype))
+    row_scale = values.new_empty(0)
+    if group_num:
+        row_scale = (_group_mean(values.square(), group_num) + eps).rsqrt()
+        values = _scale_groups(values, row_scale)
+    t = iters.add_(1)
+
+    q = mean_square(values, pad_mask, empty=running_phi)
+    inv_batch = (q + eps).rsqrt()
+    inv_used = torch.where(t <= warmup_iters, inv_batch, (running_phi + eps).rsqrt())
+    mean_all = mean_square(values, None, empty=torch.zeros_like(q))
+    averaged = torch.where(t < warmup_iters, running_phi * ((t - 1) / t) + q / t, running_phi)
+    running_phi.copy_(alpha_fwd * averaged + (1 - alpha_fwd) * q)
+
+    y = weight * (values * inv_used) + bias
+    return y.to(x.dtype), torch.stack([inv_used, inv_batch, mean_all]), row_scale
+
+
+def power_norm_backward_reference(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    row_scale: Tensor,
+    ema_gz: Tensor,
+    group_num: int,
+    alpha_bkw: float,
+    paper: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The approximate gradient in plain PyTorch on [R, C] matrices; updates ``ema_gz`` in place.
+
+    Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C] and ``grad_bias`` [C].
+    """
+    acc = accumulation_dtype(x.dtype)
+    inv_used, inv_batch = stats[0], stats[1]
+    dy = grad_y.to(acc)
+    values = _scale_groups(x.to(acc), row_scale) if group_num else x.to(acc)
+    z = values * inv_used
+
+    a = dy * weight - (1 - alpha_bkw) * ema_gz * z
+    ema_gz.add_((a * z).sum(0) / max(x.shape[0], 1))
+    grad = a * (inv_used if paper else inv_batch)
+    if group_num:
+        along = _scale_groups(values, _group_mean(grad * values, group_num))
+        grad = _scale_groups(grad - along, row_scale)
+    return grad.to(x.dtype), (dy * z).sum(0), dy.sum(0)
+
+
+class _PowerNorm(torch.autograd.Function):
+    """Autograd of the two operations on [R, C] matrices. Keeps x, three [C] vectors and the row factors for backward."""
+
+    @staticmethod
+    def forward(
+        ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper
+    ):
+        y, stats, row_scale = power_norm_forward_reference(
+            x, pad_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
+        )
+        ctx.save_for_backward(x, weight, stats, row_scale)
+        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
+        ctx.ema_gz = state.ema_gz
+        ctx.group_num, ctx.alpha_bkw, ctx.paper = group_num, alpha_bkw, paper
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, stats, row_scale = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = power_norm_backward_reference(
+            grad_y.contiguous(),
+            x,
+            weight,
+            stats,
+            row_scale,
+            ctx.ema_gz,
+            ctx.group_num,
+            ctx.alpha_bkw,
+            ctx.paper,
+        )
+        return grad_x, None, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+def _evaluate(
+    x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int
+):
+    values = x.to(running_phi.dtype)
+    if group_num:
+        groups = values.movedim(dim, -1).unflatten(-1, (group_num, -1))
+        values = rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2).movedim(-1, dim)
+    scale = per_channel(weight * torch.rsqrt(running_phi + eps), x, dim)
+    return torch.addcmul(per_channel(bias, x, dim), values, scale).to(x.dtype)
+
+
+def power_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: PowerNormState,
+    *,
+    training: bool,
+    pad_mask: Tensor | None = None,
+    group_num: int | None = 1,
+    alpha_fwd: float = 0.9,
+    alpha_bkw: float = 0.9,
+    warmup_iters: int = 10000,
+    eps: float = 1e-5,
+    backward: str = "reference",
+    channel_dim: int = -1,
+) -> Tensor:
+    """Power Normalization of ``x`` over all dimensions but ``channel_dim``.
+
+    In training the forward pass updates ``state.running_phi`` and ``iters`` in place, the backward pass ``ema_gz``; the
+    gradient of ``x`` is the paper's approximation. In evaluation it is the group scaling followed by
+    ``y = weight * x / sqrt(running_phi + eps) + bias``, in plain ATen operations.
+
+    Args:
+        x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
+        weight, bias: [C] in any floating dtype; None stands for 1 and 0.
+        state: statistics in float32 (float64 when x is float64), see :class:`PowerNormState`.
+        training: whether to use and update the statistics of this batch.
+        pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is normalised like
+            the rest but left out of the forward statistic. Ignored in evaluation.
+        group_num: number of channel groups of the group scaling, a divisor of C; None or 0 switches it off.
+        alpha_fwd: share of the old value in each update of ``running_phi``.
+        alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
+        warmup_iters: steps that normalise by the statistic of the batch.
+        eps: added to quadratic means, inside the square root.
+        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program does; "paper"
+            by the statistic that the forward pass used, as their paper says.
+        channel_dim: dimension of the channels.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: a dtype is not supported or does not match.
+        ValueError: a shape, ``channel_dim``, ``group_num``, ``backward`` or a device does not match.
+    """
+    channels = state.running_phi.shape[0]
+    check_input(x, channels, channel_dim, pad_mask, state.running_phi)
+    check_options(channels, group_num, backward)
+    groups = group_num or 0
+    acc = state.running_phi.dtype
+    weight = torch.ones_like(state.running_phi) if weight is None else weight.to(acc)
+    bias = torch.zeros_like(state.running_phi) if bias is None else bias.to(acc)
+    if not training:
+        return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
+    rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
+    y = _PowerNorm.apply(
+        to_rows(x, channel_dim), rows_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw,
+        backward == "paper",
+    )  # fmt: skip
+    return from_rows(y, x, channel_dim)
+
+
+def check_options(channels: int, group_num: int | None, backward: str) -> None:
+    """Raise ValueError for options of :func:`power_norm` that fit no input of ``channels`` channels."""
+    if group_num is not None and (group_num < 0 or (group_num > 0 and channels % group_num)):
+        raise ValueError(
+            f"group_num={group_num} is not allowed with {channels} channels; "
+            "give a positive divisor of the number of channels, or None to switch the group scaling off"
+        )
+    if backward not in ("reference", "paper"):
+        raise ValueError(f'backward={backward!r} is unknown; give "reference" or "paper"')
