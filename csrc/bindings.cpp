@@ -1,0 +1,288 @@
+// The operations as torch sees them: schemas, checks, allocation, dispatch. The only file that knows torch,
+// and only through its stable ABI, so that one library serves every torch from TORCH_TARGET_VERSION on.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace normfuse {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+// What the checks of one call need to know about x.
+struct Input {
+  Matrix shape;
+  ScalarType acc;
+  const Tensor& x;
+
+  explicit Input(const Tensor& x) : x(x) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(),
+                    "normfuse: x must be a contiguous [rows, channels] matrix; it has ", x.dim(),
+                    " dimensions. Use x.reshape(-1, channels).contiguous().");
+    STD_TORCH_CHECK(x.size(1) > 0, "normfuse: x has no channels (size(1) is 0).");
+    const ScalarType type = x.scalar_type();
+    acc = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    shape = {x.size(0), x.size(1), DType::kFloat32};
+    if (type == ScalarType::Double)
+      shape.dtype = DType::kFloat64;
+    else if (type == ScalarType::BFloat16)
+      shape.dtype = DType::kBFloat16;
+    else if (type == ScalarType::Half)
+      shape.dtype = DType::kFloat16;
+    else
+      STD_TORCH_CHECK(type == ScalarType::Float, "normfuse: x is ", name_of(type),
+                      "; float32, bfloat16, float16 and float64 are supported.");
+  }
+
+  const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows,
+                      int64_t columns) const {
+    STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(),
+                    "normfuse: ", name, " must be on the device of x.");
+    STD_TORCH_CHECK(t.scalar_type() == type, "normfuse: ", name, " is ", name_of(t.scalar_type()),
+                    "; with x of ", name_of(x.scalar_type()), " it must be ", name_of(type), ".");
+    const bool vector = rows < 0;
+    STD_TORCH_CHECK(t.is_contiguous() && t.dim() == (vector ? 1 : 2) && t.size(t.dim() - 1) == columns &&
+                        (vector || t.size(0) == rows),
+                    "normfuse: ", name, " must be contiguous of shape [",
+                    vector ? std::string() : std::to_string(rows) + ", ", columns, "].");
+    return t;
+  }
+  void* vector(const char* name, const Tensor& t) const {
+    return check(name, t, acc, -1, shape.channels).mutable_data_ptr();
+  }
+  void* stack(const char* name, const Tensor& t, int64_t rows) const {
+    return check(name, t, acc, rows, shape.channels).mutable_data_ptr();
+  }
+  void* matrix(const char* name, const Tensor& t) const {
+    return check(name, t, x.scalar_type(), shape.rows, shape.channels).mutable_data_ptr();
+  }
+  int64_t* integers(const char* name, const Tensor& t, int64_t size) const {
+    return static_cast<int64_t*>(check(name, t, ScalarType::Long, -1, size).mutable_data_ptr());
+  }
+  const bool* mask(const std::optional<Tensor>& t) const {
+    if (!t) return nullptr;
+    return static_cast<const bool*>(check("pad_mask", *t, ScalarType::Bool, -1, shape.rows).const_data_ptr());
+  }
+  int64_t window(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) > 0, "normfuse: ", name,
+                    " must have shape [window, channels] with window >= 1.");
+    return t.size(0);
+  }
+  int64_t groups(int64_t group_num) const {
+    STD_TORCH_CHECK(group_num >= 0 && (group_num == 0 || shape.channels % group_num == 0),
+                    "normfuse: group_num is ", group_num, "; it must divide the ", shape.channels,
+                    " channels, or be 0 to switch the group scaling off.");
+    return group_num;
+  }
+
+  Tensor like_x() const { return torch::stable::empty_like(x); }
+  Tensor vectors(int64_t count) const { return torch::stable::new_empty(x, {count, shape.channels}, acc); }
+  Tensor vector() const { return torch::stable::new_empty(x, {shape.channels}, acc); }
+};
+
+void parallel(int64_t tasks, const TaskRange& body) { torch::stable::parallel_for(0, tasks, 1, body); }
+
+template <class Args>
+struct Kernel {
+  using Host = void (*)(const Args&, Parallel);
+  using Device = int (*)(const Args&, void* workspace, void* stream);
+};
+
+#ifdef NORMFUSE_WITH_CUDA
+// Only torch's CUDA library has this function; weak, so that the same file also loads in a CPU-only torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+
+template <class Args>
+void run_on_device(typename Kernel<Args>::Device kernel, const Args& args, const Input& in,
+                   int64_t group_num) {
+  const auto index = in.x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(index, &stream) == 0,
+      "normfuse: this torch gives no CUDA stream.");
+  const auto bytes = static_cast<int64_t>(cuda_workspace_bytes(in.shape, group_num));
+  const Tensor workspace = torch::stable::new_empty(in.x, {bytes}, ScalarType::Byte);
+  const int error = kernel(args, workspace.mutable_data_ptr(), stream);
+  STD_TORCH_CHECK(error == 0, "normfuse: the kernel launch failed with CUDA error ", error, ".");
+}
+#define NORMFUSE_DEVICE(kernel) &kernel
+#else
+template <class Args>
+void run_on_device(typename Kernel<Args>::Device, const Args&, const Input&, int64_t) {
+  STD_TORCH_CHECK(false, "normfuse was built without CUDA; rebuild it where nvcc is installed.");
+}
+#define NORMFUSE_DEVICE(kernel) nullptr
+#endif
+
+template <class Args>
+void run(typename Kernel<Args>::Host host, typename Kernel<Args>::Device device, const Args& args,
+         const Input& in, int64_t group_num = 0) {
+  if (in.x.is_cpu())
+    host(args, parallel);
+  else
+    run_on_device(device, args, in, group_num);
+}
+
+std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight,
+                                                   Tensor bias, Tensor running_var, Tensor buffer_x2,
+                                                   Tensor iters, Tensor skip_counter, int64_t warmup_iters,
+                                                   bool outlier_filtration, double eps, double momentum) {
+  const Input in(x);
+  Tensor y = in.like_x(), stats = in.vectors(2), step = torch::stable::new_empty(x, {2}, ScalarType::Long);
+  UnifiedForward a{};
+  a.shape = in.shape;
+  a.x = x.const_data_ptr();
+  a.pad_mask = in.mask(pad_mask);
+  a.weight = in.vector("weight", weight);
+  a.bias = in.vector("bias", bias);
+  a.window = in.window("buffer_x2", buffer_x2);
+  a.warmup_iters = warmup_iters;
+  a.outlier_filtration = outlier_filtration;
+  a.eps = eps;
+  a.momentum = momentum;
+  a.running_var = in.vector("running_var", running_var);
+  a.buffer_x2 = in.stack("buffer_x2", buffer_x2, a.window);
+  a.iters = in.integers("iters", iters, 1);
+  a.skip_counter = in.integers("skip_counter", skip_counter, 1);
+  a.y = y.mutable_data_ptr();
+  a.stats = stats.mutable_data_ptr();
+  a.step = static_cast<int64_t*>(step.mutable_data_ptr());
+  run(&unified_forward_cpu, NORMFUSE_DEVICE(unified_forward_cuda), a, in);
+  return {y, stats, step};
+}
+
+std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats,
+                                                    Tensor step, Tensor ema_gz, Tensor buffer_gz,
+                                                    int64_t warmup_iters, double momentum) {
+  const Input in(x);
+  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  UnifiedBackward a{};
+  a.shape = in.shape;
+  a.grad_y = in.matrix("grad_y", grad_y);
+  a.x = x.const_data_ptr();
+  a.weight = in.vector("weight", weight);
+  a.stats = in.stack("stats", stats, 2);
+  a.step = in.integers("step", step, 2);
+  a.window = in.window("buffer_gz", buffer_gz);
+  a.warmup_iters = warmup_iters;
+  a.momentum = momentum;
+  a.ema_gz = in.vector("ema_gz", ema_gz);
+  a.buffer_gz = in.stack("buffer_gz", buffer_gz, a.window);
+  a.grad_x = grad_x.mutable_data_ptr();
+  a.grad_weight = grad_weight.mutable_data_ptr();
+  a.grad_bias = grad_bias.mutable_data_ptr();
+  run(&unified_backward_cpu, NORMFUSE_DEVICE(unified_backward_cuda), a, in);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight,
+                                                 Tensor bias, Tensor running_phi, Tensor iters,
+                                                 int64_t warmup_iters, int64_t group_num, double eps,
+                                                 double alpha_fwd) {
+  const Input in(x);
+  Tensor y = in.like_x(), stats = in.vectors(3);
+  PowerForward a{};
+  a.shape = in.shape;
+  a.x = x.const_data_ptr();
+  a.pad_mask = in.mask(pad_mask);
+  a.weight = in.vector("weight", weight);
+  a.bias = in.vector("bias", bias);
+  a.warmup_iters = warmup_iters;
+  a.group_num = in.groups(group_num);
+  a.eps = eps;
+  a.alpha_fwd = alpha_fwd;
+  a.running_phi = in.vector("running_phi", running_phi);
+  a.iters = in.integers("iters", iters, 1);
+  Tensor row_scale = group_num ? torch::stable::new_empty(x, {in.shape.rows, group_num}, in.acc)
+                               : torch::stable::new_empty(x, {0}, in.acc);
+  a.y = y.mutable_data_ptr();
+  a.stats = stats.mutable_data_ptr();
+  a.row_scale = row_scale.mutable_data_ptr();
+  run(&power_forward_cpu, NORMFUSE_DEVICE(power_forward_cuda), a, in, group_num);
+  return {y, stats, row_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats,
+                                                  Tensor row_scale, Tensor ema_gz, int64_t group_num,
+                                                  double alpha_bkw, bool paper) {
+  const Input in(x);
+  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  PowerBackward a{};
+  a.shape = in.shape;
+  a.grad_y = in.matrix("grad_y", grad_y);
+  a.x = x.const_data_ptr();
+  a.weight = in.vector("weight", weight);
+  a.stats = in.stack("stats", stats, 3);
+  a.group_num = in.groups(group_num);
+  const int64_t rows = group_num ? in.shape.rows : -1;
+  a.row_scale = in.check("row_scale", row_scale, in.acc, rows, group_num).const_data_ptr();
+  a.alpha_bkw = alpha_bkw;
+  a.paper = paper;
+  a.ema_gz = in.vector("ema_gz", ema_gz);
+  a.grad_x = grad_x.mutable_data_ptr();
+  a.grad_weight = grad_weight.mutable_data_ptr();
+  a.grad_bias = grad_bias.mutable_data_ptr();
+  run(&power_backward_cpu, NORMFUSE_DEVICE(power_backward_cuda), a, in, group_num);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace normfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
+  m.def(
+      "unified_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_var, "
+      "Tensor(b!) buffer_x2, Tensor(c!) iters, Tensor(d!) skip_counter, int warmup_iters, bool "
+      "outlier_filtration, "
+      "float eps, float momentum) -> (Tensor y, Tensor stats, Tensor step)");
+  m.def(
+      "unified_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step, Tensor(a!) "
+      "ema_gz, "
+      "Tensor(b!) buffer_gz, int warmup_iters, float momentum) -> (Tensor grad_x, Tensor grad_weight, Tensor "
+      "grad_bias)");
+  m.def(
+      "power_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_phi, "
+      "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float alpha_fwd) "
+      "-> (Tensor y, Tensor stats, Tensor row_scale)");
+  m.def(
+      "power_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, "
+      "Tensor(a!) ema_gz, "
+      "int group_num, float alpha_bkw, bool paper) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+}
+
+#define NORMFUSE_REGISTER(m)                                               \
+  m.impl("unified_norm_forward", TORCH_BOX(&normfuse::unified_forward));   \
+  m.impl("unified_norm_backward", TORCH_BOX(&normfuse::unified_backward)); \
+  m.impl("power_norm_forward", TORCH_BOX(&normfuse::power_forward));       \
+  m.impl("power_norm_backward", TORCH_BOX(&normfuse::power_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(normfuse, CPU, m) { NORMFUSE_REGISTER(m); }
+STABLE_TORCH_LIBRARY_IMPL(normfuse, CUDA, m) { NORMFUSE_REGISTER(m); }

@@ -1,0 +1,118 @@
+// The arithmetic of one training step on one channel, shared by the host and the device kernels. `Acc` is
+// float or double. The includer defines NORMFUSE_INLINE (inline on the host, a device function under nvcc).
+//
+// z is x divided by the statistic, w the gain, t the step counter after its increment, q the quadratic mean
+// of the batch's valid rows. Windows are read as column[i * stride], i < window.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+namespace normfuse {
+
+template <class Acc>
+NORMFUSE_INLINE Acc inverse_sqrt(Acc v) {
+  return Acc(1) / std::sqrt(v);
+}
+
+template <class Acc>
+NORMFUSE_INLINE Acc mean_or(Acc sum, int64_t count, Acc otherwise) {
+  return count > 0 ? sum / Acc(count) : otherwise;
+}
+
+template <class Acc>
+NORMFUSE_INLINE Acc arithmetic_mean(const Acc* column, int64_t window, int64_t stride) {
+  Acc sum = 0;
+  for (int64_t i = 0; i < window; ++i) sum += column[i * stride];
+  return sum / Acc(window);
+}
+
+template <class Acc>
+NORMFUSE_INLINE Acc geometric_mean(const Acc* column, int64_t window, int64_t stride) {
+  Acc sum = 0;
+  for (int64_t i = 0; i < window; ++i) sum += std::log(column[i * stride]);
+  return std::exp(sum / Acc(window));
+}
+
+// dx = slope * dy - pull * x
+template <class Acc>
+struct Coefficients {
+  Acc slope;
+  Acc pull;
+};
+
+struct UnifiedStep {
+  int64_t t;
+  bool skip;
+  int64_t window;
+  int64_t warmup_iters;
+
+  NORMFUSE_INLINE bool uses_window() const { return !(t <= window || t < warmup_iters || skip); }
+};
+
+// Outlier test of the unified forward, after q entered the window: spread is the variance of all entries
+// before.
+template <class Acc>
+NORMFUSE_INLINE bool unified_is_outlier(const Acc* column, int64_t window, int64_t stride, Acc spread) {
+  const Acc gap = arithmetic_mean(column, window, stride) - geometric_mean(column, window, stride);
+  return gap > spread * Acc(window);
+}
+
+template <class Acc>
+struct UnifiedStats {
+  Acc inv_std;
+  Acc r;
+};
+
+// var = q or the window's geometric mean; r = sqrt(var + eps) / sqrt(running_var + eps), clamped; then
+// running_var moves.
+template <class Acc>
+NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, const Acc* column,
+                                                          int64_t stride, Acc eps, Acc momentum,
+                                                          Acc* running_var) {
+  const Acc var = step.uses_window() ? geometric_mean(column, step.window, stride) : q;
+  const int64_t quiet = step.warmup_iters > 1000 ? step.warmup_iters : 1000;
+  Acc r = 1;
+  if (step.t > quiet && !step.skip) {
+    r = std::sqrt(var + eps) / std::sqrt(*running_var + eps);
+    r = r < Acc(0.2) ? Acc(0.2) : r > Acc(5) ? Acc(5) : r;
+  }
+  *running_var = momentum * *running_var + (1 - momentum) * var;
+  return {inverse_sqrt(var + eps), r};
+}
+
+// m = mean of w r dy z; the gradient window turns it into ema_gz; dx = (w r dy - ema_gz z) / sqrt(var + eps).
+template <class Acc>
+NORMFUSE_INLINE Coefficients<Acc> unified_backward_channel(const UnifiedStep& step, Acc m, Acc weight,
+                                                           UnifiedStats<Acc> stats, Acc* column,
+                                                           int64_t stride, Acc momentum, Acc* ema_gz) {
+  column[step.t % step.window * stride] = step.skip ? *ema_gz : m;
+  const Acc mg = step.uses_window() ? arithmetic_mean(column, step.window, stride) : m;
+  *ema_gz = momentum * *ema_gz + (1 - momentum) * mg;
+  const Acc pull = step.skip ? mg : *ema_gz;
+  return {weight * stats.r * stats.inv_std, pull * stats.inv_std * stats.inv_std};
+}
+
+// What PowerNorm divides by in step t, before running_phi moves.
+NORMFUSE_INLINE bool power_uses_batch(int64_t t, int64_t warmup_iters) { return t <= warmup_iters; }
+
+template <class Acc>
+NORMFUSE_INLINE Acc power_moved_phi(int64_t t, int64_t warmup_iters, Acc q, Acc phi, Acc alpha_fwd) {
+  if (t < warmup_iters) phi = phi * (Acc(t - 1) / Acc(t)) + q / Acc(t);
+  return alpha_fwd * phi + (1 - alpha_fwd) * q;
+}
+
+// a = w dy - (1 - alpha) ema_gz z; dx = a * inv_grad, with the old ema_gz. z = x * inv_used.
+template <class Acc>
+NORMFUSE_INLINE Coefficients<Acc> power_coefficients(Acc weight, Acc ema_gz, Acc inv_used, Acc inv_grad,
+                                                     Acc alpha_bkw) {
+  return {weight * inv_grad, (1 - alpha_bkw) * ema_gz * inv_used * inv_grad};
+}
+
+// ema_gz + mean of a z, from the means over all rows of dy x and of x squared.
+template <class Acc>
+NORMFUSE_INLINE Acc power_moved_ema(Acc weight, Acc ema_gz, Acc inv_used, Acc mean_dyx, Acc mean_x2,
+                                    Acc alpha_bkw) {
+  return ema_gz + weight * inv_used * mean_dyx - (1 - alpha_bkw) * ema_gz * inv_used * inv_used * mean_x2;
+}
+
+}  // namespace normfuse

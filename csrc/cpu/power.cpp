@@ -1,0 +1,169 @@
+// Power Norm on the host. xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps),
+// or x itself.
+//   forward:  s; sums of xs^2; y = xs scale + shift    reads x, writes y; a second pass writes y only in
+//   warm-up backward: sums of dy and dy xs; per group          reads dy, x, writes dx
+//             dot = mean of (slope dy - pull xs) xs;
+//             dx = s (slope dy - xs (pull + dot))
+// Each row is read from memory once: its group scale, sums and result are loops over a row that is in the
+// first cache.
+#include <vector>
+
+#include "blocks.h"
+#include "rows.h"
+
+namespace normfuse {
+namespace cpu {
+namespace {
+
+struct Groups {
+  int64_t count;  // 1 where the scaling is off
+  int64_t width;
+  bool scaled;
+
+  Groups(int64_t channels, int64_t group_num)
+      : count(std::max<int64_t>(group_num, 1)), width(channels / count), scaled(group_num > 0) {}
+};
+
+template <class T>
+NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> eps, AccOf<T>* row_scale) {
+  const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
+  for (int64_t i = 0; i < rows * groups.count; ++i)
+    row_scale[i] =
+        inverse_sqrt(row_sum_squares<T, AccOf<T>>(x + i * groups.width, groups.width) * inv_width + eps);
+}
+
+template <class T>
+NORMFUSE_CLONES void sum_squares(const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
+                                 AccOf<T>* sums) {
+  for (int64_t i = 0; i < rows * groups.count; ++i)
+    add_squares(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1),
+                sums + i % groups.count * groups.width, groups.width);
+}
+
+template <class T>
+NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
+                                  const AccOf<T>* scale, const AccOf<T>* shift, T* y) {
+  for (int64_t i = 0; i < rows * groups.count; ++i) {
+    const int64_t c = i % groups.count * groups.width;
+    write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
+                 y + i * groups.width, groups.width);
+  }
+}
+
+template <class T>
+NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups groups,
+                                   const AccOf<T>* row_scale, const AccOf<T>* slope, const AccOf<T>* pull,
+                                   AccOf<T>* sums_dy, AccOf<T>* sums_dyx, T* dx) {
+  const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
+  for (int64_t i = 0; i < rows * groups.count; ++i) {
+    const int64_t at = i * groups.width, c = i % groups.count * groups.width;
+    const AccOf<T> s = groups.scaled ? row_scale[i] : AccOf<T>(1);
+    add_gradients(dy + at, x + at, s, sums_dy + c, sums_dyx + c, groups.width);
+    const AccOf<T> dot = groups.scaled
+                             ? row_dot(dy + at, x + at, s, slope + c, pull + c, groups.width) * inv_width
+                             : AccOf<T>(0);
+    write_gradient(dy + at, x + at, s, dot, slope + c, pull + c, dx + at, groups.width);
+  }
+}
+
+template <class T>
+void forward(const PowerForward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const Groups groups(n, a.group_num);
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  Acc *row_scale = static_cast<Acc*>(a.row_scale), *phi = static_cast<Acc*>(a.running_phi);
+  const Acc *weight = static_cast<const Acc*>(a.weight), *bias = static_cast<const Acc*>(a.bias);
+  const int64_t t = *a.iters += 1;
+  const bool warm = !power_uses_batch(t, a.warmup_iters);
+  std::vector<Acc> scale(n);
+  for (int64_t c = 0; c < n; ++c) scale[c] = weight[c] * inverse_sqrt(phi[c] + Acc(a.eps));
+
+  ColumnSums<Acc> all(blocks, n), valid(blocks, a.pad_mask ? n : 0);
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      Acc *sums = all.start(b), *valid_sums = valid.start(b);
+      for (int64_t r = blocks.first(b); r < blocks.first(b) + blocks.length(b); ++r) {
+        Acc* s = row_scale + r * a.group_num;
+        if (groups.scaled) scale_rows(x + r * n, 1, groups, Acc(a.eps), s);
+        sum_squares(x + r * n, 1, groups, s, sums);
+        if (a.pad_mask && !a.pad_mask[r]) sum_squares(x + r * n, 1, groups, s, valid_sums);
+        if (warm) apply_affine(x + r * n, 1, groups, s, scale.data(), bias, y + r * n);
+      }
+    }
+  });
+
+  const std::vector<Acc> sum_all = all.total(parallel),
+                         sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
+  const int64_t count = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
+  Acc *inv_used = static_cast<Acc*>(a.stats), *inv_batch = inv_used + n, *mean_all = inv_batch + n;
+  for (int64_t c = 0; c < n; ++c) {
+    const Acc q = mean_or(sum_valid[c], count, phi[c]);
+    inv_batch[c] = inverse_sqrt(q + Acc(a.eps));
+    inv_used[c] = warm ? inverse_sqrt(phi[c] + Acc(a.eps)) : inv_batch[c];
+    mean_all[c] = mean_or(sum_all[c], a.shape.rows, Acc(0));
+    phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
+    scale[c] = weight[c] * inv_used[c];
+  }
+  if (warm) return;
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = end - 1; b >= begin; --b) {
+      const int64_t r = blocks.first(b);
+      apply_affine(x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, scale.data(), bias,
+                   y + r * n);
+    }
+  });
+}
+
+template <class T>
+void backward(const PowerBackward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const Groups groups(n, a.group_num);
+  const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
+  const Acc *weight = static_cast<const Acc*>(a.weight), *inv_used = static_cast<const Acc*>(a.stats);
+  const Acc *inv_batch = inv_used + n, *mean_x2 = inv_batch + n,
+            *row_scale = static_cast<const Acc*>(a.row_scale);
+  Acc* ema = static_cast<Acc*>(a.ema_gz);
+  std::vector<Acc> slope(n), pull(n);
+  for (int64_t c = 0; c < n; ++c) {
+    const auto k = power_coefficients(weight[c], ema[c], inv_used[c], a.paper ? inv_used[c] : inv_batch[c],
+                                      Acc(a.alpha_bkw));
+    slope[c] = k.slope;
+    pull[c] = k.pull;
+  }
+
+  ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t r = blocks.first(b);
+      backward_rows(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num,
+                    slope.data(), pull.data(), sums_dy.start(b), sums_dyx.start(b),
+                    static_cast<T*>(a.grad_x) + r * n);
+    }
+  });
+
+  const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);
+  for (int64_t c = 0; c < n; ++c) {
+    const Acc mean_dyx = mean_or(sum_dyx[c], a.shape.rows, Acc(0));
+    ema[c] = power_moved_ema(weight[c], ema[c], inv_used[c], mean_dyx, mean_x2[c], Acc(a.alpha_bkw));
+    static_cast<Acc*>(a.grad_weight)[c] = inv_used[c] * sum_dyx[c];
+    static_cast<Acc*>(a.grad_bias)[c] = sum_dy[c];
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+
+void power_forward_cpu(const PowerForward& args, Parallel parallel) {
+  cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
+}
+
+void power_backward_cpu(const PowerBackward& args, Parallel parallel) {
+  cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
+}
+
+}  // namespace normfuse

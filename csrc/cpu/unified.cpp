@@ -1,0 +1,165 @@
+// Unified Norm on the host.
+//   forward:  q = mean over valid rows of x^2          reads x
+//             y = x scale + shift                      reads x again, last rows first while they are cached;
+//             writes y
+//   backward: sums of dy and dy x                      reads dy, x
+//             dx = slope dy - pull x                   reads dy, x again, last rows first; writes dx
+#include <vector>
+
+#include "blocks.h"
+#include "rows.h"
+
+namespace normfuse {
+namespace cpu {
+namespace {
+
+template <class T>
+NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows, int64_t n, AccOf<T>* sums) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (!pad_mask || !pad_mask[r]) add_squares(x + r * n, AccOf<T>(1), sums, n);
+}
+
+template <class T>
+NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, T* y,
+                                  int64_t rows, int64_t n) {
+  for (int64_t r = rows - 1; r >= 0; --r) write_affine(x + r * n, AccOf<T>(1), scale, shift, y + r * n, n);
+}
+
+template <class T>
+NORMFUSE_CLONES void sum_gradients(const T* dy, const T* x, int64_t rows, int64_t n, AccOf<T>* sums_dy,
+                                   AccOf<T>* sums_dyx) {
+  for (int64_t r = 0; r < rows; ++r) add_gradients(dy + r * n, x + r * n, AccOf<T>(1), sums_dy, sums_dyx, n);
+}
+
+template <class T>
+NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull,
+                                    T* dx, int64_t rows, int64_t n) {
+  for (int64_t r = rows - 1; r >= 0; --r)
+    write_gradient(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx + r * n, n);
+}
+
+// Unbiased variance of sqrt over all entries of the window.
+template <class Acc>
+double spread_of_roots(const Acc* buffer, int64_t count) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < count; ++i) sum += std::sqrt(double(buffer[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = std::sqrt(double(buffer[i])) - sum / double(count);
+    squares += d * d;
+  }
+  return squares / double(count - 1);
+}
+
+// Enters q into the window and decides whether this step is an outlier, which must not stay in it.
+template <class Acc>
+bool enter_window(const UnifiedForward& a, int64_t t, const std::vector<Acc>& q) {
+  const int64_t n = a.shape.channels;
+  Acc* buffer = static_cast<Acc*>(a.buffer_x2);
+  Acc* slot = buffer + t % a.window * n;
+  const bool filter = a.outlier_filtration && t >= a.warmup_iters;
+  const Acc spread = filter ? Acc(spread_of_roots(buffer, a.window * n)) : Acc(0);
+  std::copy(q.begin(), q.end(), slot);
+  bool outlier = false;
+  for (int64_t c = 0; filter && c < n && !outlier; ++c)
+    outlier = unified_is_outlier(buffer + c, a.window, n, spread);
+  if (outlier) {
+    std::copy_n(static_cast<const Acc*>(a.running_var), n, slot);
+    *a.skip_counter += 1;
+  }
+  return outlier || a.window <= 1;
+}
+
+template <class T>
+void forward(const UnifiedForward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const T* x = static_cast<const T*>(a.x);
+
+  ColumnSums<Acc> squares(blocks, n);
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = blocks.first(b);
+      sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n,
+                  squares.start(b));
+    }
+  });
+  const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
+  std::vector<Acc> q = squares.total(parallel), scale(n), shift(n);
+  Acc* running = static_cast<Acc*>(a.running_var);
+  for (int64_t c = 0; c < n; ++c) q[c] = mean_or(q[c], valid, running[c]);
+
+  const int64_t t = *a.iters += 1;
+  const UnifiedStep step{t, enter_window(a, t, q), a.window, a.warmup_iters};
+  a.step[0] = t;
+  a.step[1] = step.skip;
+  Acc *inv_std = static_cast<Acc*>(a.stats), *ratio = inv_std + n;
+  for (int64_t c = 0; c < n; ++c) {
+    const auto stats = unified_forward_channel(step, q[c], static_cast<const Acc*>(a.buffer_x2) + c, n,
+                                               Acc(a.eps), Acc(a.momentum), running + c);
+    inv_std[c] = stats.inv_std;
+    ratio[c] = stats.r;
+    scale[c] = static_cast<const Acc*>(a.weight)[c] * stats.inv_std;
+  }
+
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = end - 1; b >= begin; --b) {
+      const int64_t first = blocks.first(b) * n;
+      apply_affine(x + first, scale.data(), static_cast<const Acc*>(a.bias), static_cast<T*>(a.y) + first,
+                   blocks.length(b), n);
+    }
+  });
+}
+
+template <class T>
+void backward(const UnifiedBackward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
+
+  ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = blocks.first(b) * n;
+      sum_gradients(dy + first, x + first, blocks.length(b), n, sums_dy.start(b), sums_dyx.start(b));
+    }
+  });
+  const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);
+  std::vector<Acc> slope(n), pull(n);
+  const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
+  const Acc *weight = static_cast<const Acc*>(a.weight), *inv_std = static_cast<const Acc*>(a.stats),
+            *ratio = inv_std + n;
+  for (int64_t c = 0; c < n; ++c) {
+    const Acc weight_gradient = ratio[c] * inv_std[c] * sum_dyx[c];
+    const Acc m = mean_or(weight[c] * weight_gradient, a.shape.rows, Acc(0));
+    const auto k = unified_backward_channel(step, m, weight[c], {inv_std[c], ratio[c]},
+                                            static_cast<Acc*>(a.buffer_gz) + c, n, Acc(a.momentum),
+                                            static_cast<Acc*>(a.ema_gz) + c);
+    slope[c] = k.slope;
+    pull[c] = k.pull;
+    static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
+    static_cast<Acc*>(a.grad_bias)[c] = sum_dy[c];
+  }
+
+  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+    for (int64_t b = end - 1; b >= begin; --b) {
+      const int64_t first = blocks.first(b) * n;
+      apply_gradient(dy + first, x + first, slope.data(), pull.data(), static_cast<T*>(a.grad_x) + first,
+                     blocks.length(b), n);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cpu
+
+void unified_forward_cpu(const UnifiedForward& args, Parallel parallel) {
+  cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
+}
+
+void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel) {
+  cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
+}
+
+}  // namespace normfuse

@@ -1,0 +1,121 @@
+// What the kernels offer: plain functions over pointers and sizes, on the host and on the device. Knows no
+// torch.
+//
+// x is always a contiguous [rows, channels] matrix. "acc" is the dtype of every per-channel number: float64
+// when x is float64, float32 otherwise. What each operation computes is written in channel_math.h (the
+// vectors of length channels) and at the top of each kernel (the passes over the matrix).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace normfuse {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+struct Matrix {
+  int64_t rows;
+  int64_t channels;
+  DType dtype;
+};
+
+struct UnifiedForward {
+  Matrix shape;
+  const void* x;
+  const bool* pad_mask;  // [rows], true = padding; null: no padding
+  const void* weight;    // acc [channels]
+  const void* bias;      // acc [channels]
+  int64_t window;
+  int64_t warmup_iters;
+  bool outlier_filtration;
+  double eps;
+  double momentum;
+  // state, moved in place
+  void* running_var;      // acc [channels]
+  void* buffer_x2;        // acc [window, channels]
+  int64_t* iters;         // [1]
+  int64_t* skip_counter;  // [1]
+  // results
+  void* y;        // like x
+  void* stats;    // acc [2, channels]: 1/sqrt(var + eps), r
+  int64_t* step;  // [2]: t, skip
+};
+
+struct UnifiedBackward {
+  Matrix shape;
+  const void* grad_y;  // like x
+  const void* x;
+  const void* weight;   // acc [channels]
+  const void* stats;    // from the forward
+  const int64_t* step;  // from the forward
+  int64_t window;
+  int64_t warmup_iters;
+  double momentum;
+  // state, moved in place
+  void* ema_gz;     // acc [channels]
+  void* buffer_gz;  // acc [window, channels]
+  // results
+  void* grad_x;       // like x
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
+
+struct PowerForward {
+  Matrix shape;
+  const void* x;
+  const bool* pad_mask;  // [rows], true = padding; null: no padding
+  const void* weight;    // acc [channels]
+  const void* bias;      // acc [channels]
+  int64_t warmup_iters;
+  int64_t group_num;  // groups of the group scaling, a divisor of channels; 0 = no group scaling
+  double eps;
+  double alpha_fwd;
+  // state, moved in place
+  void* running_phi;  // acc [channels]
+  int64_t* iters;     // [1]
+  // results
+  void* y;      // like x
+  void* stats;  // acc [3, channels]: 1/sqrt of what z used, 1/sqrt(q + eps), mean over all rows of scaled x
+                // squared
+  void* row_scale;  // acc [rows, group_num]
+};
+
+struct PowerBackward {
+  Matrix shape;
+  const void* grad_y;  // like x
+  const void* x;
+  const void* weight;     // acc [channels]
+  const void* stats;      // from the forward
+  const void* row_scale;  // from the forward
+  int64_t group_num;
+  double alpha_bkw;
+  bool paper;  // divide by the statistic the forward used instead of the batch's
+  // state, moved in place
+  void* ema_gz;  // acc [channels]
+  // results
+  void* grad_x;       // like x
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
+
+// On the host. The caller brings the threads: parallel(tasks, body) calls body(begin, end) on ranges that
+// cover [0, tasks) once. Results do not depend on how the tasks are split.
+using TaskRange = std::function<void(int64_t begin, int64_t end)>;
+using Parallel = void (*)(int64_t tasks, const TaskRange& body);
+
+void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
+void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
+void power_forward_cpu(const PowerForward& args, Parallel parallel);
+void power_backward_cpu(const PowerBackward& args, Parallel parallel);
+
+// On the device: asynchronous on the stream, no value comes to the host, so a CUDA graph can capture the
+// launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a
+// cudaError_t.
+size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num);
+
+int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream);
+int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream);
+int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
+int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
+
+}  // namespace normfuse

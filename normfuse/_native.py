@@ -1,0 +1,60 @@
+"""The compiled library: loads it, and says what was built.
+
+``available`` is False when the library is missing, does not load, or ``NORMFUSE_DISABLE_NATIVE=1`` is set; the
+operations then run their PyTorch references.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).parent
+_LIBRARY = _HERE / "_C.abi3.so"
+_FACTS = _HERE / "_build_info.json"
+
+available: bool = False
+unavailable_reason: str = ""  # one line, empty when available
+
+
+def _load() -> str:
+    """Loads the library; returns the reason why not, or an empty string."""
+    if os.environ.get("NORMFUSE_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "switched off by NORMFUSE_DISABLE_NATIVE"
+    if not _LIBRARY.exists():
+        return "not built: run `pip install --no-build-isolation -e .` in the source folder"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"does not load in torch {torch.__version__}: {error}"
+    return ""
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, and whether it is in use.
+
+    Returns:
+        A JSON-ready dict with the keys ``available`` (bool), ``reason`` (str, why it is not), ``path`` of the library (str),
+        ``torch`` it was built against (str), ``cuda`` toolkit (str, or None: no CUDA kernels), ``architectures`` (list of str),
+        ``compiler`` (str), ``python_abi`` (str) and ``emulator`` (bool: the sources of the host emulator, which runs the CUDA
+        kernels in the tests, are at hand). The build facts are None when nothing was built.
+    """
+    facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi"))
+    if _FACTS.exists():
+        facts.update(json.loads(_FACTS.read_text()))
+    emulator = (_HERE.parent / "csrc" / "emulator").is_dir()
+    return {
+        "available": available,
+        "reason": unavailable_reason,
+        "path": str(_LIBRARY),
+        **facts,
+        "emulator": emulator,
+    }
+
+
+unavailable_reason = _load()
+available = not unavailable_reason

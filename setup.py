@@ -1,0 +1,148 @@
+"""Builds normfuse/_C.abi3.so against the installed torch, with the CUDA kernels inside when there is an nvcc.
+
+NORMFUSE_CUDA=auto|0|1           build the CUDA kernels: if nvcc is found (default), never, or fail without nvcc
+NORMFUSE_CUDA_ARCHS="80;90;..."  architectures; "+PTX" behind one keeps its PTX for later ones (default 80;90;100;120+PTX)
+CUDA_HOME                        root of the toolkit; default: where nvcc on the PATH is
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit(
+        "normfuse is built against the torch you use, and no torch is installed here. Install it, then run\n"
+        "    pip install --no-build-isolation -e ."
+    )
+
+ROOT = Path(__file__).parent.resolve()
+HEADERS = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
+TORCH_TARGET = 0x020B000000000000  # 2.11, the oldest torch whose stable ABI the bindings use
+
+
+def find_cuda() -> Path | None:
+    """The toolkit's root, None if CUDA is switched off or missing; exits if it is demanded and missing."""
+    wish = os.environ.get("NORMFUSE_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"NORMFUSE_CUDA is {wish!r}; it must be auto, 0 or 1.")
+    if wish == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    for home in (Path(c) for c in candidates if c):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    if wish == "1":
+        sys.exit(
+            "NORMFUSE_CUDA=1, but no CUDA toolkit was found. Set CUDA_HOME to its root or put nvcc on the PATH."
+        )
+    return None
+
+
+def architectures() -> list[str]:
+    return [a for a in os.environ.get("NORMFUSE_CUDA_ARCHS", "80;90;100;120+PTX").split(";") if a]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if number != arch:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Build(BuildExtension):
+    def run(self):
+        super().run()
+        self.write_facts(find_cuda())
+
+    def build_extension(self, ext):
+        home = find_cuda()
+        if home:
+            ext.extra_objects += self.compile_cuda(home)
+            ext.extra_compile_args["cxx"].append("-DNORMFUSE_WITH_CUDA")
+            ext.extra_link_args += [f"-L{home}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        else:
+            self.announce_without_cuda()
+        super().build_extension(ext)
+
+    def compile_cuda(self, home: Path) -> list[str]:
+        """Compiles the .cu files whose object is older than a source, a header or the command line."""
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        base = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "-lineinfo", "--threads=2"]
+        base += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(architectures())]
+        command_file = folder / "command.txt"
+        if not command_file.exists() or command_file.read_text() != " ".join(base):
+            command_file.write_text(" ".join(base))
+        objects = []
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            target = folder / f"{source.stem}.o"
+            inputs = [source, *HEADERS, command_file]
+            if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
+                self.spawn([*base, "-c", str(source), "-o", str(target)])
+            objects.append(str(target))
+        return objects
+
+    def announce_without_cuda(self) -> None:
+        why = "NORMFUSE_CUDA=0" if os.environ.get("NORMFUSE_CUDA") == "0" else "no nvcc found"
+        line = "=" * 78
+        print(
+            f"{line}\nnormfuse: building WITHOUT the CUDA kernels ({why}).\n{line}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def write_facts(self, home: Path | None) -> None:
+        version = output_of(home / "bin" / "nvcc", "--version") if home else None
+        facts = {
+            "torch": torch.__version__,
+            "cuda": version.split("release ")[1].split(",")[0] if version else None,
+            "architectures": architectures() if home else [],
+            "compiler": output_of(os.environ.get("CXX", "c++"), "--version").splitlines()[0],
+            "python_abi": f"abi3, built with CPython {platform.python_version()}",
+        }
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        (folder / "normfuse" / "_build_info.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "normfuse._C",
+            ["csrc/bindings.cpp", "csrc/cpu/unified.cpp", "csrc/cpu/power.cpp"],
+            depends=[
+                str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
+            ],
+            py_limited_api=True,
+            extra_compile_args={
+                "cxx": [
+                    "-O3",
+                    "-g0",
+                    "-fopenmp-simd",
+                    "-fvisibility=hidden",
+                    f"-DTORCH_TARGET_VERSION={TORCH_TARGET:#018x}",
+                ]
+            },
+            # --no-as-needed keeps torch's CUDA library loaded although its only symbol here is weak
+            extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", "-s"],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
