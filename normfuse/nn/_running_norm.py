@@ -1,4 +1,4 @@
-"""What the norms with running statistics share: parameters, statistics of a safe dtype, checkpoints, options."""
+"""What the norms with running statistics share: parameters, statistics of a safe dtype, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_fraction(name: str, value: float) -> None:
 class RunningNorm(nn.Module):
     """Base of the norms with per-channel running statistics.
 
-    Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are converted to.
+    Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are
+    converted to.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RunningNorm(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Register buffers: ``statistics`` maps each name to its shape and start value; counters are int64 [1]."""
+        """Register buffers: ``statistics`` maps names to shapes and start values; counters are int64 [1]."""
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         for name, (shape, start) in statistics.items():
             self.register_buffer(name, torch.full(shape, start, device=device, dtype=statistics_dtype))
@@ -108,7 +109,7 @@ class RunningNorm(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # The authors' programs keep vectors as [1, C, 1, 1] or [1, 1, C]: same numbers, other dimensions of size one.
+        # The authors' programs keep vectors as [1, C, 1, 1] or [1, 1, C].
         own = {**self._parameters, **self._buffers}
         for name, target in own.items():
             value = state_dict.get(prefix + name)

@@ -14,8 +14,8 @@ class PowerNorm(RunningNorm):
     """Power Normalization (Shen et al., 2020, arXiv 2003.07845) with a running per-channel quadratic mean.
 
     In evaluation it is the group scaling (an RMS normalisation of each position, ``group_num``) followed by
-    ``y = weight * x / sqrt(running_phi + eps) + bias``. The latter folds into neighbouring weights, the group scaling
-    does not: with ``group_num=None`` nothing is left after folding.
+    ``y = weight * x / sqrt(running_phi + eps) + bias``. The latter folds into neighbouring weights, the group
+    scaling does not: with ``group_num=None`` nothing is left after folding.
 
     Args:
         num_features: number of channels C.
@@ -24,14 +24,16 @@ class PowerNorm(RunningNorm):
         alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
         warmup_iters: training steps that normalise by the statistic of the batch.
         eps: added to quadratic means, inside the square root.
-        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program does; "paper"
-            by the statistic that the forward pass used, as their paper says.
+        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program
+            does; "paper" by the statistic that the forward pass used, as their paper says.
         affine: whether to learn ``weight`` and ``bias``, both [C].
-        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
+        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
+            and [N, C, H, W].
         device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
 
     Shape:
-        x: any, with C channels along ``channel_dim``; float32, bfloat16, float16 (or float64 in a float64 module).
+        x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
+            (float64 in a float64 module).
         pad_mask: the shape of x without its channel dimension, bool, True = padding.
         Output: like x.
 

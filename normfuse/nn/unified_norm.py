@@ -10,25 +10,27 @@ from ._running_norm import RunningNorm, check_count, check_fraction
 
 
 class UnifiedNorm(RunningNorm):
-    """Unified Normalization (Yang et al., 2022, arXiv 2208.01313) with per-channel statistics of a window of steps.
+    """Unified Normalization (Yang et al., 2022, arXiv 2208.01313) with statistics over a window of steps.
 
-    In evaluation it is ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into neighbouring weights.
+    In evaluation it is ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights.
 
     Args:
         num_features: number of channels C.
-        window_size: number of steps that the forward and the backward window hold, or the pair of both; 1 switches
-            windows off.
+        window_size: number of steps that the forward and the backward window hold, or the pair of both; 1
+            switches windows off.
         warmup_iters: training steps that use the statistic of the batch alone.
-        outlier_filtration: skip the window in steps whose window holds an outlier (the authors: off for language, on
-            for vision).
+        outlier_filtration: skip the window in steps whose window holds an outlier (the authors: off for
+            language, on for vision).
         eps: added to the quadratic mean, inside the square root.
         momentum: share of the old value in each update of the running statistics.
         affine: whether to learn ``weight`` and ``bias``, both [C].
-        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
+        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
+            and [N, C, H, W].
         device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
 
     Shape:
-        x: any, with C channels along ``channel_dim``; float32, bfloat16, float16 (or float64 in a float64 module).
+        x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
+            (float64 in a float64 module).
         pad_mask: the shape of x without its channel dimension, bool, True = padding.
         Output: like x.
 
@@ -56,7 +58,8 @@ class UnifiedNorm(RunningNorm):
         windows = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
         if len(windows) != 2:
             raise ValueError(
-                f"window_size={window_size!r} has {len(windows)} entries; give an int or a pair (forward, backward)"
+                f"window_size={window_size!r} has {len(windows)} entries; "
+                "give an int or a pair (forward, backward)"
             )
         for window in windows:
             check_count("window_size", window, 1)

@@ -31,8 +31,8 @@ def check_input(
         )
     if x.shape[channel_dim] != channels:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} has {x.shape[channel_dim]} channels along channel_dim={channel_dim}; "
-            f"expected {channels}: check num_features and channel_dim"
+            f"x of shape {tuple(x.shape)} has {x.shape[channel_dim]} channels along "
+            f"channel_dim={channel_dim}; expected {channels}: check num_features and channel_dim"
         )
     if statistic.dtype != accumulation_dtype(x.dtype):
         raise TypeError(
@@ -41,13 +41,14 @@ def check_input(
         )
     if statistic.device != x.device:
         raise ValueError(
-            f"x is on {x.device} but the statistics are on {statistic.device}: move one of them with .to(device)"
+            f"x is on {x.device} but the statistics are on {statistic.device}: move one with .to(device)"
         )
     if pad_mask is None:
         return
     if pad_mask.dtype != torch.bool:
         raise TypeError(
-            f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool with True = padding: use pad_mask.bool()"
+            f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool "
+            "(True = padding): use pad_mask.bool()"
         )
     expected = list(x.shape)
     del expected[channel_dim]

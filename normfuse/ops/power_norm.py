@@ -1,12 +1,12 @@
 """Power Normalization (Shen et al., 2020, arXiv 2003.07845): batch normalisation by a running quadratic mean.
 
-After the warm-up the forward pass divides by the running quadratic mean of earlier steps, and the backward pass uses a
-running estimate of the mean of gradient times output: neither needs a statistic of the current batch before it writes
-its result. The optional group scaling in front is an RMS normalisation of each row over groups of channels; it is dynamic
-and cannot be folded away, ``group_num=0`` switches it off.
+After the warm-up the forward pass divides by the running quadratic mean of earlier steps, and the backward
+pass uses a running estimate of the mean of gradient times output: neither needs a statistic of the current
+batch before it writes its result. The optional group scaling in front is an RMS normalisation of each row
+over groups of channels; it is dynamic and cannot be folded away, ``group_num=0`` switches it off.
 
-Everything per channel follows from the column sums of x², dy and dy·x (x after the group scaling), so that counters and
-statistics stay on the device: no step waits for the host.
+Everything per channel follows from the column sums of x², dy and dy·x (x after the group scaling), so that
+counters and statistics stay on the device: no step waits for the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from ._layout import accumulation_dtype, check_input, from_rows, mean_square, per_channel, to_rows
+from ._registry import register_operation
 
 
 class PowerNormState(NamedTuple):
@@ -60,9 +61,9 @@ def power_norm_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch on a [R, C] matrix; updates ``running_phi`` and ``iters`` in place.
 
-    Returns ``y`` [R, C] in x's dtype; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps), mean over
-    all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the group scaling ([0]
-    when ``group_num`` is 0, which switches it off).
+    Returns ``y`` [R, C] in x's dtype; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps),
+    mean over all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the
+    group scaling ([0] when ``group_num`` is 0, which switches it off).
     """
     values = x.to(accumulation_dtype(x.dtype))
     row_scale = values.new_empty(0)
@@ -112,14 +113,31 @@ def power_norm_backward_reference(
     return grad.to(x.dtype), (dy * z).sum(0), dy.sum(0)
 
 
+_forward = register_operation(
+    "power_norm_forward", power_norm_forward_reference, mutates=("running_phi", "iters")
+)
+_backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
+
+
+@torch.library.register_fake("normfuse::power_norm_forward")
+def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
+    row_scale = running_phi.new_empty((x.shape[0], group_num) if group_num else (0,))
+    return torch.empty_like(x), running_phi.new_empty(3, x.shape[1]), row_scale
+
+
+@torch.library.register_fake("normfuse::power_norm_backward")
+def _(grad_y, x, weight, *others):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
 class _PowerNorm(torch.autograd.Function):
-    """Autograd of the two operations on [R, C] matrices. Keeps x, three [C] vectors and the row factors for backward."""
+    """Autograd of the two operations on [R, C] matrices. Keeps x, four [C] vectors and the row factors."""
 
     @staticmethod
     def forward(
         ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper
     ):
-        y, stats, row_scale = power_norm_forward_reference(
+        y, stats, row_scale = _forward(
             x, pad_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
         )
         ctx.save_for_backward(x, weight, stats, row_scale)
@@ -132,7 +150,7 @@ class _PowerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         x, weight, stats, row_scale = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = power_norm_backward_reference(
+        grad_x, grad_weight, grad_bias = _backward(
             grad_y.contiguous(),
             x,
             weight,
@@ -175,24 +193,24 @@ def power_norm(
 ) -> Tensor:
     """Power Normalization of ``x`` over all dimensions but ``channel_dim``.
 
-    In training the forward pass updates ``state.running_phi`` and ``iters`` in place, the backward pass ``ema_gz``; the
-    gradient of ``x`` is the paper's approximation. In evaluation it is the group scaling followed by
-    ``y = weight * x / sqrt(running_phi + eps) + bias``, in plain ATen operations.
+    In training the forward pass updates ``state.running_phi`` and ``iters`` in place, the backward pass
+    ``ema_gz``; the gradient of ``x`` is the paper's approximation. In evaluation it is the group scaling
+    followed by ``y = weight * x / sqrt(running_phi + eps) + bias``, in plain ATen operations.
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
         weight, bias: [C] in any floating dtype; None stands for 1 and 0.
         state: statistics in float32 (float64 when x is float64), see :class:`PowerNormState`.
         training: whether to use and update the statistics of this batch.
-        pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is normalised like
-            the rest but left out of the forward statistic. Ignored in evaluation.
+        pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is
+            normalised like the rest but left out of the forward statistic. Ignored in evaluation.
         group_num: number of channel groups of the group scaling, a divisor of C; None or 0 switches it off.
         alpha_fwd: share of the old value in each update of ``running_phi``.
         alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
         warmup_iters: steps that normalise by the statistic of the batch.
         eps: added to quadratic means, inside the square root.
-        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program does; "paper"
-            by the statistic that the forward pass used, as their paper says.
+        backward: "reference" divides the gradient by the statistic of the batch, as the authors' program
+            does; "paper" by the statistic that the forward pass used, as their paper says.
         channel_dim: dimension of the channels.
 
     Returns:
@@ -213,8 +231,8 @@ def power_norm(
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
     y = _PowerNorm.apply(
-        to_rows(x, channel_dim), rows_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw,
-        backward == "paper",
+        to_rows(x, channel_dim), rows_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd,
+        alpha_bkw, backward == "paper",
     )  # fmt: skip
     return from_rows(y, x, channel_dim)
 

@@ -1,12 +1,12 @@
-"""Unified Normalization (Yang et al., 2022, arXiv 2208.01313): a norm that is a per-channel affine map once trained.
+"""Unified Normalization (Yang et al., 2022, arXiv 2208.01313): an affine map once trained.
 
-With q the per-channel mean of x² over the valid rows of a step, the forward pass normalises by the geometric mean of q
-over the last steps (a window), the backward pass smooths the mean of gradient times output over a window likewise and
-compensates for the ratio ``r`` between the window's statistic and the running one. The window is skipped in a step whose
-window looks like it holds an outlier (``outlier_filtration``).
+With q the per-channel mean of x² over the valid rows of a step, the forward pass normalises by the geometric
+mean of q over the last steps (a window), the backward pass smooths the mean of gradient times output over a
+window likewise and compensates for the ratio ``r`` between the window's statistic and the running one. The
+window is skipped in a step whose window looks like it holds an outlier (``outlier_filtration``).
 
-Everything per channel follows from the column sums Σx², Σdy and Σdy·x, so that counters, windows and the skip decision
-stay on the device: no step waits for the host.
+Everything per channel follows from the column sums Σx², Σdy and Σdy·x, so that counters, windows and the skip
+decision stay on the device: no step waits for the host.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._layout import accumulation_dtype, check_input, from_rows, mean_square, per_channel, to_rows
+from ._registry import register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -25,7 +26,7 @@ RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
 class UnifiedNormState(NamedTuple):
     """Statistics of one Unified Norm, updated in place by training steps.
 
-    Vectors and windows are float32 (float64 for float64 input), counters int64, all on the device of the input.
+    Vectors and windows are float32 (float64 for float64 input), counters int64, all on the input's device.
 
     Attributes:
         running_var: [C], running quadratic mean of the input; starts at 1.
@@ -60,7 +61,8 @@ def unified_norm_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch on a [R, C] matrix; updates the last four tensors in place.
 
-    Returns ``y`` [R, C] in x's dtype, ``stats`` [2, C] = (1/sqrt(var + eps), r) and ``step`` int64 [2] = (t, skip).
+    Returns ``y`` [R, C] in x's dtype, ``stats`` [2, C] = (1/sqrt(var + eps), r), and ``step``
+    int64 [2] = (t, skip).
     """
     window, channels = buffer_x2.shape
     values = x.to(accumulation_dtype(x.dtype))
@@ -103,9 +105,10 @@ def unified_norm_backward_reference(
     warmup_iters: int,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The paper's backward formulas in plain PyTorch on [R, C] matrices; updates ``ema_gz`` and ``buffer_gz`` in place.
+    """The paper's backward formulas in plain PyTorch on [R, C] matrices.
 
-    Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C] and ``grad_bias`` [C].
+    Updates ``ema_gz`` and ``buffer_gz`` in place. Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C]
+    and ``grad_bias`` [C].
     """
     acc = accumulation_dtype(x.dtype)
     window = buffer_gz.shape[0]
@@ -125,12 +128,33 @@ def unified_norm_backward_reference(
     return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0)
 
 
+_forward = register_operation(
+    "unified_norm_forward",
+    unified_norm_forward_reference,
+    mutates=("running_var", "buffer_x2", "iters", "skip_counter"),
+)
+_backward = register_operation(
+    "unified_norm_backward", unified_norm_backward_reference, mutates=("ema_gz", "buffer_gz")
+)
+
+
+@torch.library.register_fake("normfuse::unified_norm_forward")
+def _(x, pad_mask, weight, bias, running_var, *others):
+    stats = running_var.new_empty(2, x.shape[1])
+    return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.register_fake("normfuse::unified_norm_backward")
+def _(grad_y, x, weight, *others):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
 class _UnifiedNorm(torch.autograd.Function):
-    """Autograd of the two operations on [R, C] matrices. Keeps x, two [C] vectors and two numbers for backward."""
+    """Autograd of the two operations on [R, C] matrices. Keeps x, three [C] vectors and two numbers."""
 
     @staticmethod
     def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum):
-        y, stats, step = unified_norm_forward_reference(
+        y, stats, step = _forward(
             x, pad_mask, weight, bias, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
             warmup_iters, outlier_filtration, eps, momentum,
         )  # fmt: skip
@@ -144,7 +168,7 @@ class _UnifiedNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         x, weight, stats, step = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = unified_norm_backward_reference(
+        grad_x, grad_weight, grad_bias = _backward(
             grad_y.contiguous(),
             x,
             weight,
@@ -174,18 +198,19 @@ def unified_norm(
 ) -> Tensor:
     """Unified Normalization of ``x`` over all dimensions but ``channel_dim``.
 
-    In training the forward pass updates ``state.running_var``, ``buffer_x2``, ``iters`` and ``skip_counter`` in place,
-    the backward pass ``ema_gz`` and ``buffer_gz``; the gradient of ``x`` is the paper's approximation. In evaluation it
-    is ``y = weight * x / sqrt(running_var + eps) + bias`` in plain ATen operations.
+    In training the forward pass updates ``state.running_var``, ``buffer_x2``, ``iters`` and ``skip_counter``
+    in place, the backward pass ``ema_gz`` and ``buffer_gz``; the gradient of ``x`` is the paper's
+    approximation. In evaluation it is ``y = weight * x / sqrt(running_var + eps) + bias`` in plain ATen
+    operations.
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
         weight, bias: [C] in any floating dtype; None stands for 1 and 0.
-        state: statistics in float32 (float64 when x is float64), see :class:`UnifiedNormState`. The window sizes are
-            those of its buffers.
+        state: statistics in float32 (float64 when x is float64), see :class:`UnifiedNormState`. The window
+            sizes are those of its buffers.
         training: whether to use and update the statistics of this batch.
-        pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is normalised like
-            the rest but left out of the forward statistic. Ignored in evaluation.
+        pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is
+            normalised like the rest but left out of the forward statistic. Ignored in evaluation.
         warmup_iters: steps that use the statistic of the batch alone.
         outlier_filtration: skip the window in steps whose window holds an outlier.
         eps: added to the quadratic mean, inside the square root.

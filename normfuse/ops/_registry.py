@@ -1,0 +1,50 @@
+"""Operations of the ``normfuse`` namespace: one dispatcher entry each, whoever computes it.
+
+The compiled library declares the operations and brings kernels for the devices it was built for. Wherever it
+has none (it was not built, or the tensors are on another device) the dispatcher falls back to the PyTorch
+reference registered here. Callers see one operation either way, and so do ``torch.compile`` and its
+partitioner, which must not look inside: recomputing a part of a forward pass in the backward pass would read
+statistics that have moved on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+_library = torch.library.Library("normfuse", "FRAGMENT")
+
+
+@cache
+def _warn_slow(device_type: str) -> None:
+    reason = f"has no kernels for {device_type}" if _native.available else f"is {_native.unavailable_reason}"
+    warnings.warn(
+        f"normfuse runs its PyTorch reference on {device_type}, which is slow: the compiled library {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def register_operation(
+    name: str, reference: Callable[..., tuple[Tensor, ...]], mutates: tuple[str, ...]
+) -> torch._ops.OpOverload:
+    """Make ``reference`` the fallback of operation ``name``, which is declared if the library has not.
+
+    ``mutates`` names the arguments updated in place. Returns the operation.
+    """
+    if not _native.available:
+        _library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
+
+    @wraps(reference)
+    def fallback(x: Tensor, *args: object) -> tuple[Tensor, ...]:
+        _warn_slow(x.device.type)
+        return reference(x, *args)
+
+    _library.impl(name, fallback, "CompositeExplicitAutograd")
+    return getattr(torch.ops.normfuse, name).default
