@@ -1,0 +1,113 @@
+"""From a name such as ``package.module:Class`` to something that builds a module."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from normfuse.checkpoint.archive import CheckpointError, one_line
+
+_FORM = "package.module:Class"
+
+
+def parse(text: str) -> tuple[str, list[str]]:
+    """Splits ``package.module:Outer.Class`` into its module and attribute path, or raises CheckpointError."""
+    module, colon, attribute = text.partition(":")
+    path = attribute.split(".")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *path]):
+        raise CheckpointError(f"factory {text!r} is not of the form {_FORM!r}")
+    return module, path
+
+
+def name_of(cls: type[nn.Module]) -> str:
+    """``package.module:Class`` for a class that can be imported again; CheckpointError for one that
+    cannot."""
+    if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
+        where = "the script that runs (__main__)" if cls.__module__ == "__main__" else "a function"
+        raise CheckpointError(
+            f"class {cls.__qualname__} is defined in {where} and cannot be imported again: move it to a "
+            "module and pass "
+            f"factory={_FORM!r}, or save without factory and kwargs and give --model when loading"
+        )
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def recorded(text: str, source: str) -> type[nn.Module]:
+    """The nn.Module subclass that a *file* names. Importing its module is all that happens.
+
+    The import search path is used as it stands: neither the file's folder nor the working directory is added,
+    so that a checkpoint cannot bring its own module along. Raises CheckpointError for anything else, with the
+    way out.
+    """
+    way_out = f"give the model yourself: --model {_FORM.replace('Class', 'factory')}"
+    module_name, path = parse(text)
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise CheckpointError(f"{source} names the factory {text!r}, which is no module class; {way_out}")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the imported module is free to fail in its own way
+        raise CheckpointError(
+            f"{source} names the factory {text!r}, which cannot be imported here ({one_line(error, 120)}); "
+            f"{way_out}"
+        ) from error
+    for part in path:
+        found = getattr(found, part, None)
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        what = "does not exist" if found is None else "is not an nn.Module subclass"
+        raise CheckpointError(f"{source} names the factory {text!r}, which {what}; {way_out}")
+    return found
+
+
+def given(text: str) -> Callable[..., nn.Module]:
+    """The callable that a *person* names with ``--model package.module:factory``; the working directory is
+    searched as well. Raises CheckpointError."""
+    module_name, path = parse(text)
+    with _working_directory_on_path():
+        try:
+            found: Any = importlib.import_module(module_name)
+        except Exception as error:  # the imported module is free to fail in its own way
+            raise CheckpointError(
+                f"--model {text}: cannot import {module_name} ({type(error).__name__}: "
+                f"{one_line(error, 200)})"
+            ) from error
+    for part in path:
+        if not hasattr(found, part):
+            raise CheckpointError(f"--model {text}: {getattr(found, '__name__', found)} has no {part!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise CheckpointError(
+            f"--model {text} is a {type(found).__name__}; give a class or function that builds the model"
+        )
+    return found
+
+
+def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: str) -> nn.Module:
+    """``factory(**kwargs)``, or CheckpointError saying what went wrong and with which arguments."""
+    shown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    try:
+        module = factory(**kwargs)
+    except Exception as error:  # a constructor is free to fail in its own way
+        raise CheckpointError(
+            f"building {label}({one_line(shown, 120) if shown else ''}) failed: {type(error).__name__}: "
+            f"{one_line(error, 200)}; arguments are given with --model-arg name=value"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise CheckpointError(f"{label} returned a {type(module).__name__}, not an nn.Module")
+    return module
+
+
+@contextmanager
+def _working_directory_on_path():
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,289 @@
+"""What a model takes: names, dtypes and dimensions of its inputs, and tensors that fit them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import Dim
+
+from normfuse.checkpoint.archive import CheckpointError
+
+DTYPES = {
+    name: getattr(torch, name)
+    for name in "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split()
+}
+_SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?:<(?P<high>\d+))?")
+_DIM = re.compile(r"(?P<size>\d+)|(?:(?P<low>\d+)<=)?(?P<name>[A-Za-z_]\w*)(?:<=(?P<high>\d+))?")
+_EXAMPLE = 'e.g. "tokens:int64[batch,seq]<1000" or "image:float32[batch,3,32,32]"'
+_FIRST_SIZES = (
+    3,
+    8,
+    5,
+    7,
+    6,
+)  # sizes of dynamic dimensions in made-up examples: above 1, and told apart at a glance
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dynamic dimension: its name, and the sizes it may take (``maximum`` None = no bound)."""
+
+    name: str
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = [self.minimum] if self.maximum is None else [self.minimum, self.maximum]
+        if not (
+            isinstance(self.name, str) and self.name.isidentifier() and all(type(b) is int for b in bounds)
+        ):
+            raise CheckpointError(
+                f"dimension {self.name!r} needs a word as its name and integers as its bounds"
+            )
+
+    def __str__(self) -> str:
+        low = f"{self.minimum}<=" if self.minimum > 1 else ""
+        return f"{low}{self.name}" + ("" if self.maximum is None else f"<={self.maximum}")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: ``dims`` holds an int for a fixed and a :class:`Dimension` for a dynamic axis. ``high``
+    bounds made-up integers (0 ≤ value < high); None means that values like those of the example input are
+    admissible."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | Dimension, ...]
+    high: int | None = None
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        bound = "" if self.high is None else f"<{self.high}"
+        return f"{self.name}:{dtype}[{','.join(map(str, self.dims))}]{bound}"
+
+    def shape(self, sizes: Mapping[str, int]) -> list[int]:
+        """The shape for given sizes of the dynamic dimensions."""
+        return [sizes[dim.name] if isinstance(dim, Dimension) else dim for dim in self.dims]
+
+
+def parse_input(text: str) -> InputSpec:
+    """Reads ``name:dtype[dims]`` with an optional bound for integers.
+
+    A number is a fixed dimension, a word a dynamic one; ``seq<=512`` or ``2<=seq<=512`` bounds it. ``<N``
+    after the bracket says that integers run from 0 to N-1 (default: 0 and 1). Example:
+    ``"tokens:int64[batch,seq<=512]<30000"``. Raises CheckpointError saying what was given and what is
+    allowed.
+    """
+    compact = re.sub(r"\s*([^\w\s]+)\s*", r"\1", text.strip())
+    match = _SPEC.fullmatch(compact)
+    if match is None:
+        raise CheckpointError(f"input {text!r} is not of the form name:dtype[dims], {_EXAMPLE}")
+    dtype = DTYPES.get(match["dtype"])
+    if dtype is None:
+        raise CheckpointError(f"input {text!r}: dtype {match['dtype']!r} is not one of {', '.join(DTYPES)}")
+    dims = tuple(_parse_dim(dim, text) for dim in match["dims"].split(",")) if match["dims"] else ()
+    integer = not dtype.is_floating_point and dtype != torch.bool
+    if match["high"] is not None and (not integer or int(match["high"]) < 1):
+        raise CheckpointError(
+            f"input {text!r}: a bound <{match['high']} needs an integer dtype and must be at least 1"
+        )
+    high = int(match["high"] or 2) if integer else None
+    return InputSpec(match["name"], dtype, dims, high)
+
+
+def _parse_dim(dim: str, text: str) -> int | Dimension:
+    match = _DIM.fullmatch(dim)
+    if match is None:
+        raise CheckpointError(f"input {text!r}: dimension {dim!r} is neither a number nor a word, {_EXAMPLE}")
+    if match["size"] is not None:
+        return int(match["size"])
+    return Dimension(
+        match["name"], int(match["low"] or 1), None if match["high"] is None else int(match["high"])
+    )
+
+
+def specs_of(
+    names: Sequence[str],
+    examples: Sequence[torch.Tensor],
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None,
+) -> tuple[InputSpec, ...]:
+    """The specs of example inputs. ``dynamic_shapes`` is what torch.export takes: by input name or in order,
+    an ``{axis: Dim}`` or one entry per axis; a plain string serves as well as ``torch.export.Dim``."""
+    if dynamic_shapes is None:
+        dynamic_shapes = {}
+    if not isinstance(dynamic_shapes, Mapping):
+        if len(dynamic_shapes) != len(names):
+            raise CheckpointError(
+                f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} example inputs"
+            )
+        dynamic_shapes = dict(zip(names, dynamic_shapes, strict=True))
+    unknown = [name for name in dynamic_shapes if name not in names]
+    if unknown:
+        raise CheckpointError(
+            f"dynamic_shapes names {unknown[0]!r}, but the example inputs are {', '.join(names)}"
+        )
+    specs = []
+    for name, example in zip(names, examples, strict=True):
+        if example.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"example input {name!r} is {example.dtype}; allowed are {', '.join(DTYPES)}"
+            )
+        axes = dynamic_shapes.get(name) or {}
+        if not isinstance(axes, Mapping):
+            axes = dict(enumerate(axes))
+        dims: list[int | Dimension] = list(example.shape)
+        for axis, dim in axes.items():
+            if dim is None or isinstance(dim, int):
+                continue
+            if not -example.dim() <= axis < example.dim():
+                raise CheckpointError(
+                    f"dynamic_shapes[{name!r}] names axis {axis} of a tensor with {example.dim()} axes"
+                )
+            dims[axis] = _dimension(dim, name, axis)
+        specs.append(InputSpec(name, example.dtype, tuple(dims)))
+    consistent_sizes(specs, examples)
+    return tuple(specs)
+
+
+def _dimension(dim: Any, name: str, axis: int) -> Dimension:
+    if isinstance(dim, str):
+        return Dimension(dim)
+    if not isinstance(dim, Dim):
+        raise CheckpointError(
+            f"dynamic_shapes[{name!r}][{axis}] is {dim!r}; give the dimension a name, e.g. "
+            "torch.export.Dim('batch'): "
+            "names become the axes of the ONNX file"
+        )
+    low = dim.min if isinstance(dim.min, int) else 1
+    high = dim.max if isinstance(dim.max, int) and dim.max < 2**31 else None
+    return Dimension(dim.__name__, max(low, 1), high)
+
+
+def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor]) -> dict[str, int]:
+    """The size of every dynamic dimension in the examples; CheckpointError if an example does not fit its
+    spec."""
+    sizes: dict[str, int] = {}
+    for spec, example in zip(specs, examples, strict=True):
+        if example.dtype != spec.dtype or example.dim() != len(spec.dims):
+            raise CheckpointError(
+                f"example input {spec.name!r} is {example.dtype} {list(example.shape)}, not {spec}"
+            )
+        for dim, size in zip(spec.dims, example.shape, strict=True):
+            expected = sizes.setdefault(dim.name, size) if isinstance(dim, Dimension) else dim
+            if size != expected:
+                raise CheckpointError(
+                    f"example input {spec.name!r} has shape {list(example.shape)}, but {dim} is {expected} "
+                    "elsewhere"
+                )
+    return sizes
+
+
+def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
+    """The dynamic dimensions by name, each with the narrowest bounds given for it."""
+    found: dict[str, Dimension] = {}
+    for spec in specs:
+        for dim in spec.dims:
+            if isinstance(dim, Dimension):
+                other = found.get(dim.name, dim)
+                highs = [high for high in (dim.maximum, other.maximum) if high is not None]
+                found[dim.name] = Dimension(
+                    dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None
+                )
+    for dim in found.values():
+        if dim.maximum is not None and dim.maximum < dim.minimum:
+            raise CheckpointError(
+                f"dimension {dim.name!r} can have no size: it is at least {dim.minimum} and at most "
+                f"{dim.maximum}"
+            )
+    return found
+
+
+def to_dynamic_shapes(specs: Sequence[InputSpec]) -> dict[str, dict[int, Dim]] | None:
+    """The ``dynamic_shapes`` of torch.export, by input name; None if every dimension is fixed."""
+    dims = {name: Dim(name, min=dim.minimum, max=dim.maximum) for name, dim in dimensions(specs).items()}
+    if not dims:
+        return None
+    return {
+        spec.name: {axis: dims[dim.name] for axis, dim in enumerate(spec.dims) if isinstance(dim, Dimension)}
+        for spec in specs
+    }
+
+
+def first_sizes(specs: Sequence[InputSpec]) -> dict[str, int]:
+    """Sizes of the dynamic dimensions for inputs that have no example."""
+    return {
+        name: clamp(_FIRST_SIZES[index % len(_FIRST_SIZES)], dim)
+        for index, (name, dim) in enumerate(dimensions(specs).items())
+    }
+
+
+def clamp(size: int, dim: Dimension) -> int:
+    """The nearest size that the dimension allows."""
+    size = max(size, dim.minimum)
+    return size if dim.maximum is None else min(size, dim.maximum)
+
+
+def make_up(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    """An input that has no example to follow: normal floats, integers below ``high``, booleans of both
+    kinds."""
+    shape = spec.shape(sizes)
+    if spec.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(spec.dtype)
+    if spec.dtype == torch.bool:
+        # Both values in every row: a mask that hides everything has no meaning for attention.
+        drawn = torch.randint(2, shape, generator=generator).bool()
+        if drawn.dim() and drawn.shape[-1] > 1:
+            drawn[..., 0], drawn[..., -1] = False, True
+        return drawn
+    return torch.randint(spec.high or 2, shape, generator=generator).to(spec.dtype)
+
+
+def resize(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The example, cut or repeated along each axis to ``shape``: every value stays an admissible one."""
+    for axis, size in enumerate(shape):
+        if size != example.shape[axis]:
+            example = example.index_select(axis, torch.arange(size) % example.shape[axis])
+    return example.contiguous()
+
+
+def redraw(
+    spec: InputSpec, example: torch.Tensor, sizes: Mapping[str, int], generator: torch.Generator
+) -> torch.Tensor:
+    """Another input of the example's kind, in another shape.
+
+    Floats are normal with the example's mean and spread, integers are drawn from the example's values (or
+    below ``high``). An example with at most two distinct values is a mask: its rows are redrawn whole and cut
+    or repeated, because masks with values drawn one by one may hide everything.
+    """
+    shape = spec.shape(sizes)
+    if example.numel() == 0:
+        return example.new_zeros(shape)
+    values = example.unique()
+    if spec.high is not None and spec.high > 2:
+        return torch.randint(spec.high, shape, generator=generator).to(spec.dtype)
+    if len(values) <= 2 or not example.isfinite().all():
+        rows = torch.randint(example.shape[0], (shape[0],), generator=generator) if example.dim() else None
+        start = resize(example if rows is None else example[rows], shape)
+        return _not_constant(start, example, rows, shape)
+    if spec.dtype.is_floating_point:
+        spread = example.double()
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (noise * spread.std() + spread.mean()).to(spec.dtype)
+    return values[torch.randint(len(values), shape, generator=generator)]
+
+
+def _not_constant(
+    drawn: torch.Tensor, example: torch.Tensor, rows: torch.Tensor | None, shape: Sequence[int]
+) -> torch.Tensor:
+    """Where cutting a mask's row left one value only (a left-padded sequence, say), cuts from the other
+    end."""
+    if drawn.dim() < 2 or drawn.shape[-1] == 0 or drawn.shape[-1] >= example.shape[-1]:
+        return drawn
+    constant = (drawn == drawn[..., :1]).all(-1, keepdim=True)
+    other_end = resize(example[rows].flip(-1), shape).flip(-1)
+    return torch.where(constant, other_end, drawn)

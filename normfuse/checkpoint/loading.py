@@ -1,0 +1,326 @@
+"""Reading a checkpoint: check the file, build the module, load it strictly, look at its statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfuse.checkpoint import archive, factory
+from normfuse.checkpoint import inputs as specs_module
+from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
+from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
+from normfuse.checkpoint.saving import argument_names
+
+_SECOND_MOMENTS = ("running_var", "running_phi")
+_NAME_INPUTS = 'name them: --input "tokens:int64[batch,seq]" (inputs=[…])'
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to be exported.
+
+    Attributes:
+        module: the module in evaluation mode, on the CPU.
+        inputs: one :class:`InputSpec` per input, in the order of ``example_inputs``.
+        example_inputs: tensors that the module takes; saved with it, or made up from the specs.
+        source: where it came from, for messages.
+        program: the exported program itself if the file held one (``.pt2``), else None.
+    """
+
+    module: nn.Module
+    inputs: tuple[InputSpec, ...]
+    example_inputs: tuple[torch.Tensor, ...]
+    source: str
+    program: torch.export.ExportedProgram | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def dynamic_shapes(self) -> dict[str, dict[int, torch.export.Dim]] | None:
+        """What torch.export takes under this name."""
+        return specs_module.to_dynamic_shapes(self.inputs)
+
+    def arguments(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        """Positional and keyword arguments that hand ``tensors`` (in the order of ``inputs``) to the
+        module."""
+        if self.program is not None or argument_names(self.module)[: len(self.inputs)] == list(
+            self.input_names
+        ):
+            return tuple(tensors), {}
+        return (), dict(zip(self.input_names, tensors, strict=True))
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: str | Callable[..., nn.Module] | nn.Module | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    inputs: Sequence[str | InputSpec] | None = None,
+    trust: bool = False,
+) -> Checkpoint:
+    """Loads a checkpoint of :func:`normfuse.save`, a bare ``state_dict`` or a ``.safetensors`` file, without
+    running anything that the file holds.
+
+    Args:
+        path: the file.
+        model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
+            callable, or a module to load into. None: the class that the file names, if it is an nn.Module
+            subclass that can be imported as things stand.
+        model_args: keyword arguments for it; they go over those that the file records.
+        inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
+            :func:`normfuse.checkpoint.parse_input`). None: what the file records.
+        trust: also read pickled modules and ``.pt2`` archives. Reading those can run any code: only for files
+            whose maker you know.
+
+    Raises:
+        CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module,
+            or holds numbers that no training leaves behind (not finite, a negative variance). Nothing is
+            changed on disk.
+    """
+    path = Path(path)
+    kind = archive.file_kind(path)
+    content = archive.read(path, kind, trust)
+    specs = (
+        None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]
+    )
+    if isinstance(content, torch.export.ExportedProgram):
+        return _from_program(content, path, specs)
+    metadata: dict[str, Any] = {}
+    examples: dict[str, torch.Tensor] = {}
+    if isinstance(content, nn.Module):
+        module = content
+    else:
+        if isinstance(content, Mapping) and "format" in content:
+            metadata, state, examples = _checked(content, path)
+        else:
+            state = _bare_state(content, path)
+        module = _build(path, metadata, model, model_args)
+        _fill(module, state, metadata, path)
+    module = module.eval()
+    check_numbers(module, str(path))
+    if specs is not None:
+        examples = examples if _fit(examples, specs) else _made_up(specs)
+    elif metadata:
+        specs = _recorded_specs(metadata, path)
+    else:
+        raise CheckpointError(f"{path} does not say which inputs the model takes; {_NAME_INPUTS}")
+    allowed = argument_names(module)
+    for spec in specs:
+        if spec.name not in allowed:
+            raise CheckpointError(
+                f"input {spec.name!r}: {type(module).__name__}.forward takes {', '.join(allowed)}"
+            )
+    tensors = tuple(examples[spec.name] for spec in specs)
+    specs_module.consistent_sizes(specs, tensors)
+    return Checkpoint(module, tuple(specs), tensors, str(path), kwargs=metadata.get("kwargs") or {})
+
+
+def _checked(
+    content: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parts of a normfuse checkpoint, after its digest and its form were checked."""
+    if content["format"] != archive.FORMAT:
+        raise CheckpointError(
+            f"{path} says its format is {one_line(repr(content['format']), 40)}, not {archive.FORMAT!r}"
+        )
+    if content.get("version") != archive.VERSION:
+        raise CheckpointError(
+            f"{path} has format version {one_line(repr(content.get('version')), 20)}; this normfuse reads "
+            "version "
+            f"{archive.VERSION}: upgrade it"
+        )
+    groups = {name: content.get(name) for name in ("state_dict", "examples")}
+    metadata = content.get("metadata")
+    whole = isinstance(metadata, str) and all(_only_tensors(group) for group in groups.values())
+    if not whole:
+        raise CheckpointError(f"{path} is no complete normfuse checkpoint; save it again")
+    if archive.digest(metadata, groups) != content.get("sha256"):
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its checksum; copy or save it again"
+        )
+    return _parsed(metadata, path), groups["state_dict"], groups["examples"]
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    forms = {"factory": (str, type(None)), "kwargs": dict, "inputs": list, "extra_dtypes": dict}
+    try:
+        metadata = json.loads(text)
+        if all(isinstance(metadata[key], form) for key, form in forms.items()):
+            return metadata
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata cannot be read ({one_line(error, 80)})") from error
+    raise CheckpointError(f"{path}: its metadata is not of the form that normfuse.save writes")
+
+
+def _only_tensors(group: Any) -> bool:
+    """Whether a group maps names to dense tensors whose every number is in the file (no strides of zero that
+    make a few bytes look like a huge tensor)."""
+    return isinstance(group, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        for name, tensor in group.items()
+    )
+
+
+def _bare_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
+    if _only_tensors(content) and content:
+        return content
+    if isinstance(content, Mapping):
+        keys = some_of([str(key) for key in content], 6)
+        raise CheckpointError(
+            f"{path} is no state_dict: it holds {keys or 'nothing'}; save the module's state_dict by itself, "
+            "or use "
+            "normfuse.save"
+        )
+    raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict")
+
+
+def _build(
+    path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    label = metadata.get("factory")
+    if model is None and label is None:
+        raise CheckpointError(
+            f"{path} does not say how to build its model: give --model package.module:factory (model=…)"
+        )
+    if model is None:
+        build = factory.recorded(label, str(path))
+    elif isinstance(model, str):
+        build, label = factory.given(model), model
+    else:
+        build, label = model, getattr(model, "__qualname__", str(model))
+    return factory.build(build, {**(metadata.get("kwargs") or {}), **(model_args or {})}, label)
+
+
+def _fill(
+    module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], path: Path
+) -> None:
+    """Strict loading in the dtypes of the file, so that the module computes as the trained one did."""
+    extra = metadata.get("extra_dtypes") or {}
+    for name, own in [*module.named_parameters(), *module.named_buffers()]:
+        dtype = state[name].dtype if name in state else DTYPES.get(extra.get(name), own.dtype)
+        if own.is_floating_point() and dtype.is_floating_point and own.dtype != dtype:
+            own.data = own.data.to(dtype)
+    name = type(module).__name__
+    try:
+        missing, unexpected = module.load_state_dict(dict(state), strict=False)
+    except Exception as error:  # RuntimeError for shapes; a module's own hooks may raise anything
+        detail = one_line(error).partition(f"for {name}: ")[2] or one_line(error)
+        raise CheckpointError(f"{path} does not fit {name}: {detail}") from error
+    problems = [
+        f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({some_of(names)})"
+        for what, names in (("missing from the file", missing), ("unknown to the module", unexpected))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit {name}: {' and '.join(problems)}")
+
+
+def check_numbers(module: nn.Module, source: str) -> None:
+    """Refuses, naming the tensor, parameters and norm statistics that are not finite, NaN in any other buffer
+    (masks may hold infinities), and a negative ``running_var`` or ``running_phi``."""
+
+    def refuse(name: str, what: str) -> None:
+        raise CheckpointError(
+            f"{source}: {name} {what}; the training it comes from has diverged or the file is wrong"
+        )
+
+    for prefix, part in module.named_modules():
+        statistics = any(isinstance(getattr(part, name, None), torch.Tensor) for name in _SECOND_MOMENTS)
+        for own, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            name = f"{prefix}.{own}" if prefix else own
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            if tensor.isnan().any():
+                refuse(name, f"holds NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+            if (statistics or isinstance(tensor, nn.Parameter)) and not tensor.isfinite().all():
+                refuse(name, f"holds infinity ({int(tensor.isinf().sum())} of {tensor.numel()} values)")
+            if own in _SECOND_MOMENTS and (tensor < 0).any():
+                refuse(
+                    name,
+                    f"is negative (as low as {tensor.min().item():.3g}), which no mean of squares can be",
+                )
+
+
+def _recorded_specs(metadata: Mapping[str, Any], path: Path) -> list[InputSpec]:
+    try:
+        return [
+            InputSpec(
+                entry["name"],
+                DTYPES[entry["dtype"]],
+                tuple(Dimension(**dim) if isinstance(dim, Mapping) else int(dim) for dim in entry["dims"]),
+            )
+            for entry in metadata["inputs"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its record of the inputs cannot be read ({one_line(error, 80)})"
+        ) from error
+
+
+def _made_up(specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = specs_module.first_sizes(specs)
+    return {spec.name: specs_module.make_up(spec, sizes, generator) for spec in specs}
+
+
+def _fit(examples: Mapping[str, torch.Tensor], specs: Sequence[InputSpec]) -> bool:
+    """Whether the saved examples also serve the specs that were given instead of the recorded ones."""
+    try:
+        specs_module.consistent_sizes(specs, [examples[spec.name] for spec in specs])
+    except (KeyError, CheckpointError):
+        return False
+    return True
+
+
+def _from_program(
+    program: torch.export.ExportedProgram, path: Path, specs: list[InputSpec] | None
+) -> Checkpoint:
+    """A trusted ``.pt2``: its inputs and their symbolic dimensions are in the program."""
+    names = program.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    if specs is None:
+        specs = []
+        for name in names:
+            value = values.get(name)
+            if not isinstance(value, torch.Tensor):
+                raise CheckpointError(f"{path}: input {name!r} of the program is not a tensor")
+            dims = tuple(_program_dim(program, size) for size in value.shape)
+            specs.append(InputSpec(str(name), value.dtype, dims))
+    saved = program.example_inputs
+    examples = None if saved is None else [*saved[0], *saved[1].values()]
+    if examples is None or len(examples) != len(specs):
+        made_up = _made_up(specs)
+        examples = [made_up[spec.name] for spec in specs]
+    specs_module.consistent_sizes(specs, examples)
+    module = program.module()
+    check_numbers(module, str(path))
+    return Checkpoint(module, tuple(specs), tuple(examples), str(path), program)
+
+
+def _program_dim(program: torch.export.ExportedProgram, size: Any) -> int | Dimension:
+    if isinstance(size, int):
+        return size
+    bounds = program.range_constraints.get(size.node.expr)
+    low = int(bounds.lower) if bounds is not None else 1
+    high = None
+    if bounds is not None and bounds.upper.is_Integer and bounds.upper < 2**31:
+        high = int(bounds.upper)
+    return Dimension(str(size), max(low, 1), high)
