@@ -125,7 +125,7 @@ setup(
     ext_modules=[
         CppExtension(
             "normfuse._C",
-            ["csrc/bindings.cpp", "csrc/cpu/unified.cpp", "csrc/cpu/power.cpp"],
+            ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))],
             depends=[
                 str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
             ],

@@ -35,6 +35,10 @@ const char* name_of(ScalarType type) {
   }
 }
 
+size_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // What the checks of one call need to know about x.
 struct Input {
   Matrix shape;
@@ -101,7 +105,11 @@ struct Input {
     return group_num;
   }
 
-  Tensor like_x() const { return torch::stable::empty_like(x); }
+  Tensor like_x() const {
+    Tensor result = torch::stable::empty_like(x);
+    if (x.is_cpu()) prefer_huge_pages(result.mutable_data_ptr(), x.numel() * element_size(x.scalar_type()));
+    return result;
+  }
   Tensor vectors(int64_t count) const { return torch::stable::new_empty(x, {count, shape.channels}, acc); }
   Tensor vector() const { return torch::stable::new_empty(x, {shape.channels}, acc); }
 };

@@ -108,6 +108,9 @@ void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
 void power_forward_cpu(const PowerForward& args, Parallel parallel);
 void power_backward_cpu(const PowerBackward& args, Parallel parallel);
 
+// Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
+void prefer_huge_pages(void* data, size_t bytes);
+
 // On the device: asynchronous on the stream, no value comes to the host, so a CUDA graph can capture the
 // launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a
 // cudaError_t.

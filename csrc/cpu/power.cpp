@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "output.h"
 #include "rows.h"
 
 namespace normfuse {
@@ -33,36 +34,50 @@ NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T
 }
 
 template <class T>
-NORMFUSE_CLONES void sum_squares(const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
-                                 AccOf<T>* sums) {
-  for (int64_t i = 0; i < rows * groups.count; ++i)
-    add_squares(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1),
-                sums + i % groups.count * groups.width, groups.width);
+NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows, Groups groups,
+                                 const AccOf<T>* row_scale, AccOf<T>* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (pad_mask && pad_mask[r]) continue;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t i = r * groups.count + g;
+      add_squares(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), sums + g * groups.width,
+                  groups.width);
+    }
+  }
 }
 
 template <class T>
 NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
-                                  const AccOf<T>* scale, const AccOf<T>* shift, T* y) {
-  for (int64_t i = 0; i < rows * groups.count; ++i) {
-    const int64_t c = i % groups.count * groups.width;
-    write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
-                 y + i * groups.width, groups.width);
+                                  const AccOf<T>* scale, const AccOf<T>* shift, RowOutput<T> y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t i = r * groups.count + g, c = g * groups.width;
+      write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
+                   y.row(r) + c, groups.width);
+    }
+    y.finish(r);
   }
 }
 
 template <class T>
 NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups groups,
                                    const AccOf<T>* row_scale, const AccOf<T>* slope, const AccOf<T>* pull,
-                                   AccOf<T>* sums_dy, AccOf<T>* sums_dyx, T* dx) {
+                                   AccOf<T>* sums_dy, AccOf<T>* sums_dyx, RowOutput<T> dx) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
-  for (int64_t i = 0; i < rows * groups.count; ++i) {
-    const int64_t at = i * groups.width, c = i % groups.count * groups.width;
-    const AccOf<T> s = groups.scaled ? row_scale[i] : AccOf<T>(1);
-    add_gradients(dy + at, x + at, s, sums_dy + c, sums_dyx + c, groups.width);
-    const AccOf<T> dot = groups.scaled
-                             ? row_dot(dy + at, x + at, s, slope + c, pull + c, groups.width) * inv_width
-                             : AccOf<T>(0);
-    write_gradient(dy + at, x + at, s, dot, slope + c, pull + c, dx + at, groups.width);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t i = r * groups.count + g, at = i * groups.width, c = g * groups.width;
+      AccOf<T> s = 1, dot = 0;
+      if (groups.scaled) {
+        s = row_scale[i];
+        dot = inv_width * add_gradients_dot(dy + at, x + at, s, slope + c, pull + c, sums_dy + c,
+                                            sums_dyx + c, groups.width);
+      } else {
+        add_gradients(dy + at, x + at, sums_dy + c, sums_dyx + c, groups.width);
+      }
+      write_gradient(dy + at, x + at, s, dot, slope + c, pull + c, dx.row(r) + c, groups.width);
+    }
+    dx.finish(r);
   }
 }
 
@@ -72,6 +87,7 @@ void forward(const PowerForward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const Groups groups(n, a.group_num);
+  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   Acc *row_scale = static_cast<Acc*>(a.row_scale), *phi = static_cast<Acc*>(a.running_phi);
@@ -84,14 +100,13 @@ void forward(const PowerForward& a, Parallel parallel) {
   ColumnSums<Acc> all(blocks, n), valid(blocks, a.pad_mask ? n : 0);
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      Acc *sums = all.start(b), *valid_sums = valid.start(b);
-      for (int64_t r = blocks.first(b); r < blocks.first(b) + blocks.length(b); ++r) {
-        Acc* s = row_scale + r * a.group_num;
-        if (groups.scaled) scale_rows(x + r * n, 1, groups, Acc(a.eps), s);
-        sum_squares(x + r * n, 1, groups, s, sums);
-        if (a.pad_mask && !a.pad_mask[r]) sum_squares(x + r * n, 1, groups, s, valid_sums);
-        if (warm) apply_affine(x + r * n, 1, groups, s, scale.data(), bias, y + r * n);
-      }
+      const int64_t r = blocks.first(b), rows = blocks.length(b);
+      const T* from = x + r * n;
+      Acc* s = row_scale + r * a.group_num;
+      if (groups.scaled) scale_rows(from, rows, groups, Acc(a.eps), s);
+      sum_squares(from, nullptr, rows, groups, s, all.start(b));
+      if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, groups, s, valid.start(b));
+      if (warm) apply_affine<T>(from, rows, groups, s, scale.data(), bias, {y + r * n, n, stream});
     }
   });
 
@@ -111,8 +126,8 @@ void forward(const PowerForward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = end - 1; b >= begin; --b) {
       const int64_t r = blocks.first(b);
-      apply_affine(x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, scale.data(), bias,
-                   y + r * n);
+      apply_affine<T>(x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, scale.data(), bias,
+                      {y + r * n, n, stream});
     }
   });
 }
@@ -123,6 +138,7 @@ void backward(const PowerBackward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const Groups groups(n, a.group_num);
+  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
   const Acc *weight = static_cast<const Acc*>(a.weight), *inv_used = static_cast<const Acc*>(a.stats);
   const Acc *inv_batch = inv_used + n, *mean_x2 = inv_batch + n,
@@ -140,9 +156,9 @@ void backward(const PowerBackward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t r = blocks.first(b);
-      backward_rows(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num,
-                    slope.data(), pull.data(), sums_dy.start(b), sums_dyx.start(b),
-                    static_cast<T*>(a.grad_x) + r * n);
+      backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num,
+                       slope.data(), pull.data(), sums_dy.start(b), sums_dyx.start(b),
+                       {static_cast<T*>(a.grad_x) + r * n, n, stream});
     }
   });
 

@@ -42,19 +42,6 @@ NORMFUSE_ROW_LOOP Acc row_sum_squares(const T* __restrict x, int64_t n) {
   return sum;
 }
 
-// sum of (slope dy - pull x s) x s over the row
-template <class T, class Acc>
-NORMFUSE_ROW_LOOP Acc row_dot(const T* __restrict dy, const T* __restrict x, Acc s,
-                              const Acc* __restrict slope, const Acc* __restrict pull, int64_t n) {
-  Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc xs = widen(x[c]) * s;
-    sum += (slope[c] * widen(dy[c]) - pull[c] * xs) * xs;
-  }
-  return sum;
-}
-
 // sums += (x s)^2
 template <class T, class Acc>
 NORMFUSE_ROW_LOOP void add_squares(const T* __restrict x, Acc s, Acc* __restrict sums, int64_t n) {
@@ -65,16 +52,31 @@ NORMFUSE_ROW_LOOP void add_squares(const T* __restrict x, Acc s, Acc* __restrict
   }
 }
 
-// sums_dy += dy, sums_dyx += dy x s
+// sums_dy += dy, sums_dyx += dy x
 template <class T, class Acc>
-NORMFUSE_ROW_LOOP void add_gradients(const T* __restrict dy, const T* __restrict x, Acc s,
-                                     Acc* __restrict sums_dy, Acc* __restrict sums_dyx, int64_t n) {
+NORMFUSE_ROW_LOOP void add_gradients(const T* __restrict dy, const T* __restrict x, Acc* __restrict sums_dy,
+                                     Acc* __restrict sums_dyx, int64_t n) {
 #pragma GCC ivdep
   for (int64_t c = 0; c < n; ++c) {
-    const Acc d = widen(dy[c]);
-    sums_dy[c] += d;
-    sums_dyx[c] += d * (widen(x[c]) * s);
+    sums_dy[c] += widen(dy[c]);
+    sums_dyx[c] += widen(dy[c]) * widen(x[c]);
   }
+}
+
+// sums_dy += dy, sums_dyx += dy x s; returns the sum of (slope dy - pull x s) x s over the row
+template <class T, class Acc>
+NORMFUSE_ROW_LOOP Acc add_gradients_dot(const T* __restrict dy, const T* __restrict x, Acc s,
+                                        const Acc* __restrict slope, const Acc* __restrict pull,
+                                        Acc* __restrict sums_dy, Acc* __restrict sums_dyx, int64_t n) {
+  Acc dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t c = 0; c < n; ++c) {
+    const Acc d = widen(dy[c]), xs = widen(x[c]) * s;
+    sums_dy[c] += d;
+    sums_dyx[c] += d * xs;
+    dot += (slope[c] * d - pull[c] * xs) * xs;
+  }
+  return dot;
 }
 
 // y = x s scale + shift

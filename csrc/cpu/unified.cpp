@@ -1,12 +1,13 @@
 // Unified Norm on the host.
 //   forward:  q = mean over valid rows of x^2          reads x
-//             y = x scale + shift                      reads x again, last rows first while they are cached;
+//             y = x scale + shift                      reads x again, last block first while it is cached;
 //             writes y
 //   backward: sums of dy and dy x                      reads dy, x
-//             dx = slope dy - pull x                   reads dy, x again, last rows first; writes dx
+//             dx = slope dy - pull x                   reads dy, x again, last block first; writes dx
 #include <vector>
 
 #include "blocks.h"
+#include "output.h"
 #include "rows.h"
 
 namespace normfuse {
@@ -20,22 +21,27 @@ NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows,
 }
 
 template <class T>
-NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, T* y,
-                                  int64_t rows, int64_t n) {
-  for (int64_t r = rows - 1; r >= 0; --r) write_affine(x + r * n, AccOf<T>(1), scale, shift, y + r * n, n);
+NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, int64_t rows,
+                                  int64_t n, RowOutput<T> y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    write_affine(x + r * n, AccOf<T>(1), scale, shift, y.row(r), n);
+    y.finish(r);
+  }
 }
 
 template <class T>
 NORMFUSE_CLONES void sum_gradients(const T* dy, const T* x, int64_t rows, int64_t n, AccOf<T>* sums_dy,
                                    AccOf<T>* sums_dyx) {
-  for (int64_t r = 0; r < rows; ++r) add_gradients(dy + r * n, x + r * n, AccOf<T>(1), sums_dy, sums_dyx, n);
+  for (int64_t r = 0; r < rows; ++r) add_gradients(dy + r * n, x + r * n, sums_dy, sums_dyx, n);
 }
 
 template <class T>
 NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull,
-                                    T* dx, int64_t rows, int64_t n) {
-  for (int64_t r = rows - 1; r >= 0; --r)
-    write_gradient(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx + r * n, n);
+                                    int64_t rows, int64_t n, RowOutput<T> dx) {
+  for (int64_t r = 0; r < rows; ++r) {
+    write_gradient(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx.row(r), n);
+    dx.finish(r);
+  }
 }
 
 // Unbiased variance of sqrt over all entries of the window.
@@ -74,6 +80,7 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
+  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
   const T* x = static_cast<const T*>(a.x);
 
   ColumnSums<Acc> squares(blocks, n);
@@ -105,8 +112,8 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = end - 1; b >= begin; --b) {
       const int64_t first = blocks.first(b) * n;
-      apply_affine(x + first, scale.data(), static_cast<const Acc*>(a.bias), static_cast<T*>(a.y) + first,
-                   blocks.length(b), n);
+      apply_affine<T>(x + first, scale.data(), static_cast<const Acc*>(a.bias), blocks.length(b), n,
+                      {static_cast<T*>(a.y) + first, n, stream});
     }
   });
 }
@@ -116,6 +123,7 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
+  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
 
   ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
@@ -145,8 +153,8 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = end - 1; b >= begin; --b) {
       const int64_t first = blocks.first(b) * n;
-      apply_gradient(dy + first, x + first, slope.data(), pull.data(), static_cast<T*>(a.grad_x) + first,
-                     blocks.length(b), n);
+      apply_gradient<T>(dy + first, x + first, slope.data(), pull.data(), blocks.length(b), n,
+                        {static_cast<T*>(a.grad_x) + first, n, stream});
     }
   });
 }
