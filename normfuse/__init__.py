@@ -1,3 +1,28 @@
-"""Train with fast norms, deploy with none."""
+"""Train with fast norms, deploy with none.
+
+Modules whose norms keep per-channel statistics (:mod:`normfuse.nn`), folding that makes such norms vanish from an
+exported program (:func:`fold`, :func:`fuse`), checkpoints that are data only (:func:`save`, :func:`load`) and export
+to ONNX (:mod:`normfuse.onnx`, the command ``normfuse``).
+"""
+
+from . import nn, ops
+from ._native import build_info
+from .checkpoint import Checkpoint, CheckpointError, load, save
+from .fold import FoldError, FoldReport, NormRecord, fold, fuse
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "FoldError",
+    "FoldReport",
+    "NormRecord",
+    "build_info",
+    "fold",
+    "fuse",
+    "load",
+    "nn",
+    "ops",
+    "save",
+]

@@ -1,0 +1,456 @@
+"""Folding in three steps: relate the scales, settle the shifts, rewrite the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
+from .program import Program
+from .report import FoldError, FoldReport, NormRecord
+from .rules import Rule, Use, find_rule
+from .rules.affine import Coefficients
+from .rules.base import is_float
+from .scales import Scales
+from .settle import settle_shifts
+
+aten = torch.ops.aten
+
+# A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
+MAX_FREE_ENTRIES = 1 << 22
+
+
+class Folding:
+    """The state of one fold: what the rules read and write.
+
+    Attributes:
+        scale_of: scale variables of every floating-point value (a list for operations with several results).
+        shift_of: shifts of the values, once settled.
+        affine: coefficients of every affine map with constant coefficients.
+        demands: the affine maps that ask for a ratio.
+        kept: affine maps that stay, with the reason.
+        stored: scale variables that go into weights.
+    """
+
+    def __init__(self, program: Program, *, copy_shared: bool) -> None:
+        self.program = program
+        self.copy_shared = copy_shared
+        self.scales = Scales()
+        self.rule_of: dict[Node, Rule] = {}
+        self.scale_of: dict[Node, Any] = {}
+        self.shift_of: dict[Node, Any] = {}
+        self.affine: dict[Node, Coefficients] = {}
+        self.demands: list[Node] = []
+        self.kept: dict[Node, str] = {}
+        self.stored: list[np.ndarray] = []
+        self.leaves: list[Node] = []
+        self.chosen: dict[Node, np.ndarray] = {}
+        self.spilled: dict[Node, list[Node]] = {}
+        self.absorbed: dict[Node, list[str]] = {}
+        self.weight_growth = 1.0
+        self._replacements: list[tuple[Node, Node]] = []
+
+    # -- the three steps ---------------------------------------------------------------------------------------
+
+    def relate(self) -> None:
+        for node in self.program.graph.nodes:
+            if self.program.is_constant(node) or node.op == "get_attr":
+                continue
+            if node.op == "output":
+                for operand in node.all_input_nodes:
+                    self.pin(operand, "it is an output of the model")
+            elif node.op == "placeholder":
+                self.pin(node, "it is an input of the model")
+            else:
+                self.rule_of[node] = find_rule(node, self)
+                self.rule_of[node].relate(node, self)
+
+    def solve(self) -> None:
+        """Meet the demands one after another, norms first; what contradicts stays."""
+        with_zeros = []
+        for node in sorted(self.demands, key=lambda n: not self.is_norm(n)):
+            operand, a, b = self.affine[node]
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                self._refuse_not_finite(node)
+                self.kept[node] = "a constant factor is not finite"
+            elif not a.all():
+                with_zeros.append(node)
+            elif not self.scales.demand(self.scale(node), self.scale(operand), a):
+                self.kept[node] = self._why_contradicted(node)
+        self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
+        for node in with_zeros:
+            operand, a, b = self.affine[node]
+            if self.scales.alone(self.scale(node)) and self.only_absorbed(node):
+                self.scales.assign(self.scale(node), a * self.scales[self.scale(operand)])
+            else:
+                self.kept[node] = "a scale is zero, and not only weights read the result"
+        for node, (_, _, b) in self.affine.items():
+            if not np.isfinite(b).all():
+                self._refuse_not_finite(node)
+
+    def rewrite(self) -> None:
+        for node, rule in list(self.rule_of.items()):
+            if node in self.scale_of:
+                rule.rewrite(node, self)
+        for leaf in self.leaves:
+            self._rewrite_leaf(leaf)
+        for node, users in self.spilled.items():
+            added = self.add(node, self.shift_of[node] / self.scales[self.scale(node)], after=node)
+            for user in users:
+                user.replace_input_with(node, added)
+                self.program.signature.replace_all_uses(node.name, added.name) if user.op == "output" else None
+        replaced: dict[Node, Node] = {}
+        for node, by in self._replacements:
+            while by in replaced:
+                by = replaced[by]
+            self.program.replace(node, by)
+            replaced[node] = by
+
+    # -- scales ------------------------------------------------------------------------------------------------
+
+    def scale(self, node: Node) -> Any:
+        """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
+        if node not in self.scale_of:
+            value = node.meta["val"]
+            if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES:
+                self.scale_of[node] = self.scales.fresh(tuple(value.shape))
+                self.stored.append(self.scale_of[node])
+                self.leaves.append(node)
+            else:
+                self.scale_of[node] = self.scales.pinned((1,) * value.dim())
+        return self.scale_of[node]
+
+    def pin(self, node: Node, reason: str) -> None:
+        """Fix a value's scale to one."""
+        if not is_float(node):
+            return
+        if node in self.scale_of:
+            self.scales.pin(self.scale_of[node], reason)
+        else:
+            self.scale_of[node] = self.scales.fresh((1,) * node.meta["val"].dim())
+            self.scales.pin(self.scale_of[node], reason)
+
+    def is_fixed(self, node: Node) -> bool:
+        """Whether a value's scale is one already."""
+        return not self.program.is_constant(node) and self.scales.is_pinned(self.scale(node))
+
+    def require_equal(self, index: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+        """Require equal scales along `axes`."""
+        first = take_first(index, axes)
+        self.scales.equate(index, first)
+        return first
+
+    def free_last_axis(self, node: Node) -> None:
+        """Give the result of a weight operation free scales along its last axis."""
+        value = node.meta["val"]
+        self.scale_of[node] = self.scales.fresh((1,) * (value.dim() - 1) + (int(value.shape[-1]),))
+        self.stored.append(self.scale_of[node])
+
+    def usable_weight(self, node: object) -> bool:
+        """Whether a weight is constant and may be replaced."""
+        return self.program.is_constant(node) and (self.copy_shared or not self.program.shared(node))
+
+    # -- shifts ------------------------------------------------------------------------------------------------
+
+    def no_shift(self, node: Node) -> np.ndarray:
+        return np.zeros((1,) * node.meta["val"].dim())
+
+    def chosen_shift(self, node: Node) -> np.ndarray:
+        """The shift that was chosen for the result of a weight operation; none unless a norm asked for one."""
+        return self.chosen.get(node, self.no_shift(node))
+
+    def incoming(self, node: Node, operand: Node) -> np.ndarray:
+        """The shift with which `operand` arrives at `node`: none where it has been written out."""
+        if node in self.spilled.get(operand, ()):
+            return self.no_shift(operand)
+        return self.shift_of.get(operand, self.no_shift(operand))
+
+    def carried(self, node: Node, operand: Node) -> Any:
+        """An operand's shift, arranged as the result's."""
+        shift = self.shift_of[operand]
+        if not isinstance(shift, list):
+            shift = self.incoming(node, operand)
+        return self.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+
+    def can_carry(self, node: Node, operand: Node, shift: np.ndarray | None) -> bool:
+        """Whether the operation can arrange this shift as its result's; an unknown one counts as possible."""
+        if shift is None:
+            return True
+        try:
+            self.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+        except CannotCarry:
+            return False
+        return True
+
+    def only_absorbed(self, node: Node) -> bool:
+        """Whether every reader, directly or through operations that carry shifts on, has weights that take them."""
+        for user in node.users:
+            if user.op == "output":
+                return False
+            if not self.computes(user):
+                continue
+            use = self.rule_of[user].use(user, node, None, self)
+            if use is Use.STOP or (use is Use.PASS and not self.only_absorbed(user)):
+                return False
+        return True
+
+    # -- rewriting ---------------------------------------------------------------------------------------------
+
+    def vector(self, numbers: np.ndarray, axis: int, size: int) -> torch.Tensor:
+        """Numbers along one axis as a float64 vector."""
+        return torch.from_numpy(np.array(keep_axis(numbers, axis, size, collapse_equal)))
+
+    def set_weight(
+        self,
+        node: Node,
+        argument: str,
+        like: Node,
+        new: torch.Tensor,
+        old: torch.Tensor,
+        name: str | None = None,
+    ) -> None:
+        """Let an operation read `new` for its weight, stored in the dtype of `like`."""
+        name = name or self.program.name(like)
+        self._set_argument(node, argument, self.program.add_parameter(name, new, like))
+        self.absorbed.setdefault(node, []).append(name)
+        largest = float(old.abs().max()) if old.numel() else 0.0
+        if largest > 0:
+            self.weight_growth = max(self.weight_growth, float(new.abs().max()) / largest)
+
+    def set_bias(
+        self, node: Node, argument: str, bias: Node | None, value: torch.Tensor, *, name: str, like: Node
+    ) -> None:
+        """Let an operation read `value` for its bias: created where there was none, dropped where it is zero."""
+        if not value.any():
+            self._set_argument(node, argument, None) if bias is not None else None
+            return
+        name = self.program.name(bias) if bias is not None else name
+        self._set_argument(node, argument, self.program.add_parameter(name, value, bias or like))
+        self.absorbed.setdefault(node, []).append(name)
+
+    def append_add(self, node: Node, value: np.ndarray, *, name: str, like: Node) -> None:
+        """Follow an operation that has no bias of its own by an Add."""
+        constant = self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)
+        added = self.program.insert(node.next, aten.add.Tensor, (node, constant), node)
+        node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        self.absorbed.setdefault(node, []).append(name)
+
+    def multiply(self, operand: Node, factor: np.ndarray, *, before: Node) -> Node:
+        """``operand * factor``, or the operand itself for a factor of one."""
+        if (factor == 1).all():
+            return operand
+        constant = self._constant(f"{self.path(before)}.scale", factor, operand)
+        return self.program.insert(before, aten.mul.Tensor, (operand, constant), before)
+
+    def add(self, operand: Node, shift: np.ndarray, *, before: Node | None = None, after: Node | None = None) -> Node:
+        """``operand + shift``, or the operand itself for a shift of zero."""
+        if not shift.any():
+            return operand
+        place = after.next if after is not None else before
+        constant = self._constant(f"{self.path(after or before)}.shift", shift, operand)
+        return self.program.insert(place, aten.add.Tensor, (operand, constant), after or before)
+
+    def replace(self, node: Node, by: Node) -> None:
+        """Replace a node once every rule has read the graph as it was."""
+        self._replacements.append((node, by))
+
+    def _constant(self, name: str, value: np.ndarray, like: Node) -> Node:
+        # Leading axes of size one say nothing.
+        while value.ndim > 1 and value.shape[0] == 1:
+            value = value[0]
+        return self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)
+
+    def _set_argument(self, node: Node, name: str, value: Node | None) -> None:
+        entries = node.target._schema.arguments
+        position = [entry.name for entry in entries].index(name)
+        if name in node.kwargs:
+            node.kwargs = {**node.kwargs, name: value}
+            return
+        args = list(node.args)
+        args += [entry.default_value for entry in entries[len(args) : position + 1]]
+        args[position] = value
+        node.args = tuple(args)
+
+    def _rewrite_leaf(self, leaf: Node) -> None:
+        scale, shift = self.scales[self.scale(leaf)], self.shift_of[leaf]
+        if (scale == 1).all() and not shift.any():
+            return
+        old = self.program.constant(leaf)
+        new = (old - torch.from_numpy(shift)) / torch.from_numpy(scale)
+        node = self.program.add_parameter(self.program.name(leaf), new, leaf)
+        for user in list(leaf.users):
+            rule = self.rule_of.get(user)
+            if rule is not None and not rule.owns_constants:
+                user.replace_input_with(leaf, node)
+                self.absorbed.setdefault(user, []).append(self.program.name(leaf))
+
+    # -- words -------------------------------------------------------------------------------------------------
+
+    def computes(self, node: Node) -> bool:
+        """Whether a node's result is made of tensors: sizes and assertions do not look at values."""
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) or (isinstance(value, list | tuple) and len(value) > 0)
+
+    def same_shape(self, a: Node, b: Node) -> bool:
+        shapes = (a.meta["val"].shape, b.meta["val"].shape)
+        return all(same_size(x, y) for x, y in zip(*shapes, strict=True))
+
+    def module(self, node: Node) -> tuple[str, str]:
+        """Path and class name of the innermost module that an operation belongs to."""
+        stack = node.meta.get("nn_module_stack") or {}
+        entries = [entry for entry in stack.values() if not entry[0].startswith("_empty_nn_module_stack")]
+        if not entries:
+            return "", ""
+        path, cls = entries[-1]
+        return path, (cls if isinstance(cls, str) else cls.__name__).rpartition(".")[2]
+
+    def path(self, node: Node) -> str:
+        return self.module(node)[0] or node.name
+
+    def is_norm(self, node: Node) -> bool:
+        return "Norm" in self.module(node)[1]
+
+    def describe(self, node: Node) -> str:
+        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        path = self.module(node)[0]
+        shared = [
+            self.program.name(c)
+            for c in node.all_input_nodes
+            if not self.copy_shared and self.program.is_constant(c) and self.program.shared(c)
+        ]
+        because = f", whose weight {shared[0]!r} is shared and may not be copied," if shared else ""
+        return (f"{name} in {path}" if path else name) + because
+
+    def _refuse_not_finite(self, node: Node) -> None:
+        if self.is_norm(node):
+            path, kind = self.module(node)
+            raise FoldError(
+                f"{kind} {path!r}: its scale or shift is not finite; its weight, bias and running statistics must be "
+                "finite and the running variance not negative"
+            )
+
+    def _why_contradicted(self, node: Node) -> str:
+        before = self.scales.why_pinned(self.scale(self.affine[node].operand))
+        behind = self.scales.why_pinned(self.scale(node))
+        if before and behind:
+            return f"no weight between two fixed points: before it, {before}; behind it, {behind}"
+        return "its input and its output are added to each other, so both must keep one scale"
+
+
+def fold(program: ExportedProgram, *, copy_shared: bool = True) -> tuple[ExportedProgram, FoldReport]:
+    """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
+
+    Args:
+        program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
+            decomposition. It is not changed.
+        copy_shared: whether a weight that is read at several places may be stored once per place where the places
+            need different values. Otherwise operations with a shared weight stay as they are.
+
+    Returns:
+        The folded program, equal to `program` up to rounding, and a report of every decision.
+
+    Raises:
+        FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
+    """
+    opened = Program(program)
+    folding = Folding(opened, copy_shared=copy_shared)
+    report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
+    folding.relate()
+    folding.solve()
+    settle_shifts(folding)
+    records = _records(folding)
+    folding.rewrite()
+    for record, around in records:
+        names = [name for node in around for name in folding.absorbed.get(node, ())]
+        record.absorbed_by = list(dict.fromkeys(names))
+        report.norms.append(record)
+    if folding.stored:
+        used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
+        report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
+    report.weight_growth = folding.weight_growth
+    folded = opened.finish()
+    report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
+    report.bytes_copied = opened.bytes_copied
+    return folded, report
+
+
+def fuse(
+    model: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    dynamic_shapes: Any = None,
+    kwargs: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
+
+    Args:
+        model: the model; its mode is restored, its parameters are not changed.
+        example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
+        dynamic_shapes: as for :func:`torch.export.export`.
+        kwargs: keyword inputs to export with.
+
+    Raises:
+        FoldError: see :func:`fold`.
+    """
+    training = model.training
+    try:
+        program = torch.export.export(model.eval(), example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
+    finally:
+        model.train(training)
+    return fold(program)[0].module()
+
+
+def _records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
+    """One record per module (affine maps in one norm belong together), with the operations around it."""
+    spilling = {source for node in folding.spilled for source in _sources_of_shift(node, folding)}
+    records: dict[str, tuple[NormRecord, list[Node]]] = {}
+    for node, (_, a, _) in folding.affine.items():
+        path, kind = folding.module(node)
+        norm = folding.is_norm(node)
+        if not norm and a.size == 1:
+            continue
+        key = path if norm else node.name
+        name = path if norm else f"{path}.{node.name}".lstrip(".")
+        record, around = records.setdefault(key, (NormRecord(name, kind if norm else "affine"), []))
+        if node in folding.kept:
+            record.status, record.reason = "kept", folding.kept[node]
+        elif node in spilling and record.status == "folded":
+            record.status = "partly folded"
+            record.reason = "its shift meets an operation that cannot take one, and no weight before it can cancel it"
+        around += _operations_around(node, folding)
+    return list(records.values())
+
+
+def _sources_of_shift(node: Node, folding: Folding) -> Iterable[Node]:
+    """The affine maps from which the shift of a value may have come."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or current not in folding.rule_of:
+            continue
+        seen.add(current)
+        if current in folding.affine and folding.affine[current].b.any():
+            yield current
+        pending += [o for o in current.all_input_nodes if is_float(o) and np.any(folding.shift_of.get(o, 0))]
+
+
+def _operations_around(node: Node, folding: Folding) -> Iterable[Node]:
+    """The operations that read a norm's result and those that write its input, seen through what only carries."""
+    pending, found = [(node, True), (node, False)], []
+    while pending:
+        current, forward = pending.pop()
+        for next_node in current.users if forward else current.all_input_nodes:
+            rule = folding.rule_of.get(next_node)
+            if rule is None or next_node in found:
+                continue
+            if rule.owns_constants and next_node not in folding.affine:
+                found.append(next_node)
+            elif next_node in folding.scale_of and not (forward and len(next_node.all_input_nodes) > 1):
+                reader, operand = (next_node, current) if forward else (current, next_node)
+                if folding.rule_of[reader].use(reader, operand, None, folding) is Use.PASS:
+                    pending.append((next_node, forward))
+    return found

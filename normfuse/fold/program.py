@@ -1,0 +1,235 @@
+"""An exported program open for rewriting: constants, new parameters, and a valid program at the end."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from .report import FoldError
+
+aten = torch.ops.aten
+_CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+
+
+class Program:
+    """A private copy of an exported program; tensors are shared with the original until they are replaced."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        if any(_mutates(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functionalises, decomposes nothing
+        self._original = program
+        self.graph_module = copy.deepcopy(program.graph_module)
+        self.graph = self.graph_module.graph
+        self.signature = copy.deepcopy(program.graph_signature)
+        self.state_dict = dict(program.state_dict)
+        self.constants = dict(program.constants)
+        self.bytes_copied = 0
+        mutated = set(self.signature.buffers_to_mutate.values())
+        if mutated:
+            raise FoldError(
+                f"the program updates {sorted(mutated)[0]!r} while it runs, as norms do in training: "
+                "call model.eval() before torch.export.export"
+            )
+        self._targets = {
+            spec.arg.name: spec.target for spec in self.signature.input_specs if spec.kind in _CONSTANT_KINDS
+        }
+        self._constant_nodes: set[Node] = set()
+        for node in self.graph.nodes:
+            if node.name in self._targets or _is_pure_constant(node, self._constant_nodes):
+                self._constant_nodes.add(node)
+        self._readers = Counter(
+            self._storage(source)
+            for node in self.graph.nodes
+            if node not in self._constant_nodes
+            for operand in node.all_input_nodes
+            for source in self._sources(operand)
+        )
+        self._new: set[Node] = set()
+        self._stored: dict[int, list[tuple[torch.Tensor, Node]]] = {}
+
+    # -- constants ---------------------------------------------------------------------------------------------
+
+    def is_constant(self, node: object) -> bool:
+        """Whether the value depends on parameters, buffers and literals only."""
+        return isinstance(node, Node) and node in self._constant_nodes
+
+    def constant(self, node: Node) -> torch.Tensor:
+        """The value of a constant, floating-point arithmetic done in float64."""
+        with torch.no_grad():
+            return self._evaluate(node).detach()
+
+    def name(self, node: Node) -> str:
+        """The name of the parameter a constant comes from (the first, when it is computed from several)."""
+        sources = list(self._sources(node))
+        return self._targets[sources[0].name] if sources else node.name
+
+    def shared(self, node: Node) -> bool:
+        """Whether another operation reads the same stored tensor."""
+        return any(self._readers[self._storage(source)] > 1 for source in self._sources(node))
+
+    def _sources(self, node: Node) -> Iterator[Node]:
+        if node.name in self._targets:
+            yield node
+        elif node in self._constant_nodes:
+            for operand in node.all_input_nodes:
+                yield from self._sources(operand)
+
+    def _tensor(self, source: Node) -> torch.Tensor:
+        target = self._targets[source.name]
+        return self.state_dict[target] if target in self.state_dict else self.constants[target]
+
+    def _storage(self, source: Node) -> int:
+        return self._tensor(source).untyped_storage().data_ptr() or id(self._tensor(source))
+
+    def _evaluate(self, node: Node) -> torch.Tensor:
+        if node.name in self._targets:
+            return _widen(self._tensor(node))
+        args = torch.fx.map_arg(node.args, self._evaluate)
+        kwargs = torch.fx.map_arg(node.kwargs, self._evaluate)
+        if node.target in _CASTS and node.meta["val"].is_floating_point():
+            return _widen(args[0])
+        return _widen(node.target(*args, **kwargs))
+
+    # -- rewriting ---------------------------------------------------------------------------------------------
+
+    def add_parameter(self, name: str, value: torch.Tensor, like: Node) -> Node:
+        """A new parameter with `value` (float64), cast once to the dtype of the constant `like`.
+
+        Equal values made from the same stored tensor are stored once.
+        """
+        dtype = like.meta["val"].dtype
+        tensor = value.to(dtype).contiguous()
+        if not bool(torch.isfinite(tensor).all()):
+            raise FoldError(f"folding into {name!r} leaves the range of {str(dtype).removeprefix('torch.')}")
+        sources = list(self._sources(like))
+        known = self._stored.setdefault(self._storage(sources[0]) if sources else id(like), [])
+        for stored, node in known:
+            if stored.shape == tensor.shape and torch.equal(stored, tensor):
+                return node
+        target = self._free_name(name + "_folded")
+        specs = self.signature.input_specs
+        position = sum(spec.kind == InputKind.PARAMETER for spec in specs)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        with self.graph.inserting_before(placeholders[position]):
+            node = self.graph.placeholder("p_" + target.replace(".", "_"))
+        node.meta["val"] = _fake_mode(like).from_tensor(tensor, static_shapes=True)
+        specs.insert(position, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target, None))
+        self.state_dict[target] = torch.nn.Parameter(tensor, requires_grad=False)
+        self._targets[node.name] = target
+        self._constant_nodes.add(node)
+        self._new.add(node)
+        known.append((tensor, node))
+        return node
+
+    def _free_name(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.state_dict or candidate in self.constants:
+            candidate, count = f"{name}_{count}", count + 1
+        return candidate
+
+    def insert(self, before: Node, target: object, args: tuple, like: Node) -> Node:
+        """A new operation whose result looks like that of `like`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        node.meta = dict(like.meta)
+        return node
+
+    def replace(self, node: Node, by: Node) -> None:
+        """Let every reader of `node`, the outputs included, read `by`, and remove `node`."""
+        node.replace_all_uses_with(by)
+        self.signature.replace_all_uses(node.name, by.name)
+        self.graph.erase_node(node)
+
+    def operations(self) -> int:
+        """The number of tensor operations that are not constants."""
+        return sum(
+            node.op == "call_function"
+            and node not in self._constant_nodes
+            and node.target is not operator.getitem
+            and isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
+            for node in self.graph.nodes
+        )
+
+    def bytes(self) -> int:
+        """The size of all stored tensors; tied ones count once."""
+        tensors = [
+            *self.state_dict.values(),
+            *(c for c in self.constants.values() if isinstance(c, torch.Tensor)),
+        ]
+        return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+    def finish(self) -> ExportedProgram:
+        """Remove what nothing reads any more and return a validated program."""
+        self.graph.eliminate_dead_code()
+        live = {node.name for node in self.graph.nodes if node.op == "placeholder" and node.users}
+        dead = [
+            spec for spec in self.signature.input_specs if spec.kind in _CONSTANT_KINDS and spec.arg.name not in live
+        ]
+        dead_names = {spec.arg.name for spec in dead}
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and node.name in dead_names:
+                self.graph.erase_node(node)
+        self.signature.input_specs[:] = [s for s in self.signature.input_specs if s not in dead]
+        kept = {spec.target for spec in self.signature.input_specs if spec.target}
+        self.state_dict = {name: value for name, value in self.state_dict.items() if name in kept}
+        self.constants = {
+            name: value for name, value in self.constants.items() if name in kept or not isinstance(value, torch.Tensor)
+        }
+        self._count_copies(live)
+        self.graph.lint()
+        self.graph_module.recompile()
+        return ExportedProgram(
+            root=self.graph_module,
+            graph=self.graph,
+            graph_signature=self.signature,
+            state_dict=self.state_dict,
+            range_constraints=copy.deepcopy(self._original.range_constraints),
+            module_call_graph=[_copy_entry(entry) for entry in self._original.module_call_graph],
+            example_inputs=self._original.example_inputs,
+            constants=self.constants,
+            verifiers=self._original.verifiers,
+        )
+
+    def _count_copies(self, live: set[str]) -> None:
+        """Bytes of weights that are stored more than once now: the original, where still read, and its variants."""
+        originals = {self._storage(n) for n in self._constant_nodes if n.name in live and n not in self._new}
+        for key, variants in self._stored.items():
+            sizes = [t.numel() * t.element_size() for t, node in variants if node.name in live and t.dim() > 1]
+            if sizes:
+                self.bytes_copied += max(sizes) * (len(sizes) - 1 + (key in originals))
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_pure_constant(node: Node, constants: set[Node]) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    return all(operand in constants for operand in node.all_input_nodes)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+    signature = entry.signature
+    if signature is not None:
+        signature = replace(signature, inputs=list(signature.inputs), outputs=list(signature.outputs))
+    return replace(entry, signature=signature)
+
+
+def _fake_mode(node: Node) -> torch._subclasses.FakeTensorMode:
+    return node.meta["val"].fake_mode

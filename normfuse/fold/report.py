@@ -1,0 +1,61 @@
+"""What folding did, decision by decision."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class FoldError(ValueError):
+    """The program cannot be folded at all; the message names the layer and says what to do."""
+
+
+@dataclass
+class NormRecord:
+    """What became of one norm (or of one per-channel affine map outside a norm).
+
+    Attributes:
+        name: path of the module, e.g. ``blocks.0.norm1``.
+        kind: class of the module, or ``affine`` for arithmetic written in a forward.
+        status: ``folded`` (nothing of it is left), ``partly folded`` (one Add is left) or ``kept``.
+        absorbed_by: names of the weights that took it.
+        reason: why something stayed, in words a user can act on; empty when folded.
+    """
+
+    name: str
+    kind: str
+    status: str = "folded"
+    absorbed_by: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
+class FoldReport:
+    """Every decision of one call of :func:`normfuse.fold`.
+
+    Attributes:
+        norms: one record per norm, in the order of the program.
+        nodes_before, nodes_after: number of operations in the graph.
+        bytes_before, bytes_after: size of the parameters and constants.
+        bytes_copied: bytes added because a weight used at several places had to be stored more than once.
+        scale_range: smallest and largest absolute scale that went into a weight.
+        weight_growth: largest factor by which the biggest entry of any weight grew.
+    """
+
+    norms: list[NormRecord] = field(default_factory=list)
+    nodes_before: int = 0
+    nodes_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    bytes_copied: int = 0
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    weight_growth: float = 1.0
+
+    @property
+    def remaining(self) -> list[NormRecord]:
+        """The records of norms of which something is left in the graph."""
+        return [record for record in self.norms if record.status != "folded"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return asdict(self)

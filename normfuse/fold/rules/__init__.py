@@ -1,0 +1,10 @@
+"""One transfer rule per kind of operation.
+
+The order of the imports is the order in which rules are tried: ``mul`` by a constant is an affine map before it is a
+gate, ``matmul`` by a weight a projection before it is a mixture.
+"""
+
+from . import affine, carry, weights, combine  # noqa: F401, I001
+from .base import OPAQUE, Rule, Use, find_rule
+
+__all__ = ["OPAQUE", "Rule", "Use", "find_rule"]

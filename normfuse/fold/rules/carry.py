@@ -1,0 +1,243 @@
+"""Operations that move elements without computing: the result's channels are the operand's, rearranged.
+
+Scale and shift go along: ``op(scale * x + shift) = op(scale) * op(x) + op(shift)``. Where the operation would mix or
+drop an axis along which the scale varies, the scales along that axis are required to be equal.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..arrays import Collapse, reshape, same_size, to_rank, varying
+from .base import Rule, Use, argument, is_float, rule_for
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+class Carry(Rule):
+    """One operand's channels, rearranged by :meth:`arrange`."""
+
+    def operand(self, node: Node) -> Node:
+        return node.args[0]
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return is_float(self.operand(node))
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        operand = self.operand(node)
+        fold.scale_of[node] = self.carry(node, operand, fold.scale(operand), fold.require_equal, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> Any:
+        return self.arrange(node, numbers, operand.meta["val"].shape, collapse)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> Any:
+        raise NotImplementedError
+
+    def settle(self, node: Node, fold: Folding) -> Any:
+        operand = self.operand(node)
+        return fold.carried(node, operand)
+
+
+@rule_for(
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+)
+class Identity(Carry):
+    """The same values: ``original_out = original_in``. Dropout only in evaluation, casts only between floats."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        dropping = node.target is aten.dropout.default and argument(node, "train")
+        return not dropping and is_float(node) and super().matches(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return numbers
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        if node.target is aten.dropout.default:
+            fold.replace(node, self.operand(node))
+
+
+@rule_for(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+class Reshape(Carry):
+    """Elements in the same order under another shape; see :func:`normfuse.fold.arrays.reshape`."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reshape(numbers, shape, node.meta["val"].shape, collapse)
+
+
+@rule_for(
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+)
+class Permute(Carry):
+    """The same axes in another order."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if node.target is aten.permute.default:
+            return numbers.transpose(node.args[1])
+        if node.target is aten.transpose.int:
+            return numbers.swapaxes(*node.args[1:3])
+        if node.target is aten.mT.default:
+            return numbers.swapaxes(-1, -2)
+        if node.target in (aten.movedim.int, aten.movedim.intlist):
+            return np.moveaxis(numbers, *node.args[1:3])
+        return numbers.T
+
+
+@rule_for(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+class Expand(Carry):
+    """Repetition along axes of size one, where nothing varies."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return to_rank(numbers, node.meta["val"].dim())
+
+
+@rule_for(aten.repeat.default)
+class Repeat(Carry):
+    """Whole copies one after another: the numbers repeat where they vary, by a known count."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        repeats = node.args[1]
+        numbers = to_rank(numbers, len(repeats))
+        unknown = tuple(axis for axis in varying(numbers) if not isinstance(repeats[axis], int))
+        numbers = collapse(numbers, unknown)
+        return np.tile(numbers, [repeats[a] if numbers.shape[a] != 1 else 1 for a in range(numbers.ndim)])
+
+
+@rule_for(aten.slice.Tensor)
+class Slice(Carry):
+    """A range along one axis; where scales vary along it, the range must be known."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis = argument(node, "dim") % numbers.ndim
+        start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+        if numbers.shape[axis] == 1:
+            return numbers
+        if not all(bound is None or isinstance(bound, int) for bound in (start, end, step)):
+            return collapse(numbers, (axis,))
+        return numbers[(slice(None),) * axis + (slice(start, end, step),)]
+
+
+@rule_for(aten.select.int)
+class Select(Carry):
+    """One entry along an axis, which goes."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis, position = node.args[1] % numbers.ndim, node.args[2]
+        if numbers.shape[axis] != 1 and not isinstance(position, int):
+            numbers = collapse(numbers, (axis,))
+        return numbers.take(0 if numbers.shape[axis] == 1 else position, axis)
+
+
+@rule_for(
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+)
+class Split(Carry):
+    """Consecutive pieces along one axis; `unbind` also drops the axis."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> list[np.ndarray]:
+        axis = argument(node, "dim") % numbers.ndim
+        pieces = node.meta["val"]
+        if node.target is aten.unbind.int:
+            whole = numbers.shape[axis] == 1
+            return [numbers.take(0 if whole else position, axis) for position in range(len(pieces))]
+        sizes = [piece.shape[axis] for piece in pieces]
+        if numbers.shape[axis] != 1 and not all(isinstance(size, int) for size in sizes):
+            numbers = collapse(numbers, (axis,))
+        if numbers.shape[axis] == 1:
+            return [numbers] * len(pieces)
+        return np.split(numbers, np.cumsum(sizes)[:-1], axis)
+
+
+@rule_for(operator.getitem)
+class Piece(Carry):
+    """One result of an operation that has several."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return isinstance(fold.scale_of.get(node.args[0]), list)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS
+
+    def carry(self, node: Node, operand: Node, numbers: Any, collapse: Collapse, fold: Folding) -> np.ndarray:
+        return numbers[node.args[1]]
+
+
+@rule_for(aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
+class Mean(Carry):
+    """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if node.target is not aten.mean.dim:
+            spatial = 2 if node.target is aten.adaptive_avg_pool2d.default else 1
+            return collapse(numbers, _varying_of(numbers, range(-spatial, 0)))
+        dims = argument(node, "dim") or list(range(numbers.ndim))
+        numbers = collapse(numbers, _varying_of(numbers, dims))
+        if argument(node, "keepdim"):
+            return numbers
+        return np.squeeze(numbers, tuple(d % numbers.ndim for d in dims))
+
+
+@rule_for(aten.constant_pad_nd.default, aten.pad.default)
+class Pad(Carry):
+    """Padding with zeros keeps scales but no shift (the border has none); copies of border values keep both."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return super().matches(node, fold) and (self._copies(node) or not argument(node, "value"))
+
+    def _copies(self, node: Node) -> bool:
+        return node.target is aten.pad.default and argument(node, "mode") != "constant"
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return super().use(node, operand, shift, fold) if self._copies(node) else Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return super().settle(node, fold) if self._copies(node) else fold.no_shift(node)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        new = node.meta["val"].shape
+        padded = [axis for axis in varying(numbers) if not same_size(shape[axis], new[axis])]
+        return collapse(numbers, tuple(padded))
+
+
+def _varying_of(numbers: np.ndarray, dims: object) -> tuple[int, ...]:
+    wanted = {dim % numbers.ndim for dim in dims}
+    return tuple(axis for axis in varying(numbers) if axis in wanted)

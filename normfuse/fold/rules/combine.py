@@ -1,0 +1,203 @@
+"""Operations that bring several values together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..arrays import CannotCarry, Collapse, take_first, to_rank, varying
+from .base import Rule, Use, argument, is_float, rule_for
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.add.Tensor, aten.sub.Tensor)
+class Sum(Rule):
+    """``y = x1 ± x2``: both operands and the result share one scale; ``t_y = t_1 ± t_2``."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        same_dtype = all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args[:2])
+        return same_dtype and node.kwargs.get("alpha", 1) == 1
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        rank = node.meta["val"].dim()
+        first, second = (to_rank(fold.scale(x), rank) for x in node.args[:2])
+        fold.scales.equate(first, second)
+        # After the equality nothing varies along an axis where either side has one number only.
+        wide = tuple(a for a in range(rank) if first.shape[a] != 1 and second.shape[a] == 1)
+        fold.scale_of[node] = take_first(first, wide)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        return to_rank(numbers, node.meta["val"].dim())
+
+    def factor(self, node: Node, operand: Node, fold: Folding) -> float:
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        first, second = node.args[:2]
+        return (first is operand) + sign * (second is operand)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        first, second = (fold.incoming(node, x) for x in node.args[:2])
+        total = first - second if node.target is aten.sub.Tensor else first + second
+        return to_rank(total, node.meta["val"].dim())
+
+
+@rule_for(aten.neg.default)
+class Negation(Rule):
+    """``y = -x``: the scale stays, the shift changes sign."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return is_float(node)
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.scale_of[node] = fold.scale(node.args[0])
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        return numbers
+
+    def factor(self, node: Node, operand: Node, fold: Folding) -> float:
+        return -1.0
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return -fold.incoming(node, node.args[0])
+
+
+@rule_for(aten.cat.default)
+class Concatenation(Rule):
+    """Along the channels: the numbers of the parts one after another. Along positions: one scale for all parts,
+    and no shift, which would differ from position to position."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return all(is_float(part) and part.meta["val"].dtype == node.meta["val"].dtype for part in node.args[0])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        parts = [fold.scale(part) for part in node.args[0]]
+        axis = self._axis(node)
+        if self._along_channels(node, fold):
+            fold.scale_of[node] = self._join(node, parts, axis, fold.require_equal)
+            return
+        parts = [fold.require_equal(part, tuple(a for a in varying(part) if a == axis)) for part in parts]
+        result = parts[0]
+        for part in parts[1:]:
+            fold.scales.equate(result, part)
+            wide = tuple(a for a in varying(result) if part.shape[a] == 1)
+            result = take_first(result, wide)
+        fold.scale_of[node] = result
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS if self._along_channels(node, fold) else Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        if not self._along_channels(node, fold):
+            return fold.no_shift(node)
+
+        def refuse(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+            raise CannotCarry
+
+        return self._join(node, [fold.incoming(node, part) for part in node.args[0]], self._axis(node), refuse)
+
+    def _axis(self, node: Node) -> int:
+        return argument(node, "dim") % node.meta["val"].dim()
+
+    def _along_channels(self, node: Node, fold: Folding) -> bool:
+        """Whether the parts' sizes are known and no part with several entries has one scale for all of them."""
+        axis = self._axis(node)
+        sizes = [part.meta["val"].shape[axis] for part in node.args[0]]
+        if not all(isinstance(size, int) for size in sizes):
+            return False
+        scales = [fold.scale(part) for part in node.args[0]]
+        return any(s.shape[axis] != 1 for s in scales) and all(
+            s.shape[axis] != 1 or size == 1 or fold.is_fixed(part)
+            for s, size, part in zip(scales, sizes, node.args[0], strict=True)
+        )
+
+    def _join(self, node: Node, parts: list[np.ndarray], axis: int, collapse: Collapse) -> np.ndarray:
+        shape = list(np.broadcast_shapes(*((*p.shape[:axis], 1, *p.shape[axis + 1 :]) for p in parts)))
+        full = []
+        for part, source in zip(parts, node.args[0], strict=True):
+            shape[axis] = int(source.meta["val"].shape[axis])
+            full.append(np.broadcast_to(part, shape))
+        return np.concatenate(full, axis)
+
+
+@rule_for(aten.mul.Tensor, aten.div.Tensor)
+class Gate(Rule):
+    """``y = x * m`` (or ``x / m``) with a computed m, which stays as it is: the scale passes, a shift does not.
+
+    ``(s * f + t) * m = s * (f * m) + t * m``, and ``t * m`` is no constant.
+    """
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args[:2])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        first, second = node.args[:2]
+        swap = node.target is aten.mul.Tensor and fold.is_fixed(first) and not fold.is_fixed(second)
+        scaled, gate = (second, first) if swap else (first, second)
+        fold.pin(gate, f"{fold.describe(node)} multiplies by it")
+        fold.scale_of[node] = to_rank(fold.scale(scaled), node.meta["val"].dim())
+
+
+@rule_for(aten.matmul.default, aten.bmm.default)
+class Mixture(Rule):
+    """``y = P x`` with computed P (attention's probabilities): x's scale passes along the last axis, no shift does."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return all(is_float(x) and x.meta["val"].dim() >= 2 for x in node.args[:2])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        left, right = node.args[:2]
+        fold.pin(left, f"{fold.describe(node)} multiplies by it")
+        scale = fold.scale(right)
+        contracted = scale.ndim - 2
+        scale = fold.require_equal(scale, tuple(a for a in varying(scale) if a == contracted))
+        fold.scale_of[node] = to_rank(scale, node.meta["val"].dim())
+
+
+@rule_for(aten.scaled_dot_product_attention.default)
+class Attention(Rule):
+    """Softmax-weighted sums of the values: the weights add up to one, so scale and shift of the values pass.
+
+    With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops. Queries and keys meet
+    in the softmax and stay as they are.
+    """
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        plain = argument(node, "dropout_p") == 0 and not argument(node, "enable_gqa")
+        return plain and all(is_float(x) for x in node.args[:3])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        query, key, value = node.args[:3]
+        reason = f"{fold.describe(node)} compares queries with keys"
+        fold.pin(query, reason)
+        fold.pin(key, reason)
+        fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        query, key, _value = node.args[:3]
+        if operand in (query, key) or argument(node, "attn_mask") is not None:
+            return Use.STOP
+        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        if operand is not node.args[2]:
+            raise CannotCarry
+        positions = numbers.ndim - 2
+        numbers = collapse(numbers, tuple(a for a in varying(numbers) if a == positions))
+        return to_rank(numbers, node.meta["val"].dim())
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        if argument(node, "attn_mask") is not None:
+            return fold.no_shift(node)
+        return fold.carried(node, node.args[2])

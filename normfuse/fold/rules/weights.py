@@ -1,0 +1,302 @@
+"""Operations with a weight: they accept any scale and produce any scale, so they demand nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..arrays import varying
+from .base import Rule, Use, argument, is_float, rule_for
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+class Weighted(Rule):
+    """``y = W x + bias`` over one axis, the others being batch.
+
+    With ``x = s_x * f_x + t_x`` and ``y = s_y * f_y + t_y``:
+
+        W'    = diag(1 / s_y) W diag(s_x)
+        bias' = (bias + W t_x - t_y) / s_y
+
+    A missing bias is created where it is needed; one that has become zero is dropped.
+    """
+
+    owns_constants = True
+    #: Names of the arguments in the operation's schema.
+    names = ("input", "weight", "bias")
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        operand, weight, bias = self.operands(node)
+        if not is_float(operand) or fold.program.is_constant(operand) or not fold.usable_weight(weight):
+            return False
+        return bias is None or fold.program.is_constant(bias)
+
+    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
+        return tuple(argument(node, name) for name in self.names)
+
+    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+        return True
+
+    def input_axis(self, node: Node) -> int:
+        return -1
+
+    def output_axis(self, node: Node) -> int:
+        return -1
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        operand, _, _ = self.operands(node)
+        inner = fold.scale(operand)
+        axis = self.input_axis(node) % inner.ndim
+        fold.require_equal(inner, tuple(a for a in varying(inner) if a != axis))
+        value = node.meta["val"]
+        shape = [1] * value.dim()
+        shape[self.output_axis(node)] = int(value.shape[self.output_axis(node)])
+        fold.scale_of[node] = fold.scales.fresh(tuple(shape))
+        fold.stored += [inner, fold.scale_of[node]]
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        if shift is None:
+            return Use.ABSORB
+        axis = self.input_axis(node) % shift.ndim
+        return Use.ABSORB if all(a == axis for a in varying(shift)) else Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.chosen_shift(node)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        operand, weight, bias = self.operands(node)
+        size = int(operand.meta["val"].shape[self.input_axis(node)])
+        s_x, t_x = (
+            fold.vector(numbers, self.input_axis(node), size)
+            for numbers in (fold.scales[fold.scale(operand)], fold.incoming(node, operand))
+        )
+        s_y, t_y = (
+            fold.vector(numbers, self.output_axis(node), int(node.meta["val"].shape[self.output_axis(node)]))
+            for numbers in (fold.scales[fold.scale(node)], fold.shift_of[node])
+        )
+        rescaled = bool((s_x != 1).any() or (s_y != 1).any())
+        if not rescaled and not t_x.any() and not t_y.any():
+            return
+        old = fold.program.constant(weight)
+        if rescaled:
+            new = self.columns(node, self.rows(node, old, 1.0 / s_y), s_x)
+            fold.set_weight(node, self.names[1], weight, new, old)
+        constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
+        constant = (constant + self.through(node, old, t_x) - t_y) / s_y
+        self.set_bias(node, weight, bias, constant, fold)
+
+    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
+        fold.set_bias(node, self.names[2], bias, value, name=_bias_name(fold.program.name(weight)), like=weight)
+
+    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        """The weight with every output channel multiplied by its factor."""
+        return weight * factor[:, None]
+
+    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        """The weight with every input channel multiplied by its factor."""
+        return weight * factor
+
+    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+        """What a constant input contributes to the output: ``W shift``."""
+        return weight @ shift
+
+
+@rule_for(aten.linear.default)
+class Linear(Weighted):
+    """``y = x Wᵀ + bias`` with W[out, in] over the last axis."""
+
+
+class Product(Weighted):
+    """``y = x W`` with a weight written as [in, out]."""
+
+    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * factor
+
+    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * factor[:, None]
+
+    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+        return shift @ weight
+
+
+@rule_for(aten.addmm.default)
+class Addmm(Product):
+    """``y = bias + x W`` with a bias over the last axis."""
+
+    names = ("mat1", "mat2", "self")
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        plain = argument(node, "beta") == 1 and argument(node, "alpha") == 1
+        return plain and argument(node, "self").meta["val"].dim() == 1 and super().matches(node, fold)
+
+
+@rule_for(aten.matmul.default, aten.mm.default)
+class Matmul(Product):
+    """``y = x W`` with W[in, out]; a bias that folding creates follows as an Add."""
+
+    def operands(self, node: Node) -> tuple[Node, Node, None]:
+        return node.args[0], node.args[1], None
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        two_axes = is_float(node.args[1]) and node.args[1].meta["val"].dim() == 2
+        return two_axes and node.args[0].meta["val"].dim() >= 2 and super().matches(node, fold)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        self.names = tuple(entry.name for entry in node.target._schema.arguments)
+        super().rewrite(node, fold)
+
+    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
+        if value.any():
+            fold.append_add(node, value.numpy(), name=_bias_name(fold.program.name(weight)), like=weight)
+
+
+@rule_for(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+class Convolution(Weighted):
+    """W[out, in / groups, *kernel] over axis 1.
+
+    ``W t_x`` sums over the kernel, which holds only where no zero padding enters: with padding, a shift stops.
+    """
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        batched = argument(node, "input").meta["val"].dim() == argument(node, "weight").meta["val"].dim()
+        return batched and super().matches(node, fold)
+
+    def input_axis(self, node: Node) -> int:
+        return 1
+
+    def output_axis(self, node: Node) -> int:
+        return 1
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        padding = argument(node, "padding")
+        padding = [padding] if isinstance(padding, str | int) else padding
+        if any(amount not in (0, "valid") for amount in padding):
+            return Use.STOP
+        return super().use(node, operand, shift, fold)
+
+    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * _over_kernel(factor, weight)
+
+    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * self._per_output(node, weight, factor)
+
+    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+        return (weight * self._per_output(node, weight, shift)).flatten(1).sum(1)
+
+    def _per_output(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        """Numbers per input channel, arranged as [out, in / groups, 1, ...]: each group sees its own channels."""
+        groups = argument(node, "groups")
+        grouped = numbers.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+        return grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
+
+
+@rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+class TransposedConvolution(Convolution):
+    """W[in, out / groups, *kernel]: scales pass, a shift never does (the borders see fewer kernel taps)."""
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP
+
+    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        groups = argument(node, "groups")
+        grouped = factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+        return weight * grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
+
+    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * _over_kernel(factor, weight)
+
+    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+        return shift.new_zeros(weight.shape[1] * argument(node, "groups"))
+
+
+@rule_for(aten.embedding.default)
+class Embedding(Rule):
+    """``y = E[index]``: ``E' = (E - t_y) / s_y``."""
+
+    owns_constants = True
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return fold.usable_weight(node.args[0]) and not fold.program.is_constant(node.args[1])
+
+    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+        return True
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.free_last_axis(node)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.chosen_shift(node)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        weight = node.args[0]
+        size = int(node.meta["val"].shape[-1])
+        s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
+        t_y = fold.vector(fold.shift_of[node], -1, size)
+        if (s_y != 1).any() or t_y.any():
+            old = fold.program.constant(weight)
+            fold.set_weight(node, "weight", weight, (old - t_y) / s_y, old)
+
+
+@rule_for(aten.layer_norm.default, aten.rms_norm.default)
+class TokenNorm(Rule):
+    """LayerNorm and RMSNorm: the statistics need the input as it is; the gain and shift behind them are free.
+
+    ``weight' = weight / s_y`` and, for LayerNorm, ``bias' = (bias - t_y) / s_y``.
+    """
+
+    owns_constants = True
+
+    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+        return node.target is aten.layer_norm.default
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        constants = (argument(node, "weight"), argument(node, "bias"))
+        return (
+            len(argument(node, "normalized_shape")) == 1
+            and is_float(node.args[0])
+            and all(c is None or (fold.usable_weight(c)) for c in constants)
+        )
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.pin(node.args[0], f"{fold.describe(node)} computes statistics of its input")
+        fold.free_last_axis(node)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.chosen_shift(node)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        size = int(node.meta["val"].shape[-1])
+        s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
+        t_y = fold.vector(fold.shift_of[node], -1, size)
+        if (s_y == 1).all() and not t_y.any():
+            return
+        weight, bias = argument(node, "weight"), argument(node, "bias")
+        old = fold.program.constant(weight) if weight is not None else torch.ones_like(s_y)
+        name, like = f"{fold.path(node)}.weight", node.args[0] if weight is None else weight
+        fold.set_weight(node, "weight", like, old / s_y, old, name=name)
+        if node.target is aten.layer_norm.default:
+            shift = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
+            fold.set_bias(node, "bias", bias, (shift - t_y) / s_y, name=f"{fold.path(node)}.bias", like=like)
+
+
+def _over_kernel(numbers: Tensor, weight: Tensor) -> Tensor:
+    return numbers.reshape(-1, *(1,) * (weight.dim() - 1))
+
+
+def _bias_name(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + "bias" if weight_name.endswith("weight") else weight_name + ".bias"

@@ -1,0 +1,158 @@
+"""The system of scale ratios, solved exactly by a weighted union-find over single channels.
+
+Every channel of every tensor has one unknown scale. Operations relate them pairwise by ``scale[a] = ratio * scale[b]``;
+variable 0 is the constant one. Each variable points at a parent with the ratio between them, roots always have the
+lower number, so a class that holds variable 0 is *pinned* and every other class keeps one free factor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Ratios that reach one channel on two ways agree when they differ by rounding only: a few thousand float64 products.
+AGREEMENT = 1e-12
+
+
+class Scales:
+    """Unknown scales, addressed by integer arrays of variable numbers of any shape."""
+
+    ONE = 0
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, np.int64)
+        self._ratio = np.ones(1)
+        self._reason = np.zeros(1, np.int32)
+        self._reasons: list[str] = ["it is fixed"]
+        self._values: np.ndarray | None = None
+
+    def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
+        """New, unrelated variables in an array of the given shape."""
+        start, count = len(self._parent), int(np.prod(shape))
+        new = np.arange(start, start + count)
+        self._parent = np.concatenate([self._parent, new])
+        self._ratio = np.concatenate([self._ratio, np.ones(count)])
+        self._reason = np.concatenate([self._reason, np.zeros(count, np.int32)])
+        return new.reshape(shape)
+
+    def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array that refers to the constant one everywhere."""
+        return np.zeros(shape, np.int64)
+
+    def pin(self, index: np.ndarray, reason: str) -> None:
+        """Fix scales to one; `reason` is what a user is told when a norm fails on it."""
+        self._reasons.append(reason)
+        self._require(index, np.zeros_like(index), len(self._reasons) - 1)
+
+    def equate(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Require equal scales; the arrays broadcast against each other."""
+        a, b = np.broadcast_arrays(a, b)
+        self._require(a, b)
+
+    def demand(self, out: np.ndarray, inp: np.ndarray, ratio: np.ndarray) -> bool:
+        """Ask for ``scale[out] = ratio * scale[inp]``; met for all channels or, when one contradicts, for none."""
+        out, inp, ratio = np.broadcast_arrays(out, inp, ratio)
+        attached: list[np.ndarray] = []
+        if self._union(out.ravel(), inp.ravel(), ratio.ravel(), attached):
+            return True
+        for roots in attached:
+            self._parent[roots] = roots
+            self._ratio[roots] = 1.0
+        return False
+
+    def is_pinned(self, index: np.ndarray) -> bool:
+        """Whether every variable in `index` is tied to the constant one."""
+        return not self._roots(index.ravel())[0].any()
+
+    def why_pinned(self, index: np.ndarray) -> str:
+        """The reason that fixed the first pinned variable of `index`; empty when none is pinned."""
+        roots, _ = self._roots(index.ravel())
+        for variable in index.ravel()[roots == self.ONE]:
+            while self._parent[variable] != self.ONE:
+                variable = self._parent[variable]
+            return self._reasons[self._reason[variable]]
+        return ""
+
+    def alone(self, index: np.ndarray) -> bool:
+        """Whether no variable of `index` is related to any other variable."""
+        roots, _ = self._roots(np.arange(len(self._parent)))
+        sizes = np.bincount(roots, minlength=len(roots))
+        flat = index.ravel()
+        return bool((roots[flat] == flat).all() and (sizes[flat] == 1).all() and (flat != self.ONE).all())
+
+    def solve(self, stored: np.ndarray, centre_beyond: float = 3.0) -> None:
+        """Give every variable its value.
+
+        A free class whose stored scales leave [2^-centre_beyond, 2^centre_beyond] is multiplied by the power of two
+        that centres its range. `stored` names the variables that end up in weights.
+        """
+        roots, values = self._roots(np.arange(len(self._parent)))
+        bits = np.log2(np.abs(values[stored]))
+        low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
+        np.minimum.at(low, roots[stored], bits)
+        np.maximum.at(high, roots[stored], bits)
+        wide = np.maximum(-low, high) > centre_beyond
+        wide[self.ONE] = False
+        factor = np.ones(len(roots))
+        factor[wide] = np.exp2(-np.round((low[wide] + high[wide]) / 2))
+        self._values = values * factor[roots]
+
+    def assign(self, index: np.ndarray, values: np.ndarray) -> None:
+        """Set the value of variables that are related to nothing else (see :meth:`alone`), after :meth:`solve`."""
+        assert self._values is not None
+        self._values[index] = values
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        assert self._values is not None, "solve() has not run"
+        return self._values[index]
+
+    def _require(self, a: np.ndarray, b: np.ndarray, reason: int | None = None) -> None:
+        # Ratios other than one are only ever demanded, after all equalities: so equalities cannot contradict.
+        if not self._union(a.ravel(), b.ravel(), np.ones(a.size), [], reason):
+            raise AssertionError("equal scales contradict: an equality was required after a ratio")
+
+    def _roots(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        root, ratio = index.copy(), np.ones(len(index))
+        while True:
+            parent = self._parent[root]
+            if np.array_equal(parent, root):
+                return root, ratio
+            ratio *= self._ratio[root]
+            root = parent
+
+    def _union(
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        ratio: np.ndarray,
+        attached: list[np.ndarray],
+        reason: int | None = None,
+    ) -> bool:
+        while True:
+            root_a, ratio_a = self._roots(a)
+            root_b, ratio_b = self._roots(b)
+            factor = ratio * ratio_b / ratio_a  # value[root_a] = factor * value[root_b]
+            met = root_a == root_b
+            if np.any(np.abs(factor[met] - 1.0) > AGREEMENT):
+                return False
+            if met.all():
+                return True
+            a, b, ratio = a[~met], b[~met], ratio[~met]
+            root_a, root_b, factor = root_a[~met], root_b[~met], factor[~met]
+            high, low = np.maximum(root_a, root_b), np.minimum(root_a, root_b)
+            factor = np.where(root_a > root_b, factor, 1.0 / factor)
+            # One parent per root and round; what is left over meets again in the next round.
+            high, first = np.unique(high, return_index=True)
+            self._parent[high] = low[first]
+            self._ratio[high] = factor[first]
+            attached.append(high)
+            for root in high[low[first] == self.ONE] if reason is None else ():
+                partner = first[np.searchsorted(high, root)]
+                known = a[partner] if root_b[partner] == root else b[partner]
+                self._reason[root] = self._reason_code(known)
+            if reason is not None:
+                self._reason[high] = reason
+
+    def _reason_code(self, variable: int) -> int:
+        while self._parent[variable] != self.ONE:
+            variable = self._parent[variable]
+        return int(self._reason[variable])

@@ -1,0 +1,161 @@
+"""The second step of folding: one topological pass carries the shifts to the weights that absorb them.
+
+Where a shift reaches an operation that cannot take it, a weight operation on the way is asked to produce the opposite
+one: its bias pays. Only where none can, the shift is written out as an Add.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.fx import Node
+
+from .arrays import CannotCarry, collapse_equal
+from .rules import Use
+from .rules.weights import Embedding, Weighted
+
+if TYPE_CHECKING:
+    from .engine import Folding
+
+
+@dataclass(frozen=True)
+class _Route:
+    """A way from a source, whose shift can be chosen, to the value where a shift must vanish."""
+
+    source: Node
+    steps: tuple[tuple[Node, Node], ...]  # (operand, reader) from the source on
+
+
+def settle_shifts(fold: Folding) -> None:
+    """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``."""
+    order = {node: position for position, node in enumerate(fold.program.graph.nodes)}
+    tolerant = _tolerant(fold)
+    for leaf in fold.leaves:
+        fold.shift_of[leaf] = fold.no_shift(leaf)
+    for node in order:
+        if node not in fold.rule_of or node not in fold.scale_of:
+            continue
+        fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
+        if isinstance(fold.shift_of[node], list) or not fold.shift_of[node].any():
+            continue
+        if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
+            fold.spilled[node] = _stopping(node, fold)
+
+
+def _tolerant(fold: Folding) -> set[Node]:
+    """Values whose every reader has weights that take any shift, or carries it on to such readers."""
+    tolerant: set[Node] = set()
+    for node in reversed(fold.program.graph.nodes):
+        if all(_tolerates(user, node, tolerant, fold) for user in node.users):
+            tolerant.add(node)
+    return tolerant
+
+
+def _tolerates(user: Node, node: Node, tolerant: set[Node], fold: Folding) -> bool:
+    if user.op == "output":
+        return False
+    if user not in fold.rule_of or not fold.computes(user):
+        return user.op != "output"
+    use = fold.rule_of[user].use(user, node, None, fold)
+    return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
+
+
+def _stopping(node: Node, fold: Folding) -> list[Node]:
+    """The readers that cannot take the shift a value has."""
+    return [
+        user
+        for user in node.users
+        if user.op == "output"
+        or (fold.computes(user) and fold.rule_of[user].use(user, node, fold.shift_of[node], fold) is Use.STOP)
+    ]
+
+
+def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Folding) -> bool:
+    """Choose a source's shift such that `node` gets none."""
+    for route in sorted(_routes(node, tolerant, fold), key=lambda r: _cost(r.source, fold)):
+        change = _needed_at_source(route, fold)
+        if change is not None:
+            before = fold.shift_of[route.source] if route.source in fold.leaves else fold.chosen_shift(route.source)
+            fold.chosen[route.source] = before + change
+            _resettle(route.source, order[node], order, fold)
+            # Rounding of the way there and back must not leave a trace that would ask for an Add.
+            fold.shift_of[node] = fold.no_shift(node)
+            return True
+    return False
+
+
+def _routes(node: Node, tolerant: set[Node], fold: Folding) -> Iterator[_Route]:
+    """Ways back to sources, on which no other reader minds a change."""
+    pending: list[tuple[Node, tuple[tuple[Node, Node], ...]]] = [(node, ())]
+    while pending:
+        current, steps = pending.pop(0)
+        rule = fold.rule_of.get(current)
+        if current in fold.leaves or (rule is not None and rule.chooses_shift(current, fold)):
+            yield _Route(current, steps)
+            continue
+        if rule is None:
+            continue
+        for operand in current.all_input_nodes:
+            if operand not in fold.scale_of or rule.use(current, operand, None, fold) is not Use.PASS:
+                continue
+            others = (user for user in operand.users if user is not current)
+            if operand not in fold.leaves and not all(_tolerates(u, operand, tolerant, fold) for u in others):
+                continue
+            if operand in fold.leaves and len(operand.users) > 1:
+                continue
+            pending.append((operand, ((operand, current), *steps)))
+
+
+def _cost(source: Node, fold: Folding) -> int:
+    """What a source pays: nothing where a bias exists, an addition where one is created, a copy of a table else."""
+    rule = fold.rule_of.get(source)
+    if rule is None or isinstance(rule, Embedding):
+        return 2
+    if isinstance(rule, Weighted):
+        return 0 if rule.operands(source)[2] is not None else 1
+    return 0
+
+
+def _needed_at_source(route: _Route, fold: Folding) -> np.ndarray | None:
+    """The change of the source's shift that cancels the shift at the end of the route; None where none does."""
+    shape = fold.scale(route.source).shape
+    entries = np.arange(int(np.prod(shape))).reshape(shape)
+    factor = np.ones(shape)
+    try:
+        for operand, reader in route.steps:
+            rule = fold.rule_of[reader]
+            entries, factor = (rule.carry(reader, operand, a, collapse_equal, fold) for a in (entries, factor))
+            if not isinstance(factor, list):
+                factor = factor * rule.factor(reader, operand, fold)
+                entries = np.broadcast_to(entries, factor.shape)
+    except CannotCarry:
+        return None
+    end = route.steps[-1][1] if route.steps else route.source
+    shift = fold.shift_of[end]
+    if np.broadcast_shapes(shift.shape, entries.shape) != entries.shape or not factor.all():
+        return None
+    change = np.zeros(int(np.prod(shape)))
+    needed = -np.broadcast_to(shift, entries.shape) / factor
+    change[entries] = needed
+    return change.reshape(shape) if np.array_equal(change[entries], needed) else None
+
+
+def _resettle(source: Node, last: int, order: dict[Node, int], fold: Folding) -> None:
+    """Carry a changed shift on to every value up to position `last` that depends on it."""
+    if source in fold.leaves:
+        fold.shift_of[source] = fold.chosen[source]
+    queue, queued = [(order[source], source)], {source}
+    while queue:
+        _position, node = heapq.heappop(queue)
+        if node in fold.rule_of:
+            fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
+        for user in node.users:
+            if user in queued or order[user] > last or user.op == "output" or not fold.computes(user):
+                continue
+            if fold.rule_of[user].use(user, node, None, fold) is Use.PASS:
+                queued.add(user)
+                heapq.heappush(queue, (order[user], user))
