@@ -76,13 +76,12 @@ class RunningNorm(nn.Module):
     ) -> None:
         """Register buffers: ``statistics`` maps names to shapes and start values; counters are int64 [1]."""
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
+        self._start_values = dict.fromkeys(counters, 0.0)
         for name, (shape, start) in statistics.items():
             self.register_buffer(name, torch.full(shape, start, device=device, dtype=statistics_dtype))
+            self._start_values[name] = start
         for name in counters:
             self.register_buffer(name, torch.zeros(1, device=device, dtype=torch.int64))
-        self._start_values = {name: start for name, (_, start) in statistics.items()} | dict.fromkeys(
-            counters, 0
-        )
 
     def reset_running_stats(self) -> None:
         """Set every statistic and counter back to its value before training."""

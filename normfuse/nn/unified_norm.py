@@ -55,7 +55,8 @@ class UnifiedNorm(RunningNorm):
         super().__init__(
             num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
         )
-        windows = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
+        pair = isinstance(window_size, (tuple, list))
+        windows = tuple(window_size) if pair else (window_size, window_size)
         if len(windows) != 2:
             raise ValueError(
                 f"window_size={window_size!r} has {len(windows)} entries; "

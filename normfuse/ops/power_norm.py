@@ -76,7 +76,8 @@ def power_norm_forward_reference(
     inv_batch = (q + eps).rsqrt()
     inv_used = torch.where(t <= warmup_iters, inv_batch, (running_phi + eps).rsqrt())
     mean_all = mean_square(values, None, empty=torch.zeros_like(q))
-    averaged = torch.where(t < warmup_iters, running_phi * ((t - 1) / t) + q / t, running_phi)
+    steps = t.to(q.dtype)  # the quotient of two integer tensors would be float32, whatever q is
+    averaged = torch.where(t < warmup_iters, running_phi * ((steps - 1) / steps) + q / steps, running_phi)
     running_phi.copy_(alpha_fwd * averaged + (1 - alpha_fwd) * q)
 
     y = weight * (values * inv_used) + bias
