@@ -13,7 +13,7 @@ from torch.fx import Node
 from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
 from .program import Program
 from .report import FoldError, FoldReport, NormRecord
-from .rules import Rule, Use, find_rule
+from .rules import OPAQUE, Rule, Use, find_rule
 from .rules.affine import Coefficients
 from .rules.base import is_float
 from .scales import Scales
@@ -439,18 +439,21 @@ def _sources_of_shift(node: Node, folding: Folding) -> Iterable[Node]:
 
 
 def _operations_around(node: Node, folding: Folding) -> Iterable[Node]:
-    """The operations that read a norm's result and those that write its input, seen through what only carries."""
-    pending, found = [(node, True), (node, False)], []
+    """The operations that read a norm's result and those that write its input.
+
+    They are looked for through operations without weights, but through one that brings several values together only
+    once: behind it begins the rest of the residual stream.
+    """
+    pending, found = [(node, True, False), (node, False, False)], []
     while pending:
-        current, forward = pending.pop()
-        for next_node in current.users if forward else current.all_input_nodes:
-            rule = folding.rule_of.get(next_node)
-            if rule is None or next_node in found:
+        current, forward, met = pending.pop()
+        for neighbour in current.users if forward else current.all_input_nodes:
+            rule = folding.rule_of.get(neighbour)
+            if rule is None or rule is OPAQUE or neighbour in found:
                 continue
-            if rule.owns_constants and next_node not in folding.affine:
-                found.append(next_node)
-            elif next_node in folding.scale_of and not (forward and len(next_node.all_input_nodes) > 1):
-                reader, operand = (next_node, current) if forward else (current, next_node)
-                if folding.rule_of[reader].use(reader, operand, None, folding) is Use.PASS:
-                    pending.append((next_node, forward))
+            found.append(neighbour)
+            several = sum(operand in folding.scale_of for operand in neighbour.all_input_nodes) > 1
+            weights = rule.owns_constants and neighbour not in folding.affine
+            if not (weights or (several and met)):
+                pending.append((neighbour, forward, met or several))
     return found

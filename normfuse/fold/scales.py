@@ -19,7 +19,8 @@ class Scales:
     ONE = 0
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1, np.int64)
+        self._count = 1
+        self._parent = np.arange(1)
         self._ratio = np.ones(1)
         self._reason = np.zeros(1, np.int32)
         self._reasons: list[str] = ["it is fixed"]
@@ -27,12 +28,14 @@ class Scales:
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """New, unrelated variables in an array of the given shape."""
-        start, count = len(self._parent), int(np.prod(shape))
-        new = np.arange(start, start + count)
-        self._parent = np.concatenate([self._parent, new])
-        self._ratio = np.concatenate([self._ratio, np.ones(count)])
-        self._reason = np.concatenate([self._reason, np.zeros(count, np.int32)])
-        return new.reshape(shape)
+        start = self._count
+        self._count += int(np.prod(shape))
+        if self._count > len(self._parent):  # variables beyond the count are roots of their own already
+            more = max(self._count, 2 * len(self._parent)) - len(self._parent)
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), len(self._parent) + more)])
+            self._ratio = np.concatenate([self._ratio, np.ones(more)])
+            self._reason = np.concatenate([self._reason, np.zeros(more, np.int32)])
+        return np.arange(start, self._count).reshape(shape)
 
     def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
         """An array that refers to the constant one everywhere."""
@@ -74,7 +77,7 @@ class Scales:
 
     def alone(self, index: np.ndarray) -> bool:
         """Whether no variable of `index` is related to any other variable."""
-        roots, _ = self._roots(np.arange(len(self._parent)))
+        roots, _ = self._roots(np.arange(self._count))
         sizes = np.bincount(roots, minlength=len(roots))
         flat = index.ravel()
         return bool((roots[flat] == flat).all() and (sizes[flat] == 1).all() and (flat != self.ONE).all())
@@ -85,7 +88,7 @@ class Scales:
         A free class whose stored scales leave [2^-centre_beyond, 2^centre_beyond] is multiplied by the power of two
         that centres its range. `stored` names the variables that end up in weights.
         """
-        roots, values = self._roots(np.arange(len(self._parent)))
+        roots, values = self._roots(np.arange(self._count))
         bits = np.log2(np.abs(values[stored]))
         low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
         np.minimum.at(low, roots[stored], bits)

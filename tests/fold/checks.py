@@ -1,0 +1,65 @@
+"""What every folding test asks: the same function, and what is left of the norms."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from normfuse.fold import FoldReport, fold
+
+aten = torch.ops.aten
+AFFINE = {aten.batch_norm.default, aten.addcmul.default}
+
+
+def outputs(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def difference(expected: object, got: object) -> float:
+    """The largest difference relative to the largest expected entry."""
+    pairs = list(zip(outputs(expected), outputs(got), strict=True))
+    for want, have in pairs:
+        assert want.shape == have.shape and want.dtype == have.dtype
+    return max(float((w - h).abs().max()) / max(float(w.abs().max()), 1e-30) if w.numel() else 0.0 for w, h in pairs)
+
+
+def folded(
+    model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: object = None, **options: bool
+) -> tuple[ExportedProgram, FoldReport]:
+    """Fold a model in float64 and check that it still computes the same: to 1e-12, hundreds of roundings."""
+    model = model.double().eval()
+    program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
+    before = {name: value.clone() for name, value in program.state_dict.items()}
+    result, report = fold(program, **options)
+    with torch.no_grad():
+        assert difference(model(*inputs), result.module()(*inputs)) <= 1e-12
+    for name, value in before.items():
+        torch.testing.assert_close(program.state_dict[name], value, rtol=0, atol=0, equal_nan=True)
+    result.validate()
+    return result, report
+
+
+def operations(program: ExportedProgram) -> list[str]:
+    """The operations of a program in order, without those on sizes and those that pick one of several results."""
+    return [
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and node.target is not operator.getitem
+        and isinstance(node.meta.get("val"), Tensor | list | tuple)
+    ]
+
+
+def assert_nothing_left(program: ExportedProgram, report: FoldReport) -> None:
+    assert report.norms and not report.remaining, [(r.name, r.reason) for r in report.remaining]
+    assert all(record.absorbed_by for record in report.norms)
+    constants = {
+        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name in ("PARAMETER", "BUFFER")
+    }
+    for node in program.graph.nodes:
+        assert node.target not in AFFINE, node
+        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+            assert not any(operand.name in constants for operand in node.all_input_nodes), node
