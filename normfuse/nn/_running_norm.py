@@ -14,9 +14,7 @@ from ..ops._layout import accumulation_dtype
 def check_count(name: str, value: int, minimum: int) -> None:
     """Raise unless ``value`` is an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}={value!r} has type {type(value).__name__}; give an int of at least {minimum}"
-        )
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}; give an int of at least {minimum}")
     if value < minimum:
         raise ValueError(f"{name}={value} is not allowed; give an int of at least {minimum}")
 
@@ -24,9 +22,7 @@ def check_count(name: str, value: int, minimum: int) -> None:
 def check_fraction(name: str, value: float) -> None:
     """Raise unless 0 <= value <= 1."""
     if not 0.0 <= value <= 1.0:
-        raise ValueError(
-            f"{name}={value} is not allowed; give a number from 0 to 1 (the share of the old value)"
-        )
+        raise ValueError(f"{name}={value} is not allowed; give a number from 0 to 1 (the share of the old value)")
 
 
 class RunningNorm(nn.Module):
@@ -51,9 +47,7 @@ class RunningNorm(nn.Module):
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps={eps} is not allowed; give a positive finite number such as 1e-5")
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(
-                f"channel_dim={channel_dim!r} is not allowed; give an int such as -1 (last) or 1 (NCHW)"
-            )
+            raise TypeError(f"channel_dim={channel_dim!r} is not allowed; give an int such as -1 (last) or 1 (NCHW)")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype={dtype} is not allowed; give a floating dtype such as torch.float32")
         self.num_features = num_features

@@ -56,9 +56,7 @@ class PowerNorm(RunningNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         if group_num is not None:
             check_count("group_num", group_num, 0)
         check_options(num_features, group_num, backward)

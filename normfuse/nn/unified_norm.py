@@ -52,15 +52,12 @@ class UnifiedNorm(RunningNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         pair = isinstance(window_size, (tuple, list))
         windows = tuple(window_size) if pair else (window_size, window_size)
         if len(windows) != 2:
             raise ValueError(
-                f"window_size={window_size!r} has {len(windows)} entries; "
-                "give an int or a pair (forward, backward)"
+                f"window_size={window_size!r} has {len(windows)} entries; give an int or a pair (forward, backward)"
             )
         for window in windows:
             check_count("window_size", window, 1)

@@ -13,6 +13,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)`` that leaves no node in an exported program where there is nothing to convert."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def check_input(
     x: Tensor,
     channels: int,
@@ -40,15 +45,12 @@ def check_input(
             f"{accumulation_dtype(x.dtype)}: convert the module (module.float() or module.double()) or x"
         )
     if statistic.device != x.device:
-        raise ValueError(
-            f"x is on {x.device} but the statistics are on {statistic.device}: move one with .to(device)"
-        )
+        raise ValueError(f"x is on {x.device} but the statistics are on {statistic.device}: move one with .to(device)")
     if pad_mask is None:
         return
     if pad_mask.dtype != torch.bool:
         raise TypeError(
-            f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool "
-            "(True = padding): use pad_mask.bool()"
+            f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool (True = padding): use pad_mask.bool()"
         )
     expected = list(x.shape)
     del expected[channel_dim]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from ._layout import accumulation_dtype, check_input, from_rows, mean_square, per_channel, to_rows
+from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
 from ._registry import register_operation
 
 
@@ -114,9 +114,7 @@ def power_norm_backward_reference(
     return grad.to(x.dtype), (dy * z).sum(0), dy.sum(0)
 
 
-_forward = register_operation(
-    "power_norm_forward", power_norm_forward_reference, mutates=("running_phi", "iters")
-)
+_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=("running_phi", "iters"))
 _backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
 
 
@@ -135,9 +133,7 @@ class _PowerNorm(torch.autograd.Function):
     """Autograd of the two operations on [R, C] matrices. Keeps x, four [C] vectors and the row factors."""
 
     @staticmethod
-    def forward(
-        ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper
-    ):
+    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper):
         y, stats, row_scale = _forward(
             x, pad_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
         )
@@ -165,15 +161,13 @@ class _PowerNorm(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
-def _evaluate(
-    x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int
-):
-    values = x.to(running_phi.dtype)
+def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
+    values = cast(x, running_phi.dtype)
     if group_num:
         groups = values.movedim(dim, -1).unflatten(-1, (group_num, -1))
         values = rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2).movedim(-1, dim)
     scale = per_channel(weight * torch.rsqrt(running_phi + eps), x, dim)
-    return torch.addcmul(per_channel(bias, x, dim), values, scale).to(x.dtype)
+    return cast(torch.addcmul(per_channel(bias, x, dim), values, scale), x.dtype)
 
 
 def power_norm(
@@ -226,8 +220,8 @@ def power_norm(
     check_options(channels, group_num, backward)
     groups = group_num or 0
     acc = state.running_phi.dtype
-    weight = torch.ones_like(state.running_phi) if weight is None else weight.to(acc)
-    bias = torch.zeros_like(state.running_phi) if bias is None else bias.to(acc)
+    weight = torch.ones_like(state.running_phi) if weight is None else cast(weight, acc)
+    bias = torch.zeros_like(state.running_phi) if bias is None else cast(bias, acc)
     if not training:
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     rows_mask = None if pad_mask is None else pad_mask.reshape(-1)

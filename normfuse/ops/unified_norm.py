@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._layout import accumulation_dtype, check_input, from_rows, mean_square, per_channel, to_rows
+from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
 from ._registry import register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
@@ -226,11 +226,12 @@ def unified_norm(
     """
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
     acc = state.running_var.dtype
-    weight = torch.ones_like(state.running_var) if weight is None else weight.to(acc)
-    bias = torch.zeros_like(state.running_var) if bias is None else bias.to(acc)
+    weight = torch.ones_like(state.running_var) if weight is None else cast(weight, acc)
+    bias = torch.zeros_like(state.running_var) if bias is None else cast(bias, acc)
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
-        return torch.addcmul(per_channel(bias, x, channel_dim), x.to(acc), scale).to(x.dtype)
+        y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
+        return cast(y, x.dtype)
     rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
     y = _UnifiedNorm.apply(
         to_rows(x, channel_dim),
