@@ -1,7 +1,4 @@
-// What the host knows about its memory: huge pages, and the size of the last-level cache.
-#include <unistd.h>
-
-#include "output.h"
+#include "../kernels.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -21,17 +18,4 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-namespace cpu {
-
-bool exceeds_cache(size_t bytes) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const long reported = 0;
-#endif
-  const size_t cache = reported > 0 ? size_t(reported) : size_t(32) << 20;
-  return bytes * 4 > cache;
-}
-
-}  // namespace cpu
 }  // namespace normfuse

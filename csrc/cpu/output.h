@@ -1,6 +1,7 @@
 // Writes the rows of a result. A result too large to be found in the cache again is streamed past it: an
 // ordinary store first reads the line it replaces, which costs a memory-bound kernel a third of its time.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -8,12 +9,10 @@
 #include <emmintrin.h>
 #endif
 
-#include "../kernels.h"
-
 namespace normfuse::cpu {
 
-// True where x, dy, y and dx of this size do not fit the last-level cache together.
-bool exceeds_cache(size_t bytes);
+// True where x, dy, y and dx of this size do not fit 32 MiB, a common size of the last-level cache, together.
+inline bool exceeds_cache(size_t bytes) { return bytes > size_t(8) << 20; }
 
 template <class T>
 class RowOutput {

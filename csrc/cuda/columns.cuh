@@ -1,0 +1,211 @@
+// What the kernels over a [rows, channels] matrix share: the tiling, the walk over rows, and sums over
+// columns.
+//
+// A block has 32 lanes x 8 rows of threads. A lane holds V neighbouring channels in registers: 16 bytes of x,
+// or one channel where rows are not aligned for that. blockIdx.x is the tile of 32 V channels, blockIdx.y
+// strides over the rows together with the other blocks of its tile, so that all blocks move through memory
+// side by side.
+//
+// A column sum is added in float registers over the block's rows, over the block's 8 threads, written to
+// partial[block][channels], and added by the last block of the tile to finish. Every order is fixed: two runs
+// on the same device give the same bits.
+#pragma once
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "../kernels.h"
+#include "portable.cuh"
+
+namespace normfuse::cuda {
+
+constexpr int kLanes = 32;
+constexpr int kThreadRows = 8;
+constexpr int kThreads = kLanes * kThreadRows;
+constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kUnroll = 4;  // rows a thread has in flight
+
+template <class T>
+using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+// Per tile of channels, zero at the launch.
+struct TileCounters {
+  unsigned long long valid_rows;
+  unsigned blocks_done;
+  unsigned unused;
+};
+
+// Where one launch sequence keeps its intermediate values.
+struct Workspace {
+  TileCounters* tiles;
+  int* flag;      // [1]
+  void* partial;  // acc [2, row blocks, channels]
+  void* vectors;  // acc [2, channels]
+  void* rows;     // acc [rows, group_num]
+};
+
+struct ColumnGrid {
+  int64_t tiles;
+  int64_t row_blocks;
+
+  ColumnGrid(const Matrix& shape, int pack)
+      : tiles((shape.channels + kLanes * pack - 1) / (kLanes * pack)),
+        row_blocks(kBlocksPerMultiprocessor * multiprocessors() / tiles) {
+    const int64_t useful = (shape.rows + kThreadRows - 1) / kThreadRows;
+    if (row_blocks > useful) row_blocks = useful;
+    if (row_blocks < 1) row_blocks = 1;
+  }
+  dim3 grid() const { return dim3(unsigned(tiles), unsigned(row_blocks)); }
+  static dim3 block() { return dim3(kLanes, kThreadRows); }
+};
+
+Workspace lay_out_workspace(void* memory, const Matrix& shape);
+
+// Sets the counters to zero on the stream.
+int clear_counters(const Workspace& workspace, const Matrix& shape, void* stream);
+
+// Channels per thread: 16 bytes, if every row of every matrix starts on 16 bytes and no pack crosses a group.
+template <class T>
+bool can_pack(int64_t group_width, std::initializer_list<const void*> matrices) {
+  bool aligned = group_width % (16 / int64_t(sizeof(T))) == 0;
+  for (const void* matrix : matrices) aligned = aligned && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
+  return aligned;
+}
+
+// Calls run(T{}) with the element type that dtype names.
+template <class Run>
+int with_element_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(float{});
+    case DType::kBFloat16:
+      return run(bfloat16{});
+    case DType::kFloat16:
+      return run(float16{});
+    case DType::kFloat64:
+      return run(double{});
+  }
+  return 1;  // cudaErrorInvalidValue
+}
+
+// The part of the matrix that one thread works on.
+template <class T, int V>
+struct Place {
+  int64_t rows, channels;
+  int64_t column;  // the first of this thread's V channels
+  int64_t first;   // its first row
+  int64_t stride;  // from one of its rows to the next
+  bool inside;
+
+  __device__ Place(int64_t rows, int64_t channels)
+      : rows(rows),
+        channels(channels),
+        column((int64_t(blockIdx.x) * kLanes + threadIdx.x) * V),
+        first(int64_t(blockIdx.y) * kThreadRows + threadIdx.y),
+        stride(int64_t(gridDim.y) * kThreadRows),
+        inside(column < channels) {}
+
+  __device__ __forceinline__ Pack<T, V> load(const T* matrix, int64_t row) const {
+    return *reinterpret_cast<const Pack<T, V>*>(matrix + row * channels + column);
+  }
+  __device__ __forceinline__ void store(T* matrix, int64_t row, const Pack<T, V>& pack) const {
+    *reinterpret_cast<Pack<T, V>*>(matrix + row * channels + column) = pack;
+  }
+
+  // use(row, packs) on every row of this thread; the loads of kUnroll rows are issued together.
+  template <int kMatrices, class Use>
+  __device__ __forceinline__ void walk(const T* const (&matrices)[kMatrices], const Use& use) const {
+    if (!inside) return;
+    for (int64_t begin = first; begin < rows; begin += kUnroll * stride) visit(begin, matrices, use);
+  }
+  // The same rows from the last to the first: what was read last is still in the L2 cache.
+  template <int kMatrices, class Use>
+  __device__ __forceinline__ void walk_back(const T* const (&matrices)[kMatrices], const Use& use) const {
+    if (!inside || first >= rows) return;
+    const int64_t jump = kUnroll * stride;
+    for (int64_t begin = first + (rows - 1 - first) / jump * jump; begin >= 0; begin -= jump)
+      visit(begin, matrices, use);
+  }
+
+ private:
+  template <int kMatrices, class Use>
+  __device__ __forceinline__ void visit(int64_t begin, const T* const (&matrices)[kMatrices],
+                                        const Use& use) const {
+    Pack<T, V> packs[kUnroll][kMatrices];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k)
+      if (begin + k * stride < rows)
+#pragma unroll
+        for (int m = 0; m < kMatrices; ++m) packs[k][m] = load(matrices[m], begin + k * stride);
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k)
+      if (begin + k * stride < rows) use(begin + k * stride, packs[k]);
+  }
+};
+
+// Adds `values` over the block's rows of threads. Thread i of the block gets the sum of the tile's i-th
+// channel.
+template <class Acc, int V>
+__device__ __forceinline__ Acc add_thread_rows(const Acc (&values)[V], Acc* shared) {
+  __syncthreads();  // earlier readers of shared are done
+#pragma unroll
+  for (int i = 0; i < V; ++i) shared[(threadIdx.y * V + i) * kLanes + threadIdx.x] = values[i];
+  __syncthreads();
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  Acc sum = 0;
+  if (thread < kLanes * V)
+    for (int y = 0; y < kThreadRows; ++y) sum += shared[(y * V + thread % V) * kLanes + thread / V];
+  return sum;
+}
+
+// The channel that thread i of the block finishes, or `channels` if it has none.
+template <int V>
+__device__ __forceinline__ int64_t finished_channel(int64_t channels) {
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  const int64_t channel = int64_t(blockIdx.x) * kLanes * V + thread;
+  return thread < kLanes * V && channel < channels ? channel : channels;
+}
+
+// Completes column sums over all blocks of the tile. In the last of its blocks finish(channel, sums) is
+// called once per channel; the others return.
+template <int kSums, int V, class Acc, class Finish>
+__device__ __forceinline__ void finish_columns(const Acc (&values)[kSums][V], int64_t channels, Acc* partial,
+                                               TileCounters* tiles, const Finish& finish) {
+  NF_SHARED(Acc, shared, kThreads * V);
+  NF_SHARED(int, is_last, 1);
+  const int64_t channel = finished_channel<V>(channels);
+  const int64_t size = int64_t(gridDim.y) * channels;
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    const Acc sum = add_thread_rows(values[s], shared);
+    if (channel < channels) partial[s * size + int64_t(blockIdx.y) * channels + channel] = sum;
+  }
+
+  __threadfence();  // the partial sums are visible before the block counts itself
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0)
+    *is_last = atomicAdd(&tiles[blockIdx.x].blocks_done, 1u) == gridDim.y - 1;
+  __syncthreads();
+  if (!*is_last) return;
+  __threadfence();
+
+  const int64_t column = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * V;
+  Acc sums[kSums];
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    Acc added[V] = {};
+    for (int64_t b = threadIdx.y; b < gridDim.y; b += kThreadRows)
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        if (column + i < channels) added[i] += __ldcg(partial + s * size + b * channels + column + i);
+    sums[s] = add_thread_rows(added, shared);
+  }
+  if (channel < channels) finish(channel, sums);
+}
+
+}  // namespace normfuse::cuda

@@ -1,0 +1,88 @@
+// Unified Norm, backward.
+//   unified_gradient_sums   sums of dy and dy x; per channel m = mean of w r dy z,     reads dy, x
+//                           the gradient window, ema_gz, dw = r sum(dy z), db = sum(dy)
+//   unified_gradient_apply  dx = (w r dy - ema_gz z) / sqrt(var + eps)                 reads dy, x backwards,
+//   from L2 first;
+//                              = slope dy - pull x                                     writes dx
+#include "columns.cuh"
+
+namespace normfuse {
+namespace cuda {
+namespace {
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    unified_gradient_sums(UnifiedBackward a, Workspace workspace) {
+  using Acc = AccOf<T>;
+  const int64_t n = a.shape.channels;
+  const Place<T, V> place(a.shape.rows, n);
+  Acc sums[2][V] = {};
+  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)},
+             [&](int64_t, const Pack<T, V>(&in)[2]) {
+#pragma unroll
+               for (int i = 0; i < V; ++i) {
+                 sums[0][i] += widen(in[0].v[i]);
+                 sums[1][i] += widen(in[0].v[i]) * widen(in[1].v[i]);
+               }
+             });
+  finish_columns(
+      sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
+        const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
+        const Acc* stats = static_cast<const Acc*>(a.stats);
+        const UnifiedStats<Acc> channel{stats[c], stats[n + c]};
+        const Acc weight = static_cast<const Acc*>(a.weight)[c];
+        const Acc weight_gradient = channel.r * channel.inv_std * sum[1];
+        const Acc m = mean_or(weight * weight_gradient, a.shape.rows, Acc(0));
+        const auto k = unified_backward_channel(step, m, weight, channel, static_cast<Acc*>(a.buffer_gz) + c,
+                                                n, Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
+        static_cast<Acc*>(workspace.vectors)[c] = k.slope;
+        static_cast<Acc*>(workspace.vectors)[n + c] = k.pull;
+        static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
+        static_cast<Acc*>(a.grad_bias)[c] = sum[0];
+      });
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    unified_gradient_apply(UnifiedBackward a, Workspace workspace) {
+  using Acc = AccOf<T>;
+  const Place<T, V> place(a.shape.rows, a.shape.channels);
+  const Acc* vectors = static_cast<const Acc*>(workspace.vectors);
+  Acc slope[V] = {}, pull[V] = {};
+  for (int i = 0; i < V && place.inside; ++i) {
+    slope[i] = vectors[place.column + i];
+    pull[i] = vectors[a.shape.channels + place.column + i];
+  }
+  place.walk_back({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)},
+                  [&](int64_t row, const Pack<T, V>(&in)[2]) {
+                    Pack<T, V> out;
+#pragma unroll
+                    for (int i = 0; i < V; ++i)
+                      narrow(slope[i] * widen(in[0].v[i]) - pull[i] * widen(in[1].v[i]), &out.v[i]);
+                    place.store(static_cast<T*>(a.grad_x), row, out);
+                  });
+}
+
+template <class T, int V>
+int launch(const UnifiedBackward& a, const Workspace& workspace, void* stream) {
+  const ColumnGrid columns(a.shape, V);
+  if (const int error = clear_counters(workspace, a.shape, stream)) return error;
+  NF_LAUNCH((unified_gradient_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+  NF_LAUNCH((unified_gradient_apply<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace cuda
+
+int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream) {
+  const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
+  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
+    using T = decltype(t);
+    return cuda::can_pack<T>(args.shape.channels, {args.grad_y, args.x, args.grad_x})
+               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
+               : cuda::launch<T, 1>(args, w, stream);
+  });
+}
+
+}  // namespace normfuse

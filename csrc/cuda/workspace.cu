@@ -1,0 +1,49 @@
+// The device memory of one launch sequence: counters, partial sums, per-channel vectors, per-row values.
+#include "columns.cuh"
+
+namespace normfuse {
+namespace cuda {
+namespace {
+
+constexpr size_t kAlign = 256;
+
+size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Bounds for packs of any size: the scalar path has the most tiles, one tile has the most row blocks.
+size_t counter_bytes(const Matrix& shape) {
+  return aligned((shape.channels + kLanes - 1) / kLanes * sizeof(TileCounters));
+}
+size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * sizeof(double)); }
+size_t partial_bytes(const Matrix& shape) {
+  return aligned(2 * size_t(kBlocksPerMultiprocessor * multiprocessors()) * shape.channels * sizeof(double));
+}
+size_t row_bytes(const Matrix& shape, int64_t group_num) {
+  return aligned(shape.rows * group_num * sizeof(double));
+}
+
+}  // namespace
+
+Workspace lay_out_workspace(void* memory, const Matrix& shape) {
+  char* at = static_cast<char*>(memory);
+  Workspace w;
+  w.tiles = reinterpret_cast<TileCounters*>(at);
+  w.flag = reinterpret_cast<int*>(at += counter_bytes(shape));
+  w.vectors = at += kAlign;
+  w.partial = at += vector_bytes(shape);
+  w.rows = at + partial_bytes(shape);
+  return w;
+}
+
+int clear_counters(const Workspace& workspace, const Matrix& shape, void* stream) {
+  return cudaMemsetAsync(workspace.tiles, 0, counter_bytes(shape), static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace cuda
+
+size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num) {
+  using namespace cuda;
+  return counter_bytes(shape) + kAlign + vector_bytes(shape) + partial_bytes(shape) +
+         row_bytes(shape, group_num);
+}
+
+}  // namespace normfuse
