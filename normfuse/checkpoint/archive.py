@@ -91,15 +91,12 @@ def _zip_kind(path: Path) -> str:
                 broken = packed[0] if packed else archive.testzip()
     except Exception as error:  # a single flipped bit makes zipfile raise any of seven exception types
         raise CheckpointError(
-            f"{path} is damaged: its zip archive cannot be read ({one_line(error, 120)}); copy or save it "
-            "again"
+            f"{path} is damaged: its zip archive cannot be read ({one_line(error, 120)}); copy or save it again"
         ) from error
     if kind is None:
         raise CheckpointError(f"{path} is a zip archive, but holds no tensors written by torch.save")
     if broken is not None:
-        raise CheckpointError(
-            f"{path} is damaged: record {broken!r} fails its checksum; copy or save it again"
-        )
+        raise CheckpointError(f"{path} is damaged: record {broken!r} fails its checksum; copy or save it again")
     return kind
 
 
@@ -135,17 +132,13 @@ def read(path: Path, kind: str, trust: bool) -> Any:
         return _guarded(path, lambda file: torch.load(file, map_location="cpu", weights_only=False))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about pickle protocols that no torch.save writes: refused anyway
+            warnings.simplefilter("ignore")  # about pickle protocols that no torch.save writes: refused anyway
             # Memory mapping keeps one copy of the weights fewer in memory; only zip archives offer it.
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=kind == "torch")
     except pickle.UnpicklingError as error:
         foreign = _foreign_globals(path) if kind == "torch" else []
         if not foreign and "load key" in str(error):
-            raise CheckpointError(
-                f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it"
-            ) from error
+            raise CheckpointError(f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it") from error
         named = f" (it asks for {some_of(foreign)})" if foreign else ""
         raise CheckpointError(
             f"{path} holds pickled objects{named}: reading them can run code, so it was not read; save a "
@@ -160,23 +153,17 @@ def _guarded(path: Path, reader: Any) -> Any:
     try:
         return reader(path)
     except Exception as error:  # a trusted pickle may fail in any way its classes can
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {one_line(error, 200)})"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {one_line(error, 200)})") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise CheckpointError(
-            f"reading {path} needs the safetensors package: pip install safetensors"
-        ) from error
+        raise CheckpointError(f"reading {path} needs the safetensors package: pip install safetensors") from error
     try:
         return load_file(path)
-    except (
-        Exception
-    ) as error:  # SafetensorError, and UnicodeDecodeError or ValueError for some damaged headers
+    except Exception as error:  # SafetensorError, and UnicodeDecodeError or ValueError for some damaged headers
         raise CheckpointError(f"{path} is damaged or no safetensors file ({one_line(error, 120)})") from error
 
 

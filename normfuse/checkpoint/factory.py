@@ -54,8 +54,7 @@ def recorded(text: str, source: str) -> type[nn.Module]:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # the imported module is free to fail in its own way
         raise CheckpointError(
-            f"{source} names the factory {text!r}, which cannot be imported here ({one_line(error, 120)}); "
-            f"{way_out}"
+            f"{source} names the factory {text!r}, which cannot be imported here ({one_line(error, 120)}); {way_out}"
         ) from error
     for part in path:
         found = getattr(found, part, None)
@@ -74,8 +73,7 @@ def given(text: str) -> Callable[..., nn.Module]:
             found: Any = importlib.import_module(module_name)
         except Exception as error:  # the imported module is free to fail in its own way
             raise CheckpointError(
-                f"--model {text}: cannot import {module_name} ({type(error).__name__}: "
-                f"{one_line(error, 200)})"
+                f"--model {text}: cannot import {module_name} ({type(error).__name__}: {one_line(error, 200)})"
             ) from error
     for part in path:
         if not hasattr(found, part):

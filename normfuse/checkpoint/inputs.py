@@ -13,8 +13,7 @@ from torch.export import Dim
 from normfuse.checkpoint.archive import CheckpointError
 
 DTYPES = {
-    name: getattr(torch, name)
-    for name in "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split()
+    name: getattr(torch, name) for name in "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split()
 }
 _SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?:<(?P<high>\d+))?")
 _DIM = re.compile(r"(?P<size>\d+)|(?:(?P<low>\d+)<=)?(?P<name>[A-Za-z_]\w*)(?:<=(?P<high>\d+))?")
@@ -38,12 +37,8 @@ class Dimension:
 
     def __post_init__(self) -> None:
         bounds = [self.minimum] if self.maximum is None else [self.minimum, self.maximum]
-        if not (
-            isinstance(self.name, str) and self.name.isidentifier() and all(type(b) is int for b in bounds)
-        ):
-            raise CheckpointError(
-                f"dimension {self.name!r} needs a word as its name and integers as its bounds"
-            )
+        if not (isinstance(self.name, str) and self.name.isidentifier() and all(type(b) is int for b in bounds)):
+            raise CheckpointError(f"dimension {self.name!r} needs a word as its name and integers as its bounds")
 
     def __str__(self) -> str:
         low = f"{self.minimum}<=" if self.minimum > 1 else ""
@@ -89,9 +84,7 @@ def parse_input(text: str) -> InputSpec:
     dims = tuple(_parse_dim(dim, text) for dim in match["dims"].split(",")) if match["dims"] else ()
     integer = not dtype.is_floating_point and dtype != torch.bool
     if match["high"] is not None and (not integer or int(match["high"]) < 1):
-        raise CheckpointError(
-            f"input {text!r}: a bound <{match['high']} needs an integer dtype and must be at least 1"
-        )
+        raise CheckpointError(f"input {text!r}: a bound <{match['high']} needs an integer dtype and must be at least 1")
     high = int(match["high"] or 2) if integer else None
     return InputSpec(match["name"], dtype, dims, high)
 
@@ -102,9 +95,7 @@ def _parse_dim(dim: str, text: str) -> int | Dimension:
         raise CheckpointError(f"input {text!r}: dimension {dim!r} is neither a number nor a word, {_EXAMPLE}")
     if match["size"] is not None:
         return int(match["size"])
-    return Dimension(
-        match["name"], int(match["low"] or 1), None if match["high"] is None else int(match["high"])
-    )
+    return Dimension(match["name"], int(match["low"] or 1), None if match["high"] is None else int(match["high"]))
 
 
 def specs_of(
@@ -118,21 +109,15 @@ def specs_of(
         dynamic_shapes = {}
     if not isinstance(dynamic_shapes, Mapping):
         if len(dynamic_shapes) != len(names):
-            raise CheckpointError(
-                f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} example inputs"
-            )
+            raise CheckpointError(f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} example inputs")
         dynamic_shapes = dict(zip(names, dynamic_shapes, strict=True))
     unknown = [name for name in dynamic_shapes if name not in names]
     if unknown:
-        raise CheckpointError(
-            f"dynamic_shapes names {unknown[0]!r}, but the example inputs are {', '.join(names)}"
-        )
+        raise CheckpointError(f"dynamic_shapes names {unknown[0]!r}, but the example inputs are {', '.join(names)}")
     specs = []
     for name, example in zip(names, examples, strict=True):
         if example.dtype not in DTYPES.values():
-            raise CheckpointError(
-                f"example input {name!r} is {example.dtype}; allowed are {', '.join(DTYPES)}"
-            )
+            raise CheckpointError(f"example input {name!r} is {example.dtype}; allowed are {', '.join(DTYPES)}")
         axes = dynamic_shapes.get(name) or {}
         if not isinstance(axes, Mapping):
             axes = dict(enumerate(axes))
@@ -170,15 +155,12 @@ def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor
     sizes: dict[str, int] = {}
     for spec, example in zip(specs, examples, strict=True):
         if example.dtype != spec.dtype or example.dim() != len(spec.dims):
-            raise CheckpointError(
-                f"example input {spec.name!r} is {example.dtype} {list(example.shape)}, not {spec}"
-            )
+            raise CheckpointError(f"example input {spec.name!r} is {example.dtype} {list(example.shape)}, not {spec}")
         for dim, size in zip(spec.dims, example.shape, strict=True):
             expected = sizes.setdefault(dim.name, size) if isinstance(dim, Dimension) else dim
             if size != expected:
                 raise CheckpointError(
-                    f"example input {spec.name!r} has shape {list(example.shape)}, but {dim} is {expected} "
-                    "elsewhere"
+                    f"example input {spec.name!r} has shape {list(example.shape)}, but {dim} is {expected} elsewhere"
                 )
     return sizes
 
@@ -191,14 +173,11 @@ def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
             if isinstance(dim, Dimension):
                 other = found.get(dim.name, dim)
                 highs = [high for high in (dim.maximum, other.maximum) if high is not None]
-                found[dim.name] = Dimension(
-                    dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None
-                )
+                found[dim.name] = Dimension(dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None)
     for dim in found.values():
         if dim.maximum is not None and dim.maximum < dim.minimum:
             raise CheckpointError(
-                f"dimension {dim.name!r} can have no size: it is at least {dim.minimum} and at most "
-                f"{dim.maximum}"
+                f"dimension {dim.name!r} can have no size: it is at least {dim.minimum} and at most {dim.maximum}"
             )
     return found
 
@@ -267,9 +246,7 @@ def redraw(
     if spec.high is not None and spec.high > 2:
         return torch.randint(spec.high, shape, generator=generator).to(spec.dtype)
     if len(values) <= 2 or not example.isfinite().all():
-        rows = torch.randint(example.shape[0], (shape[0],), generator=generator) if example.dim() else None
-        start = resize(example if rows is None else example[rows], shape)
-        return _not_constant(start, example, rows, shape)
+        return _redraw_mask(example, shape, generator)
     if spec.dtype.is_floating_point:
         spread = example.double()
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -277,13 +254,22 @@ def redraw(
     return values[torch.randint(len(values), shape, generator=generator)]
 
 
-def _not_constant(
-    drawn: torch.Tensor, example: torch.Tensor, rows: torch.Tensor | None, shape: Sequence[int]
-) -> torch.Tensor:
-    """Where cutting a mask's row left one value only (a left-padded sequence, say), cuts from the other
-    end."""
-    if drawn.dim() < 2 or drawn.shape[-1] == 0 or drawn.shape[-1] >= example.shape[-1]:
-        return drawn
-    constant = (drawn == drawn[..., :1]).all(-1, keepdim=True)
-    other_end = resize(example[rows].flip(-1), shape).flip(-1)
-    return torch.where(constant, other_end, drawn)
+def _redraw_mask(example: torch.Tensor, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    if not example.dim():
+        return example
+    rows = example[torch.randint(example.shape[0], (shape[0],), generator=generator)]
+    width = shape[-1]
+    if example.dim() < 2 or not 0 < width < example.shape[-1]:
+        return resize(rows, shape)
+    rows = resize(rows, [*shape[:-1], example.shape[-1]])
+    # A row that shows something and hides something must go on doing so: it is cut around its first change.
+    # One
+    # column is cut at the end where all rows agree, which is where the sequence is, not its padding.
+    if width == 1:
+        first, last = rows[..., :1], rows[..., -1:]
+        left_padded = len(example[..., 0].unique()) > 1 and len(example[..., -1].unique()) == 1
+        return (last if left_padded else first).contiguous()
+    changes = (rows[..., 1:] != rows[..., :-1]).int()
+    change = changes.argmax(-1, keepdim=True) + 1
+    start = torch.where(changes.any(-1, keepdim=True), change + 1 - width, 0).clamp(min=0)
+    return rows.gather(-1, start + torch.arange(width))

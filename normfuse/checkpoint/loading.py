@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from normfuse.checkpoint import archive, factory
 from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
-from normfuse.checkpoint.saving import argument_names
+from normfuse.checkpoint.saving import argument_names, named_examples, unwrapped
 
 _SECOND_MOMENTS = ("running_var", "running_phi")
 _NAME_INPUTS = 'name them: --input "tokens:int64[batch,seq]" (inputs=[…])'
@@ -41,6 +42,25 @@ class Checkpoint:
     program: torch.export.ExportedProgram | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        example_inputs: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+        dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    ) -> Checkpoint:
+        """A live module as a checkpoint, with arguments as in :func:`normfuse.save`. The module is not
+        changed: unless it is in evaluation mode on the CPU already, a copy is made. Raises CheckpointError as
+        loading does."""
+        model = unwrapped(model)
+        names, examples = named_examples(model, example_inputs)
+        specs = specs_module.specs_of(names, examples, dynamic_shapes)
+        tensors = [*model.parameters(), *model.buffers()]
+        if any(part.training for part in model.modules()) or any(t.device.type != "cpu" for t in tensors):
+            model = copy.deepcopy(model).cpu().eval()
+        check_numbers(model, type(model).__name__)
+        return cls(model, specs, tuple(e.detach().cpu() for e in examples), type(model).__name__)
+
     @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.inputs)
@@ -50,14 +70,10 @@ class Checkpoint:
         """What torch.export takes under this name."""
         return specs_module.to_dynamic_shapes(self.inputs)
 
-    def arguments(
-        self, tensors: Sequence[torch.Tensor]
-    ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         """Positional and keyword arguments that hand ``tensors`` (in the order of ``inputs``) to the
         module."""
-        if self.program is not None or argument_names(self.module)[: len(self.inputs)] == list(
-            self.input_names
-        ):
+        if self.program is not None or argument_names(self.module)[: len(self.inputs)] == list(self.input_names):
             return tuple(tensors), {}
         return (), dict(zip(self.input_names, tensors, strict=True))
 
@@ -92,9 +108,7 @@ def load(
     path = Path(path)
     kind = archive.file_kind(path)
     content = archive.read(path, kind, trust)
-    specs = (
-        None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]
-    )
+    specs = None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]
     if isinstance(content, torch.export.ExportedProgram):
         return _from_program(content, path, specs)
     metadata: dict[str, Any] = {}
@@ -119,9 +133,7 @@ def load(
     allowed = argument_names(module)
     for spec in specs:
         if spec.name not in allowed:
-            raise CheckpointError(
-                f"input {spec.name!r}: {type(module).__name__}.forward takes {', '.join(allowed)}"
-            )
+            raise CheckpointError(f"input {spec.name!r}: {type(module).__name__}.forward takes {', '.join(allowed)}")
     tensors = tuple(examples[spec.name] for spec in specs)
     specs_module.consistent_sizes(specs, tensors)
     return Checkpoint(module, tuple(specs), tensors, str(path), kwargs=metadata.get("kwargs") or {})
@@ -147,9 +159,7 @@ def _checked(
     if not whole:
         raise CheckpointError(f"{path} is no complete normfuse checkpoint; save it again")
     if archive.digest(metadata, groups) != content.get("sha256"):
-        raise CheckpointError(
-            f"{path} is damaged: its content does not match its checksum; copy or save it again"
-        )
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum; copy or save it again")
     return _parsed(metadata, path), groups["state_dict"], groups["examples"]
 
 
@@ -190,9 +200,7 @@ def _bare_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
     raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict")
 
 
-def _build(
-    path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None
-) -> nn.Module:
+def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     label = metadata.get("factory")
@@ -209,9 +217,7 @@ def _build(
     return factory.build(build, {**(metadata.get("kwargs") or {}), **(model_args or {})}, label)
 
 
-def _fill(
-    module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], path: Path
-) -> None:
+def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], path: Path) -> None:
     """Strict loading in the dtypes of the file, so that the module computes as the trained one did."""
     extra = metadata.get("extra_dtypes") or {}
     for name, own in [*module.named_parameters(), *module.named_buffers()]:
@@ -238,9 +244,7 @@ def check_numbers(module: nn.Module, source: str) -> None:
     (masks may hold infinities), and a negative ``running_var`` or ``running_phi``."""
 
     def refuse(name: str, what: str) -> None:
-        raise CheckpointError(
-            f"{source}: {name} {what}; the training it comes from has diverged or the file is wrong"
-        )
+        raise CheckpointError(f"{source}: {name} {what}; the training it comes from has diverged or the file is wrong")
 
     for prefix, part in module.named_modules():
         statistics = any(isinstance(getattr(part, name, None), torch.Tensor) for name in _SECOND_MOMENTS)
@@ -270,9 +274,7 @@ def _recorded_specs(metadata: Mapping[str, Any], path: Path) -> list[InputSpec]:
             for entry in metadata["inputs"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: its record of the inputs cannot be read ({one_line(error, 80)})"
-        ) from error
+        raise CheckpointError(f"{path}: its record of the inputs cannot be read ({one_line(error, 80)})") from error
 
 
 def _made_up(specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
@@ -290,9 +292,7 @@ def _fit(examples: Mapping[str, torch.Tensor], specs: Sequence[InputSpec]) -> bo
     return True
 
 
-def _from_program(
-    program: torch.export.ExportedProgram, path: Path, specs: list[InputSpec] | None
-) -> Checkpoint:
+def _from_program(program: torch.export.ExportedProgram, path: Path, specs: list[InputSpec] | None) -> Checkpoint:
     """A trusted ``.pt2``: its inputs and their symbolic dimensions are in the program."""
     names = program.graph_signature.user_inputs
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}

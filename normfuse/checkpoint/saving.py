@@ -49,9 +49,9 @@ def save(
     Raises:
         CheckpointError: an argument cannot be recorded as data, or the file cannot be written.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     path = Path(path)
-    names, examples = _named_examples(model, example_inputs)
+    names, examples = named_examples(model, example_inputs)
     specs = specs_of(names, examples, dynamic_shapes)
     state = _packed(model.state_dict())
     kwargs = None if kwargs is None else _recordable_kwargs(kwargs)
@@ -80,7 +80,8 @@ def save(
     _write(content, path)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
@@ -99,7 +100,9 @@ def argument_names(module: nn.Module) -> list[str]:
     return names
 
 
-def _named_examples(model: nn.Module, given: Any) -> tuple[list[str], list[torch.Tensor]]:
+def named_examples(model: nn.Module, given: Any) -> tuple[list[str], list[torch.Tensor]]:
+    """Names and tensors of example inputs given as a tensor, a sequence or a mapping; CheckpointError if they
+    are not what ``model.forward`` takes."""
     allowed = argument_names(model)
     if isinstance(given, torch.Tensor):
         given = (given,)
@@ -107,8 +110,7 @@ def _named_examples(model: nn.Module, given: Any) -> tuple[list[str], list[torch
         unknown = [name for name in given if name not in allowed]
         if unknown:
             raise CheckpointError(
-                f"example_inputs names {unknown[0]!r}, but {type(model).__name__}.forward takes "
-                f"{', '.join(allowed)}"
+                f"example_inputs names {unknown[0]!r}, but {type(model).__name__}.forward takes {', '.join(allowed)}"
             )
         names, examples = list(given), list(given.values())
     else:
@@ -116,8 +118,7 @@ def _named_examples(model: nn.Module, given: Any) -> tuple[list[str], list[torch
         names = allowed[: len(examples)]
         if len(names) < len(examples):
             raise CheckpointError(
-                f"{len(examples)} example inputs, but {type(model).__name__}.forward names {len(allowed)} "
-                "arguments"
+                f"{len(examples)} example inputs, but {type(model).__name__}.forward names {len(allowed)} arguments"
             )
     if not examples:
         raise CheckpointError("example_inputs is empty; give the tensors that forward takes")
@@ -137,17 +138,11 @@ def _packed(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     seen: dict[Any, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(
-                f"state_dict entry {name!r} is a {type(tensor).__name__}; only tensors can be saved"
-            )
+            raise CheckpointError(f"state_dict entry {name!r} is a {type(tensor).__name__}; only tensors can be saved")
         tensor = tensor.detach()
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
         if not plain or tensor.is_meta:
-            kind = (
-                "has no data (meta device)"
-                if tensor.is_meta
-                else f"is a {tensor.layout} {type(tensor).__name__}"
-            )
+            kind = "has no data (meta device)" if tensor.is_meta else f"is a {tensor.layout} {type(tensor).__name__}"
             raise CheckpointError(f"tensor {name!r} {kind}; only plain dense tensors can be saved")
         storage = tensor.untyped_storage().data_ptr()
         key = (tensor.device, storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
@@ -167,14 +162,10 @@ def _recordable_factory(
         factory = type(model)
     if inspect.isclass(factory):
         if not issubclass(factory, nn.Module):
-            raise CheckpointError(
-                f"factory {factory.__name__} is not an nn.Module subclass; loading would refuse it"
-            )
+            raise CheckpointError(f"factory {factory.__name__} is not an nn.Module subclass; loading would refuse it")
         factory = factories.name_of(factory)
     if not isinstance(factory, str):
-        raise CheckpointError(
-            f"factory is a {type(factory).__name__}; give a class or 'package.module:Class'"
-        )
+        raise CheckpointError(f"factory is a {type(factory).__name__}; give a class or 'package.module:Class'")
     module, _ = factories.parse(factory)
     if module == "__main__":
         raise CheckpointError(
@@ -215,9 +206,7 @@ def _recordable_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_json(spec: InputSpec) -> dict[str, Any]:
     dims = [
-        {"name": dim.name, "minimum": dim.minimum, "maximum": dim.maximum}
-        if isinstance(dim, Dimension)
-        else dim
+        {"name": dim.name, "minimum": dim.minimum, "maximum": dim.maximum} if isinstance(dim, Dimension) else dim
         for dim in spec.dims
     ]
     return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "dims": dims}
@@ -232,8 +221,6 @@ def _write(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise CheckpointError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or one_line(error)}"
-        ) from error
+        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

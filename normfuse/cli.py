@@ -1,0 +1,387 @@
+"""The command line: export, inspect, verify, bench."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import normfuse
+from normfuse.checkpoint import Checkpoint, CheckpointError, load
+from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.fold import FoldError, FoldReport, NormRecord
+from normfuse.onnx import (
+    BenchError,
+    ExportError,
+    GraphError,
+    VerificationError,
+    WriteError,
+    fold_checkpoint,
+    summarize,
+)
+from normfuse.onnx import (
+    bench as run_bench,
+)
+from normfuse.onnx import (
+    export as run_export,
+)
+from normfuse.onnx import (
+    verify as run_verify,
+)
+from normfuse.onnx.exporter import check_target, in_float32
+from normfuse.onnx.verifier import RTOL
+
+_KNOWN = (BenchError, CheckpointError, ExportError, FoldError, GraphError, VerificationError, WriteError)
+_SHOWN_NORMS = 24
+_TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
+_PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train with fast norms, deploy with none: fold Unified, Power and Batch Norm away and export ONNX.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Builds the model; looked for in this folder as well."),
+]
+ModelArg = Annotated[
+    list[str], typer.Option(metavar="NAME=VALUE", help="Argument for the factory (JSON or text); repeatable.")
+]
+Input = Annotated[
+    list[str],
+    typer.Option(
+        metavar="SPEC",
+        help='What the model takes: "tokens:int64[batch,seq<=512]<30000". A word is a dynamic dimension, a number a '
+        "fixed one; <=N bounds a dimension; <N behind the bracket bounds integers (default: 0 and 1). "
+        "Repeatable.",
+    ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Read pickled modules and .pt2 files, which can run any code when read.")
+]
+NoCopy = Annotated[
+    bool, typer.Option("--no-copy", help="Never store a shared weight twice; its norm stays in the graph then.")
+]
+Rtol = Annotated[
+    float | None,
+    typer.Option(min=0, help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]."),
+]
+Atol = Annotated[float, typer.Option(min=0, help="Allowed difference on top of that.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"normfuse {normfuse.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="From normfuse.save, or a state_dict (.pt, .safetensors).")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    opset: Annotated[int | None, typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for the weights.")] = "float32",
+    rtol: Rtol = None,
+    atol: Atol = 0.0,
+    report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None,
+    model: Model = None,
+    model_arg: ModelArg = [],  # noqa: B006 (typer reads the default, nothing changes it)
+    input: Input = [],  # noqa: B006
+    trust: Trust = False,
+    no_copy: NoCopy = False,
+) -> None:
+    """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
+    console = _console()
+    with _one_line_errors():
+        for target in (out,) if report is None else (out, report):
+            check_target(target)
+        with _Stages(console) as stages:
+            stages(f"load {checkpoint}")
+            loaded = _load(checkpoint, model, model_arg, input, trust)
+            result = run_export(
+                loaded, out, opset=opset, dtype=dtype, rtol=rtol, atol=atol, copy_shared=not no_copy, progress=stages
+            )
+        _print_report(console, result.report)
+        for number, why in result.rejected.items():
+            console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
+        graph, proof = result.graph, result.proof
+        console.print(
+            f"verified on {len(proof.shapes)} inputs: folded program within "
+            f"{proof.worst('folded program'):.1e}, "
+            f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
+            highlight=False,
+        )
+        left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
+        console.print(
+            f"{escape(str(out))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "
+            f"{_size(graph.bytes)}; {left}",
+            highlight=False,
+        )
+        if report is not None:
+            versions = {"normfuse": normfuse.__version__}
+            _write_json(report, {"checkpoint": str(checkpoint), "versions": versions, **result.to_dict()})
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="From normfuse.save, or a state_dict (.pt, .safetensors).")],
+    model: Model = None,
+    model_arg: ModelArg = [],  # noqa: B006
+    input: Input = [],  # noqa: B006
+    trust: Trust = False,
+    no_copy: NoCopy = False,
+) -> None:
+    """Print what would be folded into what; writes nothing."""
+    console = _console()
+    with _one_line_errors():
+        with _Stages(console) as stages:
+            stages(f"load {checkpoint}")
+            loaded = _load(checkpoint, model, model_arg, input, trust)
+            loaded, _, report = fold_checkpoint(loaded, copy_shared=not no_copy, progress=stages)
+        console.print(f"inputs: {escape(', '.join(map(str, loaded.inputs)))}", highlight=False)
+        _print_report(console, report)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that the file was exported from.")],
+    onnx: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    rtol: Rtol = None,
+    atol: Atol = 0.0,
+    rounds: Annotated[int, typer.Option(min=0, help="Random inputs besides the saved example.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    model: Model = None,
+    model_arg: ModelArg = [],  # noqa: B006
+    input: Input = [],  # noqa: B006
+    trust: Trust = False,
+) -> None:
+    """Compare an ONNX file with the module it came from, in ONNX Runtime."""
+    console = _console()
+    with _one_line_errors():
+        graph = summarize(onnx)
+        loaded = in_float32(_load(checkpoint, model, model_arg, input, trust))
+        allowed = RTOL[graph.dtype] if rtol is None else rtol
+        proof = run_verify(loaded, onnx, rtol=allowed, atol=atol, rounds=rounds, seed=seed)
+        table = _table("inputs", "output", "difference", "÷ largest value")
+        for case in proof.cases:
+            table.add_row(case.inputs, case.output, f"{case.difference:.2e}", f"{case.error:.2e}")
+        console.print(table)
+        console.print(f"the same within {proof.worst('ONNX file'):.1e} (allowed {allowed:.0e})", highlight=False)
+
+
+@app.command()
+def bench(
+    onnx: Annotated[list[Path], typer.Argument(help="One ONNX file, or two to compare.")],
+    size: Annotated[
+        list[str], typer.Option(metavar="NAME=N", help="A dynamic dimension [batch=1, others 128]; repeatable.")
+    ] = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=4, help="Timed rounds; each runs every file once.")] = 50,
+    threads: Annotated[int, typer.Option(min=1, help="Of ONNX Runtime.")] = 1,
+) -> None:
+    """Median latency in ONNX Runtime (CPU), interleaved; the ratio of the second file to the first."""
+    console = _console()
+    with _one_line_errors():
+        if len(onnx) > 2:
+            raise BenchError(f"{len(onnx)} files given; one or two can be timed")
+        sizes = {name: _whole(value, f"--size {name}={value}") for name, value in _pairs(size, "--size")}
+        timing = run_bench(onnx, sizes=sizes, rounds=rounds, threads=threads)
+        table = _table("file", "median ms", "quartiles")
+        for index, path in enumerate(timing.paths):
+            low, middle, high = timing.quartiles(index)
+            table.add_row(escape(path), f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
+        console.print(table)
+        shapes = ", ".join(f"{name} {shape}" for name, shape in timing.shapes.items())
+        console.print(f"{rounds} rounds, {threads} thread(s), inputs {escape(shapes)}", highlight=False)
+        if len(onnx) == 2:
+            middle, low, high = timing.ratio()
+            console.print(
+                f"second ÷ first: {middle:.3f} (half of the rounds between {low:.3f} and {high:.3f})", highlight=False
+            )
+
+
+def main() -> None:
+    """Entry point of the command ``normfuse``."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode shows a mark instead of ending the run
+    # Ending a run must leave no half-written file: as an exception, a termination passes through every clean-
+    # up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    app(prog_name="normfuse")
+
+
+def _load(path: Path, model: str | None, model_arg: Sequence[str], input: Sequence[str], trust: bool) -> Checkpoint:
+    arguments = {}
+    for name, value in _pairs(model_arg, "--model-arg"):
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return load(path, model=model, model_args=arguments or None, inputs=input or None, trust=trust)
+
+
+def _pairs(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise CheckpointError(f"{option} {text!r} is not of the form name=value")
+        pairs.append((name, value))
+    return pairs
+
+
+def _whole(text: str, label: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise BenchError(f"{label}: give a whole number of at least 1")
+    return int(text)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Ends the command with one line on stderr and exit status 1, whatever happens."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if os.environ.get("NORMFUSE_TRACEBACK"):
+            raise
+        message = one_line(error, 1500)
+        if not isinstance(error, _KNOWN):
+            message = f"unexpected {type(error).__name__}: {message} (NORMFUSE_TRACEBACK=1 shows where)"
+        print(f"normfuse: error: {message}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+class _Stages:
+    """Prints each stage with the time it took; on a terminal, the running one turns a spinner."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status = console.status("") if console.is_terminal else None
+        self.name = ""
+        self.start = 0.0
+
+    def __enter__(self) -> _Stages:
+        if self.status:
+            self.status.start()
+        return self
+
+    def __call__(self, name: str) -> None:
+        self._finish("✓")
+        self.name, self.start = name, time.perf_counter()
+        if self.status:
+            self.status.update(escape(name))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._finish("✓" if kind is None else "✗")
+        if self.status:
+            self.status.stop()
+
+    def _finish(self, mark: str) -> None:
+        if self.name:
+            took = time.perf_counter() - self.start
+            self.console.print(f"{mark} {escape(self.name)} ({took:.1f} s)", highlight=False)
+        self.name = ""
+
+
+def _console() -> Console:
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=_PLAIN_WIDTH)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print_report(console: Console, report: FoldReport) -> None:
+    rows, hidden = _abridged(report.norms)
+    if console.width < _TABLE_WIDTH:
+        for record in rows:
+            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
+            reason = f" ({record.reason})" if record.reason else ""
+            line = f"{record.name} ({record.kind}): {record.status}{into}{reason}"
+            console.print(escape(line), style=_style(record), highlight=False)
+    elif rows:
+        table = _table("norm", "kind", "became", "into", *(["why it stayed"] if report.remaining else []))
+        for record in rows:
+            cells = [record.name, record.kind, record.status, _joined(record.absorbed_by), record.reason]
+            table.add_row(*(escape(cell) for cell in cells[: len(table.columns)]), style=_style(record))
+        console.print(table)
+    if hidden:
+        console.print(f"… and {hidden} more, all folded (--report has them)", highlight=False)
+    folded = len(report.norms) - len(report.remaining)
+    copied = f", {_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
+    console.print(
+        f"{folded} of {len(report.norms)} norms folded; program: {report.nodes_before} → "
+        f"{report.nodes_after} "
+        f"operations, {_size(report.bytes_before)} → {_size(report.bytes_after)}{copied}",
+        highlight=False,
+    )
+
+
+def _style(record: NormRecord) -> str:
+    return "" if record.status == "folded" else "yellow"
+
+
+def _joined(weights: Sequence[str]) -> str:
+    """``mlp.0.weight, mlp.0.bias`` as ``mlp.0.{weight,bias}``: names as short as they can be told."""
+    members: dict[str, list[str]] = {}
+    for weight in weights:
+        module, _, name = weight.rpartition(".")
+        members.setdefault(module, []).append(name)
+    names = [
+        ".".join(filter(None, (module, own[0] if len(own) == 1 else "{" + ",".join(own) + "}")))
+        for module, own in members.items()
+    ]
+    return some_of(names, 2)
+
+
+def _abridged(records: Sequence[NormRecord]) -> tuple[list[NormRecord], int]:
+    """At most ``_SHOWN_NORMS`` records, those that stayed before those that vanished; and how many are left
+    out."""
+    if len(records) <= _SHOWN_NORMS:
+        return list(records), 0
+    stayed = [index for index, record in enumerate(records) if record.status != "folded"]
+    gone = [index for index, record in enumerate(records) if record.status == "folded"]
+    kept = sorted(stayed + gone[: max(0, _SHOWN_NORMS - len(stayed))])
+    return [records[index] for index in kept], len(records) - len(kept)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""From a model to an ONNX file without its norms, and the proof in ONNX Runtime that nothing changed.
+
+The spine is :func:`export`; each of its steps can be called alone::
+
+    program = torch.export.export(module, args, dynamic_shapes=…)
+    folded, report = normfuse.fold(program)
+    normfuse.onnx.write(folded, "model.onnx", opset=20)
+    normfuse.onnx.verify(checkpoint, "model.onnx")
+"""
+
+from normfuse.onnx.benchmark import BenchError, bench
+from normfuse.onnx.exporter import ExportError, ExportResult, export, fold_checkpoint
+from normfuse.onnx.graph import GraphError, GraphSummary, summarize
+from normfuse.onnx.verifier import Proof, VerificationError, verify
+from normfuse.onnx.writer import WriteError, write
+
+__all__ = [
+    "BenchError",
+    "ExportError",
+    "ExportResult",
+    "GraphError",
+    "GraphSummary",
+    "Proof",
+    "VerificationError",
+    "WriteError",
+    "bench",
+    "export",
+    "fold_checkpoint",
+    "summarize",
+    "verify",
+    "write",
+]

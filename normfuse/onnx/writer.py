@@ -1,0 +1,199 @@
+"""From a folded program to an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from torch.utils import _pytree as pytree
+
+from normfuse.checkpoint import Dimension, InputSpec
+from normfuse.checkpoint.archive import one_line, some_of
+
+OPSETS = (
+    23,
+    20,
+    18,
+)  # newest first: torch translates to each of them, and each has what the one before lacks in trouble
+DTYPES = ("float32", "float16")
+# A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
+_ONE_FILE_LIMIT = 2**31 - 2**25
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class WriteError(ValueError):
+    """A program has no ONNX form (an operation that ONNX lacks, a weight beyond float16). One line."""
+
+
+def write(
+    program: torch.export.ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    opset: int = 20,
+    dtype: str = "float32",
+    inputs: Sequence[InputSpec] = (),
+    one_file_limit: int = _ONE_FILE_LIMIT,
+) -> list[Path]:
+    """Writes a program as ONNX and checks the file with ``onnx.checker``.
+
+    Args:
+        program: an exported program, folded or not.
+        path: the ``.onnx`` file.
+        opset: version of the operator set; torch translates to 18 to 23.
+        dtype: ``float32``, or ``float16`` to convert weights and operations while inputs and outputs stay
+            float32.
+        inputs: names for the dynamic dimensions; without them the file shows the program's symbols.
+        one_file_limit: weights of more bytes than this go to ``<path>.data`` beside the file.
+
+    Returns:
+        The files written: the ONNX file, and the one with its weights if they are apart.
+
+    Raises:
+        WriteError: an operation has no translation, a weight does not fit float16, the checker objects.
+    """
+    if dtype not in DTYPES:
+        raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    path = Path(path)
+    with quiet():
+        try:
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, output_names=output_names(program), verbose=False
+            )
+        except Exception as error:  # the exporter wraps whatever a translation raises
+            raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
+        model = exported.model
+        _name_dimensions(model, program, inputs)
+        RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
+        ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
+        if dtype == "float16":
+            refuse_overflow(model)
+        files = _save(model, path, one_file_limit)
+        if dtype == "float16":
+            files = _save(_as_float16(path), path, one_file_limit)
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except Exception as error:  # ValidationError, InferenceError and others without a common base
+            raise WriteError(f"opset {opset}: onnx.checker objects: {one_line(error)}") from error
+    return files
+
+
+def output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """``output``, or one name per output: the keys of a dictionary, else ``output_0``, ``output_1``, …"""
+    spec = program.call_spec.out_spec
+    count = spec.num_leaves
+    if count == 1:
+        return ["output"]
+    tree = pytree.tree_unflatten(list(range(count)), spec)
+    names = []
+    for keys, index in pytree.tree_flatten_with_path(tree)[0]:
+        label = "_".join(re.findall(r"\w+", pytree.keystr(keys)))
+        names.append(f"output_{index}" if not label or label[0].isdigit() else label)
+    taken = set(program.graph_signature.user_inputs)
+    return [f"{name}_out" if name in taken else name for name in names]
+
+
+def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> None:
+    """Replaces torch's symbols (``s27``) by the names that the dimensions were given."""
+    symbols = {}
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in inputs:
+        value = values.get(spec.name)
+        for dim, size in zip(spec.dims, () if value is None else value.shape, strict=False):
+            if isinstance(dim, Dimension) and isinstance(size, torch.SymInt):
+                symbols[str(size)] = dim.name
+    if not symbols:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    dim
+                    if isinstance(dim, int) or dim.value is None
+                    else pattern.sub(lambda m: symbols[m[0]], dim.value)
+                    for dim in value.shape
+                ]
+            )
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def refuse_overflow(model: ir.Model) -> None:
+    """WriteError naming the weights with numbers beyond float16's largest, 65504."""
+    beyond = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size:
+            largest = float(np.abs(tensor.numpy()).max())
+            if not largest <= _FLOAT16_MAX:
+                users = [use.node.name for use in value.uses()]
+                beyond.append(f"{value.name} of {some_of(users, 1)} (up to {largest:.3g})")
+    if beyond:
+        raise WriteError(
+            f"float16 holds numbers up to {_FLOAT16_MAX:.0f}, and {len(beyond)} weight(s) go beyond: "
+            f"{some_of(beyond)}; "
+            "export float32"
+        )
+
+
+def _as_float16(path: Path) -> ir.Model:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    # By path, because the converter's shape inference on a model in memory ends at 2 GiB.
+    return ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
+
+
+def _save(model: ir.Model, path: Path, one_file_limit: int) -> list[Path]:
+    data = path.with_name(path.name + ".data")
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size <= one_file_limit:
+        ir.save(model, path)
+        data.unlink(missing_ok=True)
+        return [path]
+    ir.save(model, path, external_data=data.name)
+    return [path, data]
+
+
+def _translation_problem(error: BaseException) -> str:
+    """The operation without translation if that is the trouble, else the innermost error in one line."""
+    causes: list[Any] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    missing = sorted(
+        {
+            m
+            for cause in causes
+            for m in re.findall(r"No ONNX function found for <?OpOverload\(op='([\w.:]+)'", str(cause))
+        }
+    )
+    if missing:
+        return f"ONNX has no translation of {some_of(missing)}; write that part of the model with other operations"
+    return f"torch.onnx could not translate the program: {one_line(causes[-1])}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks on torchvision, deprecations and opset conversion off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
