@@ -1,0 +1,43 @@
+// A fiber: a function with its own stack that can pause in the middle. Every emulated CUDA thread is one. The
+// sanitizers are told about each switch: to ThreadSanitizer every fiber is a thread of its own.
+#pragma once
+#include <ucontext.h>
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+
+namespace simt {
+
+class Fiber {
+ public:
+  explicit Fiber(std::function<void()> body);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  // Runs the body until it calls suspend(). The body must never return.
+  void resume();
+
+  // Called inside the body: goes back to where resume() was called.
+  void suspend();
+
+ private:
+  static void enter();
+
+  static constexpr size_t kStackBytes = size_t(64) << 10;
+  std::function<void()> body_;
+  std::unique_ptr<char[]> stack_;
+  ucontext_t inside_;
+  ucontext_t outside_;
+  // for AddressSanitizer
+  void* fake_stack_inside_ = nullptr;
+  void* fake_stack_outside_ = nullptr;
+  const void* outside_bottom_ = nullptr;
+  size_t outside_bytes_ = 0;
+  // for ThreadSanitizer
+  void* tsan_inside_ = nullptr;
+  void* tsan_outside_ = nullptr;
+};
+
+}  // namespace simt

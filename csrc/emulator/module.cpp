@@ -1,0 +1,180 @@
+// Python's way to the emulated kernels: normfuse_emulator.<operation>(arrays..., options...), with the
+// arguments, results and in-place states of the torch operations of the same names. x is a float32, float64
+// or float16 array, or a uint16 array that holds bfloat16.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
+
+#include "../kernels.h"
+#include "simt.h"
+
+namespace py = pybind11;
+using namespace normfuse;
+
+namespace {
+
+DType dtype_of(const py::array& x) {
+  if (x.dtype().kind() == 'u' && x.itemsize() == 2) return DType::kBFloat16;
+  if (x.dtype().kind() == 'f' && x.itemsize() == 2) return DType::kFloat16;
+  if (x.dtype().kind() == 'f' && x.itemsize() == 4) return DType::kFloat32;
+  if (x.dtype().kind() == 'f' && x.itemsize() == 8) return DType::kFloat64;
+  throw py::type_error("x must be float32, float64, float16, or uint16 holding bfloat16");
+}
+
+struct Input {
+  const py::array& x;
+  Matrix shape;
+  py::dtype acc;
+
+  explicit Input(const py::array& x)
+      : x(x), shape{x.shape(0), x.shape(1), dtype_of(x)}, acc(x.itemsize() == 8 ? "float64" : "float32") {}
+
+  // The array's memory, where the kernels also write states.
+  void* data(py::array& array, const py::dtype& type, int64_t size) const {
+    if (!array.dtype().is(type) || array.size() != size || !(array.flags() & py::array::c_style))
+      throw py::value_error("an array has the wrong dtype, size or layout");
+    return array.mutable_data();
+  }
+  void* acc_data(py::array& array, int64_t size) const { return data(array, acc, size); }
+  int64_t* integers(py::array& array, int64_t size) const {
+    return static_cast<int64_t*>(data(array, py::dtype::of<int64_t>(), size));
+  }
+  const bool* mask(std::optional<py::array>& array) const {
+    return array ? static_cast<const bool*>(data(*array, py::dtype::of<bool>(), shape.rows)) : nullptr;
+  }
+  int64_t size() const { return shape.rows * shape.channels; }
+  py::array like_x() const { return py::array(x.dtype(), {shape.rows, shape.channels}); }
+  py::array vectors(int64_t count) const { return py::array(acc, {count, shape.channels}); }
+};
+
+template <class Args>
+void run(int (*kernel)(const Args&, void*, void*), const Args& args, int64_t groups = 0) {
+  std::vector<char> workspace(cuda_workspace_bytes(args.shape, groups), char(0xff));
+  py::gil_scoped_release nothing_of_python_below;
+  if (kernel(args, workspace.data(), nullptr) != cudaSuccess) throw std::runtime_error("the launch failed");
+}
+
+py::tuple unified_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
+                          py::array running_var, py::array buffer_x2, py::array iters, py::array skip_counter,
+                          int64_t warmup_iters, bool outlier_filtration, double eps, double momentum) {
+  const Input in(x);
+  const int64_t n = in.shape.channels, window = buffer_x2.shape(0);
+  py::array y = in.like_x(), stats = in.vectors(2), step(py::dtype::of<int64_t>(), 2);
+  const UnifiedForward args{in.shape,
+                            x.data(),
+                            in.mask(pad_mask),
+                            in.acc_data(weight, n),
+                            in.acc_data(bias, n),
+                            window,
+                            warmup_iters,
+                            outlier_filtration,
+                            eps,
+                            momentum,
+                            in.acc_data(running_var, n),
+                            in.acc_data(buffer_x2, window * n),
+                            in.integers(iters, 1),
+                            in.integers(skip_counter, 1),
+                            y.mutable_data(),
+                            stats.mutable_data(),
+                            in.integers(step, 2)};
+  run(unified_forward_cuda, args);
+  return py::make_tuple(y, stats, step);
+}
+
+py::tuple unified_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array step,
+                           py::array ema_gz, py::array buffer_gz, int64_t warmup_iters, double momentum) {
+  const Input in(x);
+  const int64_t n = in.shape.channels, window = buffer_gz.shape(0);
+  py::array grad_x = in.like_x(), grad_weight(in.acc, n), grad_bias(in.acc, n);
+  const UnifiedBackward args{in.shape,
+                             in.data(grad_y, x.dtype(), in.size()),
+                             x.data(),
+                             in.acc_data(weight, n),
+                             in.acc_data(stats, 2 * n),
+                             in.integers(step, 2),
+                             window,
+                             warmup_iters,
+                             momentum,
+                             in.acc_data(ema_gz, n),
+                             in.acc_data(buffer_gz, window * n),
+                             grad_x.mutable_data(),
+                             grad_weight.mutable_data(),
+                             grad_bias.mutable_data()};
+  run(unified_backward_cuda, args);
+  return py::make_tuple(grad_x, grad_weight, grad_bias);
+}
+
+py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
+                        py::array running_phi, py::array iters, int64_t warmup_iters, int64_t group_num,
+                        double eps, double alpha_fwd) {
+  const Input in(x);
+  const int64_t n = in.shape.channels;
+  py::array y = in.like_x(), stats = in.vectors(3), row_scale(in.acc, {in.shape.rows, group_num});
+  const PowerForward args{in.shape,
+                          x.data(),
+                          in.mask(pad_mask),
+                          in.acc_data(weight, n),
+                          in.acc_data(bias, n),
+                          warmup_iters,
+                          group_num,
+                          eps,
+                          alpha_fwd,
+                          in.acc_data(running_phi, n),
+                          in.integers(iters, 1),
+                          y.mutable_data(),
+                          stats.mutable_data(),
+                          row_scale.mutable_data()};
+  run(power_forward_cuda, args, group_num);
+  return py::make_tuple(y, stats, row_scale);
+}
+
+py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::array stats,
+                         py::array row_scale, py::array ema_gz, int64_t group_num, double alpha_bkw,
+                         bool paper) {
+  const Input in(x);
+  const int64_t n = in.shape.channels;
+  py::array grad_x = in.like_x(), grad_weight(in.acc, n), grad_bias(in.acc, n);
+  const PowerBackward args{in.shape,
+                           in.data(grad_y, x.dtype(), in.size()),
+                           x.data(),
+                           in.acc_data(weight, n),
+                           in.acc_data(stats, 3 * n),
+                           in.acc_data(row_scale, in.shape.rows * group_num),
+                           group_num,
+                           alpha_bkw,
+                           paper,
+                           in.acc_data(ema_gz, n),
+                           grad_x.mutable_data(),
+                           grad_weight.mutable_data(),
+                           grad_bias.mutable_data()};
+  run(power_backward_cuda, args, group_num);
+  return py::make_tuple(grad_x, grad_weight, grad_bias);
+}
+
+void configure(const std::string& order, unsigned seed, unsigned workers, int multiprocessors) {
+  simt::Options o;
+  if (order == "reverse")
+    o.order = simt::Order::kReverse;
+  else if (order == "random")
+    o.order = simt::Order::kRandom;
+  else if (order != "forward")
+    throw py::value_error("order must be forward, reverse or random");
+  o.seed = seed;
+  o.workers = workers;
+  o.multiprocessors = multiprocessors;
+  simt::options() = o;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(normfuse_emulator, m) {
+  m.def("unified_norm_forward", &unified_forward);
+  m.def("unified_norm_backward", &unified_backward);
+  m.def("power_norm_forward", &power_forward);
+  m.def("power_norm_backward", &power_backward);
+  m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 1u,
+        py::arg("workers") = 1u, py::arg("multiprocessors") = 4);
+}

@@ -1,0 +1,168 @@
+// Every kernel under the emulator against the host kernels, on few small shapes: what the sanitizer builds
+// run. The thorough comparison is in tests/kernels.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "../../host_types.h"
+#include "../../kernels.h"
+#include "../simt.h"
+#include "check.h"
+
+namespace {
+
+using namespace normfuse;
+
+void serial(int64_t tasks, const TaskRange& body) { body(0, tasks); }
+
+DType dtype_of(float) { return DType::kFloat32; }
+DType dtype_of(double) { return DType::kFloat64; }
+DType dtype_of(bfloat16) { return DType::kBFloat16; }
+DType dtype_of(float16) { return DType::kFloat16; }
+
+void set(float v, float* to) { *to = v; }
+void set(float v, double* to) { *to = v; }
+void set(float v, bfloat16* to) { *to = to_bfloat16(v); }
+void set(float v, float16* to) { *to = to_float16(v); }
+double get(double v) { return v; }
+double get(bfloat16 v) { return to_float(v); }
+double get(float16 v) { return to_float(v); }
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+std::vector<T> random(int64_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::uniform_real_distribution<float> uniform(0.25f, 2.f);
+  std::vector<T> values(count);
+  for (T& v : values) set(uniform(engine), &v);
+  return values;
+}
+
+template <class T>
+void check_close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
+  for (size_t i = 0; i < a.size(); ++i)
+    CHECK(std::abs(get(a[i]) - get(b[i])) <= tolerance * (1 + std::abs(get(b[i]))));
+}
+
+// One training step of both norms on state and results of their own.
+template <class T>
+struct Step {
+  Matrix shape;
+  std::vector<T> x, dy, y, dx;
+  std::vector<Acc<T>> weight, bias, running, ema, window_x2, window_gz, stats, row_scale, dw, db;
+  std::vector<int64_t> iters{7}, skips{0}, step{0, 0};
+  std::vector<char> mask;
+
+  Step(int64_t rows, int64_t n, int64_t groups)
+      : shape{rows, n, dtype_of(T{})},
+        x(random<T>(rows * n, 1)),
+        dy(random<T>(rows * n, 2)),
+        y(rows * n),
+        dx(rows * n),
+        weight(random<Acc<T>>(n, 3)),
+        bias(random<Acc<T>>(n, 4)),
+        running(random<Acc<T>>(n, 5)),
+        ema(random<Acc<T>>(n, 6)),
+        window_x2(random<Acc<T>>(3 * n, 7)),
+        window_gz(random<Acc<T>>(3 * n, 8)),
+        stats(3 * n),
+        row_scale(rows * groups),
+        dw(n),
+        db(n),
+        mask(rows) {
+    for (int64_t r = 0; r < rows; r += 3) mask[r] = 1;
+  }
+
+  const bool* pad_mask() const { return reinterpret_cast<const bool*>(mask.data()); }
+
+  UnifiedForward unified_forward(bool filter) {
+    return {shape,
+            x.data(),
+            pad_mask(),
+            weight.data(),
+            bias.data(),
+            3,
+            2,
+            filter,
+            1e-5,
+            0.9,
+            running.data(),
+            window_x2.data(),
+            iters.data(),
+            skips.data(),
+            y.data(),
+            stats.data(),
+            step.data()};
+  }
+  UnifiedBackward unified_backward() {
+    return {shape, dy.data(), x.data(),   weight.data(),    stats.data(), step.data(), 3,
+            2,     0.9,       ema.data(), window_gz.data(), dx.data(),    dw.data(),   db.data()};
+  }
+  PowerForward power_forward(int64_t groups, int64_t warmup) {
+    return {shape, x.data(), pad_mask(),     weight.data(), bias.data(), warmup,       groups,
+            1e-5,  0.9,      running.data(), iters.data(),  y.data(),    stats.data(), row_scale.data()};
+  }
+  PowerBackward power_backward(int64_t groups, bool paper) {
+    return {shape, dy.data(), x.data(),   weight.data(), stats.data(), row_scale.data(), groups,
+            0.9,   paper,     ema.data(), dx.data(),     dw.data(),    db.data()};
+  }
+};
+
+template <class T>
+void check_same(const Step<T>& a, const Step<T>& b) {
+  const double tolerance = sizeof(T) == 2 ? 0.01 : 1e-4;  // a bfloat16 has 8 bits
+  check_close(a.y, b.y, tolerance);
+  check_close(a.dx, b.dx, tolerance);
+  for (const auto field : {&Step<T>::running, &Step<T>::ema, &Step<T>::window_x2, &Step<T>::window_gz,
+                           &Step<T>::stats, &Step<T>::row_scale, &Step<T>::dw, &Step<T>::db})
+    check_close(a.*field, b.*field, 1e-4);
+  CHECK(a.iters == b.iters && a.skips == b.skips && a.step == b.step);
+}
+
+template <class T>
+void check_unified(int64_t rows, int64_t n, bool filter) {
+  Step<T> device(rows, n, 0), host(rows, n, 0);
+  std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
+  unified_forward_cuda(device.unified_forward(filter), workspace.data(), nullptr);
+  unified_backward_cuda(device.unified_backward(), workspace.data(), nullptr);
+  unified_forward_cpu(host.unified_forward(filter), serial);
+  unified_backward_cpu(host.unified_backward(), serial);
+  check_same(device, host);
+}
+
+template <class T>
+void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup) {
+  Step<T> device(rows, n, groups), host(rows, n, groups);
+  std::vector<char> workspace(cuda_workspace_bytes(device.shape, groups), char(0xff));
+  power_forward_cuda(device.power_forward(groups, warmup), workspace.data(), nullptr);
+  power_backward_cuda(device.power_backward(groups, warmup == 0), workspace.data(), nullptr);
+  power_forward_cpu(host.power_forward(groups, warmup), serial);
+  power_backward_cpu(host.power_backward(groups, warmup == 0), serial);
+  check_same(device, host);
+}
+
+template <class T>
+void check_type() {
+  for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
+    check_unified<T>(37, n, false);
+    check_unified<T>(37, n, true);
+    check_power<T>(37, n, 0, 0);
+    check_power<T>(37, n, 1, 0);
+    check_power<T>(37, n, n == 7 ? 7 : 3, 100);
+  }
+}
+
+}  // namespace
+
+int main() {
+  simt::options().workers = 2;
+  for (const auto order : {simt::Order::kForward, simt::Order::kRandom}) {
+    simt::options().order = order;
+    check_type<float>();
+    check_type<bfloat16>();
+  }
+  check_type<float16>();
+  check_type<double>();
+}
