@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, TopologicalSortPass
 from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
@@ -155,7 +155,9 @@ def _as_float16(path: Path) -> ir.Model:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # By path, because the converter's shape inference on a model in memory ends at 2 GiB.
-    return ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
+    model = ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
+    TopologicalSortPass()(model)  # the converter appends its casts at the end
+    return model
 
 
 def _save(model: ir.Model, path: Path, one_file_limit: int) -> list[Path]:

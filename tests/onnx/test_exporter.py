@@ -1,0 +1,177 @@
+import importlib
+
+import onnx
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from torch.export import Dim
+
+import normfuse.onnx
+from normfuse.checkpoint import CheckpointError, load, save
+from normfuse.onnx import ExportError, VerificationError, WriteError, export
+
+exporter = importlib.import_module("normfuse.onnx.exporter")
+ROWS = {"x": {0: "batch"}}
+
+
+def perceptron():
+    return tiny_models.trained(tiny_models.Perceptron())
+
+
+def encoder_inputs(mask: bool):
+    batch, seq = Dim("batch"), Dim("seq", max=16)
+    tokens, pad_mask = torch.randint(11, (2, 6)), torch.arange(6).expand(2, 6) > 3
+    shapes = {"tokens": {0: batch, 1: seq}, "pad_mask": {0: batch, 1: seq}}
+    return ((tokens, pad_mask), shapes) if mask else ((tokens,), {"tokens": shapes["tokens"]})
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("norm", ["unified", "power"])
+def test_every_placement_ends_without_norms_and_without_per_channel_arithmetic(tmp_path, norm, placement):
+    model = tiny_models.trained(tiny_models.Encoder(depth=2, norm=norm, placement=placement))
+    example, shapes = encoder_inputs(mask=False)
+    result = export(model, tmp_path / "m.onnx", example_inputs=example, dynamic_shapes=shapes)
+    assert result.graph.norms == [] and result.graph.affines == []
+    assert result.report.norms and not result.report.remaining
+    assert result.proof.worst("ONNX file") < 1e-4 and len(result.proof.shapes) == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_newest_opset_that_runs_is_chosen_and_the_others_say_why(tmp_path):
+    example, shapes = encoder_inputs(mask=True)
+    model = tiny_models.trained(tiny_models.Encoder())
+    result = export(model, tmp_path / "m.onnx", example_inputs=example, dynamic_shapes=shapes)
+    opset = onnx.load(tmp_path / "m.onnx").opset_import[0].version
+    assert opset == result.opset == result.graph.opset
+    # ONNX Runtime 1.32 runs no mask that broadcasts in the Attention node of opset 23; a later one may.
+    assert list(result.rejected) == [number for number in (23, 20, 18) if number > opset]
+    assert all("Attention" in why and "\n" not in why for why in result.rejected.values())
+    if result.rejected:
+        with pytest.raises(VerificationError, match="Attention"):
+            export(model, tmp_path / "n.onnx", example_inputs=example, dynamic_shapes=shapes, opset=23)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_without_any_opset_that_passes_every_reason_is_given(tmp_path, monkeypatch):
+    def refuse(*_, opset, **__):
+        raise WriteError(f"no such thing in {opset}")
+
+    monkeypatch.setattr(exporter, "write", refuse)
+    with pytest.raises(VerificationError, match=r"23: no such thing in 23; 20: .*; 18: no such thing in 18"):
+        export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_batchnorm_in_a_convolution_network_and_a_single_example_image(tmp_path):
+    model = tiny_models.trained(tiny_models.ConvNet())
+    result = export(
+        model, tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 8, 8), dynamic_shapes={"image": {0: "batch"}}
+    )
+    assert result.graph.norms == [] and result.graph.affines == []
+    assert "random inputs [1,3,8,8]" in result.proof.shapes
+    assert len({shape for shape in result.proof.shapes if "random" in shape}) > 1
+
+
+def test_a_live_module_is_not_changed(tmp_path):
+    model = perceptron().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export(model, tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), dynamic_shapes=ROWS, opset=20)
+    assert model.training and model.norm.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_modules_of_other_dtypes_are_exported_in_float32(tmp_path, dtype):
+    result = export(perceptron().to(dtype), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4, dtype=dtype), opset=20)
+    assert result.dtype == "float32"
+    assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_float16_is_verified_against_the_float32_module(tmp_path):
+    result = export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.randn(3, 4), dtype="float16", opset=20)
+    assert result.graph.dtype == "float16" and 0 < result.proof.worst("ONNX file") < 2e-2
+
+
+def test_keyword_inputs_and_a_program_from_a_pt2_file(tmp_path):
+    class Shifted(tiny_models.Perceptron):
+        def forward(self, x, gain=None, shift=None):
+            return super().forward(x) + shift
+
+    example = {"x": torch.randn(3, 4), "shift": torch.randn(3, 3)}
+    shapes = {"x": {0: "batch"}, "shift": {0: "batch"}}
+    model = tiny_models.trained(Shifted())
+    result = export(model, tmp_path / "m.onnx", example_inputs=example, dynamic_shapes=shapes, opset=20)
+    assert [i.name for i in onnx.load(result.path).graph.input] == ["x", "shift"]
+    program = torch.export.export(perceptron(), (torch.ones(3, 4),), dynamic_shapes={"x": {0: Dim("batch")}})
+    torch.export.save(program, tmp_path / "p.pt2")
+    assert export(load(tmp_path / "p.pt2", trust=True), tmp_path / "p.onnx", opset=20).graph.affines == []
+
+
+def test_the_result_is_json_and_complete(tmp_path):
+    import json
+
+    save(perceptron(), tmp_path / "m.pt", example_inputs=torch.ones(3, 4), factory=tiny_models.Perceptron)
+    data = json.loads(json.dumps(export(load(tmp_path / "m.pt"), tmp_path / "m.onnx", opset=20).to_dict()))
+    assert data["fold"]["norms"][0]["name"] == "norm" and data["opset"] == 20
+    assert data["verification"]["cases"] and data["graph"]["nodes"]
+
+
+def test_existing_files_stay_as_they_are_when_verification_fails(tmp_path, monkeypatch):
+    (tmp_path / "m.onnx").write_text("the one before")
+    real = exporter.fold
+
+    def wrong(program, **options):
+        folded, report = real(program, **options)
+        with torch.no_grad():
+            folded.state_dict["head.weight"].add_(1)
+        return folded, report
+
+    monkeypatch.setattr(exporter, "fold", wrong)
+    with pytest.raises(VerificationError, match="folded program differs"):
+        export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4))
+    assert (tmp_path / "m.onnx").read_text() == "the one before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_external_weights_arrive_beside_the_file(tmp_path, monkeypatch):
+    real = exporter.write
+    monkeypatch.setattr(exporter, "write", lambda *a, **k: real(*a, **k, one_file_limit=10))
+    model = perceptron()
+    result = export(model, tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), opset=20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    checkpoint = normfuse.Checkpoint.from_model(model, torch.ones(3, 4))
+    assert normfuse.onnx.verify(checkpoint, result.path).cases
+
+
+def test_refusals_leave_nothing_behind(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(5, 4))
+
+        def forward(self, x):
+            return x + self.table[: x.shape[0]]
+
+    nan = perceptron()
+    nan.norm.running_var[0] = float("nan")
+    x = torch.ones(3, 4)
+    target = tmp_path / "m.onnx"
+    cases = [
+        (ExportError, "needs example_inputs", perceptron(), target, {}),
+        (ExportError, "'int8' is not one of", perceptron(), target, {"dtype": "int8"}),
+        (ExportError, "opset 17 is outside 18 to 23", perceptron(), target, {"opset": 17}),
+        (ExportError, "no folder", perceptron(), tmp_path / "absent" / "m.onnx", {"example_inputs": x}),
+        (ExportError, "it is a folder", perceptron(), tmp_path, {"example_inputs": x}),
+        (ExportError, "cannot trace Branching", Branching(), target, {"example_inputs": x}),
+        (ExportError, "Suggested", Bounded(), target, {"example_inputs": x, "dynamic_shapes": ROWS}),
+        (CheckpointError, "norm.running_var holds NaN", nan, target, {"example_inputs": x}),
+    ]
+    for kind, because, model, path, options in cases:
+        with pytest.raises(kind, match=because) as caught:
+            export(model, path, **options)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())

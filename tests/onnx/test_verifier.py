@@ -1,0 +1,147 @@
+import onnx
+import pytest
+import tiny_models
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint.saving import argument_names
+from normfuse.onnx import VerificationError, verify, write
+
+
+def made(model, *example, dims=("batch",)):
+    names = argument_names(model)[: len(example)]
+    shapes = [dict(enumerate(dims)) for _ in names]
+    return Checkpoint.from_model(model, example, shapes)
+
+
+def exported(checkpoint, path):
+    args, kwargs = checkpoint.arguments(checkpoint.example_inputs)
+    program = torch.export.export(checkpoint.module, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes)
+    write(program, path, inputs=checkpoint.inputs)
+    return program
+
+
+@pytest.fixture(scope="module")
+def perceptron(tmp_path_factory):
+    checkpoint = made(tiny_models.trained(tiny_models.Perceptron()), torch.randn(3, 4))
+    path = tmp_path_factory.mktemp("perceptron") / "m.onnx"
+    return checkpoint, exported(checkpoint, path), path
+
+
+def changed(path, target, change):
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if array.dtype == "float32" and array.size > 1:
+            tensor.CopyFrom(numpy_helper.from_array(change(array), tensor.name))
+            break
+    onnx.save(model, target)
+    return target
+
+
+def test_equal_forms_pass_on_the_example_and_on_random_shapes(perceptron):
+    checkpoint, program, path = perceptron
+    proof = verify(checkpoint, path, program=program, rounds=5)
+    assert len(proof.shapes) == 6 and "example" in proof.shapes[0]
+    assert "random inputs [1,4]" in proof.shapes
+    assert len(proof.cases) == 12 and proof.worst("ONNX file") < 1e-5
+    assert proof.worst("folded program") == 0.0
+
+
+@pytest.mark.parametrize("planted", [1e-2, float("nan")])
+def test_a_planted_difference_in_the_file_is_caught(perceptron, tmp_path, planted):
+    checkpoint, _, path = perceptron
+
+    def plant(array):
+        array.reshape(-1)[0] += planted
+        return array
+
+    with pytest.raises(VerificationError, match=r"ONNX file differs .* on the example inputs \[3,4\]"):
+        verify(checkpoint, changed(path, tmp_path / "m.onnx", plant))
+
+
+def test_a_difference_within_the_tolerance_passes_and_tightening_it_fails(perceptron, tmp_path):
+    checkpoint, _, path = perceptron
+    slightly = changed(path, tmp_path / "m.onnx", lambda array: array * 1.001)
+    assert verify(checkpoint, slightly, rtol=1e-2).worst("ONNX file") > 1e-5
+    assert verify(checkpoint, slightly, rtol=0, atol=1e-1).worst("ONNX file") > 1e-5
+    with pytest.raises(VerificationError, match="allowed are"):
+        verify(checkpoint, slightly, rtol=1e-6)
+
+
+def test_a_planted_difference_in_the_program_is_caught(perceptron):
+    checkpoint, _, path = perceptron
+    other = tiny_models.trained(tiny_models.Perceptron(), seed=1)
+    wrong = torch.export.export(other, checkpoint.example_inputs, dynamic_shapes=checkpoint.dynamic_shapes)
+    with pytest.raises(VerificationError, match="folded program differs"):
+        verify(checkpoint, path, program=wrong)
+
+
+def test_a_difference_that_only_another_shape_shows_is_caught(tmp_path):
+    class Sized(nn.Module):
+        def forward(self, x):
+            return x * x.shape[0]
+
+    class Specialised(nn.Module):
+        def forward(self, x):
+            return x * 3
+
+    path = tmp_path / "m.onnx"
+    exported(made(Specialised(), torch.randn(3, 4)), path)
+    with pytest.raises(VerificationError, match=r"random inputs \[1,4\]"):
+        verify(made(Sized(), torch.randn(3, 4)), path)
+
+
+def test_integer_outputs_must_be_equal(tmp_path):
+    class Best(nn.Module):
+        def forward(self, x):
+            return x.argmax(-1)
+
+    class Worst(nn.Module):
+        def forward(self, x):
+            return x.argmin(-1)
+
+    path = tmp_path / "m.onnx"
+    checkpoint = made(Best(), torch.randn(3, 4))
+    exported(checkpoint, path)
+    assert verify(checkpoint, path).worst("ONNX file") == 0
+    with pytest.raises(VerificationError, match="output 0"):
+        verify(made(Worst(), torch.randn(3, 4)), path)
+
+
+def test_infinities_count_as_equal_and_nan_is_never_verified(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return torch.where(x > 0, x, float("-inf"))
+
+    checkpoint = made(Masked(), torch.randn(3, 4))
+    exported(checkpoint, tmp_path / "m.onnx")
+    assert verify(checkpoint, tmp_path / "m.onnx").worst("ONNX file") == 0
+    with pytest.raises(VerificationError, match="itself gives NaN"):
+        verify(made(nn.Identity(), torch.full((3, 4), float("nan"))), tmp_path / "m.onnx")
+
+
+def test_files_that_cannot_be_compared(perceptron, tmp_path):
+    checkpoint, _, path = perceptron
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(VerificationError, match="cannot load") as caught:
+        verify(checkpoint, tmp_path / "text.onnx")
+    assert "\n" not in str(caught.value)
+
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    two = made(Two(), torch.ones(3, 4), torch.ones(3, 4))
+    exported(two, tmp_path / "two.onnx")
+    with pytest.raises(VerificationError, match="wants an input 'y'"):
+        verify(checkpoint, tmp_path / "two.onnx")
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(VerificationError, match="has 1 outputs, the module 2"):
+        verify(made(Pair(), torch.ones(3, 4)), path)

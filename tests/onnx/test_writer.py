@@ -1,0 +1,111 @@
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from torch.export import Dim
+
+from normfuse.checkpoint import parse_input
+from normfuse.onnx import WriteError, summarize, write
+
+
+@pytest.fixture(scope="module")
+def program():
+    model = tiny_models.trained(tiny_models.Perceptron(width=64))
+    return torch.export.export(model, (torch.ones(3, 64),), dynamic_shapes={"x": {0: Dim("batch")}})
+
+
+def run(path, **inputs):
+    return onnxruntime.InferenceSession(str(path)).run(None, inputs)[0]
+
+
+def test_names_of_inputs_outputs_and_dynamic_dimensions(program, tmp_path):
+    (path,) = write(program, tmp_path / "m.onnx", inputs=[parse_input("x:float32[batch,64]")])
+    graph = onnx.load(path).graph
+    assert [i.name for i in graph.input] == ["x"] and [o.name for o in graph.output] == ["output"]
+    for value in (graph.input[0], graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    for value in graph.value_info:
+        assert not any(dim.dim_param.startswith("s") for dim in value.type.tensor_type.shape.dim)
+
+
+def test_outputs_of_a_dictionary_keep_their_keys(tmp_path):
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"x": x + 1, "nested": [x * 2, x * 3]}
+
+    write(torch.export.export(Two(), (torch.ones(2),)), tmp_path / "m.onnx")
+    assert [o.name for o in onnx.load(tmp_path / "m.onnx").graph.output] == ["x_out", "nested_0", "nested_1"]
+
+
+def test_no_unused_initializers_no_warnings_no_traces_of_the_machine(program, tmp_path):
+    path = tmp_path / "m.onnx"
+    script = (
+        "import sys, torch, normfuse.onnx as o, onnxruntime as r\n"
+        "program = torch.export.load(sys.argv[1])\n"
+        "o.write(program, sys.argv[2])\n"
+        "r.InferenceSession(sys.argv[2])\n"
+    )
+    torch.export.save(program, tmp_path / "p.pt2")
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "p.pt2", path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "" and done.stderr == ""
+    graph = onnx.load(path).graph
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+    assert b"tiny_models.py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_beyond_the_limit_of_one_file_go_beside_it(program, tmp_path, dtype):
+    x = torch.randn(2, 64)
+    expected = program.module()(x).detach().numpy()
+    inside = write(program, tmp_path / "one.onnx", dtype=dtype)
+    apart = write(program, tmp_path / "two.onnx", dtype=dtype, one_file_limit=1000)
+    assert [p.name for p in inside] == ["one.onnx"] and [p.name for p in apart] == ["two.onnx", "two.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
+    assert apart[0].stat().st_size < 4000 < apart[1].stat().st_size
+    assert summarize(apart[0]).bytes == sum(p.stat().st_size for p in apart)
+    np.testing.assert_allclose(run(apart[0], x=x.numpy()), expected, rtol=0, atol=2e-2 * abs(expected).max())
+    np.testing.assert_array_equal(run(apart[0], x=x.numpy()), run(inside[0], x=x.numpy()))
+
+
+def test_float16_keeps_float32_at_the_border_and_halves_the_weights(program, tmp_path):
+    (half,) = write(program, tmp_path / "half.onnx", dtype="float16")
+    graph = onnx.load(half).graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    matrices = [tensor for tensor in graph.initializer if len(tensor.dims) == 2]
+    assert matrices and all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in matrices)
+    assert summarize(half).dtype == "float16"
+
+
+@pytest.mark.parametrize("value", [70_000.0, -70_000.0])
+def test_a_weight_beyond_float16_is_named(tmp_path, value):
+    model = tiny_models.trained(tiny_models.Perceptron())
+    model.head.bias.data[1] = value
+    program = torch.export.export(model, (torch.ones(3, 4),))
+    write(program, tmp_path / "m.onnx")
+    with pytest.raises(WriteError, match=r"head\.bias.*7e\+04.*export float32"):
+        write(program, tmp_path / "m.onnx", dtype="float16")
+
+
+def test_an_operation_without_translation_is_named_in_one_line(tmp_path):
+    class Special(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(WriteError, match=r"no translation of \w+\.bessel_j0") as caught:
+        write(torch.export.export(Special(), (torch.ones(3),)), tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_dtype_is_refused(program, tmp_path):
+    with pytest.raises(WriteError, match="'int8' is not one of float32, float16"):
+        write(program, tmp_path / "m.onnx", dtype="int8")
