@@ -63,13 +63,16 @@ def check_input(
 
 def to_rows(x: Tensor, channel_dim: int) -> Tensor:
     """Contiguous [rows, channels] matrix of ``x``; no copy when the channels are last and x is contiguous."""
-    x = x.movedim(channel_dim, -1)
+    if channel_dim % x.dim() != x.dim() - 1:
+        x = x.movedim(channel_dim, -1)
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def from_rows(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
     """Inverse of :func:`to_rows`, for a matrix with the rows and channels of ``like``."""
-    return rows.reshape(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
+    if channel_dim % like.dim() == like.dim() - 1:
+        return rows.view(like.shape)
+    return rows.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
 
 
 def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:

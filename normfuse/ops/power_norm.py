@@ -130,35 +130,34 @@ def _(grad_y, x, weight, *others):
 
 
 class _PowerNorm(torch.autograd.Function):
-    """Autograd of the two operations on [R, C] matrices. Keeps x, four [C] vectors and the row factors."""
+    """Autograd of the two operations. Keeps x as rows, four [C] vectors and the row factors for backward."""
 
     @staticmethod
-    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper):
+    def forward(
+        ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper,
+        channel_dim,
+    ):  # fmt: skip
+        rows = to_rows(x, channel_dim)
+        rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
         y, stats, row_scale = _forward(
-            x, pad_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
+            rows, rows_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
         )
-        ctx.save_for_backward(x, weight, stats, row_scale)
+        ctx.save_for_backward(rows, weight, stats, row_scale)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz = state.ema_gz
-        ctx.group_num, ctx.alpha_bkw, ctx.paper = group_num, alpha_bkw, paper
-        return y
+        ctx.group_num, ctx.alpha_bkw, ctx.paper, ctx.channel_dim = group_num, alpha_bkw, paper, channel_dim
+        return from_rows(y, x, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        x, weight, stats, row_scale = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _backward(
-            grad_y.contiguous(),
-            x,
-            weight,
-            stats,
-            row_scale,
-            ctx.ema_gz,
-            ctx.group_num,
-            ctx.alpha_bkw,
-            ctx.paper,
-        )
-        return grad_x, None, grad_weight, grad_bias, None, None, None, None, None, None, None
+        rows, weight, stats, row_scale = ctx.saved_tensors
+        grad_rows, grad_weight, grad_bias = _backward(
+            to_rows(grad_y, ctx.channel_dim), rows, weight, stats, row_scale, ctx.ema_gz, ctx.group_num,
+            ctx.alpha_bkw, ctx.paper,
+        )  # fmt: skip
+        grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
+        return grad_x, None, grad_weight, grad_bias, *[None] * 8
 
 
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
@@ -224,12 +223,10 @@ def power_norm(
     bias = torch.zeros_like(state.running_phi) if bias is None else cast(bias, acc)
     if not training:
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
-    rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-    y = _PowerNorm.apply(
-        to_rows(x, channel_dim), rows_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd,
-        alpha_bkw, backward == "paper",
-    )  # fmt: skip
-    return from_rows(y, x, channel_dim)
+    paper = backward == "paper"
+    return _PowerNorm.apply(
+        x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim
+    )
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

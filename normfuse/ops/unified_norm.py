@@ -150,36 +150,32 @@ def _(grad_y, x, weight, *others):
 
 
 class _UnifiedNorm(torch.autograd.Function):
-    """Autograd of the two operations on [R, C] matrices. Keeps x, three [C] vectors and two numbers."""
+    """Autograd of the two operations. Keeps x as rows, three [C] vectors and two numbers for backward."""
 
     @staticmethod
-    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum):
+    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim):
+        rows = to_rows(x, channel_dim)
+        rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
         y, stats, step = _forward(
-            x, pad_mask, weight, bias, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
+            rows, rows_mask, weight, bias, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
             warmup_iters, outlier_filtration, eps, momentum,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, stats, step)
+        ctx.save_for_backward(rows, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.buffer_gz = state.ema_gz, state.buffer_gz
-        ctx.warmup_iters, ctx.momentum = warmup_iters, momentum
-        return y
+        ctx.warmup_iters, ctx.momentum, ctx.channel_dim = warmup_iters, momentum, channel_dim
+        return from_rows(y, x, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        x, weight, stats, step = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _backward(
-            grad_y.contiguous(),
-            x,
-            weight,
-            stats,
-            step,
-            ctx.ema_gz,
-            ctx.buffer_gz,
-            ctx.warmup_iters,
-            ctx.momentum,
-        )
-        return grad_x, None, grad_weight, grad_bias, None, None, None, None, None
+        rows, weight, stats, step = ctx.saved_tensors
+        grad_rows, grad_weight, grad_bias = _backward(
+            to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, ctx.ema_gz, ctx.buffer_gz,
+            ctx.warmup_iters, ctx.momentum,
+        )  # fmt: skip
+        grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
+        return grad_x, None, grad_weight, grad_bias, *[None] * 6
 
 
 def unified_norm(
@@ -232,16 +228,6 @@ def unified_norm(
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype)
-    rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-    y = _UnifiedNorm.apply(
-        to_rows(x, channel_dim),
-        rows_mask,
-        weight,
-        bias,
-        state,
-        warmup_iters,
-        outlier_filtration,
-        eps,
-        momentum,
+    return _UnifiedNorm.apply(
+        x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim
     )
-    return from_rows(y, x, channel_dim)
