@@ -54,6 +54,7 @@ class Folding:
         self.absorbed: dict[Node, list[str]] = {}
         self.weight_growth = 1.0
         self._replacements: list[tuple[Node, Node]] = []
+        self._biases: list[tuple[Node, Node]] = []
 
     # -- the three steps ---------------------------------------------------------------------------------------
 
@@ -63,9 +64,9 @@ class Folding:
                 continue
             if node.op == "output":
                 for operand in node.all_input_nodes:
-                    self.pin(operand, "it is an output of the model")
+                    self.pin(operand, "the model's output")
             elif node.op == "placeholder":
-                self.pin(node, "it is an input of the model")
+                self.pin(node, "the model's input")
             else:
                 self.rule_of[node] = find_rule(node, self)
                 self.rule_of[node].relate(node, self)
@@ -99,12 +100,16 @@ class Folding:
                 rule.rewrite(node, self)
         for leaf in self.leaves:
             self._rewrite_leaf(leaf)
-        for node, users in self.spilled.items():
-            added = self.add(node, self.shift_of[node] / self.scales[self.scale(node)], after=node)
-            for user in users:
-                user.replace_input_with(node, added)
-                self.program.signature.replace_all_uses(node.name, added.name) if user.op == "output" else None
         replaced: dict[Node, Node] = {}
+        for node, bias in self._biases:
+            added = self.program.insert(node.next, aten.add.Tensor, (node, bias), node)
+            self.program.redirect(node, added)
+            replaced[node] = added
+        for node, users in self.spilled.items():
+            value = replaced.get(node, node)
+            added = self.add(value, self.shift_of[node] / self.scales[self.scale(node)], after=value)
+            for user in users:
+                self.program.redirect(value, added, [user])
         for node, by in self._replacements:
             while by in replaced:
                 by = replaced[by]
@@ -172,9 +177,8 @@ class Folding:
 
     def carried(self, node: Node, operand: Node) -> Any:
         """An operand's shift, arranged as the result's."""
-        shift = self.shift_of[operand]
-        if not isinstance(shift, list):
-            shift = self.incoming(node, operand)
+        several = isinstance(self.scale_of[operand], list)
+        shift = self.shift_of[operand] if several else self.incoming(node, operand)
         return self.rule_of[node].carry(node, operand, shift, collapse_equal, self)
 
     def can_carry(self, node: Node, operand: Node, shift: np.ndarray | None) -> bool:
@@ -235,9 +239,7 @@ class Folding:
 
     def append_add(self, node: Node, value: np.ndarray, *, name: str, like: Node) -> None:
         """Follow an operation that has no bias of its own by an Add."""
-        constant = self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)
-        added = self.program.insert(node.next, aten.add.Tensor, (node, constant), node)
-        node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+        self._biases.append((node, self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)))
         self.absorbed.setdefault(node, []).append(name)
 
     def multiply(self, operand: Node, factor: np.ndarray, *, before: Node) -> Node:
@@ -338,7 +340,7 @@ class Folding:
         before = self.scales.why_pinned(self.scale(self.affine[node].operand))
         behind = self.scales.why_pinned(self.scale(node))
         if before and behind:
-            return f"no weight between two fixed points: before it, {before}; behind it, {behind}"
+            return f"its input is fixed by {before}, its result by {behind}: no weight between them can take the scale"
         return "its input and its output are added to each other, so both must keep one scale"
 
 

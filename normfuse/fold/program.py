@@ -29,6 +29,9 @@ class Program:
         self._original = program
         self.graph_module = copy.deepcopy(program.graph_module)
         self.graph = self.graph_module.graph
+        for copied, node in zip(self.graph.nodes, program.graph.nodes, strict=True):
+            copied.name = node.name  # a copy renames what shadows a builtin, such as an input called "input"
+        self.graph.eliminate_dead_code()
         self.signature = copy.deepcopy(program.graph_signature)
         self.state_dict = dict(program.state_dict)
         self.constants = dict(program.constants)
@@ -143,10 +146,16 @@ class Program:
         node.meta = dict(like.meta)
         return node
 
+    def redirect(self, node: Node, to: Node, users: list[Node] | None = None) -> None:
+        """Let readers of `node` (all but `to`, or those given) read `to` instead, the outputs included."""
+        for user in users if users is not None else [user for user in node.users if user is not to]:
+            user.replace_input_with(node, to)
+            if user.op == "output":
+                self.signature.replace_all_uses(node.name, to.name)
+
     def replace(self, node: Node, by: Node) -> None:
-        """Let every reader of `node`, the outputs included, read `by`, and remove `node`."""
-        node.replace_all_uses_with(by)
-        self.signature.replace_all_uses(node.name, by.name)
+        """Let every reader of `node` read `by`, and remove `node`."""
+        self.redirect(node, by)
         self.graph.erase_node(node)
 
     def operations(self) -> int:

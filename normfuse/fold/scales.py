@@ -23,7 +23,7 @@ class Scales:
         self._parent = np.arange(1)
         self._ratio = np.ones(1)
         self._reason = np.zeros(1, np.int32)
-        self._reasons: list[str] = ["it is fixed"]
+        self._reasons: list[str] = [""]
         self._values: np.ndarray | None = None
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:

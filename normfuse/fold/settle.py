@@ -42,6 +42,10 @@ def settle_shifts(fold: Folding) -> None:
         fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
         if isinstance(fold.shift_of[node], list) or not fold.shift_of[node].any():
             continue
+        # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply.
+        arises = node in fold.affine and node not in fold.kept and node not in tolerant
+        if arises and _cancel(node, order, tolerant, fold):
+            continue
         if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
             fold.spilled[node] = _stopping(node, fold)
 

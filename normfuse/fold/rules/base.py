@@ -71,10 +71,10 @@ class Opaque(Rule):
     def relate(self, node: Node, fold: Folding) -> None:
         if not fold.computes(node):
             return
-        reason = f"{fold.describe(node)} needs its values as they are"
+        reason = fold.describe(node)
         for operand in node.all_input_nodes:
             fold.pin(operand, reason)
-        fold.pin(node, f"{fold.describe(node)} gives its values as they are")
+        fold.pin(node, reason)
 
 
 _RULES: dict[object, list[Rule]] = {}

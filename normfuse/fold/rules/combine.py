@@ -145,7 +145,7 @@ class Gate(Rule):
         first, second = node.args[:2]
         swap = node.target is aten.mul.Tensor and fold.is_fixed(first) and not fold.is_fixed(second)
         scaled, gate = (second, first) if swap else (first, second)
-        fold.pin(gate, f"{fold.describe(node)} multiplies by it")
+        fold.pin(gate, f"{fold.describe(node)}, of which it is a factor")
         fold.scale_of[node] = to_rank(fold.scale(scaled), node.meta["val"].dim())
 
 
@@ -158,7 +158,7 @@ class Mixture(Rule):
 
     def relate(self, node: Node, fold: Folding) -> None:
         left, right = node.args[:2]
-        fold.pin(left, f"{fold.describe(node)} multiplies by it")
+        fold.pin(left, f"{fold.describe(node)}, of which it is a factor")
         scale = fold.scale(right)
         contracted = scale.ndim - 2
         scale = fold.require_equal(scale, tuple(a for a in varying(scale) if a == contracted))
@@ -179,7 +179,7 @@ class Attention(Rule):
 
     def relate(self, node: Node, fold: Folding) -> None:
         query, key, value = node.args[:3]
-        reason = f"{fold.describe(node)} compares queries with keys"
+        reason = f"the comparison of queries with keys in {fold.describe(node)}"
         fold.pin(query, reason)
         fold.pin(key, reason)
         fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)

@@ -273,7 +273,7 @@ class TokenNorm(Rule):
         )
 
     def relate(self, node: Node, fold: Folding) -> None:
-        fold.pin(node.args[0], f"{fold.describe(node)} computes statistics of its input")
+        fold.pin(node.args[0], f"the statistics of {fold.describe(node)}")
         fold.free_last_axis(node)
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:

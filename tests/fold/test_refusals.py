@@ -1,0 +1,176 @@
+"""What folding refuses, what it leaves, and the words it says it with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import export
+from torch.nn import functional as F
+
+import normfuse.nn
+from normfuse.fold import FoldError, fold
+
+from .checks import folded, operations
+from .networks import Transformer, look_trained
+from .test_rules import C, MapNorm, sequence, status
+
+
+def test_training_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)).train()
+    program = export(model, (torch.randn(4, C),))
+    with pytest.raises(FoldError, match=r"model\.eval\(\)"):
+        fold(program)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_statistics_that_are_not_finite_name_the_layer(value: float) -> None:
+    model = nn.Sequential(nn.Linear(C, C), normfuse.nn.UnifiedNorm(C), nn.Linear(C, 2)).eval()
+    model[1].running_var[2] = value
+    if value == float("inf"):
+        model[1].weight.data[2] = value
+    with pytest.raises(FoldError, match=r"UnifiedNorm '1'"):
+        fold(export(model, sequence()[0].float().split(3)))
+
+
+def test_a_weight_that_would_leave_its_dtype_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(C, C), normfuse.nn.UnifiedNorm(C), nn.GELU()).eval()
+    model[1].weight.data.fill_(1e30)
+    model[0].weight.data.fill_(1e30)
+    with pytest.raises(FoldError, match=r"'0.weight' leaves the range of float32"):
+        fold(export(model, (torch.randn(3, C),)))
+
+
+class Shared(nn.Module):
+    """One linear behind two norms: a shared weight cannot absorb two maps without a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm1, self.norm2 = nn.Linear(C, C), MapNorm(seed=1), MapNorm(seed=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm1(x)) + self.linear(self.norm2(x))
+
+
+def test_a_shared_weight_is_copied_with_its_price() -> None:
+    program, report = folded(Shared(), sequence())
+    assert status(report) == ["folded", "folded"]
+    assert report.bytes_copied == C * C * 8
+    assert operations(program) == ["aten.linear.default", "aten.linear.default", "aten.add.Tensor"]
+
+
+def test_without_copies_a_shared_weight_stays_and_says_so() -> None:
+    _, report = folded(Shared(), sequence(), copy_shared=False)
+    assert status(report) == ["kept", "kept"] and report.bytes_copied == 0
+    assert "'linear.weight' is shared and may not be copied" in report.norms[0].reason
+
+
+def test_equal_changes_of_a_shared_weight_are_stored_once() -> None:
+    model = Shared()
+    model.norm2.load_state_dict(model.norm1.state_dict())
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded", "folded"] and report.bytes_copied == 0
+
+
+def test_tied_embedding_and_head_keep_one_table_where_the_stream_allows() -> None:
+    """Pre-norm: the final norm goes into the head, which becomes a table of its own; the embedding stays."""
+    model = look_trained(Transformer("unified", "pre", causal=True))
+    model.head = nn.Linear(16, 11, bias=False)
+    model.head.weight = model.embed.weight
+    _program, report = folded(model, (torch.randint(0, 11, (3, 7)),))
+    assert not report.remaining and report.bytes_copied == 11 * 16 * 8
+    _, report = folded(model, (torch.randint(0, 11, (3, 7)),), copy_shared=False)
+    assert [record.name for record in report.remaining] == ["norm"]
+
+
+def test_zero_gains_fold_into_weights_behind_them() -> None:
+    model = nn.Sequential(nn.GELU(), MapNorm(), nn.Linear(C, 4))
+    model[1].scale.data[2] = 0.0
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+
+
+def test_zero_gains_stay_where_the_stream_needs_the_value() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = MapNorm(), nn.Linear(C, C)
+            self.norm.scale.data[1] = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.linear(x + F.gelu(self.linear(x)))
+
+    _, report = folded(Stream(), sequence())
+    assert status(report) == ["kept"] and "zero" in report.norms[0].reason
+
+
+def test_a_norm_added_to_its_own_input_stays() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(C, C), MapNorm(), nn.Linear(C, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.norm(x))
+
+    _, report = folded(Loop(), sequence())
+    assert status(report) == ["kept"] and "added to each other" in report.norms[0].reason
+
+
+def test_norms_on_queries_and_keys_go_into_their_projections() -> None:
+    class QKNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(C, C) for _ in range(3))
+            self.q_norm, self.k_norm = MapNorm(seed=1), MapNorm(seed=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
+
+    _, report = folded(QKNorm(), sequence())
+    assert status(report) == ["folded", "folded"]
+
+
+def test_in_place_arithmetic_is_understood() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm, self.last = nn.Linear(C, C), MapNorm(), nn.Linear(C, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z = self.norm(y)
+            y += 1.0
+            z.mul_(2.0).relu_()
+            return self.last(z + y)
+
+    _, report = folded(InPlace(), sequence())
+    assert status(report) == ["folded"]
+
+
+def test_report_is_json() -> None:
+    _, report = folded(Shared(), sequence())
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["norms"][0]["name"] == "norm1" and data["nodes_after"] < data["nodes_before"]
+    assert data["scale_range"][0] <= 1.0 <= data["scale_range"][1]
+
+
+def test_dead_ends_do_no_harm() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = MapNorm(), nn.Linear(C, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            F.gelu(y)
+            return self.linear(y)
+
+    program, report = folded(Dead(), sequence())
+    assert operations(program) == ["aten.linear.default"] and status(report) == ["folded"]

@@ -1,0 +1,294 @@
+"""Every transfer rule: numerically right, what passes and what stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normfuse.fold import FoldReport
+
+from .checks import folded, operations
+
+C = 6
+
+
+class Map(nn.Module):
+    """A static norm written as arithmetic, its class named so that the report counts it as one."""
+
+    def __init__(self, channels: int = C, axis: int = -1, *, shift: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shape = (channels,) + (1,) * (-axis - 1)
+        self.scale = nn.Parameter(torch.rand(shape, generator=generator) + 0.5)
+        self.scale.data[0] *= -1
+        self.shift = nn.Parameter(torch.rand(shape, generator=generator) if shift else torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class MapNorm(Map):
+    """See :class:`Map`."""
+
+
+class Sandwich(nn.Module):
+    """linear - norm - the operation under test - linear."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(C, C), nn.Linear(C, 4)
+        self.norm, self.operation = MapNorm(), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.operation(self.norm(self.first(x))))
+
+
+def sequence(batch: int = 3, length: int = 5) -> tuple[Tensor]:
+    return (torch.randn(batch, length, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
+
+
+def status(report: FoldReport) -> list[str]:
+    return [record.status for record in report.norms]
+
+
+CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "transpose": lambda x: x.transpose(0, 1).transpose(0, 1),
+    "permute": lambda x: x.permute(2, 0, 1).permute(1, 2, 0),
+    "movedim": lambda x: x.movedim(-1, 0).movedim(0, -1),
+    "mT": lambda x: x.mT.mT,
+    "view": lambda x: x.reshape(-1, C).view(3, 5, C),
+    "heads": lambda x: x.view(3, 5, 2, 3).transpose(1, 2).transpose(1, 2).flatten(2),
+    "unflatten": lambda x: x.unflatten(-1, (3, 2)).flatten(-2),
+    "unsqueeze": lambda x: x.unsqueeze(1).squeeze(1),
+    "expand": lambda x: x.unsqueeze(1).expand(-1, 4, -1, -1),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "repeat channels": lambda x: x.repeat(1, 1, 2)[..., 3:9],
+    "slice": lambda x: x[:, 1:4],
+    "slice channels": lambda x: torch.cat([x[..., 3:], x[..., :3]], -1),
+    "select": lambda x: x[:, 2],
+    "split": lambda x: torch.cat(list(reversed(x.split([1, 2, 3], -1))), -1),
+    "chunk": lambda x: torch.cat(list(reversed(x.chunk(3, -1))), -1),
+    "chunk positions": lambda x: x.chunk(2, 1)[0],
+    "unbind": lambda x: torch.stack(x.view(3, 5, 2, 3).unbind(2), 2).flatten(2),
+    "mean": lambda x: x.mean(1),
+    "mean keepdim": lambda x: x.mean((0, 1), keepdim=True),
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "contiguous": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "to": lambda x: x.to(torch.float64),
+    "neg": lambda x: -x,
+    "residual": lambda x: x + x,
+    "difference": lambda x: x - x.mean(1, keepdim=True),
+    "scalar": lambda x: x / 4.0,
+    "constant": lambda x: x + 2.0,
+    "replicate pad": lambda x: F.pad(x.mT, (1, 1), mode="replicate").mT,
+    "pooled": lambda x: F.adaptive_avg_pool1d(x.mT, 1).mT,
+    "attention": lambda x: F.scaled_dot_product_attention(torch.tanh(x), torch.tanh(x), x, is_causal=True),
+}
+SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "zero pad": lambda x: F.pad(x, (0, 0, 1, 1)),
+    "gate": lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True).tanh()),
+    "divided": lambda x: x / (1 + torch.sigmoid(x.detach()).mean(-1, keepdim=True)),
+    "mixture": lambda x: torch.softmax(torch.ones(x.shape[0], 5, 5).to(x).cumsum(-1), -1) @ x,
+    "masked attention": lambda x: F.scaled_dot_product_attention(
+        torch.tanh(x), torch.tanh(x), x, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril()
+    ),
+    "positions": lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
+}
+STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "softmax": lambda x: x.softmax(-1),
+    "rms": lambda x: F.rms_norm(x, (C,)),
+    "maximum": lambda x: x.amax(1),
+    "cumsum": lambda x: x.cumsum(1),
+    "channel mean": lambda x: x - x.mean(-1, keepdim=True),
+    "square": lambda x: x * x,
+    "alpha": lambda x: torch.add(x, x, alpha=3),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_scale_and_shift_pass(name: str) -> None:
+    """The norm reaches both linears through the operation; its shift is paid by whichever bias is right."""
+    program, report = folded(Sandwich(CARRIED[name]), sequence())
+    assert status(report) == ["folded"]
+    assert not {"aten.mul.Tensor", "aten.div.Tensor"} & set(operations(program))
+
+
+@pytest.mark.parametrize("name", [*SCALE_ONLY, *STOPPED])
+def test_what_does_not_pass_goes_into_the_weight_in_front(name: str) -> None:
+    _, report = folded(Sandwich((SCALE_ONLY | STOPPED)[name]), sequence())
+    assert status(report) == ["folded"]
+    assert "first.bias" in report.norms[0].absorbed_by
+
+
+class BehindAnInput(nn.Module):
+    """norm - operation - linear on the model's input: nothing in front of the norm can take anything."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor], *, shift: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.last, self.operation = MapNorm(shift=shift), nn.Linear(C, 4), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.operation(self.norm(x)))
+
+
+@pytest.mark.parametrize("name", ["zero pad", "positions"])
+def test_a_scale_passes_where_a_shift_stops(name: str) -> None:
+    _, report = folded(BehindAnInput(SCALE_ONLY[name], shift=False), sequence())
+    assert status(report) == ["folded"]
+    program, report = folded(BehindAnInput(SCALE_ONLY[name], shift=True), sequence())
+    assert status(report) == ["partly folded"]
+    assert "shift" in report.norms[0].reason
+    assert "aten.mul.Tensor" not in operations(program)
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", "softmax", "rms", "maximum", "cumsum", "alpha"])
+def test_a_norm_between_fixed_points_stays_with_the_reason(name: str) -> None:
+    program, report = folded(BehindAnInput(STOPPED[name], shift=True), sequence())
+    assert status(report) == ["kept"]
+    assert "the model's input" in report.norms[0].reason and "no weight between" in report.norms[0].reason
+    assert "aten.mul.Tensor" in operations(program)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(C, C, 3),
+        nn.Conv1d(C, C, 3, bias=False),
+        nn.Conv1d(C, C, 3, groups=3),
+        nn.Conv1d(C, C, 3, groups=C),
+        nn.Conv1d(C, C, 2, stride=2, dilation=2),
+        nn.Conv1d(C, C, 3, padding="valid"),
+    ],
+    ids=str,
+)
+def test_convolution_without_padding_takes_scale_and_shift(conv: nn.Module) -> None:
+    model = BehindAnInput(lambda x: conv(x.mT).mT, shift=True)
+    model.conv = conv
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(C, C, 3, padding=1),
+        nn.Conv1d(C, C, 3, padding="same"),
+        nn.ConvTranspose1d(C, C, 3),
+        nn.ConvTranspose1d(C, C, 3, groups=2),
+    ],
+    ids=str,
+)
+def test_padded_and_transposed_convolutions_take_the_scale_only(conv: nn.Module) -> None:
+    for shift, expected in ((False, "folded"), (True, "partly folded")):
+        model = BehindAnInput(lambda x: conv(x.mT).mT, shift=shift)
+        model.conv = conv
+        _, report = folded(model, sequence())
+        assert status(report) == [expected]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_convolutions_of_more_dimensions_write_their_norm(dims: int) -> None:
+    conv, batch_norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
+    norm = batch_norm(8)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(conv(4, 8, 3, padding=1, groups=2), norm, nn.ReLU())
+    _, report = folded(model, (torch.randn(2, 4, *(5,) * dims, dtype=torch.float64),))
+    assert status(report) == ["folded"] and report.norms[0].absorbed_by == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w, b: x @ w,
+        lambda x, w, b: torch.addmm(b, x.reshape(-1, C), w),
+        lambda x, w, b: torch.mm(x.reshape(-1, C), w),
+        lambda x, w, b: F.linear(x, w.t(), b),
+        lambda x, w, b: F.linear(x, w.t()),
+        lambda x, w, b: torch.matmul(x, w) + b,
+    ],
+)
+def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None:
+    class Projection(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.w, self.b = MapNorm(), nn.Parameter(torch.randn(C, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self.norm(x), self.w, self.b)
+
+    _, report = folded(Projection(), sequence())
+    assert status(report) == ["folded"] and "w" in report.norms[0].absorbed_by
+
+
+def test_product_with_two_computed_factors_fixes_both() -> None:
+    _, report = folded(BehindAnInput(lambda x: x @ x.mT @ x, shift=True), sequence())
+    assert status(report) == ["kept"]
+
+
+def test_embedding_takes_scale_and_shift() -> None:
+    model = nn.Sequential(nn.Embedding(7, C, padding_idx=0), MapNorm(), nn.GELU())
+    _, report = folded(model, (torch.randint(0, 7, (3, 5)),))
+    assert report.norms[0].absorbed_by == ["0.weight"]
+
+
+def test_flattened_maps_reach_a_linear() -> None:
+    """Each channel's numbers repeat over the positions that are flattened with it."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(nn.MaxPool2d(2), norm, nn.Flatten(), nn.Linear(12, 4))
+    _, report = folded(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
+    assert status(report) == ["folded"] and report.norms[0].absorbed_by == ["3.weight", "3.bias"]
+
+
+def test_layer_norm_takes_a_scale_and_a_shift_behind_it() -> None:
+    model = nn.Sequential(nn.LayerNorm(C), MapNorm(), nn.GELU())
+    _, report = folded(model, sequence())
+    assert "folded" in status(report) and {"0.weight", "0.bias"} <= set(report.norms[0].absorbed_by)
+
+
+def test_layer_norm_without_affine_gets_one() -> None:
+    model = nn.Sequential(nn.LayerNorm(C, elementwise_affine=False), MapNorm(), nn.GELU())
+    program, report = folded(model, sequence())
+    assert status(report) == ["folded"] and "aten.mul.Tensor" not in operations(program)
+
+
+def test_batch_norm_without_affine() -> None:
+    norm = nn.BatchNorm1d(C, affine=False)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    _, report = folded(nn.Sequential(norm, nn.Linear(C, 3)), (torch.randn(4, C, dtype=torch.float64),))
+    assert status(report) == ["folded"]
+
+
+def test_position_and_class_token_go_along() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.norm = nn.Embedding(9, C), MapNorm()
+            self.position, self.token = nn.Parameter(torch.randn(1, 6, C)), nn.Parameter(torch.randn(1, 1, C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], 1)
+            return F.gelu(self.norm(x + self.position))
+
+    _program, report = folded(Stem(), (torch.randint(0, 9, (3, 5)),))
+    assert status(report) == ["folded"]
+    assert {"embed.weight", "position", "token"} <= set(report.norms[0].absorbed_by)
+
+
+def test_bias_add_disappears_into_the_next_weight() -> None:
+    program, _ = folded(BehindAnInput(lambda x: x + 1.5, shift=True), sequence())
+    assert operations(program) == ["aten.linear.default"]

@@ -1,0 +1,118 @@
+"""The union-find against a direct solution, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normfuse.fold.scales import Scales
+
+
+def test_fresh_variables_are_free_and_stay_one() -> None:
+    scales = Scales()
+    a = scales.fresh((1, 3))
+    assert not scales.is_pinned(a) and scales.alone(a)
+    scales.solve(a.ravel())
+    assert (scales[a] == 1).all()
+
+
+def test_ratios_multiply_along_a_chain() -> None:
+    scales = Scales()
+    a, b, c = (scales.fresh((2,)) for _ in range(3))
+    assert scales.demand(b, a, np.array([2.0, -3.0]))
+    assert scales.demand(c, b, np.array([0.5, 1.0]))
+    scales.pin(a, "input")
+    scales.solve(a)
+    np.testing.assert_array_equal(scales[c], [1.0, -3.0])
+    assert scales.is_pinned(c) and scales.why_pinned(c) == "input"
+
+
+def test_contradiction_changes_nothing() -> None:
+    scales = Scales()
+    a, b = scales.fresh((3,)), scales.fresh((3,))
+    scales.pin(a[:1], "the first")
+    scales.pin(b[:1], "the other")
+    assert not scales.demand(b, a, np.array([2.0, 2.0, 2.0]))
+    assert scales.alone(b[1:]) and scales.alone(a[1:])
+    assert scales.demand(b, a, np.array([1.0, 2.0, 2.0]))
+    assert scales.why_pinned(a) == "the first" and scales.why_pinned(b) == "the other"
+
+
+def test_ratios_that_agree_up_to_rounding_are_met() -> None:
+    scales = Scales()
+    a, b = scales.fresh((1,)), scales.fresh((1,))
+    assert scales.demand(b, a, np.array([1 / 3]))
+    assert scales.demand(a, b, np.array([3.0]))
+    assert not scales.demand(a, b, np.array([3.0 + 1e-9]))
+
+
+def test_repeated_variables_in_one_demand() -> None:
+    scales = Scales()
+    a, b = scales.fresh((1,)), scales.fresh((4,))
+    scales.equate(np.broadcast_to(a, (4,)), b)
+    scales.solve(a)
+    assert len(set(scales[b])) == 1 and not scales.alone(b)
+    assert not scales.demand(b, np.broadcast_to(a, (4,)), np.array([1.0, 1.0, 2.0, 1.0]))
+
+
+def test_a_reason_is_found_through_later_unions() -> None:
+    scales = Scales()
+    a, b, c = (scales.fresh((1,)) for _ in range(3))
+    scales.pin(b, "softmax")
+    scales.equate(c, b)
+    assert scales.demand(a, c, np.array([4.0]))
+    assert scales.why_pinned(a) == "softmax"
+
+
+def test_wide_classes_are_centred_by_powers_of_two() -> None:
+    scales = Scales()
+    a, b = scales.fresh((2,)), scales.fresh((2,))
+    assert scales.demand(b, a, np.array([2.0**20, 2.0]))
+    scales.solve(np.concatenate([a, b]))
+    assert scales[a][0] == 2.0**-10 and scales[b][0] == 2.0**10
+    assert scales[a][1] == 1.0 and scales[b][1] == 2.0
+
+
+def test_an_equality_after_a_contradicting_ratio_is_a_mistake_of_the_caller() -> None:
+    scales = Scales()
+    a, b = scales.fresh((1,)), scales.fresh((1,))
+    assert scales.demand(b, a, np.array([2.0]))
+    with pytest.raises(AssertionError, match="contradict"):
+        scales.equate(a, b)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 11), st.integers(0, 11), st.floats(-4, 4).filter(lambda x: abs(x) > 0.1)), max_size=25
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_agrees_with_potentials_found_by_search(demands: list[tuple[int, int, float]]) -> None:
+    """A demand is met exactly when it agrees with every path of demands met before."""
+    scales = Scales()
+    variables = np.concatenate([[Scales.ONE], scales.fresh((11,))])
+    met: list[tuple[int, int, float]] = []
+
+    def ratio(a: int, b: int) -> float | None:
+        seen, pending = {a: 1.0}, [a]
+        while pending:
+            here = pending.pop()
+            for x, y, r in met:
+                for one, other, factor in ((x, y, r), (y, x, 1 / r)):
+                    if one == here and other not in seen:
+                        seen[other] = seen[here] * factor
+                        pending.append(other)
+        return seen.get(b)
+
+    for a, b, r in demands:
+        known = 1.0 if a == b else ratio(a, b)
+        agrees = known is None or abs(known / r - 1) <= 1e-9
+        assert scales.demand(variables[a : a + 1], variables[b : b + 1], np.array([r])) is bool(agrees)
+        if agrees and a != b:
+            met.append((a, b, r))
+    scales.solve(variables)
+    for a, b, r in met:
+        np.testing.assert_allclose(scales[variables[a]], r * scales[variables[b]], rtol=1e-9)
+    assert scales[np.array([Scales.ONE])] == 1.0

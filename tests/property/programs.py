@@ -1,0 +1,215 @@
+"""Random programs for folding: streams, branches, convolutions, embeddings, reshapes, shared layers, dead ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Map(nn.Module):
+    """A static norm as plain arithmetic: ``x * scale + shift`` along one axis."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation: what it is, which earlier values it reads, which layer it uses (layers can be shared)."""
+
+    kind: str
+    inputs: tuple[int, ...]
+    layer: int = 0
+
+
+@dataclass
+class Plan:
+    """A program over values of shape [batch, length, width]."""
+
+    width: int
+    seed: int
+    steps: list[Step]
+    outputs: tuple[int, ...]
+    source: str = "tokens"
+    extremes: bool = field(default=False)
+
+
+UNARY = (
+    "norm norm norm batch_norm linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads roll_channels "
+    "add_constant add_position scale mean_back layer_norm rms_norm neg matmul_weight padded double"
+).split()
+BINARY = ("add", "add", "add", "sub", "mul", "concat_channels", "concat_positions")
+
+
+class Program(nn.Module):
+    """The module that a plan describes."""
+
+    LENGTH = 4
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        generator = torch.Generator().manual_seed(plan.seed)
+        width = plan.width
+
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def layer(module: nn.Module) -> nn.Module:
+            for parameter in module.parameters():
+                parameter.data = rand(*parameter.shape) / max(width, 1) ** 0.5
+            return module.double()
+
+        def norm() -> Map:
+            scale = torch.exp(rand(width)) * torch.where(rand(width) < -0.8, -1.0, 1.0)
+            if plan.extremes:
+                scale[0] = (0.0, 1e-6, -1e-3)[plan.seed % 3]
+            return Map(scale, rand(width))
+
+        def batch_norm() -> nn.Module:
+            module = layer(nn.BatchNorm1d(width))
+            module.running_mean, module.running_var = rand(width), torch.exp(rand(width))
+            return module
+
+        self.embed = layer(nn.Embedding(9, width))
+        self.norms = nn.ModuleList(norm() for _ in range(3))
+        self.batch_norms = nn.ModuleList(batch_norm() for _ in range(2))
+        self.linears = nn.ModuleList(layer(nn.Linear(width, width, bias=i != 1)) for i in range(3))
+        self.wide = nn.ModuleList(layer(nn.Linear(2 * width, width)) for _ in range(2))
+        self.qkv = layer(nn.Linear(width, 3 * width))
+        self.convs = nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=p)) for p in (0, 1))
+        self.layer_norm = layer(nn.LayerNorm(width))
+        self.rms_weight = nn.Parameter(rand(width))
+        self.position = nn.Parameter(rand(1, self.LENGTH, width))
+        self.weight = nn.Parameter(rand(width, width))
+        self.constant = nn.Parameter(rand(width))
+        self.token = nn.Parameter(rand(1, 1, width))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        values = [self.embed(x) if self.plan.source == "tokens" else x]
+        for step in self.plan.steps:
+            values.append(getattr(self, "do_" + step.kind)(*(values[i] for i in step.inputs), step.layer))
+        return tuple(values[i] for i in self.plan.outputs)
+
+    def do_norm(self, x: Tensor, n: int) -> Tensor:
+        return self.norms[n % 3](x)
+
+    def do_batch_norm(self, x: Tensor, n: int) -> Tensor:
+        return self.batch_norms[n % 2](x.transpose(1, 2)).transpose(1, 2)
+
+    def do_linear(self, x: Tensor, n: int) -> Tensor:
+        return self.linears[n % 3](x)
+
+    def do_no_bias(self, x: Tensor, n: int) -> Tensor:
+        return self.linears[1](x)
+
+    def do_matmul_weight(self, x: Tensor, n: int) -> Tensor:
+        return x @ (self.weight if n % 2 else self.linears[0].weight.t())
+
+    def do_gelu(self, x: Tensor, n: int) -> Tensor:
+        return F.gelu(x)
+
+    def do_relu(self, x: Tensor, n: int) -> Tensor:
+        return F.relu(x)
+
+    def do_neg(self, x: Tensor, n: int) -> Tensor:
+        return -x
+
+    def do_double(self, x: Tensor, n: int) -> Tensor:
+        return x + x
+
+    def do_attention(self, x: Tensor, n: int) -> Tensor:
+        b, s, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, s, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=bool(n % 2))
+        return y.transpose(1, 2).reshape(b, s, c)
+
+    def do_conv(self, x: Tensor, n: int) -> Tensor:
+        return F.pad(self.convs[0](x.transpose(1, 2)), (1, 1), mode="replicate").transpose(1, 2)
+
+    def do_padded_conv(self, x: Tensor, n: int) -> Tensor:
+        return self.convs[1](x.transpose(1, 2)).transpose(1, 2)
+
+    def do_padded(self, x: Tensor, n: int) -> Tensor:
+        return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+    def do_gate_by_self(self, x: Tensor, n: int) -> Tensor:
+        return torch.sigmoid(self.linears[n % 3](x)) * x
+
+    def do_heads(self, x: Tensor, n: int) -> Tensor:
+        b, s, c = x.shape
+        return x.view(b, s, 2, c // 2).transpose(2, 3).reshape(b, s, c)
+
+    def do_roll_channels(self, x: Tensor, n: int) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([second, first], dim=-1)
+
+    def do_add_constant(self, x: Tensor, n: int) -> Tensor:
+        return x + self.constant if n % 2 else x + 0.5
+
+    def do_add_position(self, x: Tensor, n: int) -> Tensor:
+        return x + self.position
+
+    def do_scale(self, x: Tensor, n: int) -> Tensor:
+        return (x * self.constant, x * -0.5, x / 3.0)[n % 3]
+
+    def do_mean_back(self, x: Tensor, n: int) -> Tensor:
+        return x.mean(1, keepdim=True).expand(-1, self.LENGTH, -1)
+
+    def do_layer_norm(self, x: Tensor, n: int) -> Tensor:
+        return self.layer_norm(x)
+
+    def do_rms_norm(self, x: Tensor, n: int) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.rms_weight if n % 2 else None)
+
+    def do_add(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return x + y
+
+    def do_sub(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return x - y
+
+    def do_mul(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return x * torch.tanh(y)
+
+    def do_concat_channels(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return self.wide[n % 2](torch.cat([x, y], dim=-1))
+
+    def do_concat_positions(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        token = self.token.expand(x.shape[0], -1, -1)
+        return torch.cat([token, x[:, :1], y[:, 2:]], dim=1)
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_steps: int = 12) -> Plan:
+    """Random programs whose later steps read recent values more often, so that streams form."""
+    steps: list[Step] = []
+    for index in range(draw(st.integers(1, max_steps))):
+        kind = draw(st.sampled_from(BINARY if draw(st.integers(0, 2)) == 0 else UNARY))
+        recent = st.one_of(st.just(index), st.integers(max(0, index - 3), index))
+        inputs = tuple(draw(recent) for _ in range(2 if kind in BINARY else 1))
+        steps.append(Step(kind, inputs, draw(st.integers(0, 2))))
+    last = len(steps)
+    outputs = (last,) if draw(st.booleans()) else (last, draw(st.integers(0, last)))
+    return Plan(
+        width=draw(st.sampled_from((2, 4, 6))),
+        seed=draw(st.integers(0, 2**16)),
+        steps=steps,
+        outputs=outputs,
+        source=draw(st.sampled_from(("tokens", "values"))),
+        extremes=draw(st.booleans()),
+    )
+
+
+def example_input(plan: Plan) -> Tensor:
+    generator = torch.Generator().manual_seed(plan.seed)
+    if plan.source == "tokens":
+        return torch.randint(0, 9, (3, Program.LENGTH), generator=generator)
+    return torch.randn(3, Program.LENGTH, plan.width, generator=generator, dtype=torch.float64)
