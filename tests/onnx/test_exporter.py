@@ -124,7 +124,7 @@ def test_existing_files_stay_as_they_are_when_verification_fails(tmp_path, monke
     def wrong(program, **options):
         folded, report = real(program, **options)
         with torch.no_grad():
-            folded.state_dict["inner.weight"].add_(1)
+            folded.state_dict["head.weight_folded"].add_(1)
         return folded, report
 
     monkeypatch.setattr(exporter, "fold", wrong)

@@ -1,0 +1,261 @@
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+import tiny_models
+import torch
+from onnx import numpy_helper
+from torch.export import Dim
+
+from normfuse import cli
+from normfuse.checkpoint import archive, save
+from normfuse.fold import FoldReport, NormRecord
+
+TESTS = Path(__file__).parent
+
+
+def normfuse(*arguments, cwd, timeout=120, **environment):
+    """The command in a process of its own, with the tests' models importable."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return subprocess.run(
+        [sys.executable, "-m", "normfuse", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def refused(done) -> str:
+    """The one line on stderr of a command that failed as it should."""
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("normfuse: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stderr
+
+
+def save_perceptron(path, **changes):
+    model = tiny_models.trained(tiny_models.Perceptron())
+    for name, value in changes.items():
+        model.state_dict()[name].view(-1)[0] = value
+    save(
+        model, path, example_inputs=torch.ones(2, 4), dynamic_shapes={"x": {0: "batch"}}, factory=tiny_models.Perceptron
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    model = tiny_models.trained(tiny_models.Encoder(placement="post"))
+    shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=16)}}
+    save(model, folder / "model.pt", example_inputs=torch.randint(11, (1, 6)), dynamic_shapes=shapes,
+         kwargs={"placement": "post"})  # fmt: skip
+    done = normfuse("export", "model.pt", "--out", "model.onnx", "--report", "report.json", cwd=folder)
+    return folder, done
+
+
+# What works
+
+
+def test_export_prints_its_stages_and_a_table_and_writes_both_files(encoder):
+    folder, done = encoder
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for text in ("trace with torch.export", "fold the norms", "verify in ONNX Runtime", "blocks.0.norms.0",
+                 "UnifiedNorm", "3 of 3 norms folded", "0 norm nodes, 0 per-channel Mul/Add", "opset 2"):  # fmt: skip
+        assert text in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert sorted(os.listdir(folder)) == ["model.onnx", "model.pt", "report.json"]
+    report = json.loads((folder / "report.json").read_text())
+    assert [norm["status"] for norm in report["fold"]["norms"]] == ["folded"] * 3
+    assert report["graph"]["norms"] == [] and report["verification"]["cases"]
+    inputs = onnx.load(folder / "model.onnx").graph.input
+    assert [d.dim_param for d in inputs[0].type.tensor_type.shape.dim] == ["batch", "seq"]
+
+
+def test_verify_repeats_the_proof_and_fails_on_another_file(encoder, tmp_path):
+    folder, _ = encoder
+    done = normfuse("verify", "model.pt", "model.onnx", "--rounds", 3, cwd=folder)
+    assert done.returncode == 0 and "the same within" in done.stdout
+    assert done.stdout.count("random inputs") == 3
+    model = onnx.load(folder / "model.onnx")
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) == 2:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1.01, tensor.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "differs from the module" in refused(normfuse("verify", "model.pt", tmp_path / "other.onnx", cwd=folder))
+    assert "cannot read" in refused(normfuse("verify", "model.pt", "absent.onnx", cwd=folder))
+
+
+def test_inspect_writes_nothing_and_fits_a_narrow_terminal(encoder, tmp_path):
+    folder, _ = encoder
+    done = normfuse("inspect", folder / "model.pt", cwd=tmp_path, COLUMNS="40")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "3 of 3 norms folded" in done.stdout and "tokens:int64[batch,seq<=16]" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 40
+    assert os.listdir(tmp_path) == []
+
+
+def test_bench_prints_medians_and_their_ratio(encoder):
+    folder, _ = encoder
+    done = normfuse("bench", "model.onnx", "model.onnx", "--size", "seq=9", "--rounds", 5, cwd=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "second ÷ first" in done.stdout and "tokens [1, 9]" in done.stdout
+    assert "names no dynamic dimension" in refused(normfuse("bench", "model.onnx", "--size", "n=9", cwd=folder))
+
+
+def test_bare_weights_with_a_model_from_the_working_directory(tmp_path):
+    (tmp_path / "my_net.py").write_text(
+        "from tiny_models import Perceptron\ndef make(width, label): return Perceptron(width)\n"
+    )
+    torch.save(tiny_models.trained(tiny_models.Perceptron(6)).state_dict(), tmp_path / "m.pt")
+    options = ["--model", "my_net:make", "--model-arg", "width=6", "--model-arg", "label=text"]
+    done = normfuse("export", "m.pt", "--out", "m.onnx", *options, "--input", "x:float32[batch,6]", "--opset", 20,
+                    cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 20
+
+
+def test_version_and_help_and_usage(tmp_path):
+    done = normfuse("--version", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("normfuse ")
+    commands = normfuse("--help", cwd=tmp_path).stdout
+    assert all(command in commands for command in ("export", "inspect", "verify", "bench"))
+    done = normfuse("export", cwd=tmp_path)
+    assert done.returncode == 2 and "Missing argument" in done.stderr
+
+
+# Refusals: one line, exit status 1, nothing written, nothing run
+
+
+def canary(folder):
+    class Canary:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'canary'}",)
+
+    return {"weight": torch.ones(2), "x": Canary()}
+
+
+def edited(path, change):
+    """A checkpoint with its state_dict or metadata changed and its digest made right again."""
+    save_perceptron(path)
+    content = torch.load(path, weights_only=True)
+    content |= change(content)
+    groups = {name: content[name] for name in ("state_dict", "examples")}
+    torch.save(content | {"sha256": archive.digest(content["metadata"], groups)}, path)
+
+
+def garbage(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/b", os.urandom(3000))
+
+
+def truncated(path):
+    save_perceptron(path)
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+def flipped(path):
+    save_perceptron(path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        record = next(entry for entry in file.infolist() if entry.filename.endswith("data/1"))
+    data[record.header_offset + 30 + len(record.filename) + 64] ^= 4
+    path.write_bytes(data)
+
+
+def without_norm(content):
+    return {"state_dict": {n: t for n, t in content["state_dict"].items() if n != "norm.running_var"}}
+
+
+REFUSALS = {
+    "garbage": (garbage, "holds no tensors"),
+    "truncated": (truncated, "damaged"),
+    "flipped bit": (flipped, "damaged"),
+    "absent": (lambda path: None, "cannot read"),
+    "pickle": (lambda path: torch.save(canary(path.parent), path), "can run code"),
+    "missing tensor": (lambda path: edited(path, without_norm), "norm.running_var"),
+    "unknown class": (
+        lambda path: edited(path, lambda c: {"metadata": c["metadata"].replace("Perceptron", "Missing")}),
+        "does not exist",
+    ),
+    "no module class": (
+        lambda path: edited(path, lambda c: {"metadata": c["metadata"].replace("tiny_models:Perceptron", "os:system")}),
+        "is no module class",
+    ),
+    "NaN": (lambda path: save_perceptron(path, **{"norm.running_var": float("nan")}), "norm.running_var holds NaN"),
+    "negative": (lambda path: save_perceptron(path, **{"norm.running_var": -1.0}), "norm.running_var is negative"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_checkpoints_that_are_refused(tmp_path, case):
+    make, because = REFUSALS[case]
+    make(tmp_path / "m.pt")
+    before = os.listdir(tmp_path)
+    done = normfuse("export", "m.pt", "--out", "m.onnx", "--report", "r.json", cwd=tmp_path)
+    assert because in refused(done)
+    assert os.listdir(tmp_path) == before
+
+
+def test_a_module_beside_the_checkpoint_is_not_run_when_only_the_file_names_it(tmp_path):
+    (tmp_path / "evil_models.py").write_text("open('canary', 'w')\n")
+    edited(
+        tmp_path / "m.pt", lambda c: {"metadata": c["metadata"].replace("tiny_models:Perceptron", "evil_models:Net")}
+    )
+    assert "cannot be imported" in refused(normfuse("inspect", "m.pt", cwd=tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["evil_models.py", "m.pt"]
+
+
+def test_options_and_targets_that_are_refused_before_any_work(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    (tmp_path / "folder").mkdir()
+    for options, because in (
+        (["--out", "absent/m.onnx"], "no folder absent"),
+        (["--out", "folder"], "it is a folder"),
+        (["--out", "m.onnx", "--report", "absent/r.json"], "no folder absent"),
+        (["--out", "m.onnx", "--opset", "99"], "opset 99 is outside"),
+        (["--out", "m.onnx", "--model-arg", "width"], "name=value"),
+    ):
+        assert because in refused(normfuse("export", "m.pt", *options, cwd=tmp_path))
+        assert sorted(os.listdir(tmp_path)) == ["folder", "m.pt"]
+
+
+def test_a_difference_beyond_the_tolerance_leaves_no_file(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    done = normfuse("export", "m.pt", "--out", "m.onnx", "--rtol", "0", cwd=tmp_path)
+    assert "allowed are 0" in refused(done)
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+# Printing
+
+
+def test_a_long_report_shows_what_stayed_and_shortens_the_rest(capsys):
+    norms = [NormRecord(f"blocks.{i}.norm", "UnifiedNorm", absorbed_by=["a.weight", "a.bias"]) for i in range(100)]
+    norms[70] = NormRecord("blocks.70.norm", "UnifiedNorm", "kept", [], "[its scale] is zero")
+    cli._print_report(cli.Console(width=100), FoldReport(norms))
+    printed = capsys.readouterr().out
+    assert "blocks.70.norm" in printed and "[its scale] is zero" in printed and "a.{weight,bias}" in printed
+    assert "and 76 more" in printed and "99 of 100 norms folded" in printed
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 KB"), (3_000_000, "3.0 MB"), (4.2e9, "4.20 GB")]
+)
+def test_sizes(count, text):
+    assert cli._size(count) == text
+
+
+def test_an_unexpected_error_is_one_line_too(capsys):
+    with pytest.raises(cli.typer.Exit) as caught, cli._one_line_errors():
+        raise MemoryError("two\nlines")
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().err == (
+        "normfuse: error: unexpected MemoryError: two lines (NORMFUSE_TRACEBACK=1 shows where)\n"
+    )
