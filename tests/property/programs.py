@@ -43,8 +43,8 @@ class Plan:
 
 
 UNARY = (
-    "norm norm norm batch_norm linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads roll_channels "
-    "add_constant add_position scale mean_back layer_norm rms_norm neg matmul_weight padded double"
+    "norm norm norm batch_norm linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads "
+    "roll_channels add_constant add_position scale mean_back layer_norm rms_norm neg matmul_weight padded double"
 ).split()
 BINARY = ("add", "add", "add", "sub", "mul", "concat_channels", "concat_positions")
 
