@@ -11,7 +11,9 @@
 #define NORMFUSE_INLINE inline
 #include "../channel_math.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// ThreadSanitizer is not ready yet when the loader picks.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define NORMFUSE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define NORMFUSE_CLONES

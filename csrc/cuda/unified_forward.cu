@@ -74,7 +74,7 @@ constexpr int kWindowThreads = 512;
 __device__ double add_threads(double value, double* shared) {
   __syncthreads();
   shared[threadIdx.x] = value;
-  for (int half = kWindowThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kWindowThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }

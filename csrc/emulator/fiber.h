@@ -11,22 +11,29 @@ namespace simt {
 
 class Fiber {
  public:
-  explicit Fiber(std::function<void()> body);
+  Fiber();
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Runs the body until it calls suspend(). The body must never return.
+  // What the next resume() runs.
+  void prepare(std::function<void()> body);
+
+  // Runs the body until it calls suspend() or returns.
   void resume();
 
   // Called inside the body: goes back to where resume() was called.
   void suspend();
+
+  // Whether the body returned; a fiber in the middle of a body can only be destroyed.
+  bool idle() const { return idle_; }
 
  private:
   static void enter();
 
   static constexpr size_t kStackBytes = size_t(64) << 10;
   std::function<void()> body_;
+  bool idle_ = true;
   std::unique_ptr<char[]> stack_;
   ucontext_t inside_;
   ucontext_t outside_;

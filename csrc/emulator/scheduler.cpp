@@ -22,7 +22,7 @@ constexpr unsigned kWarp = 32;
 enum class State { kReady, kAtBarrier, kAtWarp, kExited };
 
 struct Thread {
-  std::unique_ptr<Fiber> fiber;
+  Fiber* fiber = nullptr;
   dim3 index;
   State state = State::kExited;
   Site site{"", 0};            // where it waits
@@ -38,25 +38,49 @@ struct SharedArray {
   std::unique_ptr<char[]> data;
 };
 
+struct Atomic {
+  void* address;
+};
+
 bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// The fibers of each worker, kept from launch to launch. None dies while another worker runs: ThreadSanitizer
+// gives a dead fiber's number to the next one and takes the two for one thread.
+std::vector<std::vector<std::unique_ptr<Fiber>>>& fibers() {
+  static std::vector<std::vector<std::unique_ptr<Fiber>>> fibers;
+  return fibers;
+}
+
+Fiber& fiber(unsigned worker, size_t index) {
+  auto& own = fibers()[worker];
+  if (own.size() <= index) own.resize(index + 1);
+  if (!own[index] || !own[index]->idle()) own[index] = std::make_unique<Fiber>();
+  return *own[index];
+}
 
 // One worker's block.
 class Block {
  public:
-  Block(dim3 grid, dim3 block, const std::function<void()>& kernel, unsigned seed)
+  Block(dim3 grid, dim3 block, const std::function<void()>& kernel, unsigned worker)
       : kernel_(kernel),
-        random_(seed),
+        random_(options().seed + worker),
         threads_(size_t(block.x) * block.y * block.z),
         order_(threads_.size()) {
     gridDim = grid;
     blockDim = block;
     for (size_t i = 0; i < threads_.size(); ++i) {
       threads_[i].index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-      threads_[i].fiber = std::make_unique<Fiber>([this, i] { live(threads_[i]); });
+      threads_[i].fiber = &fiber(worker, i);
+      threads_[i].fiber->prepare([this, i] { call_kernel(threads_[i]); });
     }
+    arrays_.reserve(kListLimit);
+    atomics_.reserve(kListLimit);
     std::iota(order_.begin(), order_.end(), size_t(0));
     if (options().order == Order::kReverse) std::reverse(order_.begin(), order_.end());
   }
+
+  // After an error fibers stay where they were; what they did came before their shared memory goes.
+  ~Block() { SIMT_TSAN(for (const Thread& t : threads_) __tsan_acquire(t.fiber);) }
 
   void run(dim3 index) {
     index_ = index;
@@ -105,7 +129,7 @@ class Block {
     SIMT_TSAN(__tsan_acquire(&shared_tag_);)  // the allocation itself is no race
     for (SharedArray& a : arrays_)
       if (same(a.site, site)) return a.data.get();
-    arrays_.push_back({site, std::unique_ptr<char[]>(new char[bytes])});
+    grow(arrays_, {site, std::unique_ptr<char[]>(new char[bytes])});
     std::memset(arrays_.back().data.get(), 0xff, bytes);
     SIMT_TSAN(__tsan_release(&shared_tag_);)
     return arrays_.back().data.get();
@@ -115,27 +139,24 @@ class Block {
   // the others'. Conversely it makes visible what the atomics before it have found published.
   void fence() {
     current().fenced = true;
-    SIMT_TSAN(for (void* address : atomics_) __tsan_acquire(address);)
+    SIMT_TSAN(for (Atomic a : atomics_) __tsan_acquire(a.address);)
   }
   void before_atomic(void* address) {
-    atomics_.push_back(address);
+    if (std::none_of(atomics_.begin(), atomics_.end(), [&](Atomic a) { return a.address == address; }))
+      grow(atomics_, {address});
     SIMT_TSAN(if (current().fenced || current().fenced_before) __tsan_release(address);)
   }
 
  private:
-  // The life of a fiber: one kernel call after another.
-  void live(Thread& t) {
-    while (true) {
-      SIMT_TSAN(__tsan_acquire(&start_tag_);)
-      try {
-        kernel_();
-      } catch (...) {
-        t.error = std::current_exception();
-      }
-      SIMT_TSAN(__tsan_release(&end_tag_);)
-      t.state = State::kExited;
-      t.fiber->suspend();
+  void call_kernel(Thread& t) {
+    SIMT_TSAN(__tsan_acquire(&start_tag_);)
+    try {
+      kernel_();
+    } catch (...) {
+      t.error = std::current_exception();
     }
+    t.state = State::kExited;
+    SIMT_TSAN(__tsan_release(&end_tag_);)
   }
 
   void resume(Thread& t) {
@@ -188,6 +209,15 @@ class Block {
     return true;
   }
 
+  // Lists that fibers add to must not move: ThreadSanitizer would see one fiber free what another wrote.
+  static constexpr size_t kListLimit = 64;
+  template <class Entry>
+  static void grow(std::vector<Entry>& list, Entry entry) {
+    if (list.size() == kListLimit)
+      throw Error("the emulator allows 64 shared arrays and 64 atomics per block");
+    list.push_back(std::move(entry));
+  }
+
   static std::string at(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
   // "block (0, 1, 0) cannot go on: threads 0-31 exited; threads 32-63 wait at __syncthreads, file:line; ..."
@@ -223,7 +253,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<size_t> order_;
   std::vector<SharedArray> arrays_;
-  std::vector<void*> atomics_;      // touched by this block so far
+  std::vector<Atomic> atomics_;     // touched by this block so far
   std::vector<uint64_t> received_;  // values of the last shuffle
   Thread* current_ = nullptr;
   dim3 index_;
@@ -233,16 +263,6 @@ class Block {
 };
 
 thread_local Block* running = nullptr;
-
-// Runs blocks worker, worker + workers, ... of the order.
-void work(dim3 grid, dim3 block, const std::function<void()>& kernel, const std::vector<uint64_t>& order,
-          unsigned worker) {
-  Block runner(grid, block, kernel, options().seed + worker);
-  running = &runner;
-  for (uint64_t i = worker; i < order.size(); i += options().workers)
-    runner.run(dim3(order[i] % grid.x, order[i] / grid.x % grid.y, order[i] / grid.x / grid.y));
-  running = nullptr;
-}
 
 }  // namespace
 
@@ -258,18 +278,23 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   if (options().order == Order::kRandom)
     std::shuffle(order.begin(), order.end(), std::mt19937(options().seed));
 
-  std::vector<std::exception_ptr> errors(std::max(1u, options().workers));
-  const auto guarded = [&](unsigned worker) {
+  const unsigned workers = std::max(1u, options().workers);
+  if (fibers().size() < workers) fibers().resize(workers);
+  std::vector<std::exception_ptr> errors(workers);
+  const auto work = [&](unsigned worker) {
     try {
-      work(grid, block, kernel, order, worker);
+      Block runner(grid, block, kernel, worker);
+      running = &runner;
+      for (uint64_t i = worker; i < order.size(); i += workers)
+        runner.run(dim3(order[i] % grid.x, order[i] / grid.x % grid.y, order[i] / grid.x / grid.y));
     } catch (...) {
       errors[worker] = std::current_exception();
-      running = nullptr;
     }
+    running = nullptr;
   };
   std::vector<std::thread> others;
-  for (unsigned w = 1; w < errors.size(); ++w) others.emplace_back(guarded, w);
-  guarded(0);
+  for (unsigned w = 1; w < workers; ++w) others.emplace_back(work, w);
+  work(0);
   for (std::thread& t : others) t.join();
   for (const std::exception_ptr& error : errors)
     if (error) std::rethrow_exception(error);
