@@ -11,21 +11,26 @@ import tiny_models
 import torch
 from onnx import numpy_helper
 from torch.export import Dim
+from typer.testing import CliRunner
 
 from normfuse import cli
 from normfuse.checkpoint import archive, save
 from normfuse.fold import FoldReport, NormRecord
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    "PYTHONUNBUFFERED": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def normfuse(*arguments, cwd, timeout=120, **environment):
     """The command in a process of its own, with the tests' models importable."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     return subprocess.run(
         [sys.executable, "-m", "normfuse", *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -89,7 +94,6 @@ def test_verify_repeats_the_proof_and_fails_on_another_file(encoder, tmp_path):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1.01, tensor.name))
     onnx.save(model, tmp_path / "other.onnx")
     assert "differs from the module" in refused(normfuse("verify", "model.pt", tmp_path / "other.onnx", cwd=folder))
-    assert "cannot read" in refused(normfuse("verify", "model.pt", "absent.onnx", cwd=folder))
 
 
 def test_inspect_writes_nothing_and_fits_a_narrow_terminal(encoder, tmp_path):
@@ -106,7 +110,6 @@ def test_bench_prints_medians_and_their_ratio(encoder):
     done = normfuse("bench", "model.onnx", "model.onnx", "--size", "seq=9", "--rounds", 5, cwd=folder)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "second ÷ first" in done.stdout and "tokens [1, 9]" in done.stdout
-    assert "names no dynamic dimension" in refused(normfuse("bench", "model.onnx", "--size", "n=9", cwd=folder))
 
 
 def test_bare_weights_with_a_model_from_the_working_directory(tmp_path):
@@ -124,10 +127,10 @@ def test_bare_weights_with_a_model_from_the_working_directory(tmp_path):
 def test_version_and_help_and_usage(tmp_path):
     done = normfuse("--version", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("normfuse ")
-    commands = normfuse("--help", cwd=tmp_path).stdout
+    commands = CliRunner().invoke(cli.app, ["--help"]).stdout
     assert all(command in commands for command in ("export", "inspect", "verify", "bench"))
-    done = normfuse("export", cwd=tmp_path)
-    assert done.returncode == 2 and "Missing argument" in done.stderr
+    done = CliRunner().invoke(cli.app, ["export"])
+    assert done.exit_code == 2 and "Missing argument" in done.stderr
 
 
 # Refusals: one line, exit status 1, nothing written, nothing run
@@ -212,7 +215,8 @@ def test_a_module_beside_the_checkpoint_is_not_run_when_only_the_file_names_it(t
     assert sorted(os.listdir(tmp_path)) == ["evil_models.py", "m.pt"]
 
 
-def test_options_and_targets_that_are_refused_before_any_work(tmp_path):
+def test_options_and_targets_that_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     save_perceptron(tmp_path / "m.pt")
     (tmp_path / "folder").mkdir()
     for options, because in (
@@ -222,7 +226,8 @@ def test_options_and_targets_that_are_refused_before_any_work(tmp_path):
         (["--out", "m.onnx", "--opset", "99"], "opset 99 is outside"),
         (["--out", "m.onnx", "--model-arg", "width"], "name=value"),
     ):
-        assert because in refused(normfuse("export", "m.pt", *options, cwd=tmp_path))
+        done = CliRunner().invoke(cli.app, ["export", "m.pt", *options])
+        assert done.exit_code == 1 and because in done.stderr and done.stderr.count("\n") == 1
         assert sorted(os.listdir(tmp_path)) == ["folder", "m.pt"]
 
 
@@ -230,6 +235,18 @@ def test_a_difference_beyond_the_tolerance_leaves_no_file(tmp_path):
     save_perceptron(tmp_path / "m.pt")
     done = normfuse("export", "m.pt", "--out", "m.onnx", "--rtol", "0", cwd=tmp_path)
     assert "allowed are 0" in refused(done)
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_terminated_export_leaves_no_file(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    command = [sys.executable, "-m", "normfuse", "export", "m.pt", "--out", "m.onnx"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout:
+            if "trace with torch.export" in line:  # so the files are in the making
+                running.terminate()
+                break
+        assert running.wait(60) == 143
     assert os.listdir(tmp_path) == ["m.pt"]
 
 

@@ -107,7 +107,7 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def _signature(loaded: onnxruntime.InferenceSession) -> dict[str, str]:
-    return {entry.name: entry.type for entry in loaded.get_inputs()}
+    return {entry.name: f"{entry.type} of {len(entry.shape)} axes" for entry in loaded.get_inputs()}
 
 
 def _feeds(loaded: onnxruntime.InferenceSession, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
