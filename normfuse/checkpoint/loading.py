@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Checkpoint:
     example_inputs: tuple[torch.Tensor, ...]
     source: str
     program: torch.export.ExportedProgram | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_model(
@@ -136,7 +135,7 @@ def load(
             raise CheckpointError(f"input {spec.name!r}: {type(module).__name__}.forward takes {', '.join(allowed)}")
     tensors = tuple(examples[spec.name] for spec in specs)
     specs_module.consistent_sizes(specs, tensors)
-    return Checkpoint(module, tuple(specs), tensors, str(path), kwargs=metadata.get("kwargs") or {})
+    return Checkpoint(module, tuple(specs), tensors, str(path))
 
 
 def _checked(
@@ -304,6 +303,8 @@ def _from_program(program: torch.export.ExportedProgram, path: Path, specs: list
                 raise CheckpointError(f"{path}: input {name!r} of the program is not a tensor")
             dims = tuple(_program_dim(program, size) for size in value.shape)
             specs.append(InputSpec(str(name), value.dtype, dims))
+    elif [spec.name for spec in specs] != list(names):
+        raise CheckpointError(f"{path} takes {', '.join(map(str, names))} in this order; --input names others")
     saved = program.example_inputs
     examples = None if saved is None else [*saved[0], *saved[1].values()]
     if examples is None or len(examples) != len(specs):
