@@ -230,8 +230,10 @@ class Folding:
         self, node: Node, argument: str, bias: Node | None, value: torch.Tensor, *, name: str, like: Node
     ) -> None:
         """Let an operation read `value` for its bias: created where there was none, dropped where it is zero."""
-        if not value.any():
-            self._set_argument(node, argument, None) if bias is not None else None
+        optional = any(e.name == argument and "Optional" in str(e.type) for e in node.target._schema.arguments)
+        if optional and not value.any():
+            if bias is not None:
+                self._set_argument(node, argument, None)
             return
         name = self.program.name(bias) if bias is not None else name
         self._set_argument(node, argument, self.program.add_parameter(name, value, bias or like))

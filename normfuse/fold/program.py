@@ -17,6 +17,14 @@ from .report import FoldError
 
 aten = torch.ops.aten
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# Arithmetic that float64 only makes more exact. Anything else, a floor of an arange say, is evaluated as written.
+_SMOOTH = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.reciprocal.default),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.exp.default, aten.pow.Tensor_Scalar, aten.addcmul.default),
+    *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int),
+    *(aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default),
+}
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 
@@ -25,7 +33,7 @@ class Program:
 
     def __init__(self, program: ExportedProgram) -> None:
         if any(_mutates(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # functionalises, decomposes nothing
+            program = _restore_batch_norms(program.run_decompositions({}))  # functionalises
         self._original = program
         self.graph_module = copy.deepcopy(program.graph_module)
         self.graph = self.graph_module.graph
@@ -66,9 +74,14 @@ class Program:
         return isinstance(node, Node) and node in self._constant_nodes
 
     def constant(self, node: Node) -> torch.Tensor:
-        """The value of a constant, floating-point arithmetic done in float64."""
+        """The value of a constant in float64, computed in float64 where that only makes it more exact."""
         with torch.no_grad():
-            return self._evaluate(node).detach()
+            return _widen(self._evaluate(node, self._smooth(node)).detach())
+
+    def _smooth(self, node: Node) -> bool:
+        if node.name in self._targets:
+            return True
+        return node.target in (*_SMOOTH, *_CASTS) and all(self._smooth(operand) for operand in node.all_input_nodes)
 
     def name(self, node: Node) -> str:
         """The name of the parameter a constant comes from (the first, when it is computed from several)."""
@@ -93,14 +106,14 @@ class Program:
     def _storage(self, source: Node) -> int:
         return self._tensor(source).untyped_storage().data_ptr() or id(self._tensor(source))
 
-    def _evaluate(self, node: Node) -> torch.Tensor:
+    def _evaluate(self, node: Node, wide: bool) -> torch.Tensor:
         if node.name in self._targets:
-            return _widen(self._tensor(node))
-        args = torch.fx.map_arg(node.args, self._evaluate)
-        kwargs = torch.fx.map_arg(node.kwargs, self._evaluate)
-        if node.target in _CASTS and node.meta["val"].is_floating_point():
+            return _widen(self._tensor(node)) if wide else self._tensor(node)
+        args = torch.fx.map_arg(node.args, lambda operand: self._evaluate(operand, wide))
+        kwargs = torch.fx.map_arg(node.kwargs, lambda operand: self._evaluate(operand, wide))
+        if wide and node.target in _CASTS and node.meta["val"].is_floating_point():
             return _widen(args[0])
-        return _widen(node.target(*args, **kwargs))
+        return node.target(*args, **kwargs)
 
     # -- rewriting ---------------------------------------------------------------------------------------------
 
@@ -219,6 +232,24 @@ class Program:
 
 def _mutates(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:
+    """Functionalising takes batch_norm apart into an operation with three results; only the first is read."""
+    native = aten._native_batch_norm_legit_no_training.default
+    for node in list(program.graph.nodes):
+        if node.target is operator.getitem and node.args[0].target is native and node.args[1] == 0:
+            *inputs, momentum, eps = node.args[0].args
+            with program.graph.inserting_before(node):
+                whole = program.graph.call_function(
+                    aten.batch_norm.default, (*inputs, False, momentum, eps, False), name=f"{node.name}_whole"
+                )
+            whole.meta = dict(node.args[0].meta) | {"val": node.meta["val"]}
+            program.graph_signature.replace_all_uses(node.name, whole.name)
+            node.replace_all_uses_with(whole)
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    return program
 
 
 def _is_pure_constant(node: Node, constants: set[Node]) -> bool:

@@ -154,6 +154,45 @@ def test_in_place_arithmetic_is_understood() -> None:
     assert status(report) == ["folded"]
 
 
+def test_in_place_batch_norm_networks_fold() -> None:
+    """Functionalising an in-place ReLU must not hide the BatchNorms."""
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norm, nn.ReLU(inplace=True))
+    program, report = folded(model, (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
+    assert status(report) == ["folded"] and report.norms[0].name == "1"
+    assert operations(program) == ["aten.conv2d.default", "aten.relu.default"]
+
+
+def test_constants_that_float64_would_change_are_computed_as_written() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # In float32 0.1 * 30 rounds to 3.0, in float64 to 3.0000000000000004 and others below an integer.
+            steps = torch.floor(torch.arange(25, 25 + C, dtype=torch.float32) * 0.1 * 10)
+            return F.gelu(self.linear(x) + steps.to(x.dtype) * self.linear.bias)
+
+    folded(Steps(), sequence())
+
+
+def test_reading_only_a_shape_stops_nothing() -> None:
+    class ShapeOnly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(C, C, bias=False), MapNorm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return F.gelu(self.norm(y.flatten(0, 1)).reshape_as(y))
+
+    _, report = folded(ShapeOnly(), sequence())
+    assert status(report) == ["folded"]
+
+
 def test_report_is_json() -> None:
     _, report = folded(Shared(), sequence())
     data = json.loads(json.dumps(report.to_dict()))

@@ -86,11 +86,17 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "difference": lambda x: x - x.mean(1, keepdim=True),
     "scalar": lambda x: x / 4.0,
     "constant": lambda x: x + 2.0,
+    "roll": lambda x: x.roll((1, 2), (1, 2)).roll(-2, 2),
+    "reshape as": lambda x: x.reshape(-1, C).reshape_as(x),
+    "average pool": lambda x: F.avg_pool1d(x.mT, 2).mT,
+    "average pool, padding not counted": lambda x: F.avg_pool1d(x.mT, 3, padding=1, count_include_pad=False).mT,
+    "pad by nothing": lambda x: F.pad(x, (0, 0, 0, 0)),
     "replicate pad": lambda x: F.pad(x.mT, (1, 1), mode="replicate").mT,
     "pooled": lambda x: F.adaptive_avg_pool1d(x.mT, 1).mT,
     "attention": lambda x: F.scaled_dot_product_attention(torch.tanh(x), torch.tanh(x), x, is_causal=True),
 }
 SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "average pool, padding counted": lambda x: F.avg_pool1d(x.mT, 3, padding=1).mT,
     "zero pad": lambda x: F.pad(x, (0, 0, 1, 1)),
     "gate": lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True).tanh()),
     "divided": lambda x: x / (1 + torch.sigmoid(x.detach()).mean(-1, keepdim=True)),
@@ -107,6 +113,7 @@ STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
     "rms": lambda x: F.rms_norm(x, (C,)),
     "maximum": lambda x: x.amax(1),
     "cumsum": lambda x: x.cumsum(1),
+    "roll flat": lambda x: x.roll(1),
     "channel mean": lambda x: x - x.mean(-1, keepdim=True),
     "square": lambda x: x * x,
     "alpha": lambda x: torch.add(x, x, alpha=3),
@@ -140,7 +147,7 @@ class BehindAnInput(nn.Module):
         return self.last(self.operation(self.norm(x)))
 
 
-@pytest.mark.parametrize("name", ["zero pad", "positions"])
+@pytest.mark.parametrize("name", ["zero pad", "positions", "average pool, padding counted"])
 def test_a_scale_passes_where_a_shift_stops(name: str) -> None:
     _, report = folded(BehindAnInput(SCALE_ONLY[name], shift=False), sequence())
     assert status(report) == ["folded"]
@@ -229,6 +236,23 @@ def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None
 
     _, report = folded(Projection(), sequence())
     assert status(report) == ["folded"] and "w" in report.norms[0].absorbed_by
+
+
+def test_a_product_that_needs_its_bias_keeps_it_when_it_is_zero() -> None:
+    class Addmm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.w, self.b = (
+                MapNorm(shift=False),
+                nn.Parameter(torch.randn(C, 4)),
+                nn.Parameter(torch.zeros(4)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.b, self.norm(x), self.w)
+
+    _, report = folded(Addmm(), (torch.randn(3, C, dtype=torch.float64),))
+    assert status(report) == ["folded"]
 
 
 def test_product_with_two_computed_factors_fixes_both() -> None:

@@ -27,7 +27,6 @@ class Coefficients(NamedTuple):
 
 @rule_for(
     aten.batch_norm.default,
-    aten._native_batch_norm_legit_no_training.default,
     aten.addcmul.default,
     aten.mul.Tensor,
     aten.div.Tensor,
@@ -98,7 +97,7 @@ class Affine(Rule):
         target = node.target
         if not is_float(node):
             return None
-        if target in (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default):
+        if target is aten.batch_norm.default:
             return _batch_norm(node, fold)
         if target is aten.addcmul.default:
             shift, first, second = node.args[:3]

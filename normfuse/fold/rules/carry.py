@@ -36,6 +36,8 @@ class Carry(Rule):
         fold.scale_of[node] = self.carry(node, operand, fold.scale(operand), fold.require_equal, fold)
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        if operand is not self.operand(node):
+            return Use.ABSORB  # only its shape is read
         return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
 
     def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> Any:
@@ -82,6 +84,8 @@ class Identity(Carry):
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
+    aten.reshape_as.default,
+    aten.view_as.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.unsqueeze.default,
@@ -204,6 +208,40 @@ class Piece(Carry):
         return numbers[node.args[1]]
 
 
+@rule_for(aten.roll.default)
+class Roll(Carry):
+    """Entries along some axes in a rotated order."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        shifts, dims = node.args[1], argument(node, "dims")
+        if not dims:  # rotates the flattened tensor
+            return collapse(numbers, varying(numbers))
+        moved = [(s, d) for s, d in zip(shifts, dims, strict=True) if numbers.shape[d] != 1]
+        numbers = collapse(numbers, tuple(d % numbers.ndim for s, d in moved if not isinstance(s, int)))
+        known = [(s, d) for s, d in moved if isinstance(s, int)]
+        return np.roll(numbers, [s for s, _ in known], [d for _, d in known])
+
+
+@rule_for(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+class AveragePool(Carry):
+    """An average over a window passes a scale; a shift only where padding does not count as zeros."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return super().matches(node, fold) and argument(node, "divisor_override") is None
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, fold)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node) if self._counts_zeros(node) else super().settle(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, _varying_of(numbers, range(-len(node.args[1]), 0)))
+
+    def _counts_zeros(self, node: Node) -> bool:
+        return any(argument(node, "padding")) and argument(node, "count_include_pad")
+
+
 @rule_for(aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
 class Mean(Carry):
     """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
@@ -227,7 +265,9 @@ class Pad(Carry):
         return super().matches(node, fold) and (self._copies(node) or not argument(node, "value"))
 
     def _copies(self, node: Node) -> bool:
-        return node.target is aten.pad.default and argument(node, "mode") != "constant"
+        amounts = argument(node, "pad")
+        nothing = all(isinstance(amount, int) and amount <= 0 for amount in amounts)
+        return nothing or (node.target is aten.pad.default and argument(node, "mode") != "constant")
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         return super().use(node, operand, shift, fold) if self._copies(node) else Use.STOP
