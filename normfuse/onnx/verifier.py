@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def verify(
                         f"the {form} differs from the module on {label}: {case.output} by "
                         f"{case.difference:.3g} "
                         f"({case.error:.2e} of its largest value), allowed are {case.allowed:.3g}"
+                        f"{_own_rounding(checkpoint, tensors, expected, index, rtol)}"
                     )
                 cases.append(case)
     return Proof(cases)
@@ -176,6 +178,28 @@ def _eager(checkpoint: Checkpoint, tensors: Sequence[torch.Tensor]) -> list[torc
             return flat(checkpoint.module(*args, **kwargs))
     except Exception as error:  # the module is free to fail in its own way
         raise VerificationError(f"the module itself fails on inputs {_shapes(tensors)}: {one_line(error)}") from error
+
+
+def _own_rounding(
+    checkpoint: Checkpoint, tensors: Sequence[torch.Tensor], outputs: list[torch.Tensor], index: int, rtol: float
+) -> str:
+    """How far the module's own output is from its float64 result, if that explains a difference beyond
+    ``rtol``."""
+    if checkpoint.program is not None or not outputs[index].is_floating_point():
+        return ""
+    wide = replace(checkpoint, module=copy.deepcopy(checkpoint.module).double())
+    try:
+        exact = _eager(wide, [t.double() if t.is_floating_point() else t for t in tensors])[index]
+    except VerificationError:
+        return ""  # a module that casts to float32 inside has no float64 result, and the difference stands unexplained
+    own = float((exact - outputs[index]).abs().max() / exact.abs().max())
+    if not own > rtol / 4:
+        return ""
+    return (
+        f"; the module's own rounding is {own:.2e} here (against float64), so the network itself loses these "
+        "digits: "
+        "allow more with rtol (--rtol)"
+    )
 
 
 def _program_runner(program: torch.export.ExportedProgram, checkpoint: Checkpoint) -> Any:

@@ -149,3 +149,21 @@ def test_files_that_cannot_be_compared(perceptron, tmp_path):
 
     with pytest.raises(VerificationError, match="has 1 outputs, the module 2"):
         verify(made(Pair(), torch.ones(3, 4)), path)
+
+
+def test_a_network_that_loses_digits_itself_is_told_apart_from_a_wrong_fold(perceptron, tmp_path):
+    class Cancelling(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(factor))
+
+        def forward(self, x):
+            return (x + 1e4 * self.factor) - 1e4 * self.factor
+
+    other = torch.export.export(Cancelling(30.0), (torch.randn(3, 4),))
+    with pytest.raises(VerificationError, match="own rounding"):
+        verify(made(Cancelling(1.7), torch.randn(3, 4), dims=()), None, program=other, rtol=1e-4)
+    checkpoint, _, path = perceptron
+    with pytest.raises(VerificationError) as caught:
+        verify(checkpoint, changed(path, tmp_path / "m.onnx", lambda array: array * 2))
+    assert "own rounding" not in str(caught.value)
