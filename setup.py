@@ -1,8 +1,9 @@
 """Builds normfuse/_C.abi3.so against the installed torch, with the CUDA kernels inside when there is an nvcc.
 
-NORMFUSE_CUDA=auto|0|1           build the CUDA kernels: if nvcc is found (default), never, or fail without nvcc
-NORMFUSE_CUDA_ARCHS="80;90;..."  architectures; "+PTX" behind one keeps its PTX for later ones (default 80;90;100;120+PTX)
-CUDA_HOME                        root of the toolkit; default: where nvcc on the PATH is
+Read from the environment:
+    NORMFUSE_CUDA        build the CUDA kernels: "auto" (default: if there is an nvcc), "0" never, "1" or fail
+    NORMFUSE_CUDA_ARCHS  architectures, default "80;90;100;120+PTX"; +PTX also serves architectures to come
+    CUDA_HOME            root of the CUDA toolkit; default: where the nvcc on the PATH is
 """
 
 import json
@@ -43,7 +44,7 @@ def find_cuda() -> Path | None:
             return home
     if wish == "1":
         sys.exit(
-            "NORMFUSE_CUDA=1, but no CUDA toolkit was found. Set CUDA_HOME to its root or put nvcc on the PATH."
+            "NORMFUSE_CUDA=1, but there is no CUDA toolkit. Set CUDA_HOME to its root or put nvcc on the PATH."
         )
     return None
 
@@ -85,7 +86,7 @@ class Build(BuildExtension):
         """Compiles the .cu files whose object is older than a source, a header or the command line."""
         folder = Path(self.build_temp).resolve() / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        base = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "-lineinfo", "--threads=2"]
+        base = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "--threads=2"]
         base += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(architectures())]
         command_file = folder / "command.txt"
         if not command_file.exists() or command_file.read_text() != " ".join(base):
@@ -125,7 +126,10 @@ setup(
     ext_modules=[
         CppExtension(
             "normfuse._C",
-            ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))],
+            [
+                "csrc/bindings.cpp",
+                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
+            ],
             depends=[
                 str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
             ],

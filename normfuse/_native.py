@@ -1,7 +1,7 @@
 """The compiled library: loads it, and says what was built.
 
-``available`` is False when the library is missing, does not load, or ``NORMFUSE_DISABLE_NATIVE=1`` is set; the
-operations then run their PyTorch references.
+``available`` is False when the library is missing or does not load, or ``NORMFUSE_DISABLE_NATIVE=1`` is set;
+the operations then run their PyTorch references.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def build_info() -> dict[str, Any]:
     """What was built, and whether it is in use.
 
     Returns:
-        A JSON-ready dict with the keys ``available`` (bool), ``reason`` (str, why it is not), ``path`` of the library (str),
-        ``torch`` it was built against (str), ``cuda`` toolkit (str, or None: no CUDA kernels), ``architectures`` (list of str),
-        ``compiler`` (str), ``python_abi`` (str) and ``emulator`` (bool: the sources of the host emulator, which runs the CUDA
-        kernels in the tests, are at hand). The build facts are None when nothing was built.
+        A JSON-ready dict. About this process: ``available`` (bool), ``reason`` (str, why it is not), ``path`` of
+        the library (str), ``emulator`` (bool: the sources of the host emulator, which runs the CUDA kernels in
+        the tests, are at hand). About the build, None when nothing was built: ``torch`` it was built against
+        (str), ``cuda`` toolkit (str, None without CUDA kernels), ``architectures`` (list of str), ``compiler``
+        (str), ``python_abi`` (str).
     """
     facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi"))
     if _FACTS.exists():

@@ -11,6 +11,7 @@
 // on the same device give the same bits.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 
@@ -114,7 +115,16 @@ struct Place {
     return *reinterpret_cast<const Pack<T, V>*>(matrix + row * channels + column);
   }
   __device__ __forceinline__ void store(T* matrix, int64_t row, const Pack<T, V>& pack) const {
-    *reinterpret_cast<Pack<T, V>*>(matrix + row * channels + column) = pack;
+    T* to = matrix + row * channels + column;
+    if constexpr (V == 1) {
+      *to = pack.v[0];
+    } else {  // as one word, because the compiler splits a struct; evicted first, to keep in L2 what is read
+              // again
+      static_assert(sizeof(pack) == sizeof(uint4));
+      uint4 word;
+      memcpy(&word, &pack, sizeof(word));
+      __stcs(reinterpret_cast<uint4*>(to), word);
+    }
   }
 
   // use(row, packs) on every row of this thread; the loads of kUnroll rows are issued together.

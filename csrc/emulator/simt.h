@@ -33,6 +33,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 // Of the running thread; the scheduler sets them.
 extern thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -111,6 +115,10 @@ inline void __threadfence() { simt::fence(); }
 template <class T>
 T __ldcg(const T* from) {
   return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
 }
 
 // Relaxed, as on the device: an atomic alone orders no other memory.

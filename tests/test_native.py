@@ -1,0 +1,52 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from normfuse import _native
+
+KEYS = {"available", "reason", "path", "torch", "cuda", "architectures", "compiler", "python_abi", "emulator"}
+
+
+def facts_in_a_new_process(**environment):
+    code = "import json; from normfuse import _native; print(json.dumps(_native.build_info()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_build_info():
+    info = _native.build_info()
+    assert set(info) == KEYS
+    assert info["available"] is _native.available
+    assert bool(info["reason"]) is not _native.available
+    json.dumps(info)
+
+
+def test_build_info_of_a_build():
+    if not _native.available:
+        pytest.skip(f"no native library: {_native.unavailable_reason}")
+    info = _native.build_info()
+    assert info["torch"][0].isdigit() and "abi3" in info["python_abi"] and info["path"].endswith("_C.abi3.so")
+    assert (info["cuda"] is None) == (info["architectures"] == [])
+
+
+def test_can_be_switched_off():
+    info = facts_in_a_new_process(NORMFUSE_DISABLE_NATIVE="1")
+    assert not info["available"] and "NORMFUSE_DISABLE_NATIVE" in info["reason"]
+
+
+def test_says_when_nothing_was_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(_native, "_FACTS", tmp_path / "_build_info.json")
+    assert "pip install --no-build-isolation" in _native._load()
+    assert _native.build_info()["torch"] is None
+
+
+def test_says_when_the_library_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_C.abi3.so")
+    assert "does not load" in _native._load()
