@@ -43,9 +43,7 @@ def find_cuda() -> Path | None:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
             return home
     if wish == "1":
-        sys.exit(
-            "NORMFUSE_CUDA=1, but there is no CUDA toolkit. Set CUDA_HOME to its root or put nvcc on the PATH."
-        )
+        sys.exit("NORMFUSE_CUDA=1, but there is no CUDA toolkit. Set CUDA_HOME to its root or put nvcc on the PATH.")
     return None
 
 
@@ -130,9 +128,7 @@ setup(
                 "csrc/bindings.cpp",
                 *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
             ],
-            depends=[
-                str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
-            ],
+            depends=[str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]],
             py_limited_api=True,
             extra_compile_args={
                 "cxx": [

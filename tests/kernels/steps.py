@@ -36,12 +36,8 @@ class Step:
         dy = torch.randn(rows, channels, generator=generator).to(dtype)
         pad_mask = torch.rand(rows, generator=generator) < 0.3 if masked else None
         shapes = {"weight": (channels,), "bias": (channels,)}
-        shapes |= {
-            name: (WINDOW, channels) if name.startswith("buffer") else (channels,) for name in STATES[kind]
-        }
-        tensors = {
-            name: (0.5 + torch.rand(shape, generator=generator)).to(acc) for name, shape in shapes.items()
-        }
+        shapes |= {name: (WINDOW, channels) if name.startswith("buffer") else (channels,) for name in STATES[kind]}
+        tensors = {name: (0.5 + torch.rand(shape, generator=generator)).to(acc) for name, shape in shapes.items()}
         return cls(kind, x, dy, pad_mask, tensors, torch.tensor([iters]), torch.tensor([0]))
 
     def in_float64(self) -> "Step":
@@ -76,9 +72,7 @@ class Step:
         )
         return self._results(y, stats, grads) | {"step": step}
 
-    def _run_power(
-        self, implementation, *, warmup_iters=5, group_num=0, paper=False, alpha_fwd=0.9, alpha_bkw=0.9
-    ):
+    def _run_power(self, implementation, *, warmup_iters=5, group_num=0, paper=False, alpha_fwd=0.9, alpha_bkw=0.9):
         t = self.tensors
         options = (warmup_iters, group_num, 1e-5, alpha_fwd)
         y, stats, row_scale = implementation(

@@ -56,9 +56,7 @@ def compiled_for_sm_90():
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("NO NVCC: the device code of the kernels is not checked here")
     architectures = [a.removesuffix("+PTX") for a in _native.build_info()["architectures"] or ()]
-    assert "90" in architectures, (
-        "there is an nvcc, but the library has no sm_90 code: build with NORMFUSE_CUDA=1"
-    )
+    assert "90" in architectures, "there is an nvcc, but the library has no sm_90 code: build with NORMFUSE_CUDA=1"
 
 
 @pytest.fixture(scope="module")

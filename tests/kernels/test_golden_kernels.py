@@ -31,9 +31,7 @@ def run_unified(call, kw, x, dy, pad, state):
         *(warmup, options["outlier_filtration"], 1e-5, momentum),
     )
     gradient_state = (state["ema_gz"], state["buffer_gz"])
-    return y, *call(
-        "unified_norm_backward", dy, x, state["weight"], stats, step, *gradient_state, warmup, momentum
-    )
+    return y, *call("unified_norm_backward", dy, x, state["weight"], stats, step, *gradient_state, warmup, momentum)
 
 
 def run_power(call, kw, x, dy, pad, state):
@@ -75,9 +73,7 @@ def test_trajectory(path, implementation):
         for name, value in results.items():
             want = step[name].astype(np.float64).ravel()
             worst = np.abs(value.double().numpy().ravel() - want).max()
-            assert worst <= TOLERANCE * max(np.abs(want).max(), 1e-3), (
-                f"step {index}, {name}: off by {worst:.1e}"
-            )
+            assert worst <= TOLERANCE * max(np.abs(want).max(), 1e-3), f"step {index}, {name}: off by {worst:.1e}"
         state["weight"] -= 0.01 * gw
         state["bias"] -= 0.01 * gb
 

@@ -1,0 +1,49 @@
+"""The host kernels: accuracy over many rows, results streamed past the cache, threads."""
+
+import pytest
+import torch
+from steps import Step, assert_same_results, reference
+
+from normfuse import _native
+
+pytestmark = pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+
+CASES = [("unified", {}), ("power", {}), ("power", {"warmup_iters": 100}), ("power", {"group_num": 2})]
+
+
+def host(operation, *arguments):
+    return getattr(torch.ops.normfuse, operation)(*arguments)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize("channels", [24, 23])  # rows that can be streamed, rows not aligned for it
+def test_many_rows(kind, options, channels):
+    """100 000 rows, 9 MB: sums of float32 keep five digits, and the result is larger than what is cached."""
+    step = Step.random(kind, 100_000, channels, masked=True)
+    if channels % options.get("group_num", 1):
+        options = options | {"group_num": 1}
+    expected = step.in_float64().run(reference, **options)
+    results = step.run(host, **options)
+    for name in ("grad_weight", "grad_bias"):  # sums over rows, whose terms cancel
+        scale = step.dy.abs().sum(0).max().item()
+        assert (results[name] - expected[name]).abs().max() <= 1e-6 * scale, name
+        expected[name] = results[name].double()
+    assert_same_results(results, expected, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_threads(threads, kind, options, dtype):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(Step.random(kind, 1000, 40, dtype, masked=True).run(host, **options))
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
