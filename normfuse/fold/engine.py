@@ -209,22 +209,20 @@ class Folding:
         """Numbers along one axis as a float64 vector."""
         return torch.from_numpy(np.array(keep_axis(numbers, axis, size, collapse_equal)))
 
-    def set_weight(
-        self,
-        node: Node,
-        argument: str,
-        like: Node,
-        new: torch.Tensor,
-        old: torch.Tensor,
-        name: str | None = None,
-    ) -> None:
-        """Let an operation read `new` for its weight, stored in the dtype of `like`."""
-        name = name or self.program.name(like)
-        self._set_argument(node, argument, self.program.add_parameter(name, new, like))
+    def set_weight(self, node: Node, weight: Node, new: torch.Tensor, old: torch.Tensor) -> None:
+        """Let an operation read `new` for its weight, stored in the same dtype."""
+        name = self.program.name(weight)
+        node.replace_input_with(weight, self.program.add_parameter(name, new, weight))
         self.absorbed.setdefault(node, []).append(name)
         largest = float(old.abs().max()) if old.numel() else 0.0
         if largest > 0:
             self.weight_growth = max(self.weight_growth, float(new.abs().max()) / largest)
+
+    def create_weight(self, node: Node, argument: str, value: torch.Tensor) -> None:
+        """Give an operation a weight it did not have, in the dtype of its input."""
+        name = f"{self.path(node)}.{argument}"
+        self._set_argument(node, argument, self.program.add_parameter(name, value, node.args[0]))
+        self.absorbed.setdefault(node, []).append(name)
 
     def set_bias(
         self, node: Node, argument: str, bias: Node | None, value: torch.Tensor, *, name: str, like: Node
@@ -343,7 +341,10 @@ class Folding:
         behind = self.scales.why_pinned(self.scale(node))
         if before and behind:
             return f"its input is fixed by {before}, its result by {behind}: no weight between them can take the scale"
-        return "its input and its output are added to each other, so both must keep one scale"
+        return (
+            "its result meets its own input again (in an addition) or is mixed over its channels: "
+            "no weight between them can take the scale"
+        )
 
 
 def fold(program: ExportedProgram, *, copy_shared: bool = True) -> tuple[ExportedProgram, FoldReport]:

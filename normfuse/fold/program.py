@@ -253,7 +253,8 @@ def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:
 
 
 def _is_pure_constant(node: Node, constants: set[Node]) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    # Only ATen: what another library computes from constants, a quantised weight say, is to stay as it is.
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
     if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta.get("val"), torch.Tensor):
         return False

@@ -2,7 +2,8 @@
 
 Every channel of every tensor has one unknown scale. Operations relate them pairwise by ``scale[a] = ratio * scale[b]``;
 variable 0 is the constant one. Each variable points at a parent with the ratio between them, roots always have the
-lower number, so a class that holds variable 0 is *pinned* and every other class keeps one free factor.
+lower number, so a class that holds variable 0 is *pinned* and every other class keeps one free factor. A variable may
+be required to be positive; a root then carries the sign that this asks of its own value.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Scales:
         self._count = 1
         self._parent = np.arange(1)
         self._ratio = np.ones(1)
+        self._sign = np.ones(1, np.int8)  # of a root's value: +1, -1, or 0 where nothing is asked
         self._reason = np.zeros(1, np.int32)
         self._reasons: list[str] = [""]
         self._values: np.ndarray | None = None
@@ -34,6 +36,7 @@ class Scales:
             more = max(self._count, 2 * len(self._parent)) - len(self._parent)
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), len(self._parent) + more)])
             self._ratio = np.concatenate([self._ratio, np.ones(more)])
+            self._sign = np.concatenate([self._sign, np.zeros(more, np.int8)])
             self._reason = np.concatenate([self._reason, np.zeros(more, np.int32)])
         return np.arange(start, self._count).reshape(shape)
 
@@ -51,15 +54,21 @@ class Scales:
         a, b = np.broadcast_arrays(a, b)
         self._require(a, b)
 
+    def require_positive(self, index: np.ndarray) -> None:
+        """Require positive scales, before any demand."""
+        roots, _ = self._roots(index.ravel())
+        self._sign[roots] = 1
+
     def demand(self, out: np.ndarray, inp: np.ndarray, ratio: np.ndarray) -> bool:
         """Ask for ``scale[out] = ratio * scale[inp]``; met for all channels or, when one contradicts, for none."""
         out, inp, ratio = np.broadcast_arrays(out, inp, ratio)
-        attached: list[np.ndarray] = []
+        attached: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         if self._union(out.ravel(), inp.ravel(), ratio.ravel(), attached):
             return True
-        for roots in attached:
+        for roots, parents, signs in reversed(attached):
             self._parent[roots] = roots
             self._ratio[roots] = 1.0
+            self._sign[parents] = signs
         return False
 
     def is_pinned(self, index: np.ndarray) -> bool:
@@ -97,6 +106,7 @@ class Scales:
         wide[self.ONE] = False
         factor = np.ones(len(roots))
         factor[wide] = np.exp2(-np.round((low[wide] + high[wide]) / 2))
+        factor[self._sign[: self._count] < 0] *= -1.0
         self._values = values * factor[roots]
 
     def assign(self, index: np.ndarray, values: np.ndarray) -> None:
@@ -127,7 +137,7 @@ class Scales:
         a: np.ndarray,
         b: np.ndarray,
         ratio: np.ndarray,
-        attached: list[np.ndarray],
+        attached: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
         reason: int | None = None,
     ) -> bool:
         while True:
@@ -145,15 +155,28 @@ class Scales:
             factor = np.where(root_a > root_b, factor, 1.0 / factor)
             # One parent per root and round; what is left over meets again in the next round.
             high, first = np.unique(high, return_index=True)
-            self._parent[high] = low[first]
-            self._ratio[high] = factor[first]
-            attached.append(high)
-            for root in high[low[first] == self.ONE] if reason is None else ():
+            low, factor = low[first], factor[first]
+            attached.append((high, low, self._sign[low]))
+            self._parent[high] = low
+            self._ratio[high] = factor
+            if not self._join_signs(high, low, factor):
+                return False
+            for root in high[low == self.ONE] if reason is None else ():
                 partner = first[np.searchsorted(high, root)]
                 known = a[partner] if root_b[partner] == root else b[partner]
                 self._reason[root] = self._reason_code(known)
             if reason is not None:
                 self._reason[high] = reason
+
+    def _join_signs(self, high: np.ndarray, low: np.ndarray, factor: np.ndarray) -> bool:
+        """Pass the signs asked of attached roots on to their parents; False where two contradict."""
+        asked = self._sign[high] * np.sign(factor).astype(np.int8)
+        for sign in (1, -1):
+            parents = low[asked == sign]
+            if (self._sign[parents] == -sign).any():
+                return False
+            self._sign[parents] = sign
+        return True
 
     def _reason_code(self, variable: int) -> int:
         while self._parent[variable] != self.ONE:

@@ -119,7 +119,7 @@ def test_a_norm_added_to_its_own_input_stays() -> None:
             return self.last(x + self.norm(x))
 
     _, report = folded(Loop(), sequence())
-    assert status(report) == ["kept"] and "added to each other" in report.norms[0].reason
+    assert status(report) == ["kept"] and "meets its own input" in report.norms[0].reason
 
 
 def test_norms_on_queries_and_keys_go_into_their_projections() -> None:

@@ -93,10 +93,21 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "pad by nothing": lambda x: F.pad(x, (0, 0, 0, 0)),
     "replicate pad": lambda x: F.pad(x.mT, (1, 1), mode="replicate").mT,
     "pooled": lambda x: F.adaptive_avg_pool1d(x.mT, 1).mT,
+    "interpolate": lambda x: F.interpolate(x.mT, scale_factor=2.0).mT,
+    "interpolate linearly": lambda x: F.interpolate(x.mT, scale_factor=2.0, mode="linear").mT,
+    "index select": lambda x: x.index_select(1, torch.tensor([3, 0, 0])),
+    "stack": lambda x: torch.stack([x[..., 3:], x[..., :3]], -1).flatten(-2),
+    "stack positions": lambda x: torch.stack([x[:, 1], x[:, 0]], 1),
+    "maximum pool": lambda x: F.max_pool1d(x.mT, 3, padding=1).mT,
+    "maximum": lambda x: x.amax(1),
     "attention": lambda x: F.scaled_dot_product_attention(torch.tanh(x), torch.tanh(x), x, is_causal=True),
 }
 SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "average pool, padding counted": lambda x: F.avg_pool1d(x.mT, 3, padding=1).mT,
+    "zero fill": lambda x: x.masked_fill(torch.ones(x.shape[1], 1, dtype=torch.bool).tril(-1), 0.0),
+    "relu": F.relu,
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
+    "absolute": torch.abs,
     "zero pad": lambda x: F.pad(x, (0, 0, 1, 1)),
     "gate": lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True).tanh()),
     "divided": lambda x: x / (1 + torch.sigmoid(x.detach()).mean(-1, keepdim=True)),
@@ -108,10 +119,9 @@ SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "relu": F.relu,
     "softmax": lambda x: x.softmax(-1),
     "rms": lambda x: F.rms_norm(x, (C,)),
-    "maximum": lambda x: x.amax(1),
+    "relu6": F.relu6,
     "cumsum": lambda x: x.cumsum(1),
     "roll flat": lambda x: x.roll(1),
     "channel mean": lambda x: x - x.mean(-1, keepdim=True),
@@ -147,7 +157,7 @@ class BehindAnInput(nn.Module):
         return self.last(self.operation(self.norm(x)))
 
 
-@pytest.mark.parametrize("name", ["zero pad", "positions", "average pool, padding counted"])
+@pytest.mark.parametrize("name", ["zero pad", "zero fill", "positions", "average pool, padding counted"])
 def test_a_scale_passes_where_a_shift_stops(name: str) -> None:
     _, report = folded(BehindAnInput(SCALE_ONLY[name], shift=False), sequence())
     assert status(report) == ["folded"]
@@ -157,11 +167,12 @@ def test_a_scale_passes_where_a_shift_stops(name: str) -> None:
     assert "aten.mul.Tensor" not in operations(program)
 
 
-@pytest.mark.parametrize("name", ["gelu", "relu", "softmax", "rms", "maximum", "cumsum", "alpha"])
+@pytest.mark.parametrize("name", ["gelu", "relu6", "softmax", "rms", "cumsum", "roll flat", "alpha"])
 def test_a_norm_between_fixed_points_stays_with_the_reason(name: str) -> None:
     program, report = folded(BehindAnInput(STOPPED[name], shift=True), sequence())
     assert status(report) == ["kept"]
-    assert "the model's input" in report.norms[0].reason and "no weight between" in report.norms[0].reason
+    assert "no weight between" in report.norms[0].reason
+    assert ("the model's input" in report.norms[0].reason) is (name != "roll flat")
     assert "aten.mul.Tensor" in operations(program)
 
 
@@ -222,6 +233,9 @@ def test_convolutions_of_more_dimensions_write_their_norm(dims: int) -> None:
         lambda x, w, b: F.linear(x, w.t(), b),
         lambda x, w, b: F.linear(x, w.t()),
         lambda x, w, b: torch.matmul(x, w) + b,
+        lambda x, w, b: (w.t() @ x.mT).mT + b,
+        lambda x, w, b: torch.einsum("bsi,io->bso", x, w),
+        lambda x, w, b: torch.einsum("...i,oi->...o", x, w.t()),
     ],
 )
 def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None:
@@ -252,6 +266,43 @@ def test_a_product_that_needs_its_bias_keeps_it_when_it_is_zero() -> None:
             return torch.addmm(self.b, self.norm(x), self.w)
 
     _, report = folded(Addmm(), (torch.randn(3, C, dtype=torch.float64),))
+    assert status(report) == ["folded"]
+
+
+@pytest.mark.parametrize("equation", ["bsi,io->bos", "bsi,bo->bso", "bsi,oi->bsi"])
+def test_other_contractions_are_left_alone(equation: str) -> None:
+    weight = nn.Parameter(torch.randn(3 if "bsi,bo" in equation else C, C, dtype=torch.float64))
+    model = BehindAnInput(lambda x: torch.einsum(equation, x, weight), shift=True)
+    model.last, model.weight = nn.Identity(), weight
+    _, report = folded(model, sequence())
+    assert status(report) == ["kept"] and "einsum" in report.norms[0].reason
+
+
+@pytest.mark.parametrize("operation", [F.relu, lambda x: F.leaky_relu(x, 0.1), torch.abs, lambda x: x.amax(1)])
+def test_only_positive_scales_pass_what_is_homogeneous(operation: Callable[[Tensor], Tensor]) -> None:
+    model = BehindAnInput(operation, shift=False)
+    _, report = folded(model, sequence())
+    assert status(report) == ["kept"]  # the first scale is negative
+    model.norm.scale.data.abs_()
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+
+
+def test_a_negative_scale_behind_relu_needs_a_weight_behind_it() -> None:
+    """The stream's sign is free: two norms around a ReLU agree on one where they can."""
+    model = nn.Sequential(nn.Linear(C, C), nn.ReLU(), MapNorm(), nn.Linear(C, C), nn.ReLU())
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"] and set(report.norms[0].absorbed_by) == {"3.weight", "3.bias"}
+
+
+@pytest.mark.parametrize("module", [nn.PixelShuffle(2), nn.PixelUnshuffle(2)], ids=str)
+def test_pixel_shuffles(module: nn.Module) -> None:
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    channels = {nn.PixelShuffle: 2, nn.PixelUnshuffle: 32}[type(module)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, module, nn.Conv2d(channels, 4, 1), nn.GELU())
+    _, report = folded(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
     assert status(report) == ["folded"]
 
 

@@ -75,6 +75,28 @@ def test_wide_classes_are_centred_by_powers_of_two() -> None:
     assert scales[a][1] == 1.0 and scales[b][1] == 2.0
 
 
+def test_signs_travel_with_the_ratios() -> None:
+    scales = Scales()
+    a, b, c = (scales.fresh((1,)) for _ in range(3))
+    scales.require_positive(b)
+    assert scales.demand(b, a, np.array([-2.0]))
+    assert scales.demand(c, a, np.array([1.0]))
+    scales.solve(np.concatenate([a, b]))
+    assert scales[b] > 0 and scales[a] == -scales[b] / 2
+
+
+def test_contradicting_signs_are_refused_and_undone() -> None:
+    scales = Scales()
+    a, b, c = (scales.fresh((1,)) for _ in range(3))
+    scales.require_positive(a)
+    scales.require_positive(b)
+    assert not scales.demand(b, a, np.array([-1.0]))
+    assert scales.demand(b, a, np.array([2.0]))
+    scales.pin(c, "input")
+    assert not scales.demand(c, b, np.array([-1.0]))
+    assert scales.demand(c, b, np.array([1.0]))
+
+
 def test_an_equality_after_a_contradicting_ratio_is_a_mistake_of_the_caller() -> None:
     scales = Scales()
     a, b = scales.fresh((1,)), scales.fresh((1,))

@@ -250,11 +250,83 @@ class Mean(Carry):
         if node.target is not aten.mean.dim:
             spatial = 2 if node.target is aten.adaptive_avg_pool2d.default else 1
             return collapse(numbers, _varying_of(numbers, range(-spatial, 0)))
-        dims = argument(node, "dim") or list(range(numbers.ndim))
-        numbers = collapse(numbers, _varying_of(numbers, dims))
-        if argument(node, "keepdim"):
+        return _reduce(node, numbers, collapse)
+
+
+@rule_for(
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_linear1d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
+)
+class Interpolate(Carry):
+    """Weighted averages of neighbouring positions, the weights adding up to one."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
+
+
+@rule_for(aten.pixel_shuffle.default)
+class PixelShuffle(Carry):
+    """r² neighbouring channels become positions of one channel: their scales are equal."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= numbers.ndim - 2))
+        if numbers.shape[-3] == 1:
             return numbers
-        return np.squeeze(numbers, tuple(d % numbers.ndim for d in dims))
+        grouped = numbers.reshape(*numbers.shape[:-3], -1, node.args[1] ** 2, 1, 1)
+        return collapse(grouped, (grouped.ndim - 3,)).squeeze(-3)
+
+
+@rule_for(aten.pixel_unshuffle.default)
+class PixelUnshuffle(Carry):
+    """The positions of one channel become r² neighbouring channels."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= numbers.ndim - 2))
+        return numbers if numbers.shape[-3] == 1 else np.repeat(numbers, node.args[1] ** 2, -3)
+
+
+@rule_for(aten.index_select.default)
+class IndexSelect(Carry):
+    """Chosen entries along one axis, along which the scales are equal."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, _varying_of(numbers, (node.args[1],)))
+
+
+@rule_for(aten.relu.default, aten.leaky_relu.default, aten.abs.default)
+class Homogeneous(Carry):
+    """``f(s * x) = s * f(x)`` for positive s: a positive scale passes, a shift does not."""
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        super().relate(node, fold)
+        fold.scales.require_positive(fold.scale_of[node])
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return numbers
+
+
+@rule_for(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.amax.default)
+class Maximum(Carry):
+    """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        super().relate(node, fold)
+        fold.scales.require_positive(fold.scale_of[node])
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if node.target is not aten.amax.default:
+            spatial = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}[node.target]
+            return collapse(numbers, _varying_of(numbers, range(-spatial, 0)))
+        return _reduce(node, numbers, collapse)
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)
@@ -279,6 +351,15 @@ class Pad(Carry):
         new = node.meta["val"].shape
         padded = [axis for axis in varying(numbers) if not same_size(shape[axis], new[axis])]
         return collapse(numbers, tuple(padded))
+
+
+def _reduce(node: Node, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+    """Follow a reduction over the node's `dim`, with or without `keepdim`."""
+    dims = argument(node, "dim") or list(range(numbers.ndim))
+    numbers = collapse(numbers, _varying_of(numbers, dims))
+    if argument(node, "keepdim"):
+        return numbers
+    return np.squeeze(numbers, tuple(d % numbers.ndim for d in dims))
 
 
 def _varying_of(numbers: np.ndarray, dims: object) -> tuple[int, ...]:

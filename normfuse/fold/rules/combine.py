@@ -131,6 +131,39 @@ class Concatenation(Rule):
         return np.concatenate(full, axis)
 
 
+@rule_for(aten.stack.default)
+class Stack(Rule):
+    """Parts along a new axis: each keeps its numbers."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return all(is_float(part) and part.meta["val"].dtype == node.meta["val"].dtype for part in node.args[0])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.scale_of[node] = self._stack(node, [fold.scale(part) for part in node.args[0]])
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return self._stack(node, [fold.incoming(node, part) for part in node.args[0]])
+
+    def _stack(self, node: Node, parts: list[np.ndarray]) -> np.ndarray:
+        shape = np.broadcast_shapes(*(part.shape for part in parts))
+        return np.stack([np.broadcast_to(part, shape) for part in parts], argument(node, "dim"))
+
+
+@rule_for(aten.masked_fill.Scalar)
+class ZeroFill(Rule):
+    """Zeros at computed positions: the scale passes, a shift does not."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        operand = node.args[0]
+        return node.args[2] == 0 and is_float(operand) and operand.meta["val"].dim() == node.meta["val"].dim()
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.scale_of[node] = fold.scale(node.args[0])
+
+
 @rule_for(aten.mul.Tensor, aten.div.Tensor)
 class Gate(Rule):
     """``y = x * m`` (or ``x / m``) with a computed m, which stays as it is: the scale passes, a shift does not.

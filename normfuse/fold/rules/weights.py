@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..arrays import varying
+from ..arrays import CannotCarry, collapse_equal, varying
 from .base import Rule, Use, argument, is_float, rule_for
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ class Weighted(Rule):
         if shift is None:
             return Use.ABSORB
         axis = self.input_axis(node) % shift.ndim
-        return Use.ABSORB if all(a == axis for a in varying(shift)) else Use.STOP
+        try:
+            collapse_equal(shift, tuple(a for a in varying(shift) if a != axis))
+        except CannotCarry:
+            return Use.STOP
+        return Use.ABSORB
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         return fold.chosen_shift(node)
@@ -88,7 +92,7 @@ class Weighted(Rule):
         old = fold.program.constant(weight)
         if rescaled:
             new = self.columns(node, self.rows(node, old, 1.0 / s_y), s_x)
-            fold.set_weight(node, self.names[1], weight, new, old)
+            fold.set_weight(node, weight, new, old)
         constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
         constant = (constant + self.through(node, old, t_x) - t_y) / s_y
         self.set_bias(node, weight, bias, constant, fold)
@@ -149,13 +153,66 @@ class Matmul(Product):
         two_axes = is_float(node.args[1]) and node.args[1].meta["val"].dim() == 2
         return two_axes and node.args[0].meta["val"].dim() >= 2 and super().matches(node, fold)
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
-        self.names = tuple(entry.name for entry in node.target._schema.arguments)
-        super().rewrite(node, fold)
-
     def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
         if value.any():
             fold.append_add(node, value.numpy(), name=_bias_name(fold.program.name(weight)), like=weight)
+
+
+@rule_for(aten.matmul.default)
+class LeftMatmul(Weighted):
+    """``y = W x`` with W[out, in] over the last axis but one; a bias that folding creates follows as an Add."""
+
+    def operands(self, node: Node) -> tuple[Node, Node, None]:
+        return node.args[1], node.args[0], None
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        two_axes = is_float(node.args[0]) and node.args[0].meta["val"].dim() == 2
+        return two_axes and node.args[1].meta["val"].dim() >= 2 and super().matches(node, fold)
+
+    def input_axis(self, node: Node) -> int:
+        return -2
+
+    def output_axis(self, node: Node) -> int:
+        return -2
+
+    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
+        if value.any():
+            column = value.numpy()[:, None]
+            fold.append_add(node, column, name=_bias_name(fold.program.name(weight)), like=weight)
+
+
+@rule_for(aten.einsum.default)
+class Einsum(Matmul):
+    """``...i,io->...o`` and ``...i,oi->...o`` written as a contraction of the last axis with a weight."""
+
+    def operands(self, node: Node) -> tuple[Node, Node, None]:
+        return *node.args[1], None
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return self._layout(node) is not None and Weighted.matches(self, node, fold)
+
+    def _layout(self, node: Node) -> str | None:
+        """``io`` or ``oi``, how the weight is laid out; None where the contraction is another one."""
+        operands = node.args[1]
+        sides = node.args[0].replace(" ", "").replace("...", "").split("->")
+        if len(operands) != 2 or len(sides) != 2 or sides[0].count(",") != 1:
+            return None
+        x, w = sides[0].split(",")
+        if len(w) != 2 or not x or x[:-1] != sides[1][:-1] or len(set(x)) != len(x):
+            return None
+        inner, outer = x[-1], sides[1][-1:]
+        if outer in x or {inner, outer} != set(w):
+            return None
+        return "io" if w[0] == inner else "oi"
+
+    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * factor if self._layout(node) == "io" else weight * factor[:, None]
+
+    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * factor[:, None] if self._layout(node) == "io" else weight * factor
+
+    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+        return shift @ weight if self._layout(node) == "io" else weight @ shift
 
 
 @rule_for(
@@ -249,7 +306,7 @@ class Embedding(Rule):
         t_y = fold.vector(fold.shift_of[node], -1, size)
         if (s_y != 1).any() or t_y.any():
             old = fold.program.constant(weight)
-            fold.set_weight(node, "weight", weight, (old - t_y) / s_y, old)
+            fold.set_weight(node, weight, (old - t_y) / s_y, old)
 
 
 @rule_for(aten.layer_norm.default, aten.rms_norm.default)
@@ -287,11 +344,13 @@ class TokenNorm(Rule):
             return
         weight, bias = argument(node, "weight"), argument(node, "bias")
         old = fold.program.constant(weight) if weight is not None else torch.ones_like(s_y)
-        name, like = f"{fold.path(node)}.weight", node.args[0] if weight is None else weight
-        fold.set_weight(node, "weight", like, old / s_y, old, name=name)
+        if weight is not None:
+            fold.set_weight(node, weight, old / s_y, old)
+        else:
+            fold.create_weight(node, "weight", old / s_y)
         if node.target is aten.layer_norm.default:
             shift = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
-            fold.set_bias(node, "bias", bias, (shift - t_y) / s_y, name=f"{fold.path(node)}.bias", like=like)
+            fold.set_bias(node, "bias", bias, (shift - t_y) / s_y, name=f"{fold.path(node)}.bias", like=node.args[0])
 
 
 def _over_kernel(numbers: Tensor, weight: Tensor) -> Tensor:
