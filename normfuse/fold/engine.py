@@ -37,9 +37,10 @@ class Folding:
         stored: scale variables that go into weights.
     """
 
-    def __init__(self, program: Program, *, copy_shared: bool) -> None:
+    def __init__(self, program: Program, *, copy_shared: bool, carry_biases: bool) -> None:
         self.program = program
         self.copy_shared = copy_shared
+        self.carry_biases = carry_biases
         self.scales = Scales()
         self.rule_of: dict[Node, Rule] = {}
         self.scale_of: dict[Node, Any] = {}
@@ -347,7 +348,9 @@ class Folding:
         )
 
 
-def fold(program: ExportedProgram, *, copy_shared: bool = True) -> tuple[ExportedProgram, FoldReport]:
+def fold(
+    program: ExportedProgram, *, copy_shared: bool = True, carry_biases: bool = False
+) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
     Args:
@@ -355,6 +358,9 @@ def fold(program: ExportedProgram, *, copy_shared: bool = True) -> tuple[Exporte
             decomposition. It is not changed.
         copy_shared: whether a weight that is read at several places may be stored once per place where the places
             need different values. Otherwise operations with a shared weight stay as they are.
+        carry_biases: whether the biases of the weights that write into a residual stream leave it as shifts and go
+            into the weights that read it. It saves an addition per branch; where the stream's constant part is large
+            against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
@@ -363,7 +369,7 @@ def fold(program: ExportedProgram, *, copy_shared: bool = True) -> tuple[Exporte
         FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
     """
     opened = Program(program)
-    folding = Folding(opened, copy_shared=copy_shared)
+    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases)
     report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
     folding.relate()
     folding.solve()

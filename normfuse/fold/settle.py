@@ -16,6 +16,8 @@ from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal
 from .rules import Use
+from .rules.carry import Carry
+from .rules.combine import Sum
 from .rules.weights import Embedding, Weighted
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def settle_shifts(fold: Folding) -> None:
     for node in order:
         if node not in fold.rule_of or node not in fold.scale_of:
             continue
+        if fold.carry_biases and node in tolerant and _adds_to_stream(node, fold):
+            fold.chosen[node] = fold.rule_of[node].constant_part(node, fold)
         fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
         if isinstance(fold.shift_of[node], list) or not fold.shift_of[node].any():
             continue
@@ -57,6 +61,20 @@ def _tolerant(fold: Folding) -> set[Node]:
         if all(_tolerates(user, node, tolerant, fold) for user in node.users):
             tolerant.add(node)
     return tolerant
+
+
+def _adds_to_stream(node: Node, fold: Folding) -> bool:
+    """Whether a weight operation's result goes into an addition and nowhere else."""
+    if not isinstance(fold.rule_of[node], Weighted):
+        return False
+    while len(node.users) == 1:
+        (node,) = node.users
+        rule = fold.rule_of.get(node)
+        if isinstance(rule, Sum):
+            return True
+        if not isinstance(rule, Carry) and (node not in fold.affine or node in fold.kept):
+            return False
+    return False
 
 
 def _tolerates(user: Node, node: Node, tolerant: set[Node], fold: Folding) -> bool:

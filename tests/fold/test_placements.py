@@ -50,6 +50,18 @@ def test_folded_graph_is_the_graph_without_norms(placement: str, kind: str) -> N
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("norm", STATIC_NORMS)
+def test_carried_biases_leave_the_branches(norm: str, placement: str) -> None:
+    """Every branch's last linear loses its bias; the weights that read the stream take it."""
+    model, inputs = network(norm, placement, "patches")
+    program, report = folded(look_trained(model), inputs, DYNAMIC, carry_biases=True)
+    assert_nothing_left(program, report)
+    linears = [node for node in program.graph.nodes if "linear" in str(node.target)]
+    without = [node for node in linears if len(node.args) < 3 or node.args[2] is None]
+    assert len(without) == 6  # two branches in each of three blocks
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_dynamic_dimensions_survive(placement: str) -> None:
     model, inputs = network("unified", placement, "decoder")
     model = look_trained(model).double()

@@ -75,6 +75,19 @@ class Weighted(Rule):
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         return fold.chosen_shift(node)
 
+    def constant_part(self, node: Node, fold: Folding) -> np.ndarray:
+        """``bias + W t_x``, what the result holds whatever the input is, as an array over the result's channels."""
+        operand, weight, bias = self.operands(node)
+        value = node.meta["val"]
+        shape = [1] * value.dim()
+        shape[self.output_axis(node)] = size = int(value.shape[self.output_axis(node)])
+        constant = torch.zeros(size, dtype=torch.float64) if bias is None else fold.program.constant(bias)
+        t_x = fold.incoming(node, operand)
+        if t_x.any():
+            t_x = fold.vector(t_x, self.input_axis(node), int(operand.meta["val"].shape[self.input_axis(node)]))
+            constant = constant + self.through(node, fold.program.constant(weight), t_x)
+        return constant.numpy().reshape(shape)
+
     def rewrite(self, node: Node, fold: Folding) -> None:
         operand, weight, bias = self.operands(node)
         size = int(operand.meta["val"].shape[self.input_axis(node)])
