@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
-from .program import Program
+from .program import Program, largest_entry
 from .report import FoldError, FoldReport, NormRecord
 from .rules import OPAQUE, Rule, Use, find_rule
 from .rules.affine import Coefficients
@@ -215,9 +215,9 @@ class Folding:
         name = self.program.name(weight)
         node.replace_input_with(weight, self.program.add_parameter(name, new, weight))
         self.absorbed.setdefault(node, []).append(name)
-        largest = float(old.abs().max()) if old.numel() else 0.0
+        largest = largest_entry(old)
         if largest > 0:
-            self.weight_growth = max(self.weight_growth, float(new.abs().max()) / largest)
+            self.weight_growth = max(self.weight_growth, largest_entry(new) / largest)
 
     def create_weight(self, node: Node, argument: str, value: torch.Tensor) -> None:
         """Give an operation a weight it did not have, in the dtype of its input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ class Program:
         """
         dtype = like.meta["val"].dtype
         tensor = value.to(dtype).contiguous()
-        if not bool(torch.isfinite(tensor).all()):
+        if not math.isfinite(largest_entry(tensor)):
             raise FoldError(f"folding into {name!r} leaves the range of {str(dtype).removeprefix('torch.')}")
         sources = list(self._sources(like))
         known = self._stored.setdefault(self._storage(sources[0]) if sources else id(like), [])
@@ -228,6 +229,11 @@ class Program:
             sizes = [t.numel() * t.element_size() for t, node in variants if node.name in live and t.dim() > 1]
             if sizes:
                 self.bytes_copied += max(sizes) * (len(sizes) - 1 + (key in originals))
+
+
+def largest_entry(tensor: torch.Tensor) -> float:
+    """The largest absolute entry, not a number if any entry is none; zero where there are no entries."""
+    return float(torch.linalg.vector_norm(tensor, float("inf"))) if tensor.numel() else 0.0
 
 
 def _mutates(node: Node) -> bool:

@@ -104,8 +104,8 @@ class Weighted(Rule):
             return
         old = fold.program.constant(weight)
         if rescaled:
-            new = self.columns(node, self.rows(node, old, 1.0 / s_y), s_x)
-            fold.set_weight(node, weight, new, old)
+            new = old * self.rows(node, old, 1.0 / s_y)
+            fold.set_weight(node, weight, new.mul_(self.columns(node, old, s_x)), old)
         constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
         constant = (constant + self.through(node, old, t_x) - t_y) / s_y
         self.set_bias(node, weight, bias, constant, fold)
@@ -113,13 +113,13 @@ class Weighted(Rule):
     def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
         fold.set_bias(node, self.names[2], bias, value, name=_bias_name(fold.program.name(weight)), like=weight)
 
-    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        """The weight with every output channel multiplied by its factor."""
-        return weight * factor[:, None]
+    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        """Numbers per output channel, laid against the weight."""
+        return numbers[:, None]
 
-    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        """The weight with every input channel multiplied by its factor."""
-        return weight * factor
+    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        """Numbers per input channel, laid against the weight."""
+        return numbers
 
     def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
         """What a constant input contributes to the output: ``W shift``."""
@@ -134,11 +134,11 @@ class Linear(Weighted):
 class Product(Weighted):
     """``y = x W`` with a weight written as [in, out]."""
 
-    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor
+    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return numbers
 
-    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor[:, None]
+    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return numbers[:, None]
 
     def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
         return shift @ weight
@@ -218,11 +218,11 @@ class Einsum(Matmul):
             return None
         return "io" if w[0] == inner else "oi"
 
-    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor if self._layout(node) == "io" else weight * factor[:, None]
+    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return numbers if self._layout(node) == "io" else numbers[:, None]
 
-    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor[:, None] if self._layout(node) == "io" else weight * factor
+    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return numbers[:, None] if self._layout(node) == "io" else numbers
 
     def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
         return shift @ weight if self._layout(node) == "io" else weight @ shift
@@ -259,20 +259,14 @@ class Convolution(Weighted):
             return Use.STOP
         return super().use(node, operand, shift, fold)
 
-    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * _over_kernel(factor, weight)
+    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return _over_kernel(numbers, weight)
 
-    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * self._per_output(node, weight, factor)
+    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return _per_group(numbers, weight, argument(node, "groups"))
 
     def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
-        return (weight * self._per_output(node, weight, shift)).flatten(1).sum(1)
-
-    def _per_output(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        """Numbers per input channel, arranged as [out, in / groups, 1, ...]: each group sees its own channels."""
-        groups = argument(node, "groups")
-        grouped = numbers.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-        return grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
+        return (weight * self.columns(node, weight, shift)).flatten(1).sum(1)
 
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -282,13 +276,11 @@ class TransposedConvolution(Convolution):
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         return Use.STOP
 
-    def rows(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        groups = argument(node, "groups")
-        grouped = factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-        return weight * grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
+    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return _per_group(numbers, weight, argument(node, "groups"))
 
-    def columns(self, node: Node, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * _over_kernel(factor, weight)
+    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+        return _over_kernel(numbers, weight)
 
     def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
         return shift.new_zeros(weight.shape[1] * argument(node, "groups"))
@@ -367,7 +359,14 @@ class TokenNorm(Rule):
 
 
 def _over_kernel(numbers: Tensor, weight: Tensor) -> Tensor:
+    """Numbers along the weight's first axis."""
     return numbers.reshape(-1, *(1,) * (weight.dim() - 1))
+
+
+def _per_group(numbers: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Numbers along the weight's second axis, which holds one group's channels: [first axis, second axis, 1, ...]."""
+    grouped = numbers.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
 
 
 def _bias_name(weight_name: str) -> str:
