@@ -1,6 +1,7 @@
 """Modules whose normalisation folds into their neighbours once training is over."""
 
+from ..ops import keep_norms
 from .power_norm import PowerNorm
 from .unified_norm import UnifiedNorm
 
-__all__ = ["PowerNorm", "UnifiedNorm"]
+__all__ = ["PowerNorm", "UnifiedNorm", "keep_norms"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _native
 
-_library = torch.library.Library("normfuse", "FRAGMENT")
+library = torch.library.Library("normfuse", "FRAGMENT")
 
 
 @cache
@@ -39,12 +39,12 @@ def register_operation(
     ``mutates`` names the arguments updated in place. Returns the operation.
     """
     if not _native.available:
-        _library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
+        library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
 
     @wraps(reference)
     def fallback(x: Tensor, *args: object) -> tuple[Tensor, ...]:
         _warn_slow(x.device.type)
         return reference(x, *args)
 
-    _library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, fallback, "CompositeExplicitAutograd")
     return getattr(torch.ops.normfuse, name).default

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
-from ._registry import register_operation
+from ._recompute import register_forward, statistics_of_this_run
+from ._registry import library, register_operation
 
 
 class PowerNormState(NamedTuple):
@@ -114,11 +115,14 @@ def power_norm_backward_reference(
     return grad.to(x.dtype), (dy * z).sum(0), dy.sum(0)
 
 
-_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=("running_phi", "iters"))
+_FORWARD_STATISTICS = ("running_phi", "iters")
+_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=_FORWARD_STATISTICS)
+_forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
 _backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
 
 
 @torch.library.register_fake("normfuse::power_norm_forward")
+@torch.library.register_fake("normfuse::power_norm_forward_once")
 def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
     row_scale = running_phi.new_empty((x.shape[0], group_num) if group_num else (0,))
     return torch.empty_like(x), running_phi.new_empty(3, x.shape[1]), row_scale
@@ -139,7 +143,8 @@ class _PowerNorm(torch.autograd.Function):
     ):  # fmt: skip
         rows = to_rows(x, channel_dim)
         rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-        y, stats, row_scale = _forward(
+        forward = _forward_once if torch.compiler.is_compiling() else _forward
+        y, stats, row_scale = forward(
             rows, rows_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
         )
         ctx.save_for_backward(rows, weight, stats, row_scale)
@@ -224,6 +229,9 @@ def power_norm(
     if not training:
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     paper = backward == "paper"
+    if not torch.compiler.is_compiling():
+        own = statistics_of_this_run(tuple(getattr(state, name) for name in _FORWARD_STATISTICS))
+        state = state._replace(**dict(zip(_FORWARD_STATISTICS, own, strict=True)))
     return _PowerNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim
     )

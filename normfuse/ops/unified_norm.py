@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
-from ._registry import register_operation
+from ._recompute import register_forward, statistics_of_this_run
+from ._registry import library, register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -128,17 +129,16 @@ def unified_norm_backward_reference(
     return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0)
 
 
-_forward = register_operation(
-    "unified_norm_forward",
-    unified_norm_forward_reference,
-    mutates=("running_var", "buffer_x2", "iters", "skip_counter"),
-)
+_FORWARD_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
+_forward = register_operation("unified_norm_forward", unified_norm_forward_reference, mutates=_FORWARD_STATISTICS)
+_forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
 _backward = register_operation(
     "unified_norm_backward", unified_norm_backward_reference, mutates=("ema_gz", "buffer_gz")
 )
 
 
 @torch.library.register_fake("normfuse::unified_norm_forward")
+@torch.library.register_fake("normfuse::unified_norm_forward_once")
 def _(x, pad_mask, weight, bias, running_var, *others):
     stats = running_var.new_empty(2, x.shape[1])
     return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
@@ -156,7 +156,8 @@ class _UnifiedNorm(torch.autograd.Function):
     def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim):
         rows = to_rows(x, channel_dim)
         rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-        y, stats, step = _forward(
+        forward = _forward_once if torch.compiler.is_compiling() else _forward
+        y, stats, step = forward(
             rows, rows_mask, weight, bias, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
             warmup_iters, outlier_filtration, eps, momentum,
         )  # fmt: skip
@@ -228,6 +229,9 @@ def unified_norm(
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype)
+    if not torch.compiler.is_compiling():
+        own = statistics_of_this_run(tuple(getattr(state, name) for name in _FORWARD_STATISTICS))
+        state = state._replace(**dict(zip(_FORWARD_STATISTICS, own, strict=True)))
     return _UnifiedNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim
     )

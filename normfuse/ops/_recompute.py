@@ -1,0 +1,149 @@
+"""Forward passes that run a second time: activation checkpointing must move statistics once.
+
+``torch.utils.checkpoint`` throws activations away and runs the forward pass again while the backward pass
+executes. The second run must give what the first gave, although the statistics have moved since, and must not
+move them again. So a run under a checkpoint leaves behind the statistics it started from, and the second run
+works on a copy of those. They hang on the object that stands for the checkpointed call and lives as long as
+its graph: nothing has to be cleaned up, and the order of calls and backward passes is of no consequence.
+
+Whether a backward pass executes, which call it recomputes and which state belongs to it is all known on the
+host: no step waits for the device.
+
+Compiled code goes the same way when it runs inside a checkpoint, through an operation that looks at its
+surroundings at run time. A checkpoint *inside* compiled code is another matter: there the partitioner decides
+what to recompute, and :func:`keep_norms` tells it to keep what the norms return.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FunctionType
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+Statistics = tuple[Tensor, ...]
+_ATTRIBUTE = "_normfuse_first_runs"
+_COMPILED = "CompiledFunctionBackward"
+_FORWARDS: set[torch._ops.OpOverload] = set()
+
+
+class _FirstRuns:
+    """Statistics before each norm's forward within one checkpointed call, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.before: list[Statistics] = []
+        self._backward, self._position = -1, 0
+
+    def next(self, backward: int) -> Statistics | None:
+        """The statistics for the next recomputed norm in the backward pass of that id."""
+        if backward != self._backward:
+            self._backward, self._position = backward, 0
+        self._position += 1
+        return self.before[self._position - 1] if self._position <= len(self.before) else None
+
+
+def _of(region: object) -> _FirstRuns:
+    runs = getattr(region, _ATTRIBUTE, None)
+    if runs is None:
+        runs = _FirstRuns()
+        setattr(region, _ATTRIBUTE, runs)
+    return runs
+
+
+def _hook_variable(name: str) -> object | None:
+    """Variable ``name`` of the innermost hook on saved tensors, which is how a checkpoint makes itself known."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hook = hooks and getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
+    if not isinstance(hook, FunctionType) or hook.__module__ != "torch.utils.checkpoint":
+        return None
+    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
+    return cells[name].cell_contents if name in cells else None
+
+
+def _first_run_regions() -> Iterator[object]:
+    """Checkpointed calls under way around the caller whose forward will run again."""
+    frame = _hook_variable("frame")  # use_reentrant=False: the call runs under a hook on saved tensors
+    if frame is not None:
+        yield frame
+    if torch.is_grad_enabled():
+        return
+    # use_reentrant=True, and most checkpoints of other libraries: the call runs without gradients inside the
+    # forward of an autograd function, whose backward runs it again.
+    recomputing = torch._C._current_autograd_node()
+    caller = sys._getframe(1)
+    while caller is not None:
+        if caller.f_code.co_name in ("forward", "backward") and caller.f_code.co_argcount > 0:
+            context = caller.f_locals.get(caller.f_code.co_varnames[0])
+            if context is recomputing and context is not None:
+                return
+            # Compiled code runs inside an autograd function too, but as it is: it recomputes nothing.
+            if isinstance(context, torch.autograd.function.FunctionCtx) and context.name() != _COMPILED:
+                yield context
+        caller = caller.f_back
+
+
+def _recomputed_region() -> object | None:
+    reference = _hook_variable("target_frame_ref")
+    return reference() if callable(reference) else torch._C._current_autograd_node()
+
+
+def statistics_of_this_run(statistics: Statistics) -> Statistics:
+    """The tensors that a training forward is to read and update in place of ``statistics``.
+
+    Usually ``statistics`` themselves. While a backward pass executes, a copy of what the first run of this
+    forward started from (of ``statistics`` as they are, where no first run is known): whatever runs then is a
+    recomputation and moves nothing.
+    """
+    backward = torch._C._current_graph_task_id()
+    before = None
+    if backward != -1:
+        runs = getattr(_recomputed_region(), _ATTRIBUTE, None)
+        before = (runs and runs.next(backward)) or statistics
+    regions = list(_first_run_regions())
+    if regions:
+        before = tuple(tensor.clone() for tensor in before or statistics)
+        for region in regions:
+            _of(region).before.append(before)
+    return statistics if backward == -1 else tuple(tensor.clone() for tensor in before or statistics)
+
+
+def register_forward(
+    library: torch.library.Library, operation: torch._ops.OpOverload, statistics: tuple[str, ...]
+) -> torch._ops.OpOverload:
+    """Declare the form of forward ``operation`` that compiled code calls: it knows a recomputation at run time.
+
+    ``statistics`` names the arguments updated in place.
+    """
+    schema = operation._schema
+    name = f"{schema.name.split('::')[1]}_once"
+    positions = [i for i, argument in enumerate(schema.arguments) if argument.name in statistics]
+
+    def run(*arguments: object) -> tuple[Tensor, ...]:
+        replaced = statistics_of_this_run(tuple(arguments[i] for i in positions))
+        given = list(arguments)
+        for position, tensor in zip(positions, replaced, strict=True):
+            given[position] = tensor
+        return operation(*given)
+
+    library.define(name + str(schema).removeprefix(schema.name))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    once = getattr(torch.ops.normfuse, name).default
+    _FORWARDS.update((operation, once))
+    return once
+
+
+def keep_norms() -> tuple[object, object]:
+    """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint``: keep what norms return, recompute the rest.
+
+    Needed where the checkpoint is inside of what ``torch.compile`` compiles; without it torch refuses with
+    "modified by an inplace operation". Elsewhere it is a choice: memory for the norms' results against the
+    time to recompute them. ``checkpoint(block, x, use_reentrant=False, context_fn=normfuse.nn.keep_norms)``
+    """
+
+    def policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in _FORWARDS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,314 @@
+"""One training step moves the statistics once, whatever runs it: checkpointing above all, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normfuse.nn import PowerNorm, UnifiedNorm, keep_norms
+
+C = 6
+NORMS = {
+    "unified": lambda: UnifiedNorm(C, warmup_iters=2, window_size=2),
+    "unified, filtered": lambda: UnifiedNorm(C, warmup_iters=2, window_size=3, outlier_filtration=True),
+    "power": lambda: PowerNorm(C, warmup_iters=2, group_num=2),
+    "power, paper": lambda: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper"),
+}
+
+
+@pytest.fixture(params=NORMS)
+def make(request):
+    return NORMS[request.param]
+
+
+class Stack(nn.Module):
+    """Three blocks; the middle one calls its norm twice and drops some of its values."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(C, C), make(), nn.GELU())
+        self.norm, self.linear = make(), nn.Linear(C, C)
+        self.last = nn.Sequential(nn.Linear(C, C), make())
+
+    def middle(self, x):
+        return x + nn.functional.dropout(self.norm(self.linear(self.norm(x))), 0.2)
+
+    def forward(self, x, wrap=lambda function, x: function(x)):
+        return wrap(self.last, wrap(self.middle, wrap(self.first, x)))
+
+
+def wrapped(reentrant, **options):
+    return lambda function, x: checkpoint(function, x, use_reentrant=reentrant, **options)
+
+
+def plain(function, x):
+    return function(x)
+
+
+def equal(a, b, exact=True):
+    """``exact=False`` allows parameter gradients to be sums of up to 6 float32 numbers in another order."""
+    for (name, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+    for (name, left), right in zip(a.named_parameters(), b.parameters(), strict=True):
+        scale = right.grad.abs().max().item()
+        tolerance = 0.0 if exact else 6 * 1.2e-7 * scale
+        torch.testing.assert_close(left.grad, right.grad, rtol=0, atol=tolerance, msg=f"gradient of {name}")
+
+
+def statistics(module):
+    return {name: value.clone() for name, value in module.named_buffers()}
+
+
+def moved(module, before):
+    return {name for name, value in module.named_buffers() if not torch.equal(value, before[name])}
+
+
+def losses_of(model, wrap, scenario, step):
+    """One optimisation step's passes, in one of the ways people arrange them; returns the inputs' gradients."""
+    torch.manual_seed(step)
+    inputs = torch.randn(3, 4, 5, C).unbind()
+    if scenario == "one forward":
+        model(inputs[0].requires_grad_(), wrap).square().sum().backward()
+    elif scenario == "two forwards, one backward":
+        outputs = [model(x.requires_grad_(), wrap) for x in inputs[:2]]
+        (outputs[0].square().sum() + outputs[1].sin().sum()).backward()
+    elif scenario == "the same input twice":
+        inputs = [inputs[0], inputs[0].clone()]
+        outputs = [model(x.requires_grad_(), wrap) for x in inputs]
+        (outputs[0].square().sum() + outputs[1].sin().sum()).backward()
+    elif scenario == "accumulation":
+        for x in inputs:
+            model(x.requires_grad_(), wrap).square().sum().backward()
+    elif scenario == "backwards in the order of the forwards":
+        losses = [model(x.requires_grad_(), wrap).square().sum() for x in inputs]
+        for loss in losses:
+            loss.backward()
+    elif scenario == "backward twice":
+        loss = model(inputs[0].requires_grad_(), wrap).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    return [x.grad for x in inputs if x.grad is not None]
+
+
+SCENARIOS = (
+    "one forward",
+    "two forwards, one backward",
+    "the same input twice",
+    "accumulation",
+    "backwards in the order of the forwards",
+    "backward twice",
+)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    ("reentrant", "options"),
+    [(True, {}), (False, {}), (False, {"early_stop": False})],
+    ids=["reentrant", "not reentrant", "not reentrant, whole"],
+)
+@pytest.mark.parametrize("name", ["unified, filtered", "power"])
+def test_checkpointing_changes_no_bit(name, reentrant, options, scenario):
+    wrap = wrapped(reentrant, **options)
+    kept = Stack(NORMS[name])
+    dropped = copy.deepcopy(kept)
+    for step in range(4):
+        expected = losses_of(kept, plain, scenario, step)
+        actual = losses_of(dropped, wrap, scenario, step)
+        assert actual and all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        # A reentrant checkpoint adds each call's share to the gradient by itself.
+        equal(dropped, kept, exact=not reentrant)
+
+
+@pytest.mark.parametrize("outer", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_reentrant_checkpoint_inside_another(make, outer):
+    kept = nn.Sequential(Stack(make), nn.Linear(C, C), make())
+    dropped = copy.deepcopy(kept)
+
+    def inner(model, x):
+        return model[2](model[1](model[0](x, wrapped(True))))
+
+    for step in range(4):
+        x = torch.randn(4, 5, C)
+        torch.manual_seed(step)
+        kept(x.clone().requires_grad_()).square().sum().backward()
+        torch.manual_seed(step)
+        checkpoint(inner, dropped, x.clone().requires_grad_(), use_reentrant=outer).square().sum().backward()
+        equal(dropped, kept, exact=False)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint as other libraries write them: forward without gradients, run again in backward."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        torch.autograd.backward(y, dy)
+        return None, x.grad
+
+
+def test_a_checkpoint_of_another_library(make):
+    kept = nn.Sequential(nn.Linear(C, C), make(), nn.Linear(C, C), make())
+    dropped = copy.deepcopy(kept)
+    for _ in range(5):
+        for_two = torch.randn(2, 9, C)
+        sum(kept(x.clone().requires_grad_()).square().sum() for x in for_two).backward()
+        sum(OwnCheckpoint.apply(dropped, x.clone().requires_grad_()).square().sum() for x in for_two).backward()
+        equal(dropped, kept, exact=False)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_checkpoint_leaves_behind_goes_with_its_graph(make, reentrant):
+    import gc
+    import weakref
+
+    from normfuse.ops import _recompute
+
+    left = weakref.WeakSet()
+
+    class Watched(_recompute._FirstRuns):
+        def __init__(self):
+            super().__init__()
+            left.add(self)
+
+    original, _recompute._FirstRuns = _recompute._FirstRuns, Watched
+    try:
+        model = Stack(make)
+        loss = model(torch.randn(4, 5, C).requires_grad_(), wrapped(reentrant)).sum()
+        assert len(left) == 3
+        loss.backward()
+        del loss
+        gc.collect()
+        assert len(left) == 0
+    finally:
+        _recompute._FirstRuns = original
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize("arranged", ["inside", "around", "around, reentrant"])
+@pytest.mark.parametrize("name", ["unified", "power"])
+def test_checkpointing_and_compilation(name, arranged, backend):
+    torch.compiler.reset()
+    kept = nn.Sequential(nn.Linear(C, C), NORMS[name](), nn.Linear(C, C), NORMS[name]()).double()
+    dropped = copy.deepcopy(kept)
+
+    def checkpointed(x):
+        return checkpoint(dropped, x, use_reentrant=False, context_fn=keep_norms)
+
+    compiled = torch.compile(checkpointed if arranged == "inside" else dropped, backend=backend, fullgraph=True)
+
+    def around(x):
+        return checkpoint(compiled, x, use_reentrant=arranged == "around, reentrant")
+
+    run = compiled if arranged == "inside" else around
+    for _ in range(4):
+        x = torch.randn(7, C, dtype=torch.float64)
+        results = [call(x.clone().requires_grad_()) for call in (kept, run)]
+        for y in results:
+            y.square().sum().backward()
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+        for (label, left), right in zip(dropped.state_dict().items(), kept.state_dict().values(), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12, msg=lambda m, label=label: f"{label}: {m}")
+        for left, right in zip(dropped.parameters(), kept.parameters(), strict=True):
+            torch.testing.assert_close(left.grad, right.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_keeping_what_norms_return(make):
+    kept = Stack(make)
+    dropped = copy.deepcopy(kept)
+    for step in range(4):
+        losses_of(kept, plain, "two forwards, one backward", step)
+        losses_of(dropped, wrapped(False, context_fn=keep_norms), "two forwards, one backward", step)
+        equal(dropped, kept)
+
+
+def test_a_checkpoint_inside_compiled_code_without_keep_norms_is_refused():
+    torch.compiler.reset()
+    norm = NORMS["power"]()
+    run = torch.compile(lambda x: checkpoint(norm, x, use_reentrant=False), backend="aot_eager_decomp_partition")
+    loss = run(torch.randn(7, C).requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+FORWARD = {"running_var", "buffer_x2", "iters", "running_phi"}
+BACKWARD = {"ema_gz", "buffer_gz"}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_forward_alone_moves_the_forward_statistics(make, mode):
+    norm, twin = make(), make()
+    for x in torch.randn(4, 9, C):
+        before = statistics(norm)
+        with mode():
+            norm(x)
+        assert moved(norm, before) - {"skip_counter"} == FORWARD & before.keys()
+        twin(x.clone().requires_grad_())
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), twin.buffers(), strict=True))
+    norm(x.clone().requires_grad_()).square().sum().backward()  # and training goes on
+    assert all(value.isfinite().all() for value in norm.buffers())
+
+
+def test_an_exception_before_the_backward_leaves_the_backward_statistics(make):
+    norm = make()
+    norm(torch.randn(9, C).requires_grad_()).square().sum().backward()
+    before = statistics(norm)
+    with pytest.raises(ZeroDivisionError):
+        loss = norm(torch.randn(9, C).requires_grad_()).square().sum()
+        raise ZeroDivisionError(loss)
+    assert moved(norm, before) - {"skip_counter"} == FORWARD & before.keys()
+    before = statistics(norm)
+    norm(torch.randn(9, C).requires_grad_()).square().sum().backward()
+    assert norm.iters.item() == 3 and moved(norm, before) - {"skip_counter"} == (FORWARD | BACKWARD) & before.keys()
+
+
+def test_a_refused_forward_moves_nothing(make):
+    norm = make()
+    before = statistics(norm)
+    with pytest.raises(ValueError, match="expected 6"):
+        norm(torch.randn(9, C + 1))
+    assert moved(norm, before) == set()
+
+
+def test_every_forward_and_every_backward_counts_once(make):
+    """Two forwards before a backward are two forward steps, then two backward steps; each accumulated one too."""
+    norm, twin = make(), make()
+    x, y = torch.randn(2, 9, C)
+    (norm(x.requires_grad_()).square().sum() + norm(y.requires_grad_()).square().sum()).backward()
+    assert norm.iters.item() == 2
+    first = twin(x.detach().requires_grad_())
+    second = twin(y.detach().requires_grad_())
+    second.square().sum().backward()
+    middle = statistics(twin)
+    first.square().sum().backward()
+    assert moved(twin, middle) == BACKWARD & middle.keys()
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), twin.buffers(), strict=True))
+
+
+def test_a_forward_inside_a_backward_moves_nothing(make):
+    norm = make()
+
+    class Peek(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            before = statistics(norm)
+            norm(torch.randn(9, C))
+            assert moved(norm, before) == set()
+            return dy
+
+    Peek.apply(torch.randn(9, C).requires_grad_()).sum().backward()
+    assert norm.iters.item() == 0
