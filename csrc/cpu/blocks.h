@@ -13,7 +13,7 @@
 namespace normfuse::cpu {
 
 struct RowBlocks {
-  static constexpr int64_t kElements = 16384;  // per block: its rows stay in a core's cache
+  static constexpr int64_t kElements = 8192;  // per block: its rows stay in a core's cache
   int64_t rows;
   int64_t size;
   int64_t count;
