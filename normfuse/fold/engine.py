@@ -16,7 +16,7 @@ from .report import FoldError, FoldReport, NormRecord
 from .rules import OPAQUE, Rule, Use, find_rule
 from .rules.affine import Coefficients
 from .rules.base import is_float
-from .scales import Scales
+from .scales import Outcome, Scales
 from .settle import settle_shifts
 
 aten = torch.ops.aten
@@ -37,11 +37,12 @@ class Folding:
         stored: scale variables that go into weights.
     """
 
-    def __init__(self, program: Program, *, copy_shared: bool, carry_biases: bool) -> None:
+    def __init__(self, program: Program, *, copy_shared: bool, carry_biases: bool, max_scale_range: float) -> None:
         self.program = program
         self.copy_shared = copy_shared
         self.carry_biases = carry_biases
-        self.scales = Scales()
+        self.max_scale_range = max_scale_range
+        self.scales = Scales(max_scale_range)
         self.rule_of: dict[Node, Rule] = {}
         self.scale_of: dict[Node, Any] = {}
         self.shift_of: dict[Node, Any] = {}
@@ -82,8 +83,8 @@ class Folding:
                 self.kept[node] = "a constant factor is not finite"
             elif not a.all():
                 with_zeros.append(node)
-            elif not self.scales.demand(self.scale(node), self.scale(operand), a):
-                self.kept[node] = self._why_contradicted(node)
+            elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
+                self.kept[node] = self._why_not(node, outcome)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
         for node in with_zeros:
             operand, a, b = self.affine[node]
@@ -337,7 +338,11 @@ class Folding:
                 "finite and the running variance not negative"
             )
 
-    def _why_contradicted(self, node: Node) -> str:
+    def _why_not(self, node: Node, outcome: Outcome) -> str:
+        if outcome is Outcome.RANGE:
+            return f"the scales in one channel of its stream would span more than a factor of {self.max_scale_range:g}"
+        if outcome is Outcome.SIGN:
+            return "some of its scales are negative, and what stands between two weights passes positive ones only"
         before = self.scales.why_pinned(self.scale(self.affine[node].operand))
         behind = self.scales.why_pinned(self.scale(node))
         if before and behind:
@@ -349,7 +354,11 @@ class Folding:
 
 
 def fold(
-    program: ExportedProgram, *, copy_shared: bool = True, carry_biases: bool = False
+    program: ExportedProgram,
+    *,
+    copy_shared: bool = True,
+    carry_biases: bool = False,
+    max_scale_range: float = 2.0**40,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
@@ -361,6 +370,9 @@ def fold(
         carry_biases: whether the biases of the weights that write into a residual stream leave it as shifts and go
             into the weights that read it. It saves an addition per branch; where the stream's constant part is large
             against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
+        max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
+            places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
+            leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
@@ -369,7 +381,7 @@ def fold(
         FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
     """
     opened = Program(program)
-    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases)
+    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases, max_scale_range=max_scale_range)
     report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
     folding.relate()
     folding.solve()

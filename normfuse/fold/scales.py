@@ -8,22 +8,52 @@ be required to be positive; a root then carries the sign that this asks of its o
 
 from __future__ import annotations
 
+import enum
+from typing import NamedTuple
+
 import numpy as np
 
 # Ratios that reach one channel on two ways agree when they differ by rounding only: a few thousand float64 products.
 AGREEMENT = 1e-12
 
 
+class Outcome(enum.Enum):
+    """What became of a demand; true when it was met."""
+
+    MET = "met"
+    CONTRADICTS = "the ratio contradicts what is known"
+    SIGN = "a scale that must be positive would be negative"
+    RANGE = "the scales of one class would span too much"
+
+    def __bool__(self) -> bool:
+        return self is Outcome.MET
+
+
+class _Attached(NamedTuple):
+    """Roots that were given parents, and what the parents carried before."""
+
+    roots: np.ndarray
+    parents: np.ndarray
+    before: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 class Scales:
-    """Unknown scales, addressed by integer arrays of variable numbers of any shape."""
+    """Unknown scales, addressed by integer arrays of variable numbers of any shape.
+
+    Args:
+        max_range: largest allowed ratio between two scales of one class.
+    """
 
     ONE = 0
 
-    def __init__(self) -> None:
+    def __init__(self, max_range: float = np.inf) -> None:
+        self._max_bits = np.log2(max_range)
         self._count = 1
         self._parent = np.arange(1)
         self._ratio = np.ones(1)
         self._sign = np.ones(1, np.int8)  # of a root's value: +1, -1, or 0 where nothing is asked
+        self._low = np.zeros(1)  # of a root: the range of its members' scales relative to its own, in bits
+        self._high = np.zeros(1)
         self._reason = np.zeros(1, np.int32)
         self._reasons: list[str] = [""]
         self._values: np.ndarray | None = None
@@ -37,6 +67,8 @@ class Scales:
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), len(self._parent) + more)])
             self._ratio = np.concatenate([self._ratio, np.ones(more)])
             self._sign = np.concatenate([self._sign, np.zeros(more, np.int8)])
+            self._low = np.concatenate([self._low, np.zeros(more)])
+            self._high = np.concatenate([self._high, np.zeros(more)])
             self._reason = np.concatenate([self._reason, np.zeros(more, np.int32)])
         return np.arange(start, self._count).reshape(shape)
 
@@ -59,17 +91,20 @@ class Scales:
         roots, _ = self._roots(index.ravel())
         self._sign[roots] = 1
 
-    def demand(self, out: np.ndarray, inp: np.ndarray, ratio: np.ndarray) -> bool:
-        """Ask for ``scale[out] = ratio * scale[inp]``; met for all channels or, when one contradicts, for none."""
+    def demand(self, out: np.ndarray, inp: np.ndarray, ratio: np.ndarray) -> Outcome:
+        """Ask for ``scale[out] = ratio * scale[inp]``.
+
+        Met for all channels or, when one contradicts what is known or would stretch its class beyond the largest
+        allowed range, for none.
+        """
         out, inp, ratio = np.broadcast_arrays(out, inp, ratio)
-        attached: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        if self._union(out.ravel(), inp.ravel(), ratio.ravel(), attached):
-            return True
-        for roots, parents, signs in reversed(attached):
-            self._parent[roots] = roots
-            self._ratio[roots] = 1.0
-            self._sign[parents] = signs
-        return False
+        attached: list[_Attached] = []
+        outcome = self._union(out.ravel(), inp.ravel(), ratio.ravel(), attached)
+        for step in reversed(attached) if not outcome else ():
+            self._parent[step.roots] = step.roots
+            self._ratio[step.roots] = 1.0
+            self._sign[step.parents], self._low[step.parents], self._high[step.parents] = step.before
+        return outcome
 
     def is_pinned(self, index: np.ndarray) -> bool:
         """Whether every variable in `index` is tied to the constant one."""
@@ -137,18 +172,18 @@ class Scales:
         a: np.ndarray,
         b: np.ndarray,
         ratio: np.ndarray,
-        attached: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        attached: list[_Attached],
         reason: int | None = None,
-    ) -> bool:
+    ) -> Outcome:
         while True:
             root_a, ratio_a = self._roots(a)
             root_b, ratio_b = self._roots(b)
             factor = ratio * ratio_b / ratio_a  # value[root_a] = factor * value[root_b]
             met = root_a == root_b
             if np.any(np.abs(factor[met] - 1.0) > AGREEMENT):
-                return False
+                return Outcome.CONTRADICTS
             if met.all():
-                return True
+                return Outcome.MET
             a, b, ratio = a[~met], b[~met], ratio[~met]
             root_a, root_b, factor = root_a[~met], root_b[~met], factor[~met]
             high, low = np.maximum(root_a, root_b), np.minimum(root_a, root_b)
@@ -156,11 +191,13 @@ class Scales:
             # One parent per root and round; what is left over meets again in the next round.
             high, first = np.unique(high, return_index=True)
             low, factor = low[first], factor[first]
-            attached.append((high, low, self._sign[low]))
+            attached.append(_Attached(high, low, (self._sign[low], self._low[low], self._high[low])))
             self._parent[high] = low
             self._ratio[high] = factor
             if not self._join_signs(high, low, factor):
-                return False
+                return Outcome.SIGN
+            if not self._join_ranges(high, low, factor):
+                return Outcome.RANGE
             for root in high[low == self.ONE] if reason is None else ():
                 partner = first[np.searchsorted(high, root)]
                 known = a[partner] if root_b[partner] == root else b[partner]
@@ -177,6 +214,13 @@ class Scales:
                 return False
             self._sign[parents] = sign
         return True
+
+    def _join_ranges(self, high: np.ndarray, low: np.ndarray, factor: np.ndarray) -> bool:
+        """Let parents span what attached roots span; False where a class becomes too wide."""
+        bits = np.log2(np.abs(factor))
+        np.minimum.at(self._low, low, self._low[high] + bits)
+        np.maximum.at(self._high, low, self._high[high] + bits)
+        return bool((self._high[low] - self._low[low] <= self._max_bits).all())
 
     def _reason_code(self, variable: int) -> int:
         while self._parent[variable] != self.ONE:

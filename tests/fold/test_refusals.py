@@ -37,7 +37,7 @@ def test_statistics_that_are_not_finite_name_the_layer(value: float) -> None:
 
 def test_a_weight_that_would_leave_its_dtype_is_refused() -> None:
     model = nn.Sequential(nn.Linear(C, C), normfuse.nn.UnifiedNorm(C), nn.GELU()).eval()
-    model[1].weight.data.fill_(1e30)
+    model[1].weight.data.fill_(1e11)
     model[0].weight.data.fill_(1e30)
     with pytest.raises(FoldError, match=r"'0.weight' leaves the range of float32"):
         fold(export(model, (torch.randn(3, C),)))
@@ -120,6 +120,24 @@ def test_a_norm_added_to_its_own_input_stays() -> None:
 
     _, report = folded(Loop(), sequence())
     assert status(report) == ["kept"] and "meets its own input" in report.norms[0].reason
+
+
+def test_a_stream_whose_scales_span_too_much_keeps_as_few_norms_as_needed() -> None:
+    """Eight norms, each with a gain of 10 on one channel, and room for 1000 between the extremes."""
+    torch.manual_seed(0)
+    model = look_trained(Transformer("unified", "post", depth=4, width=16, vocabulary=None))
+    model.embed_norm = nn.Identity()
+    for block in model.blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.weight.data.fill_(1.0)
+            norm.weight.data[3] = 10.0
+            norm.running_var.fill_(1.0)
+    inputs = (torch.randn(3, 7, 6, dtype=torch.float64),)
+    _, report = folded(model, inputs, max_scale_range=1001.0)
+    assert [record.name for record in report.remaining] == ["blocks.1.norm2", "blocks.3.norm2"]
+    assert "span more than" in report.remaining[0].reason
+    _, report = folded(model, inputs)
+    assert not report.remaining
 
 
 def test_norms_on_queries_and_keys_go_into_their_projections() -> None:

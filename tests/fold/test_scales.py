@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfuse.fold.scales import Scales
+from normfuse.fold.scales import Outcome, Scales
 
 
 def test_fresh_variables_are_free_and_stay_one() -> None:
@@ -90,11 +90,21 @@ def test_contradicting_signs_are_refused_and_undone() -> None:
     a, b, c = (scales.fresh((1,)) for _ in range(3))
     scales.require_positive(a)
     scales.require_positive(b)
-    assert not scales.demand(b, a, np.array([-1.0]))
+    assert scales.demand(b, a, np.array([-1.0])) is Outcome.SIGN
     assert scales.demand(b, a, np.array([2.0]))
     scales.pin(c, "input")
     assert not scales.demand(c, b, np.array([-1.0]))
     assert scales.demand(c, b, np.array([1.0]))
+
+
+def test_a_class_stays_within_the_allowed_range() -> None:
+    scales = Scales(max_range=100.0)
+    a, b, c = (scales.fresh((2,)) for _ in range(3))
+    assert scales.demand(b, a, np.array([20.0, 0.1]))
+    assert scales.demand(c, b, np.array([20.0, 1.0])) is Outcome.RANGE
+    assert scales.alone(c)
+    assert scales.demand(c, b, np.array([0.05, 0.2]))
+    assert scales.demand(c, a, np.array([1.0, 0.02]))
 
 
 def test_an_equality_after_a_contradicting_ratio_is_a_mistake_of_the_caller() -> None:
@@ -131,7 +141,7 @@ def test_agrees_with_potentials_found_by_search(demands: list[tuple[int, int, fl
     for a, b, r in demands:
         known = 1.0 if a == b else ratio(a, b)
         agrees = known is None or abs(known / r - 1) <= 1e-9
-        assert scales.demand(variables[a : a + 1], variables[b : b + 1], np.array([r])) is bool(agrees)
+        assert bool(scales.demand(variables[a : a + 1], variables[b : b + 1], np.array([r]))) is bool(agrees)
         if agrees and a != b:
             met.append((a, b, r))
     scales.solve(variables)
