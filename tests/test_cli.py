@@ -243,7 +243,7 @@ def test_a_terminated_export_leaves_no_file(tmp_path):
     command = [sys.executable, "-m", "normfuse", "export", "m.pt", "--out", "m.onnx"]
     with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as running:
         for line in running.stdout:
-            if "trace with torch.export" in line:  # so the files are in the making
+            if "load m.pt" in line:  # the folder for the files is there, and seconds of work lie ahead
                 running.terminate()
                 break
         assert running.wait(60) == 143
