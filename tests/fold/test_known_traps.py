@@ -1,0 +1,165 @@
+"""Traps in which published folding tools give wrong results without a word. Each must be right or refused here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normfuse.fold import FoldError, fold
+
+from .checks import folded, operations
+
+
+def batch_norm(kind: type[nn.Module], channels: int) -> nn.Module:
+    torch.manual_seed(1)
+    norm = kind(channels)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.data.uniform_(0.5, 2)
+    norm.bias.data.uniform_(-1, 1)
+    return norm
+
+
+def test_a_layer_used_twice_with_a_norm_behind_one_use() -> None:
+    """Folding the norm into the layer in place changes the other use as well."""
+
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.linear(x))) + F.relu(self.linear(x))
+
+    _, report = folded(Reused(), (torch.randn(5, 6, dtype=torch.float64),))
+    assert not report.remaining
+
+
+def test_linear_with_a_batch_norm_over_another_axis() -> None:
+    """BatchNorm1d on [batch, positions, features] normalises positions; a linear's weight knows features only."""
+
+    class OtherAxis(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.norm(self.linear(x)))
+
+    program, report = folded(OtherAxis(), (torch.randn(5, 6, 6, dtype=torch.float64),))
+    assert [record.status for record in report.norms] == ["kept"]
+    assert "aten.mul.Tensor" in operations(program) or "aten.batch_norm.default" in operations(program)
+
+
+def test_a_vector_that_broadcasts_over_the_width_is_no_channel_scale() -> None:
+    """Conv, then a product with a vector of as many entries as there are channels and columns."""
+
+    class Width(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.factor = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.rand(4) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.conv(x) * self.factor)
+
+    program, _ = folded(Width(), (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
+    assert "aten.mul.Tensor" in operations(program)
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0.5, 1.0), (1.0, 3.0), (0.0, 1.0)])
+def test_a_product_with_beta_and_alpha(beta: float, alpha: float) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = batch_norm(nn.BatchNorm1d, 6)
+            self.w, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.b, self.norm(x), self.w, beta=beta, alpha=alpha)
+
+    folded(Scaled(), (torch.randn(5, 6, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_a_grouped_convolution_between_additions(groups: int) -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(6, 6, 3, groups=groups), batch_norm(nn.BatchNorm2d, 6)
+            self.constant = nn.Parameter(torch.randn(6, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.norm(self.conv(self.norm(F.gelu(x)) + self.constant) + self.constant))
+
+    _, report = folded(Grouped(), (torch.randn(2, 6, 5, 5, dtype=torch.float64),))
+    assert not report.remaining
+
+
+def test_a_shift_in_front_of_zero_padding() -> None:
+    """The border sees no shift: only the scale may go into the convolution."""
+    model = nn.Sequential(batch_norm(nn.BatchNorm2d, 3), nn.Conv2d(3, 4, 3, padding=1))
+    program, report = folded(model, (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
+    assert [record.status for record in report.norms] == ["partly folded"]
+    assert operations(program) == ["aten.add.Tensor", "aten.conv2d.default"]
+
+
+def test_a_weight_that_leaves_float16_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6), nn.GELU()).half().eval()
+    model[1].running_var.fill_(1e-4)
+    model[0].weight.data.fill_(1e4)
+    with pytest.raises(FoldError, match="range of float16"):
+        fold(torch.export.export(model, (torch.randn(3, 6).half(),)))
+
+
+def test_quantised_weights_are_left_alone() -> None:
+    """A weight that another library computes from integers is not ours to rewrite."""
+    import torch.ao.quantization.fx._decomposed
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = batch_norm(nn.BatchNorm1d, 6)
+            self.register_buffer("weight", torch.randint(-100, 100, (4, 6), dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.ops.quantized_decomposed.dequantize_per_tensor(self.weight, 0.01, 0, -128, 127, torch.int8)
+            return F.linear(self.norm(x), weight.to(x.dtype))
+
+    program, report = folded(Quantised(), (torch.randn(5, 6, dtype=torch.float64),))
+    assert [record.status for record in report.norms] == ["kept"]
+    assert any("dequantize" in name for name in operations(program))
+
+
+def test_control_flow_is_left_alone() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = batch_norm(nn.BatchNorm1d, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (self.norm(x),)))
+
+    _, report = folded(Branching(), (torch.randn(5, 6, dtype=torch.float64),))
+    assert [record.status for record in report.norms] == ["kept"]
+
+
+def test_rotary_embeddings_stop_what_comes_from_queries() -> None:
+    """Rotation mixes pairs of channels with computed angles: a norm in front of it goes into the projection."""
+
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.norm = nn.Linear(8, 8), batch_norm(nn.BatchNorm1d, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.norm(self.q(x).mT).mT
+            angle = torch.arange(x.shape[1], device=x.device)[:, None] * torch.exp(-torch.arange(4, dtype=x.dtype))
+            cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+            rotated = torch.cat([-q[..., 4:], q[..., :4]], -1)
+            q = q * cos + rotated * sin
+            return (q @ q.mT).softmax(-1)
+
+    _, report = folded(Rotary(), (torch.randn(2, 5, 8, dtype=torch.float64),))
+    assert {record.status for record in report.norms if record.kind == "BatchNorm1d"} == {"folded"}
