@@ -19,6 +19,12 @@ NORMFUSE_INLINE Acc mean_or(Acc sum, int64_t count, Acc otherwise) {
   return count > 0 ? sum / Acc(count) : otherwise;
 }
 
+// A step's number that is not finite shows in the step's results but never enters a statistic.
+template <class Acc>
+NORMFUSE_INLINE bool usable(Acc v) {
+  return v - v == Acc(0);
+}
+
 template <class Acc>
 NORMFUSE_INLINE Acc arithmetic_mean(const Acc* column, int64_t window, int64_t stride) {
   Acc sum = 0;
@@ -75,19 +81,20 @@ struct UnifiedStats {
 };
 
 // var = q or the window's geometric mean; r = sqrt(var + eps) / sqrt(running_var + eps), clamped; then
-// running_var moves.
+// running_var moves. The window holds q already.
 template <class Acc>
-NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, const Acc* column,
+NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, Acc* column,
                                                           int64_t stride, Acc eps, Acc momentum,
                                                           Acc* running_var) {
-  const Acc var = step.uses_window() ? geometric_mean(column, step.window, stride) : q;
+  if (!usable(q)) column[step.t % step.window * stride] = *running_var;
+  const Acc var = step.uses_window() && usable(q) ? geometric_mean(column, step.window, stride) : q;
   const int64_t quiet = step.warmup_iters > 1000 ? step.warmup_iters : 1000;
   Acc r = 1;
   if (step.t > quiet && !step.skip) {
     r = std::sqrt(var + eps) / std::sqrt(*running_var + eps);
     r = r < Acc(0.2) ? Acc(0.2) : r > Acc(5) ? Acc(5) : r;
   }
-  *running_var = momentum * *running_var + (1 - momentum) * var;
+  if (usable(q)) *running_var = momentum * *running_var + (1 - momentum) * var;
   return {inverse_sqrt(var + eps), r};
 }
 
@@ -96,10 +103,10 @@ template <class Acc>
 NORMFUSE_INLINE Coefficients<Acc> unified_backward_channel(const UnifiedStep& step, Acc m, Acc weight,
                                                            UnifiedStats<Acc> stats, Acc* column,
                                                            int64_t stride, Acc momentum, Acc* ema_gz) {
-  column[step.t % step.window * stride] = step.skip ? *ema_gz : m;
+  column[step.t % step.window * stride] = step.skip || !usable(m) ? *ema_gz : m;
   const Acc mg = step.uses_window() ? arithmetic_mean(column, step.window, stride) : m;
-  *ema_gz = momentum * *ema_gz + (1 - momentum) * mg;
-  const Acc pull = step.skip ? mg : *ema_gz;
+  if (usable(m)) *ema_gz = momentum * *ema_gz + (1 - momentum) * mg;
+  const Acc pull = step.skip && usable(m) ? mg : *ema_gz;
   return {weight * stats.r * stats.inv_std, pull * stats.inv_std * stats.inv_std};
 }
 
@@ -108,6 +115,7 @@ NORMFUSE_INLINE bool power_uses_batch(int64_t t, int64_t warmup_iters) { return 
 
 template <class Acc>
 NORMFUSE_INLINE Acc power_moved_phi(int64_t t, int64_t warmup_iters, Acc q, Acc phi, Acc alpha_fwd) {
+  if (!usable(q)) return phi;
   if (t < warmup_iters) phi = phi * (Acc(t - 1) / Acc(t)) + q / Acc(t);
   return alpha_fwd * phi + (1 - alpha_fwd) * q;
 }
@@ -123,7 +131,8 @@ NORMFUSE_INLINE Coefficients<Acc> power_coefficients(Acc weight, Acc ema_gz, Acc
 template <class Acc>
 NORMFUSE_INLINE Acc power_moved_ema(Acc weight, Acc ema_gz, Acc inv_used, Acc mean_dyx, Acc mean_x2,
                                     Acc alpha_bkw) {
-  return ema_gz + weight * inv_used * mean_dyx - (1 - alpha_bkw) * ema_gz * inv_used * inv_used * mean_x2;
+  const Acc step = weight * inv_used * mean_dyx - (1 - alpha_bkw) * ema_gz * inv_used * inv_used * mean_x2;
+  return usable(step) ? ema_gz + step : ema_gz;
 }
 
 }  // namespace normfuse

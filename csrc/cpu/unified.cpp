@@ -102,8 +102,8 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   a.step[1] = step.skip;
   Acc *inv_std = static_cast<Acc*>(a.stats), *ratio = inv_std + n;
   for (int64_t c = 0; c < n; ++c) {
-    const auto stats = unified_forward_channel(step, q[c], static_cast<const Acc*>(a.buffer_x2) + c, n,
-                                               Acc(a.eps), Acc(a.momentum), running + c);
+    const auto stats = unified_forward_channel(step, q[c], static_cast<Acc*>(a.buffer_x2) + c, n, Acc(a.eps),
+                                               Acc(a.momentum), running + c);
     inv_std[c] = stats.inv_std;
     ratio[c] = stats.r;
     scale[c] = static_cast<const Acc*>(a.weight)[c] * stats.inv_std;
