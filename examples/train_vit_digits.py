@@ -1,7 +1,7 @@
 """Trains a small vision transformer on scikit-learn's handwritten digits and saves it for export.
 
-    python examples/train_vit_digits.py --norm unified --placement pre --out vit.pt
-    normfuse export vit.pt --out vit.onnx
+python examples/train_vit_digits.py --norm unified --placement pre --out vit.pt
+normfuse export vit.pt --out vit.onnx
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import normfuse
 
-BATCH = 64
+BATCH = 32
 HELD_OUT = 360
 
 

@@ -105,6 +105,13 @@ class Block(nn.Module):
         return x
 
 
+def initialise(module: nn.Module) -> None:
+    """Xavier for linears; for ``model.apply``. Torch's own start is too small for trainings this short."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def final_norm(norm: str, placement: str, dim: int, warmup_iters: int) -> nn.Module:
     """The norm between the last block and the head; post-norm blocks already end with one."""
     return nn.Identity() if placement == "post" else make_norm(norm, dim, warmup_iters)

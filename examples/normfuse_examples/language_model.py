@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, final_norm
+from .blocks import Block, final_norm, initialise
 
 
 class LanguageModel(nn.Module):
@@ -37,8 +37,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(256, dim)
         self.positions = nn.Parameter(torch.empty(1, context, dim))
-        nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.tokens.weight, std=0.5)
+        nn.init.normal_(self.positions, std=0.5)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, heads, norm=norm, placement=placement, dropout=dropout, warmup_iters=warmup_iters, causal=True)
@@ -46,6 +46,7 @@ class LanguageModel(nn.Module):
         )
         self.norm = final_norm(norm, placement, dim, warmup_iters)
         self.head = nn.Linear(dim, 256)
+        self.apply(initialise)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.dropout(self.tokens(tokens) + self.positions[:, : tokens.shape[1]])

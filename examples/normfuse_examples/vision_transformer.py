@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, final_norm
+from .blocks import Block, final_norm, initialise
 
 
 class VisionTransformer(nn.Module):
@@ -33,15 +33,15 @@ class VisionTransformer(nn.Module):
         heads: int = 4,
         norm: str = "unified",
         placement: str = "pre",
-        dropout: float = 0.1,
+        dropout: float = 0.05,
         warmup_iters: int = 100,
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, dim))
-        nn.init.trunc_normal_(self.class_token, std=0.02)
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.trunc_normal_(self.class_token, std=0.5)
+        nn.init.trunc_normal_(self.positions, std=0.5)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, heads, norm=norm, placement=placement, dropout=dropout, warmup_iters=warmup_iters)
@@ -49,6 +49,7 @@ class VisionTransformer(nn.Module):
         )
         self.norm = final_norm(norm, placement, dim, warmup_iters)
         self.head = nn.Linear(dim, classes)
+        self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)
