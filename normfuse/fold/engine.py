@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
-from .program import Program, largest_entry
-from .report import FoldError, FoldReport, NormRecord
-from .rules import OPAQUE, Rule, Use, find_rule
+from .program import Program, largest_entry, piece
+from .report import FoldError
+from .rules import Rule, Use, find_rule
 from .rules.affine import Coefficients
 from .rules.base import is_float
 from .scales import Outcome, Scales
-from .settle import settle_shifts
 
 aten = torch.ops.aten
 
@@ -211,14 +208,24 @@ class Folding:
         """Numbers along one axis as a float64 vector."""
         return torch.from_numpy(np.array(keep_axis(numbers, axis, size, collapse_equal)))
 
-    def set_weight(self, node: Node, weight: Node, new: torch.Tensor, old: torch.Tensor) -> None:
-        """Let an operation read `new` for its weight, stored in the same dtype."""
-        name = self.program.name(weight)
-        node.replace_input_with(weight, self.program.add_parameter(name, new, weight))
+    def scale_weight(self, node: Node, weight: Node, *factors: torch.Tensor, minus: torch.Tensor | None = None) -> None:
+        """Let an operation read ``(weight - minus) * factors``, stored in the weight's dtype.
+
+        Factors and `minus` are laid against the weight: on each axis of its size or of size one.
+        """
+        name, old_largest, new_largest = self.program.name(weight), 0.0, 0.0
+        stored = torch.empty(weight.meta["val"].shape, dtype=weight.meta["val"].dtype)
+        for rows, block in self.program.blocks(weight):
+            old_largest = max(old_largest, largest_entry(block))
+            new = block - piece(minus, rows) if minus is not None else block.clone()
+            for factor in factors:
+                new.mul_(piece(factor, rows))
+            stored[rows] = new
+            new_largest = max(new_largest, largest_entry(new))
+        node.replace_input_with(weight, self.program.add_parameter(name, stored, weight))
         self.absorbed.setdefault(node, []).append(name)
-        largest = largest_entry(old)
-        if largest > 0:
-            self.weight_growth = max(self.weight_growth, largest_entry(new) / largest)
+        if old_largest > 0:
+            self.weight_growth = max(self.weight_growth, new_largest / old_largest)
 
     def create_weight(self, node: Node, argument: str, value: torch.Tensor) -> None:
         """Give an operation a weight it did not have, in the dtype of its input."""
@@ -351,132 +358,3 @@ class Folding:
             "its result meets its own input again (in an addition) or is mixed over its channels: "
             "no weight between them can take the scale"
         )
-
-
-def fold(
-    program: ExportedProgram,
-    *,
-    copy_shared: bool = True,
-    carry_biases: bool = False,
-    max_scale_range: float = 2.0**40,
-) -> tuple[ExportedProgram, FoldReport]:
-    """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
-
-    Args:
-        program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
-            decomposition. It is not changed.
-        copy_shared: whether a weight that is read at several places may be stored once per place where the places
-            need different values. Otherwise operations with a shared weight stay as they are.
-        carry_biases: whether the biases of the weights that write into a residual stream leave it as shifts and go
-            into the weights that read it. It saves an addition per branch; where the stream's constant part is large
-            against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
-        max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
-            places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
-            leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
-
-    Returns:
-        The folded program, equal to `program` up to rounding, and a report of every decision.
-
-    Raises:
-        FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
-    """
-    opened = Program(program)
-    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases, max_scale_range=max_scale_range)
-    report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
-    folding.relate()
-    folding.solve()
-    settle_shifts(folding)
-    records = _records(folding)
-    folding.rewrite()
-    for record, around in records:
-        names = [name for node in around for name in folding.absorbed.get(node, ())]
-        record.absorbed_by = list(dict.fromkeys(names))
-        report.norms.append(record)
-    if folding.stored:
-        used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
-        report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
-    report.weight_growth = folding.weight_growth
-    folded = opened.finish()
-    report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
-    report.bytes_copied = opened.bytes_copied
-    return folded, report
-
-
-def fuse(
-    model: torch.nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
-    dynamic_shapes: Any = None,
-    kwargs: dict[str, Any] | None = None,
-) -> torch.nn.Module:
-    """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
-
-    Args:
-        model: the model; its mode is restored, its parameters are not changed.
-        example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
-        dynamic_shapes: as for :func:`torch.export.export`.
-        kwargs: keyword inputs to export with.
-
-    Raises:
-        FoldError: see :func:`fold`.
-    """
-    training = model.training
-    try:
-        program = torch.export.export(model.eval(), example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
-    finally:
-        model.train(training)
-    return fold(program)[0].module()
-
-
-def _records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
-    """One record per module (affine maps in one norm belong together), with the operations around it."""
-    spilling = {source for node in folding.spilled for source in _sources_of_shift(node, folding)}
-    records: dict[str, tuple[NormRecord, list[Node]]] = {}
-    for node, (_, a, _) in folding.affine.items():
-        path, kind = folding.module(node)
-        norm = folding.is_norm(node)
-        if not norm and a.size == 1:
-            continue
-        key = path if norm else node.name
-        name = path if norm else f"{path}.{node.name}".lstrip(".")
-        record, around = records.setdefault(key, (NormRecord(name, kind if norm else "affine"), []))
-        if node in folding.kept:
-            record.status, record.reason = "kept", folding.kept[node]
-        elif node in spilling and record.status == "folded":
-            record.status = "partly folded"
-            record.reason = "its shift meets an operation that cannot take one, and no weight before it can cancel it"
-        around += _operations_around(node, folding)
-    return list(records.values())
-
-
-def _sources_of_shift(node: Node, folding: Folding) -> Iterable[Node]:
-    """The affine maps from which the shift of a value may have come."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or current not in folding.rule_of:
-            continue
-        seen.add(current)
-        if current in folding.affine and folding.affine[current].b.any():
-            yield current
-        pending += [o for o in current.all_input_nodes if is_float(o) and np.any(folding.shift_of.get(o, 0))]
-
-
-def _operations_around(node: Node, folding: Folding) -> Iterable[Node]:
-    """The operations that read a norm's result and those that write its input.
-
-    They are looked for through operations without weights, but through one that brings several values together only
-    once: behind it begins the rest of the residual stream.
-    """
-    pending, found = [(node, True, False), (node, False, False)], []
-    while pending:
-        current, forward, met = pending.pop()
-        for neighbour in current.users if forward else current.all_input_nodes:
-            rule = folding.rule_of.get(neighbour)
-            if rule is None or rule is OPAQUE or neighbour in found:
-                continue
-            found.append(neighbour)
-            several = sum(operand in folding.scale_of for operand in neighbour.all_input_nodes) > 1
-            weights = rule.owns_constants and neighbour not in folding.affine
-            if not (weights or (several and met)):
-                pending.append((neighbour, forward, met or several))
-    return found

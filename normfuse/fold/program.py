@@ -26,6 +26,8 @@ _SMOOTH = {
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int),
     *(aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default),
 }
+# Entries of a weight that are rewritten at once: 64 MB in float64.
+BLOCK_ENTRIES = 1 << 23
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 
@@ -84,6 +86,16 @@ class Program:
             return True
         return node.target in (*_SMOOTH, *_CASTS) and all(self._smooth(operand) for operand in node.all_input_nodes)
 
+    def blocks(self, node: Node) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The value of a constant in float64, piece by piece along its first axis, so that large weights fit."""
+        if node.name not in self._targets:
+            yield slice(None), self.constant(node)
+            return
+        tensor = self._tensor(node).detach()
+        rows = max(1, BLOCK_ENTRIES * max(tensor.shape[0], 1) // max(tensor.numel(), 1))
+        for start in range(0, tensor.shape[0], rows):
+            yield slice(start, start + rows), _widen(tensor[start : start + rows])
+
     def name(self, node: Node) -> str:
         """The name of the parameter a constant comes from (the first, when it is computed from several)."""
         sources = list(self._sources(node))
@@ -119,7 +131,7 @@ class Program:
     # -- rewriting ---------------------------------------------------------------------------------------------
 
     def add_parameter(self, name: str, value: torch.Tensor, like: Node) -> Node:
-        """A new parameter with `value` (float64), cast once to the dtype of the constant `like`.
+        """A new parameter with `value`, cast once to the dtype of the constant `like`.
 
         Equal values made from the same stored tensor are stored once.
         """
@@ -229,6 +241,11 @@ class Program:
             sizes = [t.numel() * t.element_size() for t, node in variants if node.name in live and t.dim() > 1]
             if sizes:
                 self.bytes_copied += max(sizes) * (len(sizes) - 1 + (key in originals))
+
+
+def piece(numbers: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The part of numbers laid against a weight that belongs to some of its rows."""
+    return numbers if numbers.shape[0] == 1 else numbers[rows]
 
 
 def largest_entry(tensor: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..arrays import CannotCarry, collapse_equal, varying
+from ..program import piece
 from .base import Rule, Use, argument, is_float, rule_for
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Weighted(Rule):
         t_x = fold.incoming(node, operand)
         if t_x.any():
             t_x = fold.vector(t_x, self.input_axis(node), int(operand.meta["val"].shape[self.input_axis(node)]))
-            constant = constant + self.through(node, fold.program.constant(weight), t_x)
+            constant = constant + self.through(node, weight, t_x, fold)
         return constant.numpy().reshape(shape)
 
     def rewrite(self, node: Node, fold: Folding) -> None:
@@ -102,28 +103,37 @@ class Weighted(Rule):
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
         if not rescaled and not t_x.any() and not t_y.any():
             return
-        old = fold.program.constant(weight)
-        if rescaled:
-            new = old * self.rows(node, old, 1.0 / s_y)
-            fold.set_weight(node, weight, new.mul_(self.columns(node, old, s_x)), old)
         constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
-        constant = (constant + self.through(node, old, t_x) - t_y) / s_y
+        if t_x.any():
+            constant = constant + self.through(node, weight, t_x, fold)
+        constant = (constant - t_y) / s_y
+        if rescaled:
+            shape = weight.meta["val"].shape
+            fold.scale_weight(node, weight, self.rows(node, shape, 1.0 / s_y), self.columns(node, shape, s_x))
         self.set_bias(node, weight, bias, constant, fold)
 
     def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
         fold.set_bias(node, self.names[2], bias, value, name=_bias_name(fold.program.name(weight)), like=weight)
 
-    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         """Numbers per output channel, laid against the weight."""
         return numbers[:, None]
 
-    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         """Numbers per input channel, laid against the weight."""
-        return numbers
+        return numbers[None, :]
 
-    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
+    def outputs_first(self, node: Node) -> bool:
+        """Whether the weight's first axis holds the output channels, or else its last."""
+        return True
+
+    def through(self, node: Node, weight: Node, shift: Tensor, fold: Folding) -> Tensor:
         """What a constant input contributes to the output: ``W shift``."""
-        return weight @ shift
+        shift = self.columns(node, weight.meta["val"].shape, shift)
+        parts = [(block * piece(shift, rows)) for rows, block in fold.program.blocks(weight)]
+        if self.outputs_first(node):
+            return torch.cat([part.flatten(1).sum(1) for part in parts])
+        return sum(part.sum(0) for part in parts)
 
 
 @rule_for(aten.linear.default)
@@ -134,14 +144,14 @@ class Linear(Weighted):
 class Product(Weighted):
     """``y = x W`` with a weight written as [in, out]."""
 
-    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return numbers
+    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return numbers[None, :]
 
-    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
+    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         return numbers[:, None]
 
-    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
-        return shift @ weight
+    def outputs_first(self, node: Node) -> bool:
+        return False
 
 
 @rule_for(aten.addmm.default)
@@ -218,14 +228,14 @@ class Einsum(Matmul):
             return None
         return "io" if w[0] == inner else "oi"
 
-    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return numbers if self._layout(node) == "io" else numbers[:, None]
+    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return numbers[:, None] if self.outputs_first(node) else numbers[None, :]
 
-    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return numbers[:, None] if self._layout(node) == "io" else numbers
+    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return numbers[None, :] if self.outputs_first(node) else numbers[:, None]
 
-    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
-        return shift @ weight if self._layout(node) == "io" else weight @ shift
+    def outputs_first(self, node: Node) -> bool:
+        return self._layout(node) == "oi"
 
 
 @rule_for(
@@ -259,14 +269,11 @@ class Convolution(Weighted):
             return Use.STOP
         return super().use(node, operand, shift, fold)
 
-    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return _over_kernel(numbers, weight)
+    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return _over_kernel(numbers, shape)
 
-    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return _per_group(numbers, weight, argument(node, "groups"))
-
-    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
-        return (weight * self.columns(node, weight, shift)).flatten(1).sum(1)
+    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return _per_group(numbers, shape, argument(node, "groups"))
 
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -276,14 +283,11 @@ class TransposedConvolution(Convolution):
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         return Use.STOP
 
-    def rows(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return _per_group(numbers, weight, argument(node, "groups"))
+    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return _per_group(numbers, shape, argument(node, "groups"))
 
-    def columns(self, node: Node, weight: Tensor, numbers: Tensor) -> Tensor:
-        return _over_kernel(numbers, weight)
-
-    def through(self, node: Node, weight: Tensor, shift: Tensor) -> Tensor:
-        return shift.new_zeros(weight.shape[1] * argument(node, "groups"))
+    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
+        return _over_kernel(numbers, shape)
 
 
 @rule_for(aten.embedding.default)
@@ -310,8 +314,7 @@ class Embedding(Rule):
         s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
         t_y = fold.vector(fold.shift_of[node], -1, size)
         if (s_y != 1).any() or t_y.any():
-            old = fold.program.constant(weight)
-            fold.set_weight(node, weight, (old - t_y) / s_y, old)
+            fold.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :])
 
 
 @rule_for(aten.layer_norm.default, aten.rms_norm.default)
@@ -348,25 +351,24 @@ class TokenNorm(Rule):
         if (s_y == 1).all() and not t_y.any():
             return
         weight, bias = argument(node, "weight"), argument(node, "bias")
-        old = fold.program.constant(weight) if weight is not None else torch.ones_like(s_y)
         if weight is not None:
-            fold.set_weight(node, weight, old / s_y, old)
+            fold.scale_weight(node, weight, 1.0 / s_y)
         else:
-            fold.create_weight(node, "weight", old / s_y)
+            fold.create_weight(node, "weight", 1.0 / s_y)
         if node.target is aten.layer_norm.default:
             shift = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
             fold.set_bias(node, "bias", bias, (shift - t_y) / s_y, name=f"{fold.path(node)}.bias", like=node.args[0])
 
 
-def _over_kernel(numbers: Tensor, weight: Tensor) -> Tensor:
+def _over_kernel(numbers: Tensor, shape: torch.Size) -> Tensor:
     """Numbers along the weight's first axis."""
-    return numbers.reshape(-1, *(1,) * (weight.dim() - 1))
+    return numbers.reshape(-1, *(1,) * (len(shape) - 1))
 
 
-def _per_group(numbers: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _per_group(numbers: Tensor, shape: torch.Size, groups: int) -> Tensor:
     """Numbers along the weight's second axis, which holds one group's channels: [first axis, second axis, 1, ...]."""
-    grouped = numbers.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    return grouped.reshape(*grouped.shape, *(1,) * (weight.dim() - 2))
+    grouped = numbers.reshape(groups, -1).repeat_interleave(shape[0] // groups, dim=0)
+    return grouped.reshape(*grouped.shape, *(1,) * (len(shape) - 2))
 
 
 def _bias_name(weight_name: str) -> str:

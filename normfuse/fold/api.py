@@ -1,0 +1,89 @@
+"""The two functions that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+
+from .engine import Folding
+from .program import Program
+from .records import collect_records
+from .report import FoldReport
+from .settle import settle_shifts
+
+
+def fold(
+    program: ExportedProgram,
+    *,
+    copy_shared: bool = True,
+    carry_biases: bool = False,
+    max_scale_range: float = 2.0**40,
+) -> tuple[ExportedProgram, FoldReport]:
+    """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
+
+    Args:
+        program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
+            decomposition. It is not changed.
+        copy_shared: whether a weight that is read at several places may be stored once per place where the places
+            need different values. Otherwise operations with a shared weight stay as they are.
+        carry_biases: whether the biases of the weights that write into a residual stream leave it as shifts and go
+            into the weights that read it. It saves an addition per branch; where the stream's constant part is large
+            against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
+        max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
+            places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
+            leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
+
+    Returns:
+        The folded program, equal to `program` up to rounding, and a report of every decision.
+
+    Raises:
+        FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
+    """
+    opened = Program(program)
+    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases, max_scale_range=max_scale_range)
+    report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
+    folding.relate()
+    folding.solve()
+    settle_shifts(folding)
+    records = collect_records(folding)
+    folding.rewrite()
+    for record, around in records:
+        names = [name for node in around for name in folding.absorbed.get(node, ())]
+        record.absorbed_by = list(dict.fromkeys(names))
+        report.norms.append(record)
+    if folding.stored:
+        used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
+        report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
+    report.weight_growth = folding.weight_growth
+    folded = opened.finish()
+    report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
+    report.bytes_copied = opened.bytes_copied
+    return folded, report
+
+
+def fuse(
+    model: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    dynamic_shapes: Any = None,
+    kwargs: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
+
+    Args:
+        model: the model; its mode is restored, its parameters are not changed.
+        example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
+        dynamic_shapes: as for :func:`torch.export.export`.
+        kwargs: keyword inputs to export with.
+
+    Raises:
+        FoldError: see :func:`fold`.
+    """
+    training = model.training
+    try:
+        program = torch.export.export(model.eval(), example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
+    finally:
+        model.train(training)
+    return fold(program)[0].module()
