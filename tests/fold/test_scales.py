@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,6 +115,24 @@ def test_an_equality_after_a_contradicting_ratio_is_a_mistake_of_the_caller() ->
     assert scales.demand(b, a, np.array([2.0]))
     with pytest.raises(AssertionError, match="contradict"):
         scales.equate(a, b)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda edge: edge[0] != edge[1]), max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_taking_demands_as_they_come_leaves_as_few_as_possible(edges: list[tuple[int, int]]) -> None:
+    """Against the largest subset of demands that can be met together, found by trying all of them."""
+    ratios = np.exp(np.random.default_rng(0).normal(size=len(edges)))
+
+    def met(order: tuple[int, ...]) -> int:
+        scales = Scales()
+        variables = np.concatenate([[Scales.ONE], scales.fresh((5,))])
+        edge = {i: (variables[[edges[i][0]]], variables[[edges[i][1]]], ratios[[i]]) for i in order}
+        return sum(bool(scales.demand(*edge[i])) for i in order)
+
+    everything = tuple(range(len(edges)))
+    subsets = (s for size in everything for s in itertools.combinations(everything, size + 1))
+    best = max((len(subset) for subset in subsets if met(subset) == len(subset)), default=0)
+    assert met(everything) == met(everything[::-1]) == best
 
 
 @given(
