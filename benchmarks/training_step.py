@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py --device cpu --threads 1
 
-For every shape all candidates run side by side: each round runs every candidate once, in rotated order, and medians over
-the rounds are compared. So a busy moment of the machine meets all candidates alike. Times are given as multiples of
-copying the tensor once, and as ratios of Unified and Power Norm to every other candidate.
+For every shape all candidates run side by side: each round runs every candidate once, in rotated order, and medians
+over the rounds are compared. So a busy moment of the machine meets all candidates alike. Times are given as multiples
+of copying the tensor once, and as ratios of Unified and Power Norm to every other candidate.
 
 Norms are in the state in which training spends its time: past their warm-up steps, windows filled. The reference
 is the plain PyTorch that stands beside each operation, run eagerly and through torch.compile.

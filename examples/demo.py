@@ -129,9 +129,8 @@ def main() -> int:
     low, high = found["ratio"]["quartiles"]
     print(f"norms:        {found['norms']} in the model, {found['norms_left']} left in the file")
     print(f"operations:   {found['nodes_with_norms']} with norms, {found['nodes_folded']} without")
-    print(
-        f"accuracy:     {found['accuracy_pytorch']:.2%} in PyTorch, {found['accuracy_onnx_runtime']:.2%} in ONNX Runtime"
-    )
+    print(f"accuracy:     {found['accuracy_pytorch']:.2%} in PyTorch")
+    print(f"              {found['accuracy_onnx_runtime']:.2%} in ONNX Runtime")
     print(f"predictions:  {found['pictures'] - found['different_predictions']} of {found['pictures']} equal")
     print(f"latency:      {latency[0][1]:.3f} ms with norms, {latency[1][1]:.3f} ms without")
     print(f"              ratio {found['ratio']['median']:.3f} (quartiles {low:.3f} to {high:.3f})")

@@ -83,6 +83,13 @@ def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> t
     return model.eval(), kwargs
 
 
+def save(model: LanguageModel, kwargs: dict[str, object], text: Tensor, path: Path) -> None:
+    """Saves the model with two pieces of ``text`` as its example; batch and sequence may vary later."""
+    example, _ = windows(text, 2, torch.Generator().manual_seed(2))
+    dynamic = {"tokens": {0: "batch", 1: torch.export.Dim("sequence", max=CONTEXT)}}
+    normfuse.save(model, path, example_inputs=example, dynamic_shapes=dynamic, kwargs=kwargs)
+
+
 def continue_text(session: onnxruntime.InferenceSession, prompt: str, length: int, seed: int) -> str:
     """``length`` more bytes, drawn from the model's distribution at temperature 0.7."""
     generator = np.random.default_rng(seed)
@@ -112,9 +119,7 @@ def main() -> None:
     print(f"training text:   {bits_per_byte(model, training):.3f} bits per byte")
     print(f"validation text: {bits_per_byte(model, validation):.3f} bits per byte")
 
-    example, _ = windows(validation, 2, torch.Generator().manual_seed(2))
-    dynamic = {"tokens": {0: "batch", 1: torch.export.Dim("sequence", max=CONTEXT)}}
-    normfuse.save(model, args.out, example_inputs=example, dynamic_shapes=dynamic, kwargs=kwargs)
+    save(model, kwargs, validation, args.out)
     onnx_file = args.out.with_suffix(".onnx")
     result = normfuse.onnx.export(normfuse.load(args.out), onnx_file)
     folded = len(result.report.norms) - len(result.report.remaining)

@@ -1,0 +1,109 @@
+"""Draws the README's table and chart of the training step from the JSON in benchmarks/results.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- training-step: begin -->", "<!-- training-step: end -->"
+MODE = "forward+backward"
+OTHERS = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "batch_norm": "BatchNorm",
+    "{} reference": "its PyTorch reference",
+    "{} compiled reference": "the same, `torch.compile`d",
+}
+OURS = {"unified": "Unified Norm", "power": "Power Norm"}
+COLOURS = {"layer_norm": "#8d99ae", "batch_norm": "#edae49", "unified": "#0b6e4f", "power": "#d1495b"}
+
+
+def title(run: dict) -> str:
+    """Where and when a result was measured, in one line."""
+    where = run["machine"]
+    name = where["gpu"] or f"{where['cpu']} ({where['instructions']}, {where['cores']} cores)"
+    threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["threads"] else ""
+    return f"{name}{threads}, {run['dtype']}, torch {where['torch']}, {run['date']}"
+
+
+def table(run: dict) -> str:
+    """Markdown: time of Unified and Power Norm as multiples of a copy and of what else there is."""
+    lines = [
+        f"`{run['command']}`, {title(run)}:",
+        "",
+        "| shape | | ÷ copy | " + " | ".join(f"÷ {label}" for label in OTHERS.values()) + " |",
+        "|---|---|" + "---:|" * (1 + len(OTHERS)),
+    ]
+    for shape, modes in run["milliseconds"].items():
+        medians = {name: quartiles[1] for name, quartiles in modes[MODE].items()}
+        for kind, label in OURS.items():
+            cells = [shape.replace("x", "×") if kind == "unified" else "", label]
+            for other in ("copy", *OTHERS):
+                name = other.format(kind)
+                ratio = medians[kind] / medians[name] if name in medians else None
+                cells.append(
+                    "–" if ratio is None else f"**{ratio:.2f}**" if ratio > 1 and other != "copy" else f"{ratio:.2f}"
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict], file: Path) -> None:
+    """One panel a result: forward and backward together as multiples of copying the tensor once."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(len(runs), 1, figsize=(9, 3.3 * len(runs)), squeeze=False, layout="constrained")
+    labels = {"layer_norm": "LayerNorm", "batch_norm": "BatchNorm", **OURS}
+    for panel, run in zip(panels[:, 0], runs, strict=True):
+        shapes = list(run["milliseconds"])
+        for place, (name, label) in enumerate(labels.items()):
+            heights = []
+            for shape in shapes:
+                modes = run["milliseconds"][shape][MODE]
+                heights.append(modes[name][1] / modes["copy"][1])
+            at = [number + 0.2 * (place - 1.5) for number in range(len(shapes))]
+            bars = panel.bar(at, heights, 0.18, label=label, color=COLOURS[name])
+            panel.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+        panel.set_xticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes])
+        panel.set_ylabel("× one copy of the tensor")
+        panel.set_title(title(run), loc="left", fontsize=10)
+        panel.grid(axis="y", color="#e3e3e3")
+        panel.set_axisbelow(True)
+    panels[0, 0].legend(frameon=False, ncols=4, loc="upper right")
+    figure.suptitle("Training step of one norm, forward + backward (lower is better)", x=0.01, ha="left")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--chart", type=Path, default=ROOT / "docs" / "images" / "training_step.png")
+    args = parser.parse_args()
+    files = sorted(args.results.glob("training_step-*.json"))
+    if not files:
+        parser.error(f"no training_step-*.json in {args.results}; run benchmarks/training_step.py first")
+    runs = [json.loads(file.read_text()) for file in files]
+    readme = args.readme.read_text()
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        parser.error(f"{args.readme} needs one line {BEGIN!r} and one {END!r} for the table to stand between")
+    before, _, rest = readme.partition(BEGIN)
+    tables = "\n\n".join(table(run) for run in runs)
+    args.readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
+    draw(runs, args.chart)
+    print(f"written: {args.readme}, {args.chart}")
+
+
+if __name__ == "__main__":
+    main()
