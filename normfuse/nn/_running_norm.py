@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..ops._layout import accumulation_dtype
 
@@ -39,6 +41,7 @@ class RunningNorm(nn.Module):
         eps: float,
         affine: bool,
         channel_dim: int,
+        skip_nonfinite: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -54,6 +57,9 @@ class RunningNorm(nn.Module):
         self.eps = eps
         self.affine = affine
         self.channel_dim = channel_dim
+        self.skip_nonfinite = skip_nonfinite
+        self.synchronised = False
+        self.process_group: ProcessGroup | None = None
         if affine:
             self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -76,6 +82,19 @@ class RunningNorm(nn.Module):
             self._start_values[name] = start
         for name in counters:
             self.register_buffer(name, torch.zeros(1, device=device, dtype=torch.int64))
+        for name in ("skipped_forwards", "skipped_backwards"):
+            # Not in state_dict, which is the one that the authors' programs write.
+            counter = torch.zeros(1, device=device, dtype=torch.int64) if self.skip_nonfinite else None
+            self.register_buffer(name, counter, persistent=False)
+            if counter is not None:
+                self._start_values[name] = 0.0
+
+    def _group(self) -> ProcessGroup | None:
+        """The processes to share statistics with in this step, see :func:`normfuse.nn.convert_sync`."""
+        if not (self.synchronised and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
 
     def reset_running_stats(self) -> None:
         """Set every statistic and counter back to its value before training."""
@@ -118,4 +137,5 @@ class RunningNorm(nn.Module):
 
     def _describe(self, **options: object) -> str:
         shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
+        shown |= {name: True for name in ("skip_nonfinite", "synchronised") if getattr(self, name)}
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])

@@ -29,6 +29,9 @@ class PowerNorm(RunningNorm):
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
             and [N, C, H, W].
+        skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
+            count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
+            Without it such a pass moves the channels that are finite. Statistics are finite either way.
         device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
 
     Shape:
@@ -53,10 +56,19 @@ class PowerNorm(RunningNorm):
         backward: str = "reference",
         affine: bool = True,
         channel_dim: int = -1,
+        skip_nonfinite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            skip_nonfinite=skip_nonfinite,
+            device=device,
+            dtype=dtype,
+        )
         if group_num is not None:
             check_count("group_num", group_num, 0)
         check_options(num_features, group_num, backward)
@@ -80,7 +92,7 @@ class PowerNorm(RunningNorm):
             x,
             self.weight,
             self.bias,
-            PowerNormState(self.running_phi, self.ema_gz, self.iters),
+            PowerNormState(self.running_phi, self.ema_gz, self.iters, self.skipped_forwards, self.skipped_backwards),
             training=self.training,
             pad_mask=pad_mask,
             group_num=self.group_num,
@@ -90,6 +102,7 @@ class PowerNorm(RunningNorm):
             eps=self.eps,
             backward=self.backward_form,
             channel_dim=self.channel_dim,
+            process_group=self._group(),
         )
 
     def extra_repr(self) -> str:

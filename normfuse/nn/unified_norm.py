@@ -26,6 +26,9 @@ class UnifiedNorm(RunningNorm):
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
             and [N, C, H, W].
+        skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
+            count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
+            Without it such a pass moves the channels that are finite. Statistics are finite either way.
         device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
 
     Shape:
@@ -49,10 +52,19 @@ class UnifiedNorm(RunningNorm):
         momentum: float = 0.9,
         affine: bool = True,
         channel_dim: int = -1,
+        skip_nonfinite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            skip_nonfinite=skip_nonfinite,
+            device=device,
+            dtype=dtype,
+        )
         pair = isinstance(window_size, (tuple, list))
         windows = tuple(window_size) if pair else (window_size, window_size)
         if len(windows) != 2:
@@ -81,8 +93,9 @@ class UnifiedNorm(RunningNorm):
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         state = UnifiedNormState(
-            self.running_var, self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter
-        )
+            self.running_var, self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter,
+            self.skipped_forwards, self.skipped_backwards,
+        )  # fmt: skip
         return unified_norm(
             x,
             self.weight,
@@ -95,6 +108,7 @@ class UnifiedNorm(RunningNorm):
             eps=self.eps,
             momentum=self.momentum,
             channel_dim=self.channel_dim,
+            process_group=self._group(),
         )
 
     def extra_repr(self) -> str:

@@ -81,12 +81,27 @@ def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
 
 
-def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
-    """Mean of x² over the valid rows of a [R, C] matrix; ``empty`` where no row is valid. Never syncs."""
+def sum_squares(x: Tensor, pad_mask: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Sum of x² over the valid rows of a [R, C] matrix, and their number."""
     square = x.square()
     if pad_mask is None:
-        return square.sum(0) / x.shape[0] if x.shape[0] > 0 else empty.clone()
+        return square.sum(0), x.shape[0]
     # Selecting instead of multiplying keeps a NaN in a padded row out of the sum.
-    total = torch.where(pad_mask[:, None], 0.0, square).sum(0)
-    count = torch.logical_not(pad_mask).sum()
-    return torch.where(count > 0, total / count.clamp(min=1), empty)
+    return torch.where(pad_mask[:, None], 0.0, square).sum(0), torch.logical_not(pad_mask).sum()
+
+
+def mean_or(total: Tensor, count: Tensor | int, empty: Tensor) -> Tensor:
+    """``total / count``, or ``empty`` where nothing was counted. Never syncs."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, total / count.clamp(min=1), empty)
+    return total / count if count > 0 else empty.clone()
+
+
+def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
+    """Mean of x² over the valid rows of a [R, C] matrix; ``empty`` where no row is valid. Never syncs."""
+    return mean_or(*sum_squares(x, pad_mask), empty)
+
+
+def mean_of_rows(total: Tensor, count: int) -> Tensor:
+    """Mean over ``count`` rows from their column sum; 0 without rows."""
+    return total / max(count, 1)

@@ -32,19 +32,20 @@ def _warn_slow(device_type: str) -> None:
 
 
 def register_operation(
-    name: str, reference: Callable[..., tuple[Tensor, ...]], mutates: tuple[str, ...]
+    name: str, reference: Callable[..., object], mutates: tuple[str, ...], in_library: bool = True
 ) -> torch._ops.OpOverload:
     """Make ``reference`` the fallback of operation ``name``, which is declared if the library has not.
 
-    ``mutates`` names the arguments updated in place. Returns the operation.
+    ``mutates`` names the arguments updated in place. ``in_library=False``: the compiled library knows nothing
+    of this operation, ``reference`` is all there is. Returns the operation.
     """
-    if not _native.available:
+    if not (in_library and _native.available):
         library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
 
     @wraps(reference)
-    def fallback(x: Tensor, *args: object) -> tuple[Tensor, ...]:
+    def fallback(x: Tensor, *args: object) -> object:
         _warn_slow(x.device.type)
         return reference(x, *args)
 
-    library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, fallback if in_library else reference, "CompositeExplicitAutograd")
     return getattr(torch.ops.normfuse, name).default

@@ -11,13 +11,27 @@ counters and statistics stay on the device: no step waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
-from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
+from ._group import mean_in_group, mean_square_in_group
+from ._layout import (
+    accumulation_dtype,
+    cast,
+    check_input,
+    from_rows,
+    mean_of_rows,
+    mean_square,
+    per_channel,
+    to_rows,
+)
+from ._nonfinite import remember, undo_unless
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
 
@@ -31,14 +45,18 @@ class PowerNormState(NamedTuple):
         running_phi: [C], running quadratic mean of the (group-scaled) input; starts at 1.
         ema_gz: [C], running sum that estimates the mean of gradient times output; starts at 0.
         iters: [1], number of training steps so far.
+        skipped_forwards, skipped_backwards: None, or [1], numbers of forward and backward passes taken back as
+            a whole because something was not finite. Where None, such passes move the channels that are finite.
     """
 
     running_phi: Tensor
     ema_gz: Tensor
     iters: Tensor
+    skipped_forwards: Tensor | None = None
+    skipped_backwards: Tensor | None = None
 
 
-def _scale_groups(values: Tensor, row_scale: Tensor) -> Tensor:
+def scale_groups(values: Tensor, row_scale: Tensor) -> Tensor:
     """``values`` [R, C] times ``row_scale`` [R, G], each factor over its group of C / G channels."""
     return values * row_scale.repeat_interleave(values.shape[1] // row_scale.shape[1], dim=1)
 
@@ -46,6 +64,74 @@ def _scale_groups(values: Tensor, row_scale: Tensor) -> Tensor:
 def _group_mean(values: Tensor, group_num: int) -> Tensor:
     """Means [R, G] of the groups of channels of ``values`` [R, C]."""
     return values.reshape(values.shape[0], group_num, values.shape[1] // group_num).mean(-1)
+
+
+def group_scaling(values: Tensor, group_num: int, eps: float) -> tuple[Tensor, Tensor]:
+    """``values`` [R, C] after the group scaling, and its factors [R, group_num] ([0]: ``group_num`` is 0, off)."""
+    if not group_num:
+        return values, values.new_empty(0)
+    row_scale = (_group_mean(values.square(), group_num) + eps).rsqrt()
+    return scale_groups(values, row_scale), row_scale
+
+
+def group_scaling_gradient(grad: Tensor, values: Tensor, row_scale: Tensor, group_num: int) -> Tensor:
+    """Gradient of the group scaling's input, from that of its result ``values``."""
+    if not group_num:
+        return grad
+    along = scale_groups(values, _group_mean(grad * values, group_num))
+    return scale_groups(grad - along, row_scale)
+
+
+def move_forward_statistics(
+    q: Tensor, running_phi: Tensor, iters: Tensor, warmup_iters: int, eps: float, alpha_fwd: float
+) -> Tensor:
+    """One step of the statistics, in place, from this step's quadratic mean ``q`` [C].
+
+    A ``q`` that is not finite shows in the results but never enters a statistic. Returns [2, C] = (1/sqrt of
+    what z is divided by, 1/sqrt(q + eps)).
+    """
+    t = iters.add_(1)
+    inv_batch = (q + eps).rsqrt()
+    inv_used = torch.where(t <= warmup_iters, inv_batch, (running_phi + eps).rsqrt())
+    steps = t.to(q.dtype)  # the quotient of two integer tensors would be float32, whatever q is
+    averaged = torch.where(t < warmup_iters, running_phi * ((steps - 1) / steps) + q / steps, running_phi)
+    running_phi.copy_(torch.where(q.isfinite(), alpha_fwd * averaged + (1 - alpha_fwd) * q, running_phi))
+    return torch.stack([inv_used, inv_batch])
+
+
+def move_gradient_statistics(mean_az: Tensor, ema_gz: Tensor) -> None:
+    """One step of ``ema_gz``, in place, from this step's mean of a·z [C], unless that is not finite."""
+    ema_gz.add_(torch.where(mean_az.isfinite(), mean_az, 0.0))
+
+
+def _forward_on_rows(
+    mean: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
+    running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, alpha_fwd: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    values, row_scale = group_scaling(x.to(accumulation_dtype(x.dtype)), group_num, eps)
+    q = mean(values, pad_mask, running_phi)
+    mean_all = mean_square(values, None, empty=torch.zeros_like(running_phi))
+    moved = move(q, running_phi, iters, warmup_iters, eps, alpha_fwd)
+    y = weight * (values * moved[0]) + bias
+    return y.to(x.dtype), torch.cat([moved, mean_all[None]]), row_scale
+
+
+def _backward_on_rows(
+    mean: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, row_scale: Tensor,
+    ema_gz: Tensor, group_num: int, alpha_bkw: float, paper: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = accumulation_dtype(x.dtype)
+    inv_used, inv_batch = stats[0], stats[1]
+    dy = grad_y.to(acc)
+    values = scale_groups(x.to(acc), row_scale) if group_num else x.to(acc)
+    z = values * inv_used
+    a = dy * weight - (1 - alpha_bkw) * ema_gz * z
+    mean_az = mean((a * z).sum(0), x.shape[0])
+    # Nothing here waits for that mean: where it comes from other ranks, the gradient hides the way.
+    grad = group_scaling_gradient(a * (inv_used if paper else inv_batch), values, row_scale, group_num)
+    grad_weight, grad_bias = (dy * z).sum(0), dy.sum(0)
+    move(mean_az, ema_gz)
+    return grad.to(x.dtype), grad_weight, grad_bias, mean_az
 
 
 def power_norm_forward_reference(
@@ -66,23 +152,10 @@ def power_norm_forward_reference(
     mean over all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the
     group scaling ([0] when ``group_num`` is 0, which switches it off).
     """
-    values = x.to(accumulation_dtype(x.dtype))
-    row_scale = values.new_empty(0)
-    if group_num:
-        row_scale = (_group_mean(values.square(), group_num) + eps).rsqrt()
-        values = _scale_groups(values, row_scale)
-    t = iters.add_(1)
-
-    q = mean_square(values, pad_mask, empty=running_phi)
-    inv_batch = (q + eps).rsqrt()
-    inv_used = torch.where(t <= warmup_iters, inv_batch, (running_phi + eps).rsqrt())
-    mean_all = mean_square(values, None, empty=torch.zeros_like(q))
-    steps = t.to(q.dtype)  # the quotient of two integer tensors would be float32, whatever q is
-    averaged = torch.where(t < warmup_iters, running_phi * ((steps - 1) / steps) + q / steps, running_phi)
-    running_phi.copy_(alpha_fwd * averaged + (1 - alpha_fwd) * q)
-
-    y = weight * (values * inv_used) + bias
-    return y.to(x.dtype), torch.stack([inv_used, inv_batch, mean_all]), row_scale
+    return _forward_on_rows(
+        mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_phi, iters, warmup_iters,
+        group_num, eps, alpha_fwd,
+    )  # fmt: skip
 
 
 def power_norm_backward_reference(
@@ -100,25 +173,25 @@ def power_norm_backward_reference(
 
     Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
-    acc = accumulation_dtype(x.dtype)
-    inv_used, inv_batch = stats[0], stats[1]
-    dy = grad_y.to(acc)
-    values = _scale_groups(x.to(acc), row_scale) if group_num else x.to(acc)
-    z = values * inv_used
-
-    a = dy * weight - (1 - alpha_bkw) * ema_gz * z
-    ema_gz.add_((a * z).sum(0) / max(x.shape[0], 1))
-    grad = a * (inv_used if paper else inv_batch)
-    if group_num:
-        along = _scale_groups(values, _group_mean(grad * values, group_num))
-        grad = _scale_groups(grad - along, row_scale)
-    return grad.to(x.dtype), (dy * z).sum(0), dy.sum(0)
+    return _backward_on_rows(
+        mean_of_rows, move_gradient_statistics, grad_y, x, weight, stats, row_scale, ema_gz, group_num, alpha_bkw,
+        paper,
+    )[:3]  # fmt: skip
 
 
 _FORWARD_STATISTICS = ("running_phi", "iters")
 _forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=_FORWARD_STATISTICS)
 _forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
 _backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
+# The steps of the statistics alone, for synchronised training, where the sums go over a group.
+_move_forward = register_forward(
+    library,
+    register_operation("power_norm_statistics", move_forward_statistics, _FORWARD_STATISTICS, in_library=False),
+    _FORWARD_STATISTICS,
+)
+_move_gradient = register_operation(
+    "power_norm_gradient_statistics", move_gradient_statistics, ("ema_gz",), in_library=False
+)
 
 
 @torch.library.register_fake("normfuse::power_norm_forward")
@@ -126,6 +199,17 @@ _backward = register_operation("power_norm_backward", power_norm_backward_refere
 def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
     row_scale = running_phi.new_empty((x.shape[0], group_num) if group_num else (0,))
     return torch.empty_like(x), running_phi.new_empty(3, x.shape[1]), row_scale
+
+
+@torch.library.register_fake("normfuse::power_norm_statistics")
+@torch.library.register_fake("normfuse::power_norm_statistics_once")
+def _(q, *others):
+    return q.new_empty(2, q.shape[0])
+
+
+@torch.library.register_fake("normfuse::power_norm_gradient_statistics")
+def _(mean_az, ema_gz):
+    return None
 
 
 @torch.library.register_fake("normfuse::power_norm_backward")
@@ -139,30 +223,45 @@ class _PowerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper,
-        channel_dim,
+        channel_dim, group,
     ):  # fmt: skip
         rows = to_rows(x, channel_dim)
         rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-        forward = _forward_once if torch.compiler.is_compiling() else _forward
-        y, stats, row_scale = forward(
-            rows, rows_mask, weight, bias, state.running_phi, state.iters, warmup_iters, group_num, eps, alpha_fwd
-        )
+        moved = state.running_phi, state.iters
+        before = remember(state.skipped_forwards, moved)
+        if group is not None:
+            forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
+        else:
+            forward = _forward_once if torch.compiler.is_compiling() else _forward
+        y, stats, row_scale = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
+        undo_unless(stats[1] > 0, state.skipped_forwards, moved, before)
         ctx.save_for_backward(rows, weight, stats, row_scale)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz = state.ema_gz
+        ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
         ctx.group_num, ctx.alpha_bkw, ctx.paper, ctx.channel_dim = group_num, alpha_bkw, paper, channel_dim
+        ctx.group = group
         return from_rows(y, x, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         rows, weight, stats, row_scale = ctx.saved_tensors
-        grad_rows, grad_weight, grad_bias = _backward(
+        before = remember(ctx.skipped, (ctx.ema_gz,))
+        arguments = (
             to_rows(grad_y, ctx.channel_dim), rows, weight, stats, row_scale, ctx.ema_gz, ctx.group_num,
             ctx.alpha_bkw, ctx.paper,
         )  # fmt: skip
+        if ctx.group is not None:
+            grad_rows, grad_weight, grad_bias, mean_az = _backward_on_rows(
+                partial(mean_in_group, ctx.group), _move_gradient, *arguments
+            )
+            sound = mean_az.isfinite()  # not of this rank's sums: all ranks must agree
+        else:
+            grad_rows, grad_weight, grad_bias = _backward(*arguments)
+            sound = grad_weight.isfinite() & grad_bias.isfinite()
+        undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
         grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 8
+        return grad_x, None, grad_weight, grad_bias, *[None] * 9
 
 
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
@@ -189,6 +288,7 @@ def power_norm(
     eps: float = 1e-5,
     backward: str = "reference",
     channel_dim: int = -1,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Power Normalization of ``x`` over all dimensions but ``channel_dim``.
 
@@ -211,6 +311,8 @@ def power_norm(
         backward: "reference" divides the gradient by the statistic of the batch, as the authors' program
             does; "paper" by the statistic that the forward pass used, as their paper says.
         channel_dim: dimension of the channels.
+        process_group: take the statistics of a training step over all ranks of this group; every rank must
+            then call, also one without rows. None: over this process alone.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -230,11 +332,13 @@ def power_norm(
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     paper = backward == "paper"
     if not torch.compiler.is_compiling():
-        own = statistics_of_this_run(tuple(getattr(state, name) for name in _FORWARD_STATISTICS))
-        state = state._replace(**dict(zip(_FORWARD_STATISTICS, own, strict=True)))
+        names = _FORWARD_STATISTICS + (() if state.skipped_forwards is None else ("skipped_forwards",))
+        own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
+        state = state._replace(**dict(zip(names, own, strict=True)))
     return _PowerNorm.apply(
-        x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim
-    )
+        x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
+        process_group,
+    )  # fmt: skip
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

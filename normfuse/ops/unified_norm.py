@@ -11,12 +11,26 @@ decision stay on the device: no step waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ._layout import accumulation_dtype, cast, check_input, from_rows, mean_square, per_channel, to_rows
+from ._group import mean_in_group, mean_square_in_group
+from ._layout import (
+    accumulation_dtype,
+    cast,
+    check_input,
+    from_rows,
+    mean_of_rows,
+    mean_square,
+    per_channel,
+    to_rows,
+)
+from ._nonfinite import remember, undo_unless
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
 
@@ -36,6 +50,8 @@ class UnifiedNormState(NamedTuple):
         buffer_gz: [Wb, C], window of backward statistics; starts at 0.
         iters: [1], number of training steps so far.
         skip_counter: [1], number of steps whose forward statistic was filtered out as an outlier.
+        skipped_forwards, skipped_backwards: None, or [1], numbers of forward and backward passes taken back as
+            a whole because something was not finite. Where None, such passes move the channels that are finite.
     """
 
     running_var: Tensor
@@ -44,6 +60,89 @@ class UnifiedNormState(NamedTuple):
     buffer_gz: Tensor
     iters: Tensor
     skip_counter: Tensor
+    skipped_forwards: Tensor | None = None
+    skipped_backwards: Tensor | None = None
+
+
+def move_forward_statistics(
+    q: Tensor,
+    running_var: Tensor,
+    buffer_x2: Tensor,
+    iters: Tensor,
+    skip_counter: Tensor,
+    warmup_iters: int,
+    outlier_filtration: bool,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of the statistics, in place, from this step's quadratic mean ``q`` [C].
+
+    A ``q`` that is not finite shows in the results but never enters a statistic. Returns ``stats`` [2, C] =
+    (1/sqrt(var + eps), r), and ``step`` int64 [2] = (t, skip).
+    """
+    window, channels = buffer_x2.shape
+    t = iters.add_(1)
+    slot = t % window
+    usable = q.isfinite()
+
+    entries = buffer_x2.index_copy(0, slot, q[None])
+    geometric_mean = entries.log().mean(0).exp()
+    unusual = ~usable
+    skip = torch.full_like(t, window <= 1, dtype=torch.bool)
+    # The spread of one number is undefined: nothing can be called an outlier then.
+    if outlier_filtration and window * channels > 1:
+        spread = buffer_x2.sqrt().var()
+        far_off = (entries.mean(0) - geometric_mean > spread * window).any()
+        outlier = (t >= warmup_iters) & far_off
+        unusual = unusual | outlier
+        skip = skip | outlier
+        skip_counter.add_(outlier)
+    buffer_x2.index_copy_(0, slot, torch.where(unusual, running_var, q)[None])
+
+    var = torch.where((t <= window) | (t < warmup_iters) | skip | ~usable, q, geometric_mean)
+    ratio = ((var + eps).sqrt() / (running_var + eps).sqrt()).clamp(1 / MAX_RATIO, MAX_RATIO)
+    ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | skip, 1.0, ratio)
+    running_var.copy_(torch.where(usable, momentum * running_var + (1 - momentum) * var, running_var))
+    return torch.stack([(var + eps).rsqrt(), ratio]), torch.cat([t, skip.to(t.dtype)])
+
+
+def move_gradient_statistics(
+    mean_gz: Tensor, step: Tensor, ema_gz: Tensor, buffer_gz: Tensor, warmup_iters: int, momentum: float
+) -> Tensor:
+    """One step of the gradient statistics, in place, from this step's mean of g·z [C].
+
+    A mean that is not finite never enters a statistic. Returns the multiple [C] of z to take from g.
+    """
+    window = buffer_gz.shape[0]
+    t, skip = step[:1], step[1:] != 0
+    usable = mean_gz.isfinite()
+    buffer_gz.index_copy_(0, t % window, torch.where(skip | ~usable, ema_gz, mean_gz)[None])
+    smoothed = torch.where((t <= window) | (t < warmup_iters) | skip, mean_gz, buffer_gz.mean(0))
+    ema_gz.copy_(torch.where(usable, momentum * ema_gz + (1 - momentum) * smoothed, ema_gz))
+    return torch.where(skip & usable, smoothed, ema_gz)
+
+
+def _forward_on_rows(
+    mean_square: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
+    running_var: Tensor, *others: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    values = x.to(accumulation_dtype(x.dtype))
+    q = mean_square(values, pad_mask, running_var)
+    stats, step = move(q, running_var, *others)
+    return (weight * (values * stats[0]) + bias).to(x.dtype), stats, step
+
+
+def _backward_on_rows(
+    mean: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(x.dtype)
+    inv_std, ratio = stats[0], stats[1]
+    dy = grad_y.to(acc)
+    z = x.to(acc) * inv_std
+    g = dy * weight * ratio
+    mean_gz = mean((g * z).sum(0), x.shape[0])
+    grad_x = (g - move(mean_gz, *others) * z) * inv_std
+    return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
 
 
 def unified_norm_forward_reference(
@@ -62,37 +161,12 @@ def unified_norm_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch on a [R, C] matrix; updates the last four tensors in place.
 
-    Returns ``y`` [R, C] in x's dtype, ``stats`` [2, C] = (1/sqrt(var + eps), r), and ``step``
-    int64 [2] = (t, skip).
+    Returns ``y`` [R, C] in x's dtype, and what :func:`move_forward_statistics` returns.
     """
-    window, channels = buffer_x2.shape
-    values = x.to(accumulation_dtype(x.dtype))
-    t = iters.add_(1)
-    slot = t % window
-
-    q = mean_square(values, pad_mask, empty=running_var)
-    entries = buffer_x2.index_copy(0, slot, q[None])
-    geometric_mean = entries.log().mean(0).exp()
-    entry = q
-    skip = torch.full_like(t, window <= 1, dtype=torch.bool)
-    # The spread of one number is undefined: nothing can be called an outlier then.
-    if outlier_filtration and window * channels > 1:
-        spread = buffer_x2.sqrt().var()
-        far_off = (entries.mean(0) - geometric_mean > spread * window).any()
-        outlier = (t >= warmup_iters) & far_off
-        entry = torch.where(outlier, running_var, q)
-        skip = skip | outlier
-        skip_counter.add_(outlier)
-    buffer_x2.index_copy_(0, slot, entry[None])
-
-    var = torch.where((t <= window) | (t < warmup_iters) | skip, q, geometric_mean)
-    ratio = ((var + eps).sqrt() / (running_var + eps).sqrt()).clamp(1 / MAX_RATIO, MAX_RATIO)
-    ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | skip, 1.0, ratio)
-    running_var.mul_(momentum).add_((1 - momentum) * var)
-
-    inv_std = (var + eps).rsqrt()
-    y = weight * (values * inv_std) + bias
-    return y.to(x.dtype), torch.stack([inv_std, ratio]), torch.cat([t, skip.to(t.dtype)])
+    return _forward_on_rows(
+        mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_var, buffer_x2, iters,
+        skip_counter, warmup_iters, outlier_filtration, eps, momentum,
+    )  # fmt: skip
 
 
 def unified_norm_backward_reference(
@@ -111,29 +185,25 @@ def unified_norm_backward_reference(
     Updates ``ema_gz`` and ``buffer_gz`` in place. Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C]
     and ``grad_bias`` [C].
     """
-    acc = accumulation_dtype(x.dtype)
-    window = buffer_gz.shape[0]
-    inv_std, ratio = stats[0], stats[1]
-    t, skip = step[:1], step[1:] != 0
-    slot = t % window
-    dy = grad_y.to(acc)
-    z = x.to(acc) * inv_std
-
-    g = dy * weight * ratio
-    mean_gz = (g * z).sum(0) / max(x.shape[0], 1)
-    buffer_gz.index_copy_(0, slot, torch.where(skip, ema_gz, mean_gz)[None])
-    smoothed = torch.where((t <= window) | (t < warmup_iters) | skip, mean_gz, buffer_gz.mean(0))
-    ema_gz.mul_(momentum).add_((1 - momentum) * smoothed)
-
-    grad_x = (g - torch.where(skip, smoothed, ema_gz) * z) * inv_std
-    return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0)
+    return _backward_on_rows(
+        mean_of_rows, move_gradient_statistics, grad_y, x, weight, stats, step, ema_gz, buffer_gz, warmup_iters,
+        momentum,
+    )[:3]  # fmt: skip
 
 
 _FORWARD_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
 _forward = register_operation("unified_norm_forward", unified_norm_forward_reference, mutates=_FORWARD_STATISTICS)
 _forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
-_backward = register_operation(
-    "unified_norm_backward", unified_norm_backward_reference, mutates=("ema_gz", "buffer_gz")
+_GRADIENT_STATISTICS = ("ema_gz", "buffer_gz")
+_backward = register_operation("unified_norm_backward", unified_norm_backward_reference, mutates=_GRADIENT_STATISTICS)
+# The steps of the statistics alone, for synchronised training, where the sums go over a group.
+_move_forward = register_forward(
+    library,
+    register_operation("unified_norm_statistics", move_forward_statistics, _FORWARD_STATISTICS, in_library=False),
+    _FORWARD_STATISTICS,
+)
+_move_gradient = register_operation(
+    "unified_norm_gradient_statistics", move_gradient_statistics, _GRADIENT_STATISTICS, in_library=False
 )
 
 
@@ -142,6 +212,17 @@ _backward = register_operation(
 def _(x, pad_mask, weight, bias, running_var, *others):
     stats = running_var.new_empty(2, x.shape[1])
     return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.register_fake("normfuse::unified_norm_statistics")
+@torch.library.register_fake("normfuse::unified_norm_statistics_once")
+def _(q, *others):
+    return q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.register_fake("normfuse::unified_norm_gradient_statistics")
+def _(mean_gz, *others):
+    return torch.empty_like(mean_gz)
 
 
 @torch.library.register_fake("normfuse::unified_norm_backward")
@@ -153,30 +234,43 @@ class _UnifiedNorm(torch.autograd.Function):
     """Autograd of the two operations. Keeps x as rows, three [C] vectors and two numbers for backward."""
 
     @staticmethod
-    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim):
+    def forward(
+        ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim, group
+    ):
         rows = to_rows(x, channel_dim)
         rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
-        forward = _forward_once if torch.compiler.is_compiling() else _forward
-        y, stats, step = forward(
-            rows, rows_mask, weight, bias, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
-            warmup_iters, outlier_filtration, eps, momentum,
-        )  # fmt: skip
+        moved = state.running_var, state.buffer_x2, state.iters, state.skip_counter
+        before = remember(state.skipped_forwards, moved)
+        if group is not None:
+            forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
+        else:
+            forward = _forward_once if torch.compiler.is_compiling() else _forward
+        y, stats, step = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
+        undo_unless(stats[0] > 0, state.skipped_forwards, moved, before)
         ctx.save_for_backward(rows, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz, ctx.buffer_gz = state.ema_gz, state.buffer_gz
-        ctx.warmup_iters, ctx.momentum, ctx.channel_dim = warmup_iters, momentum, channel_dim
+        ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
+        ctx.warmup_iters, ctx.momentum, ctx.channel_dim, ctx.group = warmup_iters, momentum, channel_dim, group
         return from_rows(y, x, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         rows, weight, stats, step = ctx.saved_tensors
-        grad_rows, grad_weight, grad_bias = _backward(
-            to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, ctx.ema_gz, ctx.buffer_gz,
-            ctx.warmup_iters, ctx.momentum,
-        )  # fmt: skip
+        moved = ctx.ema_gz, ctx.buffer_gz
+        before = remember(ctx.skipped, moved)
+        arguments = to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, *moved, ctx.warmup_iters, ctx.momentum
+        if ctx.group is not None:
+            grad_rows, grad_weight, grad_bias, mean_gz = _backward_on_rows(
+                partial(mean_in_group, ctx.group), _move_gradient, *arguments
+            )
+            sound = mean_gz.isfinite()  # not of this rank's sums: all ranks must agree
+        else:
+            grad_rows, grad_weight, grad_bias = _backward(*arguments)
+            sound = grad_weight.isfinite() & grad_bias.isfinite()
+        undo_unless(sound, ctx.skipped, moved, before)
         grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 6
+        return grad_x, None, grad_weight, grad_bias, *[None] * 7
 
 
 def unified_norm(
@@ -192,6 +286,7 @@ def unified_norm(
     eps: float = 1e-5,
     momentum: float = 0.9,
     channel_dim: int = -1,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Unified Normalization of ``x`` over all dimensions but ``channel_dim``.
 
@@ -213,6 +308,8 @@ def unified_norm(
         eps: added to the quadratic mean, inside the square root.
         momentum: share of the old value in each update of the running statistics.
         channel_dim: dimension of the channels.
+        process_group: take the statistics of a training step over all ranks of this group; every rank must
+            then call, also one without rows. None: over this process alone.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -230,8 +327,10 @@ def unified_norm(
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype)
     if not torch.compiler.is_compiling():
-        own = statistics_of_this_run(tuple(getattr(state, name) for name in _FORWARD_STATISTICS))
-        state = state._replace(**dict(zip(_FORWARD_STATISTICS, own, strict=True)))
+        names = _FORWARD_STATISTICS + (() if state.skipped_forwards is None else ("skipped_forwards",))
+        own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
+        state = state._replace(**dict(zip(names, own, strict=True)))
     return _UnifiedNorm.apply(
-        x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim
-    )
+        x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim,
+        process_group,
+    )  # fmt: skip
