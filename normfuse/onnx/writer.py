@@ -20,12 +20,9 @@ from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.onnx.masks import expand_attention_masks
 
-OPSETS = (
-    23,
-    20,
-    18,
-)  # newest first: torch translates to each of them, and each has what the one before lacks in trouble
+OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
 DTYPES = ("float32", "float16")
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
 _ONE_FILE_LIMIT = 2**31 - 2**25
@@ -73,6 +70,7 @@ def write(
         except Exception as error:  # the exporter wraps whatever a translation raises
             raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
         model = exported.model
+        expand_attention_masks(model)
         _name_dimensions(model, program, inputs)
         RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
