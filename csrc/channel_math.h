@@ -32,22 +32,11 @@ NORMFUSE_INLINE Acc arithmetic_mean(const Acc* column, int64_t window, int64_t s
   return sum / Acc(window);
 }
 
-// exp of the mean logarithm. Four float32 numbers at a time: their product stays in double's range and takes
-// one logarithm.
-NORMFUSE_INLINE float geometric_mean(const float* column, int64_t window, int64_t stride) {
-  double sum = 0;
-  for (int64_t i = 0; i < window;) {
-    double product = 1;
-    for (const int64_t end = i + 4 < window ? i + 4 : window; i < end; ++i)
-      product *= double(column[i * stride]);
-    sum += std::log(product);
-  }
-  return float(std::exp(sum / double(window)));
-}
-NORMFUSE_INLINE double geometric_mean(const double* column, int64_t window, int64_t stride) {
-  double sum = 0;
+template <class Acc>
+NORMFUSE_INLINE Acc geometric_mean(const Acc* column, int64_t window, int64_t stride) {
+  Acc sum = 0;
   for (int64_t i = 0; i < window; ++i) sum += std::log(column[i * stride]);
-  return std::exp(sum / double(window));
+  return std::exp(sum / Acc(window));
 }
 
 // dx = slope * dy - pull * x
