@@ -2,6 +2,7 @@
 
 from ..ops import keep_norms
 from .power_norm import PowerNorm
+from .sync import convert_sync
 from .unified_norm import UnifiedNorm
 
-__all__ = ["PowerNorm", "UnifiedNorm", "keep_norms"]
+__all__ = ["PowerNorm", "UnifiedNorm", "convert_sync", "keep_norms"]

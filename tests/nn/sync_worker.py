@@ -1,0 +1,181 @@
+"""One rank of the tests of synchronised training; run by ``test_sync.py``, which says what is expected."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from normfuse.nn import PowerNorm, UnifiedNorm, convert_sync
+
+C = 6
+NORMS = {
+    "unified": lambda **options: UnifiedNorm(C, warmup_iters=2, window_size=2, **options),
+    "unified, filtered": lambda **options: UnifiedNorm(
+        C, warmup_iters=2, window_size=3, outlier_filtration=True, **options
+    ),
+    "power": lambda **options: PowerNorm(C, warmup_iters=3, group_num=2, **options),
+    "power, paper": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper", **options),
+}
+RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+ROWS = 12
+# Uneven, and in some steps a rank has nothing.
+SPLITS = {2: [(6, 6), (5, 7), (12, 0), (1, 11)], 4: [(3, 3, 3, 3), (1, 5, 2, 4), (0, 6, 6, 0), (12, 0, 0, 0)]}
+
+
+def near(actual, expected, what):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"rank {RANK}, {what}: {m}")
+
+
+def my_rows(step, *tensors):
+    sizes = SPLITS[RANKS][step % 4]
+    return [tensor.split(sizes)[RANK] for tensor in tensors]
+
+
+def random(step, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def buffers_near(actual, expected, what):
+    for (name, value), other in zip(actual.named_buffers(), expected.buffers(), strict=True):
+        near(value, other, f"{what}, {name}")
+
+
+def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
+    """Output, gradients and statistics of this rank's rows, with masks; parameter gradients add up."""
+    options = {"skip_nonfinite": bad_step is not None}
+    alone = NORMS[name](**options).double()
+    shared = convert_sync(nn.Sequential(NORMS[name](**options).double()))[0]
+    call = torch.compile(shared, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else shared
+    for step in range(8):
+        x, dy = random(step, 2, ROWS, C)
+        if step == bad_step:
+            x[0, 1] = float("nan")  # of one rank's rows only
+            dy[-1, 2] = float("inf")
+        pad_mask = random(100 + step, ROWS) < -0.5 if masked else None
+        whole = x.clone().requires_grad_()
+        alone.zero_grad(), shared.zero_grad()
+        y = alone(whole, pad_mask)
+        y.backward(dy)
+        own_x, own_dy, own_y, own_dx = my_rows(step, x, dy, y, whole.grad)
+        own_mask = my_rows(step, pad_mask)[0] if masked else None
+        part = own_x.clone().requires_grad_()
+        result = call(part, own_mask)
+        result.backward(own_dy)
+        if step != bad_step:
+            near(result, own_y, f"{name}, step {step}, y")
+            near(part.grad, own_dx, f"{name}, step {step}, dx")
+            for a, b in zip(shared.parameters(), alone.parameters(), strict=True):
+                dist.all_reduce(a.grad)
+                near(a.grad, b.grad, f"{name}, step {step}, parameters")
+        buffers_near(shared, alone, f"{name}, step {step}")
+    # No rank has drifted from another by a single bit.
+    for value in shared.buffers():
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, value)
+    near(shared.eval()(own_x), alone.eval()(own_x), "evaluation")
+
+
+class Net(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(4, C), NORMS[name](), nn.Linear(C, 4)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.norm(self.inner(x))))
+
+
+def trains_like_one(name, wrap):
+    """Whole trainings: with gradients averaged over ranks, the sum of squares times the number of ranks."""
+    torch.manual_seed(0)
+    alone = Net(name).double()
+    inside = Net(name).double()
+    inside.load_state_dict(alone.state_dict())
+    model = wrap(convert_sync(inside))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02) for m in (alone, model)]
+    for step in range(5):
+        x = random(step, ROWS, 4)
+        (own,) = my_rows(step, x)
+        losses = alone(x).square().sum() / ROWS, model(own).square().sum() / ROWS
+        # The gradient that arrives at the norm is that of one process; the average over ranks is undone.
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(RANKS)
+        for optimizer in optimizers:
+            optimizer.step()
+        buffers_near(inside.norm, alone.norm, f"{name}, step {step}")
+    for (label, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
+        near(a.full_tensor() if hasattr(a, "full_tensor") else a, b, label)
+
+
+def in_ddp(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def compiled_in_ddp(model):
+    return torch.compile(in_ddp(model), backend="aot_eager_decomp_partition")
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model.norm, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def subgroups():
+    """Two groups that share statistics among themselves only."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    half = RANK // 2
+    alone = NORMS["unified"]().double()
+    shared = convert_sync(NORMS["unified"]().double(), groups[half])
+    for step in range(4):
+        x, dy = random(10 * half + step, 2, 8, C)
+        y = alone(x)
+        y.backward(dy)
+        mine = slice(0, 3) if RANK % 2 == 0 else slice(3, 8)
+        result = shared(x[mine])
+        result.backward(dy[mine])
+        near(result, y[mine], "y")
+        buffers_near(shared, alone, f"step {step}")
+
+
+def checkpointed(name):
+    from torch.utils.checkpoint import checkpoint
+
+    kept, dropped = (convert_sync(NORMS[name]().double()) for _ in range(2))
+    for step in range(4):
+        x, dy = my_rows(step, *random(step, 2, ROWS, C))
+        kept(x.clone().requires_grad_()).backward(dy)
+        checkpoint(dropped, x.clone().requires_grad_(), use_reentrant=False).backward(dy)
+        assert all(torch.equal(a, b) for a, b in zip(dropped.buffers(), kept.buffers(), strict=True))
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in NORMS:
+        ranks_like_one(name)
+    if RANKS == 4:
+        subgroups()
+        trains_like_one("unified", in_ddp)
+    else:
+        ranks_like_one("unified", masked=False)
+        for name in ("unified", "power"):
+            ranks_like_one(name, bad_step=4)
+            ranks_like_one(name, compiled=True)
+            checkpointed(name)
+            for wrap in (in_ddp, compiled_in_ddp, sharded):
+                trains_like_one(name, wrap)
+    dist.barrier()
+    dist.destroy_process_group()
+    print("all equal", file=sys.stderr)
+
+
+main()

@@ -1,0 +1,55 @@
+"""Synchronised training: ranks with rows of their own against one process with all rows (gloo on the CPU)."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from normfuse.nn import UnifiedNorm, convert_sync
+
+WORKER = Path(__file__).with_name("sync_worker.py")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_train_like_one_process(ranks, tmp_path):
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    logs = [tmp_path / f"rank{rank}" for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, str(WORKER)]
+            processes.append(
+                subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=output, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    reports = "\n".join(log.read_text()[-3000:] for log in logs)
+    assert codes == [0] * ranks, reports
+    assert reports.count("all equal") == ranks, reports
+
+
+def test_without_processes_nothing_changes():
+    norm, twin = convert_sync(nn.Sequential(UnifiedNorm(4)))[0], UnifiedNorm(4)
+    x = torch.randn(5, 4)
+    assert torch.equal(norm(x), twin(x))
+    assert "synchronised=True" in repr(norm)
+
+
+def test_a_model_without_norms_is_refused():
+    with pytest.raises(ValueError, match=r"class Linear has no UnifiedNorm or PowerNorm.*swap_norms"):
+        convert_sync(nn.Linear(2, 2))
