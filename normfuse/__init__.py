@@ -5,6 +5,11 @@ exported program (:func:`fold`, :func:`fuse`), checkpoints that are data only (:
 to ONNX (:mod:`normfuse.onnx`, the command ``normfuse``).
 """
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from . import nn, ops
 from ._native import build_info
 from .checkpoint import Checkpoint, CheckpointError, load, save
@@ -26,3 +31,10 @@ __all__ = [
     "ops",
     "save",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import :mod:`normfuse.onnx` when it is first used: training needs no ONNX."""
+    if name == "onnx":
+        return importlib.import_module(".onnx", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
