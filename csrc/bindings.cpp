@@ -35,9 +35,7 @@ const char* name_of(ScalarType type) {
   }
 }
 
-size_t element_size(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
+size_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
 // What the checks of one call need to know about x.
 struct Input {
@@ -64,12 +62,11 @@ struct Input {
                       "; float32, bfloat16, float16 and float64 are supported.");
   }
 
-  const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows,
-                      int64_t columns) const {
-    STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(),
-                    "normfuse: ", name, " must be on the device of x.");
-    STD_TORCH_CHECK(t.scalar_type() == type, "normfuse: ", name, " is ", name_of(t.scalar_type()),
-                    "; with x of ", name_of(x.scalar_type()), " it must be ", name_of(type), ".");
+  const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows, int64_t columns) const {
+    STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), "normfuse: ", name,
+                    " must be on the device of x.");
+    STD_TORCH_CHECK(t.scalar_type() == type, "normfuse: ", name, " is ", name_of(t.scalar_type()), "; with x of ",
+                    name_of(x.scalar_type()), " it must be ", name_of(type), ".");
     const bool vector = rows < 0;
     STD_TORCH_CHECK(t.is_contiguous() && t.dim() == (vector ? 1 : 2) && t.size(t.dim() - 1) == columns &&
                         (vector || t.size(0) == rows),
@@ -99,8 +96,8 @@ struct Input {
     return t.size(0);
   }
   int64_t groups(int64_t group_num) const {
-    STD_TORCH_CHECK(group_num >= 0 && (group_num == 0 || shape.channels % group_num == 0),
-                    "normfuse: group_num is ", group_num, "; it must divide the ", shape.channels,
+    STD_TORCH_CHECK(group_num >= 0 && (group_num == 0 || shape.channels % group_num == 0), "normfuse: group_num is ",
+                    group_num, "; it must divide the ", shape.channels,
                     " channels, or be 0 to switch the group scaling off.");
     return group_num;
   }
@@ -124,18 +121,15 @@ struct Kernel {
 
 #ifdef NORMFUSE_WITH_CUDA
 // Only torch's CUDA library has this function; weak, so that the same file also loads in a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 template <class Args>
-void run_on_device(typename Kernel<Args>::Device kernel, const Args& args, const Input& in,
-                   int64_t group_num) {
+void run_on_device(typename Kernel<Args>::Device kernel, const Args& args, const Input& in, int64_t group_num) {
   const auto index = in.x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
-  STD_TORCH_CHECK(
-      aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(index, &stream) == 0,
-      "normfuse: this torch gives no CUDA stream.");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(index, &stream) == 0,
+                  "normfuse: this torch gives no CUDA stream.");
   const auto bytes = static_cast<int64_t>(cuda_workspace_bytes(in.shape, group_num));
   const Tensor workspace = torch::stable::new_empty(in.x, {bytes}, ScalarType::Byte);
   const int error = kernel(args, workspace.mutable_data_ptr(), stream);
@@ -151,18 +145,18 @@ void run_on_device(typename Kernel<Args>::Device, const Args&, const Input&, int
 #endif
 
 template <class Args>
-void run(typename Kernel<Args>::Host host, typename Kernel<Args>::Device device, const Args& args,
-         const Input& in, int64_t group_num = 0) {
+void run(typename Kernel<Args>::Host host, typename Kernel<Args>::Device device, const Args& args, const Input& in,
+         int64_t group_num = 0) {
   if (in.x.is_cpu())
     host(args, parallel);
   else
     run_on_device(device, args, in, group_num);
 }
 
-std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight,
-                                                   Tensor bias, Tensor running_var, Tensor buffer_x2,
-                                                   Tensor iters, Tensor skip_counter, int64_t warmup_iters,
-                                                   bool outlier_filtration, double eps, double momentum) {
+std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
+                                                   Tensor running_var, Tensor buffer_x2, Tensor iters,
+                                                   Tensor skip_counter, int64_t warmup_iters, bool outlier_filtration,
+                                                   double eps, double momentum) {
   const Input in(x);
   Tensor y = in.like_x(), stats = in.vectors(2), step = torch::stable::new_empty(x, {2}, ScalarType::Long);
   UnifiedForward a{};
@@ -187,9 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tenso
   return {y, stats, step};
 }
 
-std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats,
-                                                    Tensor step, Tensor ema_gz, Tensor buffer_gz,
-                                                    int64_t warmup_iters, double momentum) {
+std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step,
+                                                    Tensor ema_gz, Tensor buffer_gz, int64_t warmup_iters,
+                                                    double momentum) {
   const Input in(x);
   Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   UnifiedBackward a{};
@@ -211,10 +205,9 @@ std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Ten
   return {grad_x, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight,
-                                                 Tensor bias, Tensor running_phi, Tensor iters,
-                                                 int64_t warmup_iters, int64_t group_num, double eps,
-                                                 double alpha_fwd) {
+std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
+                                                 Tensor running_phi, Tensor iters, int64_t warmup_iters,
+                                                 int64_t group_num, double eps, double alpha_fwd) {
   const Input in(x);
   Tensor y = in.like_x(), stats = in.vectors(3);
   PowerForward a{};
@@ -239,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor>
 }
 
 std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats,
-                                                  Tensor row_scale, Tensor ema_gz, int64_t group_num,
-                                                  double alpha_bkw, bool paper) {
+                                                  Tensor row_scale, Tensor ema_gz, int64_t group_num, double alpha_bkw,
+                                                  bool paper) {
   const Input in(x);
   Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   PowerBackward a{};

@@ -55,8 +55,7 @@ struct UnifiedStep {
   NORMFUSE_INLINE bool uses_window() const { return !(t <= window || t < warmup_iters || skip); }
 };
 
-// Outlier test of the unified forward, after q entered the window: spread is the variance of all entries
-// before.
+// Outlier test of the unified forward, after q entered the window: spread is the variance of all entries before.
 template <class Acc>
 NORMFUSE_INLINE bool unified_is_outlier(const Acc* column, int64_t window, int64_t stride, Acc spread) {
   const Acc gap = arithmetic_mean(column, window, stride) - geometric_mean(column, window, stride);
@@ -72,9 +71,8 @@ struct UnifiedStats {
 // var = q or the window's geometric mean; r = sqrt(var + eps) / sqrt(running_var + eps), clamped; then
 // running_var moves. The window holds q already.
 template <class Acc>
-NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, Acc* column,
-                                                          int64_t stride, Acc eps, Acc momentum,
-                                                          Acc* running_var) {
+NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, Acc* column, int64_t stride,
+                                                          Acc eps, Acc momentum, Acc* running_var) {
   if (!usable(q)) column[step.t % step.window * stride] = *running_var;
   const Acc var = step.uses_window() && usable(q) ? geometric_mean(column, step.window, stride) : q;
   const int64_t quiet = step.warmup_iters > 1000 ? step.warmup_iters : 1000;
@@ -90,8 +88,8 @@ NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& ste
 // m = mean of w r dy z; the gradient window turns it into ema_gz; dx = (w r dy - ema_gz z) / sqrt(var + eps).
 template <class Acc>
 NORMFUSE_INLINE Coefficients<Acc> unified_backward_channel(const UnifiedStep& step, Acc m, Acc weight,
-                                                           UnifiedStats<Acc> stats, Acc* column,
-                                                           int64_t stride, Acc momentum, Acc* ema_gz) {
+                                                           UnifiedStats<Acc> stats, Acc* column, int64_t stride,
+                                                           Acc momentum, Acc* ema_gz) {
   column[step.t % step.window * stride] = step.skip || !usable(m) ? *ema_gz : m;
   const Acc mg = step.uses_window() ? arithmetic_mean(column, step.window, stride) : m;
   if (usable(m)) *ema_gz = momentum * *ema_gz + (1 - momentum) * mg;
@@ -118,8 +116,7 @@ NORMFUSE_INLINE Coefficients<Acc> power_coefficients(Acc weight, Acc ema_gz, Acc
 
 // ema_gz + mean of a z, from the means over all rows of dy x and of x squared.
 template <class Acc>
-NORMFUSE_INLINE Acc power_moved_ema(Acc weight, Acc ema_gz, Acc inv_used, Acc mean_dyx, Acc mean_x2,
-                                    Acc alpha_bkw) {
+NORMFUSE_INLINE Acc power_moved_ema(Acc weight, Acc ema_gz, Acc inv_used, Acc mean_dyx, Acc mean_x2, Acc alpha_bkw) {
   const Acc step = weight * inv_used * mean_dyx - (1 - alpha_bkw) * ema_gz * inv_used * inv_used * mean_x2;
   return usable(step) ? ema_gz + step : ema_gz;
 }

@@ -1,5 +1,4 @@
-// What the kernels offer: plain functions over pointers and sizes, on the host and on the device. Knows no
-// torch.
+// What the kernels offer: plain functions over pointers and sizes, on the host and on the device. Knows no torch.
 //
 // x is always a contiguous [rows, channels] matrix. "acc" is the dtype of every per-channel number: float64
 // when x is float64, float32 otherwise. What each operation computes is written in channel_math.h (the
@@ -74,9 +73,9 @@ struct PowerForward {
   void* running_phi;  // acc [channels]
   int64_t* iters;     // [1]
   // results
-  void* y;      // like x
-  void* stats;  // acc [3, channels]: 1/sqrt of what z used, 1/sqrt(q + eps), mean over all rows of scaled x
-                // squared
+  void* y;          // like x
+  void* stats;      // acc [3, channels]: 1/sqrt of what z used, 1/sqrt(q + eps), mean over all rows of scaled x
+                    // squared
   void* row_scale;  // acc [rows, group_num]
 };
 
@@ -112,8 +111,7 @@ void power_backward_cpu(const PowerBackward& args, Parallel parallel);
 void prefer_huge_pages(void* data, size_t bytes);
 
 // On the device: asynchronous on the stream, no value comes to the host, so a CUDA graph can capture the
-// launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a
-// cudaError_t.
+// launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a cudaError_t.
 size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num);
 
 int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream);

@@ -1,11 +1,8 @@
-// Power Norm on the host. xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps),
-// or x itself.
-//   forward:  s; sums of xs^2; y = xs scale + shift    reads x, writes y; a second pass writes y only in
-//   warm-up backward: sums of dy and dy xs; per group          reads dy, x, writes dx
-//             dot = mean of (slope dy - pull xs) xs;
-//             dx = s (slope dy - xs (pull + dot))
-// Each row is read from memory once: its group scale, sums and result are loops over a row that is in the
-// first cache.
+// Power Norm on the host. xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps), or x itself.
+//   forward   s; sums of xs^2; y = xs scale + shift. Reads x and writes y; in warm-up a second pass writes y.
+//   backward  sums of dy and dy xs; per group dot = mean of (slope dy - pull xs) xs; dx = s (slope dy - xs (pull + dot)).
+//             Reads dy and x, writes dx.
+// Each row is read from memory once: its group scale, sums and result are loops over a row that is in the first cache.
 #include <vector>
 
 #include "blocks.h"
@@ -29,8 +26,7 @@ template <class T>
 NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> eps, AccOf<T>* row_scale) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
   for (int64_t i = 0; i < rows * groups.count; ++i)
-    row_scale[i] =
-        inverse_sqrt(row_sum_squares<T, AccOf<T>>(x + i * groups.width, groups.width) * inv_width + eps);
+    row_scale[i] = inverse_sqrt(row_sum_squares<T, AccOf<T>>(x + i * groups.width, groups.width) * inv_width + eps);
 }
 
 template <class T>
@@ -52,17 +48,17 @@ NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, Groups groups, const
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t i = r * groups.count + g, c = g * groups.width;
-      write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
-                   y.row(r) + c, groups.width);
+      write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c, y.row(r) + c,
+                   groups.width);
     }
     y.finish(r);
   }
 }
 
 template <class T>
-NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups groups,
-                                   const AccOf<T>* row_scale, const AccOf<T>* slope, const AccOf<T>* pull,
-                                   AccOf<T>* sums_dy, AccOf<T>* sums_dyx, RowOutput<T> dx) {
+NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
+                                   const AccOf<T>* slope, const AccOf<T>* pull, AccOf<T>* sums_dy, AccOf<T>* sums_dyx,
+                                   RowOutput<T> dx) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t g = 0; g < groups.count; ++g) {
@@ -70,8 +66,8 @@ NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups
       AccOf<T> s = 1, dot = 0;
       if (groups.scaled) {
         s = row_scale[i];
-        dot = inv_width * add_gradients_dot(dy + at, x + at, s, slope + c, pull + c, sums_dy + c,
-                                            sums_dyx + c, groups.width);
+        dot = inv_width *
+              add_gradients_dot(dy + at, x + at, s, slope + c, pull + c, sums_dy + c, sums_dyx + c, groups.width);
       } else {
         add_gradients(dy + at, x + at, sums_dy + c, sums_dyx + c, groups.width);
       }
@@ -110,8 +106,7 @@ void forward(const PowerForward& a, Parallel parallel) {
     }
   });
 
-  const std::vector<Acc> sum_all = all.total(parallel),
-                         sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
+  const std::vector<Acc> sum_all = all.total(parallel), sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
   const int64_t count = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
   Acc *inv_used = static_cast<Acc*>(a.stats), *inv_batch = inv_used + n, *mean_all = inv_batch + n;
   for (int64_t c = 0; c < n; ++c) {
@@ -141,13 +136,12 @@ void backward(const PowerBackward& a, Parallel parallel) {
   const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
   const Acc *weight = static_cast<const Acc*>(a.weight), *inv_used = static_cast<const Acc*>(a.stats);
-  const Acc *inv_batch = inv_used + n, *mean_x2 = inv_batch + n,
-            *row_scale = static_cast<const Acc*>(a.row_scale);
+  const Acc *inv_batch = inv_used + n, *mean_x2 = inv_batch + n, *row_scale = static_cast<const Acc*>(a.row_scale);
   Acc* ema = static_cast<Acc*>(a.ema_gz);
   std::vector<Acc> slope(n), pull(n);
   for (int64_t c = 0; c < n; ++c) {
-    const auto k = power_coefficients(weight[c], ema[c], inv_used[c], a.paper ? inv_used[c] : inv_batch[c],
-                                      Acc(a.alpha_bkw));
+    const auto k =
+        power_coefficients(weight[c], ema[c], inv_used[c], a.paper ? inv_used[c] : inv_batch[c], Acc(a.alpha_bkw));
     slope[c] = k.slope;
     pull[c] = k.pull;
   }
@@ -156,8 +150,8 @@ void backward(const PowerBackward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t r = blocks.first(b);
-      backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num,
-                       slope.data(), pull.data(), sums_dy.start(b), sums_dyx.start(b),
+      backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, slope.data(),
+                       pull.data(), sums_dy.start(b), sums_dyx.start(b),
                        {static_cast<T*>(a.grad_x) + r * n, n, stream});
     }
   });

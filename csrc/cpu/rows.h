@@ -92,11 +92,10 @@ NORMFUSE_ROW_LOOP void write_affine(const T* __restrict x, Acc s, const Acc* __r
 // dx = s (slope dy - x s (pull + dot))
 template <class T, class Acc>
 NORMFUSE_ROW_LOOP void write_gradient(const T* __restrict dy, const T* __restrict x, Acc s, Acc dot,
-                                      const Acc* __restrict slope, const Acc* __restrict pull,
-                                      T* __restrict dx, int64_t n) {
+                                      const Acc* __restrict slope, const Acc* __restrict pull, T* __restrict dx,
+                                      int64_t n) {
 #pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c)
-    narrow(s * (slope[c] * widen(dy[c]) - widen(x[c]) * s * (pull[c] + dot)), &dx[c]);
+  for (int64_t c = 0; c < n; ++c) narrow(s * (slope[c] * widen(dy[c]) - widen(x[c]) * s * (pull[c] + dot)), &dx[c]);
 }
 
 }  // namespace normfuse::cpu

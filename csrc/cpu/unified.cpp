@@ -1,9 +1,7 @@
 // Unified Norm on the host.
-//   forward:  q = mean over valid rows of x^2          reads x
-//             y = x scale + shift                      reads x again, last block first while it is cached;
-//             writes y
-//   backward: sums of dy and dy x                      reads dy, x
-//             dx = slope dy - pull x                   reads dy, x again, last block first; writes dx
+//   forward   q = mean over valid rows of x^2, then y = x scale + shift. Reads x, and x again with the last block
+//             first while that is cached; writes y.
+//   backward  sums of dy and dy x, then dx = slope dy - pull x. Reads dy and x twice in the same way; writes dx.
 #include <vector>
 
 #include "blocks.h"
@@ -21,8 +19,8 @@ NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows,
 }
 
 template <class T>
-NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, int64_t rows,
-                                  int64_t n, RowOutput<T> y) {
+NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, int64_t rows, int64_t n,
+                                  RowOutput<T> y) {
   for (int64_t r = 0; r < rows; ++r) {
     write_affine(x + r * n, AccOf<T>(1), scale, shift, y.row(r), n);
     y.finish(r);
@@ -36,8 +34,8 @@ NORMFUSE_CLONES void sum_gradients(const T* dy, const T* x, int64_t rows, int64_
 }
 
 template <class T>
-NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull,
-                                    int64_t rows, int64_t n, RowOutput<T> dx) {
+NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull, int64_t rows,
+                                    int64_t n, RowOutput<T> dx) {
   for (int64_t r = 0; r < rows; ++r) {
     write_gradient(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx.row(r), n);
     dx.finish(r);
@@ -66,8 +64,7 @@ bool enter_window(const UnifiedForward& a, int64_t t, const std::vector<Acc>& q)
   const Acc spread = filter ? Acc(spread_of_roots(buffer, a.window * n)) : Acc(0);
   std::copy(q.begin(), q.end(), slot);
   bool outlier = false;
-  for (int64_t c = 0; filter && c < n && !outlier; ++c)
-    outlier = unified_is_outlier(buffer + c, a.window, n, spread);
+  for (int64_t c = 0; filter && c < n && !outlier; ++c) outlier = unified_is_outlier(buffer + c, a.window, n, spread);
   if (outlier) {
     std::copy_n(static_cast<const Acc*>(a.running_var), n, slot);
     *a.skip_counter += 1;
@@ -87,8 +84,7 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   parallel(blocks.count, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = blocks.first(b);
-      sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n,
-                  squares.start(b));
+      sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n, squares.start(b));
     }
   });
   const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
@@ -141,9 +137,9 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   for (int64_t c = 0; c < n; ++c) {
     const Acc weight_gradient = ratio[c] * inv_std[c] * sum_dyx[c];
     const Acc m = mean_or(weight[c] * weight_gradient, a.shape.rows, Acc(0));
-    const auto k = unified_backward_channel(step, m, weight[c], {inv_std[c], ratio[c]},
-                                            static_cast<Acc*>(a.buffer_gz) + c, n, Acc(a.momentum),
-                                            static_cast<Acc*>(a.ema_gz) + c);
+    const auto k =
+        unified_backward_channel(step, m, weight[c], {inv_std[c], ratio[c]}, static_cast<Acc*>(a.buffer_gz) + c, n,
+                                 Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
     slope[c] = k.slope;
     pull[c] = k.pull;
     static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;

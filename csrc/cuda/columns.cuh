@@ -1,5 +1,4 @@
-// What the kernels over a [rows, channels] matrix share: the tiling, the walk over rows, and sums over
-// columns.
+// What the kernels over a [rows, channels] matrix share: the tiling, the walk over rows, and sums over columns.
 //
 // A block has 32 lanes x 8 rows of threads. A lane holds V neighbouring channels in registers: 16 bytes of x,
 // or one channel where rows are not aligned for that. blockIdx.x is the tile of 32 V channels, blockIdx.y
@@ -144,8 +143,7 @@ struct Place {
 
  private:
   template <int kMatrices, class Use>
-  __device__ __forceinline__ void visit(int64_t begin, const T* const (&matrices)[kMatrices],
-                                        const Use& use) const {
+  __device__ __forceinline__ void visit(int64_t begin, const T* const (&matrices)[kMatrices], const Use& use) const {
     Pack<T, V> packs[kUnroll][kMatrices];
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k)
@@ -158,8 +156,7 @@ struct Place {
   }
 };
 
-// Adds `values` over the block's rows of threads. Thread i of the block gets the sum of the tile's i-th
-// channel.
+// Adds `values` over the block's rows of threads. Thread i of the block gets the sum of the tile's i-th channel.
 template <class Acc, int V>
 __device__ __forceinline__ Acc add_thread_rows(const Acc (&values)[V], Acc* shared) {
   __syncthreads();  // earlier readers of shared are done
@@ -198,8 +195,7 @@ __device__ __forceinline__ void finish_columns(const Acc (&values)[kSums][V], in
 
   __threadfence();  // the partial sums are visible before the block counts itself
   __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0)
-    *is_last = atomicAdd(&tiles[blockIdx.x].blocks_done, 1u) == gridDim.y - 1;
+  if (threadIdx.x == 0 && threadIdx.y == 0) *is_last = atomicAdd(&tiles[blockIdx.x].blocks_done, 1u) == gridDim.y - 1;
   __syncthreads();
   if (!*is_last) return;
   __threadfence();

@@ -38,8 +38,7 @@ inline int multiprocessors() {
 #include "../emulator/simt.h"
 #include "../host_types.h"
 
-#define NF_LAUNCH(kernel, grid, block, stream, ...) \
-  simt::launch((grid), (block), [&] { kernel(__VA_ARGS__); })
+#define NF_LAUNCH(kernel, grid, block, stream, ...) simt::launch((grid), (block), [&] { kernel(__VA_ARGS__); })
 #define NF_SHARED(type, name, size) type* const name = simt::shared<type>(size)
 
 namespace normfuse::cuda {

@@ -1,7 +1,8 @@
 // Power Norm, backward. xs = s x as in the forward; d = slope dy - pull xs is the gradient of xs.
-//   power_row_dot    dot = mean of d xs per row and group; only with group scaling   reads dy, x
-//   power_gradient   dx = s (d - dot xs); sums of dy and dy xs; per channel          reads dy, x; writes dx
-//                    dw = sum(dy z), db = sum(dy), ema_gz
+//   power_row_dot   dot = mean of d xs per row and group; only with group scaling. Reads dy and x.
+//   power_gradient  dx = s (d - dot xs); sums of dy and dy xs; per channel dw = sum(dy z), db = sum(dy), ema_gz.
+//                   Reads dy and x, writes dx.
+// Tensors moved: 3; with group scaling 5.
 // slope and pull come from the state before this step, so without group scaling one pass is all there is.
 #include "columns.cuh"
 #include "rows.cuh"
@@ -14,8 +15,8 @@ template <class Acc>
 __device__ __forceinline__ Coefficients<Acc> coefficients(const PowerBackward& a, int64_t c) {
   const Acc* stats = static_cast<const Acc*>(a.stats);
   const Acc inv_grad = a.paper ? stats[c] : stats[a.shape.channels + c];
-  return power_coefficients(static_cast<const Acc*>(a.weight)[c], static_cast<const Acc*>(a.ema_gz)[c],
-                            stats[c], inv_grad, Acc(a.alpha_bkw));
+  return power_coefficients(static_cast<const Acc*>(a.weight)[c], static_cast<const Acc*>(a.ema_gz)[c], stats[c],
+                            inv_grad, Acc(a.alpha_bkw));
 }
 
 template <class T, int V>
@@ -24,8 +25,7 @@ __global__ void __launch_bounds__(kThreads) power_row_dot(PowerBackward a, Works
   const int64_t width = a.shape.channels / a.group_num;
   for_each_segment(a.shape.rows * a.group_num, [&](int64_t segment) {
     const Acc s = static_cast<const Acc*>(a.row_scale)[segment];
-    const T *dy = static_cast<const T*>(a.grad_y) + segment * width,
-            *x = static_cast<const T*>(a.x) + segment * width;
+    const T *dy = static_cast<const T*>(a.grad_y) + segment * width, *x = static_cast<const T*>(a.x) + segment * width;
     const int64_t first_channel = segment % a.group_num * width;
     Acc sum = 0;
     walk_segment<T, V>({dy, x}, width, [&](int64_t c, const Pack<T, V>(&in)[2]) {
@@ -55,28 +55,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     slope[i] = k.slope;
     pull[i] = k.pull;
   }
-  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)},
-             [&](int64_t row, const Pack<T, V>(&in)[2]) {
-               const Acc s = scale_of(row), dot = dot_of(row);
-               Pack<T, V> out;
+  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)}, [&](int64_t row, const Pack<T, V>(&in)[2]) {
+    const Acc s = scale_of(row), dot = dot_of(row);
+    Pack<T, V> out;
 #pragma unroll
-               for (int i = 0; i < V; ++i) {
-                 const Acc dy = widen(in[0].v[i]), xs = widen(in[1].v[i]) * s;
-                 sums[0][i] += dy;
-                 sums[1][i] += dy * xs;
-                 narrow(s * (slope[i] * dy - (pull[i] + dot) * xs), &out.v[i]);
-               }
-               place.store(static_cast<T*>(a.grad_x), row, out);
-             });
-  finish_columns(
-      sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
-        const Acc *stats = static_cast<const Acc*>(a.stats), *weight = static_cast<const Acc*>(a.weight);
-        Acc* ema = static_cast<Acc*>(a.ema_gz);
-        const Acc mean_dyx = mean_or(sum[1], a.shape.rows, Acc(0));
-        ema[c] = power_moved_ema(weight[c], ema[c], stats[c], mean_dyx, stats[2 * n + c], Acc(a.alpha_bkw));
-        static_cast<Acc*>(a.grad_weight)[c] = stats[c] * sum[1];
-        static_cast<Acc*>(a.grad_bias)[c] = sum[0];
-      });
+    for (int i = 0; i < V; ++i) {
+      const Acc dy = widen(in[0].v[i]), xs = widen(in[1].v[i]) * s;
+      sums[0][i] += dy;
+      sums[1][i] += dy * xs;
+      narrow(s * (slope[i] * dy - (pull[i] + dot) * xs), &out.v[i]);
+    }
+    place.store(static_cast<T*>(a.grad_x), row, out);
+  });
+  finish_columns(sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
+    const Acc *stats = static_cast<const Acc*>(a.stats), *weight = static_cast<const Acc*>(a.weight);
+    Acc* ema = static_cast<Acc*>(a.ema_gz);
+    const Acc mean_dyx = mean_or(sum[1], a.shape.rows, Acc(0));
+    ema[c] = power_moved_ema(weight[c], ema[c], stats[c], mean_dyx, stats[2 * n + c], Acc(a.alpha_bkw));
+    static_cast<Acc*>(a.grad_weight)[c] = stats[c] * sum[1];
+    static_cast<Acc*>(a.grad_bias)[c] = sum[0];
+  });
 }
 
 template <class T, int V>
@@ -84,8 +82,7 @@ int launch(const PowerBackward& a, const Workspace& workspace, void* stream) {
   const ColumnGrid columns(a.shape, V);
   if (const int error = clear_counters(workspace, a.shape, stream)) return error;
   if (a.group_num > 0 && a.shape.rows > 0)
-    NF_LAUNCH((power_row_dot<T, V>), segment_grid(a.shape.rows * a.group_num), columns.block(), stream, a,
-              workspace);
+    NF_LAUNCH((power_row_dot<T, V>), segment_grid(a.shape.rows * a.group_num), columns.block(), stream, a, workspace);
   NF_LAUNCH((power_gradient<T, V>), columns.grid(), columns.block(), stream, a, workspace);
   return cudaGetLastError();
 }

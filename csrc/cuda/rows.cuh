@@ -1,6 +1,5 @@
 // What the group scaling of Power Norm needs: sums over segments, the channels of one group in one row, and
-// their factors on the way through the columns. A warp (a row of threads of the block) takes one segment at a
-// time.
+// their factors on the way through the columns. A warp (a row of threads of the block) takes one segment at a time.
 #pragma once
 #include "columns.cuh"
 
@@ -21,8 +20,7 @@ __device__ __forceinline__ void for_each_segment(int64_t segments, const Body& b
 
 // use(channel, packs) on this lane's packs of the segment.
 template <class T, int V, int kMatrices, class Use>
-__device__ __forceinline__ void walk_segment(const T* const (&segments)[kMatrices], int64_t width,
-                                             const Use& use) {
+__device__ __forceinline__ void walk_segment(const T* const (&segments)[kMatrices], int64_t width, const Use& use) {
   for (int64_t c = int64_t(threadIdx.x) * V; c < width; c += kLanes * V) {
     Pack<T, V> packs[kMatrices];
 #pragma unroll
@@ -34,8 +32,7 @@ __device__ __forceinline__ void walk_segment(const T* const (&segments)[kMatrice
 template <class Acc>
 __device__ __forceinline__ Acc add_lanes(Acc value) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
 }
 
@@ -46,14 +43,11 @@ struct RowFactor {
   int64_t groups;
   Acc otherwise;
 
-  __device__ RowFactor(const void* rows, int64_t groups, int64_t channels, int64_t column,
-                       Acc otherwise = Acc(1))
+  __device__ RowFactor(const void* rows, int64_t groups, int64_t channels, int64_t column, Acc otherwise = Acc(1))
       : values(static_cast<const Acc*>(rows) + (groups > 0 ? column / (channels / groups) : 0)),
         groups(groups),
         otherwise(otherwise) {}
-  __device__ __forceinline__ Acc operator()(int64_t row) const {
-    return groups > 0 ? values[row * groups] : otherwise;
-  }
+  __device__ __forceinline__ Acc operator()(int64_t row) const { return groups > 0 ? values[row * groups] : otherwise; }
 };
 
 }  // namespace normfuse::cuda

@@ -1,9 +1,9 @@
 // Unified Norm, backward.
-//   unified_gradient_sums   sums of dy and dy x; per channel m = mean of w r dy z,     reads dy, x
-//                           the gradient window, ema_gz, dw = r sum(dy z), db = sum(dy)
-//   unified_gradient_apply  dx = (w r dy - ema_gz z) / sqrt(var + eps)                 reads dy, x backwards,
-//   from L2 first;
-//                              = slope dy - pull x                                     writes dx
+//   unified_gradient_sums   sums of dy and dy x; per channel m = mean of w r dy z, the gradient window, ema_gz,
+//                           dw = r sum(dy z), db = sum(dy). Reads dy and x.
+//   unified_gradient_apply  dx = (w r dy - ema_gz z) / sqrt(var + eps) = slope dy - pull x.
+//                           Reads dy and x backwards, from L2 first, and writes dx.
+// Tensors moved: 5, of which two come from L2 as far as it reaches.
 #include "columns.cuh"
 
 namespace normfuse {
@@ -17,29 +17,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int64_t n = a.shape.channels;
   const Place<T, V> place(a.shape.rows, n);
   Acc sums[2][V] = {};
-  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)},
-             [&](int64_t, const Pack<T, V>(&in)[2]) {
+  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)}, [&](int64_t, const Pack<T, V>(&in)[2]) {
 #pragma unroll
-               for (int i = 0; i < V; ++i) {
-                 sums[0][i] += widen(in[0].v[i]);
-                 sums[1][i] += widen(in[0].v[i]) * widen(in[1].v[i]);
-               }
-             });
-  finish_columns(
-      sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
-        const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
-        const Acc* stats = static_cast<const Acc*>(a.stats);
-        const UnifiedStats<Acc> channel{stats[c], stats[n + c]};
-        const Acc weight = static_cast<const Acc*>(a.weight)[c];
-        const Acc weight_gradient = channel.r * channel.inv_std * sum[1];
-        const Acc m = mean_or(weight * weight_gradient, a.shape.rows, Acc(0));
-        const auto k = unified_backward_channel(step, m, weight, channel, static_cast<Acc*>(a.buffer_gz) + c,
-                                                n, Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
-        static_cast<Acc*>(workspace.vectors)[c] = k.slope;
-        static_cast<Acc*>(workspace.vectors)[n + c] = k.pull;
-        static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
-        static_cast<Acc*>(a.grad_bias)[c] = sum[0];
-      });
+    for (int i = 0; i < V; ++i) {
+      sums[0][i] += widen(in[0].v[i]);
+      sums[1][i] += widen(in[0].v[i]) * widen(in[1].v[i]);
+    }
+  });
+  finish_columns(sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
+    const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
+    const Acc* stats = static_cast<const Acc*>(a.stats);
+    const UnifiedStats<Acc> channel{stats[c], stats[n + c]};
+    const Acc weight = static_cast<const Acc*>(a.weight)[c];
+    const Acc weight_gradient = channel.r * channel.inv_std * sum[1];
+    const Acc m = mean_or(weight * weight_gradient, a.shape.rows, Acc(0));
+    const auto k = unified_backward_channel(step, m, weight, channel, static_cast<Acc*>(a.buffer_gz) + c, n,
+                                            Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
+    static_cast<Acc*>(workspace.vectors)[c] = k.slope;
+    static_cast<Acc*>(workspace.vectors)[n + c] = k.pull;
+    static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
+    static_cast<Acc*>(a.grad_bias)[c] = sum[0];
+  });
 }
 
 template <class T, int V>

@@ -1,9 +1,9 @@
 // Unified Norm, forward.
-//   unified_sums    q = mean over valid rows of x^2                       reads x
-//                   and without outlier filtration the step on each channel
-//   unified_window  with outlier filtration: the test over all channels, then the step on each channel; one
-//   block unified_apply   y = w x / sqrt(var + eps) + b                         reads x backwards, from L2
-//   first; writes y
+//   unified_sums    q = mean over valid rows of x^2, and without outlier filtration the step on each channel;
+//                   reads x
+//   unified_window  with outlier filtration: the test over all channels, then the step on each; one block
+//   unified_apply   y = w x / sqrt(var + eps) + b; reads x backwards, from L2 first, and writes y
+// Tensors moved: 3, of which one comes from L2 as far as it reaches.
 // The counters move in unified_apply, when nobody reads them any more.
 #include "columns.cuh"
 
@@ -29,8 +29,8 @@ template <class Acc>
 __device__ void finish_channel(const UnifiedForward& a, const UnifiedStep& step, Acc q, int64_t c) {
   const State<Acc> state(a);
   const int64_t n = a.shape.channels;
-  const auto stats = unified_forward_channel(step, q, state.buffer_x2 + c, n, Acc(a.eps), Acc(a.momentum),
-                                             state.running_var + c);
+  const auto stats =
+      unified_forward_channel(step, q, state.buffer_x2 + c, n, Acc(a.eps), Acc(a.momentum), state.running_var + c);
   state.inv_std[c] = stats.inv_std;
   state.r[c] = stats.r;
 }
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (!a.outlier_filtration && place.column == 0 && place.first == 0) a.step[1] = step.skip;
   finish_columns(
       squares, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sums)[1]) {
-        const Acc q =
-            mean_or(sums[0], a.pad_mask ? int64_t(tile->valid_rows) : a.shape.rows, state.running_var[c]);
+        const Acc q = mean_or(sums[0], a.pad_mask ? int64_t(tile->valid_rows) : a.shape.rows, state.running_var[c]);
         if (a.outlier_filtration) {
           static_cast<Acc*>(workspace.vectors)[c] = q;
         } else {
@@ -95,8 +94,7 @@ __global__ void __launch_bounds__(kWindowThreads) unified_window(UnifiedForward 
   double spread = 0;  // unbiased variance of the roots of all entries, before q enters
   if (filter) {
     double sum = 0, squares = 0;
-    for (int64_t i = threadIdx.x; i < entries; i += kWindowThreads)
-      sum += std::sqrt(double(state.buffer_x2[i]));
+    for (int64_t i = threadIdx.x; i < entries; i += kWindowThreads) sum += std::sqrt(double(state.buffer_x2[i]));
     const double mean = add_threads(sum, shared) / double(entries);
     for (int64_t i = threadIdx.x; i < entries; i += kWindowThreads) {
       const double d = std::sqrt(double(state.buffer_x2[i])) - mean;
@@ -145,8 +143,7 @@ int launch(const UnifiedForward& a, const Workspace& workspace, void* stream) {
   const ColumnGrid columns(a.shape, V);
   if (const int error = clear_counters(workspace, a.shape, stream)) return error;
   NF_LAUNCH((unified_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
-  if (a.outlier_filtration)
-    NF_LAUNCH((unified_window<AccOf<T>>), dim3(1), dim3(kWindowThreads), stream, a, workspace);
+  if (a.outlier_filtration) NF_LAUNCH((unified_window<AccOf<T>>), dim3(1), dim3(kWindowThreads), stream, a, workspace);
   NF_LAUNCH((unified_apply<T, V>), columns.grid(), columns.block(), stream, a);
   return cudaGetLastError();
 }
@@ -158,9 +155,8 @@ int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stre
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(args.shape.channels, {args.x, args.y})
-               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-               : cuda::launch<T, 1>(args, w, stream);
+    return cuda::can_pack<T>(args.shape.channels, {args.x, args.y}) ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
+                                                                    : cuda::launch<T, 1>(args, w, stream);
   });
 }
 

@@ -17,9 +17,7 @@ size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * s
 size_t partial_bytes(const Matrix& shape) {
   return aligned(2 * size_t(kBlocksPerMultiprocessor * multiprocessors()) * shape.channels * sizeof(double));
 }
-size_t row_bytes(const Matrix& shape, int64_t group_num) {
-  return aligned(shape.rows * group_num * sizeof(double));
-}
+size_t row_bytes(const Matrix& shape, int64_t group_num) { return aligned(shape.rows * group_num * sizeof(double)); }
 
 }  // namespace
 
@@ -42,8 +40,7 @@ int clear_counters(const Workspace& workspace, const Matrix& shape, void* stream
 
 size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num) {
   using namespace cuda;
-  return counter_bytes(shape) + kAlign + vector_bytes(shape) + partial_bytes(shape) +
-         row_bytes(shape, group_num);
+  return counter_bytes(shape) + kAlign + vector_bytes(shape) + partial_bytes(shape) + row_bytes(shape, group_num);
 }
 
 }  // namespace normfuse

@@ -37,8 +37,7 @@ void Fiber::prepare(std::function<void()> body) { body_ = std::move(body); }
 
 void Fiber::resume() {
   starting = this;
-  SIMT_TSAN(tsan_outside_ = __tsan_get_current_fiber();
-            __tsan_switch_to_fiber(tsan_inside_, kSwitchWithoutOrder);)
+  SIMT_TSAN(tsan_outside_ = __tsan_get_current_fiber(); __tsan_switch_to_fiber(tsan_inside_, kSwitchWithoutOrder);)
   SIMT_ASAN(__sanitizer_start_switch_fiber(&fake_stack_outside_, stack_.get(), kStackBytes);)
   swapcontext(&outside_, &inside_);
   SIMT_ASAN(__sanitizer_finish_switch_fiber(fake_stack_outside_, nullptr, nullptr);)

@@ -108,8 +108,8 @@ py::tuple unified_backward(py::array grad_y, py::array x, py::array weight, py::
 }
 
 py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
-                        py::array running_phi, py::array iters, int64_t warmup_iters, int64_t group_num,
-                        double eps, double alpha_fwd) {
+                        py::array running_phi, py::array iters, int64_t warmup_iters, int64_t group_num, double eps,
+                        double alpha_fwd) {
   const Input in(x);
   const int64_t n = in.shape.channels;
   py::array y = in.like_x(), stats = in.vectors(3), row_scale(in.acc, {in.shape.rows, group_num});
@@ -131,9 +131,8 @@ py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::arra
   return py::make_tuple(y, stats, row_scale);
 }
 
-py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::array stats,
-                         py::array row_scale, py::array ema_gz, int64_t group_num, double alpha_bkw,
-                         bool paper) {
+py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array row_scale,
+                         py::array ema_gz, int64_t group_num, double alpha_bkw, bool paper) {
   const Input in(x);
   const int64_t n = in.shape.channels;
   py::array grad_x = in.like_x(), grad_weight(in.acc, n), grad_bias(in.acc, n);

@@ -1,5 +1,4 @@
-// Runs the blocks of a launch: which fiber goes next, what it waits for, and what is wrong when nobody can go
-// on.
+// Runs the blocks of a launch: which fiber goes next, what it waits for, and what is wrong when nobody can go on.
 #include <exception>
 #include <memory>
 #include <numeric>
@@ -175,8 +174,7 @@ class Block {
     if (count(State::kAtBarrier) != threads_.size()) return false;
     for (const Thread& t : threads_)
       if (!same(t.site, threads_[0].site)) throw Error(diagnosis());
-    const bool fenced =
-        std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.fenced; });
+    const bool fenced = std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.fenced; });
     for (Thread& t : threads_) t.state = State::kReady, t.fenced_before = fenced, t.fenced = false;
     ++barriers_;
     return true;
@@ -203,8 +201,7 @@ class Block {
     for (unsigned l = 0; l < kWarp; ++l) {
       if (!(t.mask >> l & 1)) continue;
       if (first + l >= threads_.size() || threads_[first + l].state != State::kAtWarp) return false;
-      if (threads_[first + l].mask != t.mask || !same(threads_[first + l].site, t.site))
-        throw Error(diagnosis());
+      if (threads_[first + l].mask != t.mask || !same(threads_[first + l].site, t.site)) throw Error(diagnosis());
     }
     return true;
   }
@@ -213,8 +210,7 @@ class Block {
   static constexpr size_t kListLimit = 64;
   template <class Entry>
   static void grow(std::vector<Entry>& list, Entry entry) {
-    if (list.size() == kListLimit)
-      throw Error("the emulator allows 64 shared arrays and 64 atomics per block");
+    if (list.size() == kListLimit) throw Error("the emulator allows 64 shared arrays and 64 atomics per block");
     list.push_back(std::move(entry));
   }
 
@@ -258,8 +254,7 @@ class Block {
   Thread* current_ = nullptr;
   dim3 index_;
   unsigned barriers_ = 0;
-  char start_tag_ = 0, end_tag_ = 0, shared_tag_ = 0,
-       barrier_tags_[2] = {};  // where ThreadSanitizer keeps orders
+  char start_tag_ = 0, end_tag_ = 0, shared_tag_ = 0, barrier_tags_[2] = {};  // where ThreadSanitizer keeps orders
 };
 
 thread_local Block* running = nullptr;
@@ -275,8 +270,7 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
   std::iota(order.begin(), order.end(), uint64_t(0));
   if (options().order == Order::kReverse) std::reverse(order.begin(), order.end());
-  if (options().order == Order::kRandom)
-    std::shuffle(order.begin(), order.end(), std::mt19937(options().seed));
+  if (options().order == Order::kRandom) std::shuffle(order.begin(), order.end(), std::mt19937(options().seed));
 
   const unsigned workers = std::max(1u, options().workers);
   if (fibers().size() < workers) fibers().resize(workers);

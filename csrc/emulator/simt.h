@@ -81,8 +81,7 @@ T* shared(size_t count, const char* file = __builtin_FILE(), int line = __builti
 }
 
 void block_barrier(Site site);
-// Gives `value` to the other lanes of the mask, and returns what lane `source` gave. No memory is ordered by
-// it.
+// Gives `value` to the other lanes of the mask, and returns what lane `source` gave. No memory is ordered by it.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, Site site);
 unsigned lane();
 

@@ -42,8 +42,7 @@ std::vector<T> random(int64_t count, unsigned seed) {
 
 template <class T>
 void check_close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
-  for (size_t i = 0; i < a.size(); ++i)
-    CHECK(std::abs(get(a[i]) - get(b[i])) <= tolerance * (1 + std::abs(get(b[i]))));
+  for (size_t i = 0; i < a.size(); ++i) CHECK(std::abs(get(a[i]) - get(b[i])) <= tolerance * (1 + std::abs(get(b[i]))));
 }
 
 // One training step of both norms on state and results of their own.
@@ -115,8 +114,8 @@ void check_same(const Step<T>& a, const Step<T>& b) {
   const double tolerance = sizeof(T) == 2 ? 0.01 : 1e-4;  // a bfloat16 has 8 bits
   check_close(a.y, b.y, tolerance);
   check_close(a.dx, b.dx, tolerance);
-  for (const auto field : {&Step<T>::running, &Step<T>::ema, &Step<T>::window_x2, &Step<T>::window_gz,
-                           &Step<T>::stats, &Step<T>::row_scale, &Step<T>::dw, &Step<T>::db})
+  for (const auto field : {&Step<T>::running, &Step<T>::ema, &Step<T>::window_x2, &Step<T>::window_gz, &Step<T>::stats,
+                           &Step<T>::row_scale, &Step<T>::dw, &Step<T>::db})
     check_close(a.*field, b.*field, 1e-4);
   CHECK(a.iters == b.iters && a.skips == b.skips && a.step == b.step);
 }

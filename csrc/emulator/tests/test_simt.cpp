@@ -34,8 +34,7 @@ void right_in_every_order() {
   bool wrong = false;
   for (const auto order : kOrders) {
     simt::options().order = order;
-    wrong =
-        wrong || !(run_sum(Bug::kMissingBarrier, 2) == right_sum(2));  // NaN: shared memory starts poisoned
+    wrong = wrong || !(run_sum(Bug::kMissingBarrier, 2) == right_sum(2));  // NaN: shared memory starts poisoned
   }
   CHECK(wrong);
 }
