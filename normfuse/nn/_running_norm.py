@@ -89,9 +89,9 @@ class RunningNorm(nn.Module):
             if counter is not None:
                 self._start_values[name] = 0.0
 
-    def _group(self) -> ProcessGroup | None:
-        """The processes to share statistics with in this step, see :func:`normfuse.nn.convert_sync`."""
-        if not (self.synchronised and self.training and dist.is_available() and dist.is_initialized()):
+    def group_to_share_with(self) -> ProcessGroup | None:
+        """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""
+        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None

@@ -102,7 +102,7 @@ class PowerNorm(RunningNorm):
             eps=self.eps,
             backward=self.backward_form,
             channel_dim=self.channel_dim,
-            process_group=self._group(),
+            process_group=self.group_to_share_with() if self.training else None,
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from normfuse.nn import PowerNorm, UnifiedNorm, convert_sync
+from normfuse.nn import PowerNorm, UnifiedNorm, calibrate, convert_sync
 
 C = 6
 NORMS = {
@@ -157,11 +157,23 @@ def checkpointed(name):
         assert all(torch.equal(a, b) for a, b in zip(dropped.buffers(), kept.buffers(), strict=True))
 
 
+def calibrated():
+    """One batch each, of different sizes: the mean over all rows of all ranks."""
+    norm = convert_sync(NORMS["unified"]().double())
+    rows = random(0, ROWS, C)
+    for sizes in SPLITS[RANKS]:
+        own = rows.split(sizes)[RANK]
+        assert calibrate(norm, [own] if len(own) else [], progress=False) == (len(own) > 0)
+        near(norm.running_var, rows.square().mean(0), "calibrated")
+        assert norm.synchronised
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name in NORMS:
         ranks_like_one(name)
+    calibrated()
     if RANKS == 4:
         subgroups()
         trains_like_one("unified", in_ddp)

@@ -1,0 +1,165 @@
+"""calibrate: the quadratic mean over the data, and nothing else touched. Resuming: bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from normfuse.nn import PowerNorm, UnifiedNorm, calibrate
+
+C = 6
+NORMS = {
+    "unified": lambda: UnifiedNorm(C, warmup_iters=0, window_size=2),
+    "power": lambda: PowerNorm(C, warmup_iters=0, group_num=None),
+    "power, group scaling": lambda: PowerNorm(C, warmup_iters=3, group_num=2),
+}
+STATISTIC = {"running_var", "running_phi", "buffer_x2"}
+
+
+@pytest.fixture(params=NORMS)
+def make(request):
+    return NORMS[request.param]
+
+
+def train(model, steps, seed, optimizer=None):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        loss = model(torch.randn(9, 4, generator=generator)).square().sum()
+        model.zero_grad()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+    return model
+
+
+def network(make):
+    return nn.Sequential(nn.Linear(4, C), make(), nn.Dropout(0.5), nn.Linear(C, C), make())
+
+
+def scaled(norm, x):
+    if getattr(norm, "group_num", None):
+        groups = x.unflatten(-1, (norm.group_num, -1))
+        return nn.functional.rms_norm(groups, groups.shape[-1:], eps=norm.eps).flatten(-2)
+    return x
+
+
+def expected_statistics(model, batches):
+    """By hand: the first norm sees the linear layer's rows, the second what the first gives batch by batch."""
+    first, second = [], []
+    for x in batches:
+        hidden = scaled(model[1], model[0](x))
+        z = hidden / (hidden.square().mean(0) + model[1].eps).sqrt()
+        first.append(hidden)
+        second.append(scaled(model[4], model[3](model[1].weight * z + model[1].bias)))
+    return [torch.cat(rows).square().mean(0) for rows in (first, second)]
+
+
+def test_calibrate_takes_the_mean_over_all_rows(make):
+    torch.manual_seed(3)
+    model = train(network(make), 5, seed=1)
+    model.train()
+    model[3].eval()
+    untouched = copy.deepcopy(model)
+    batches = [torch.randn(rows, 4) for rows in (8, 3, 1)]
+    assert calibrate(model, batches, progress=False) == 3
+    with torch.no_grad():
+        wanted = expected_statistics(untouched, batches)
+    for norm, mean in zip((model[1], model[4]), wanted, strict=True):
+        for name in STATISTIC & dict(norm.named_buffers()).keys():
+            torch.testing.assert_close(norm.get_buffer(name), mean.expand_as(norm.get_buffer(name)))
+    for name, value in untouched.state_dict().items():
+        if name.split(".")[-1] not in STATISTIC:
+            assert torch.equal(value, model.state_dict()[name]), name
+    assert [module.training for module in model] == [True, True, True, False, True]
+    assert model[1].warmup_iters == make().warmup_iters and not model[1]._forward_pre_hooks
+
+
+def test_evaluation_after_calibration_is_normalised(make):
+    model = network(make)
+    batches = [3 + 5 * torch.randn(64, 4) for _ in range(20)]
+    calibrate(model, batches, progress=False)
+    y = model.eval()[:2](torch.cat(batches))
+    torch.testing.assert_close(y.square().mean(0), torch.ones(C), rtol=1e-3, atol=1e-3)
+
+
+def test_kinds_of_batches_and_the_bar(make, capsys):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = make()
+
+        def forward(self, x, pad_mask=None):
+            return self.norm(x, pad_mask)
+
+    x = torch.randn(8, C)
+    pad_mask = torch.arange(8) > 4
+    results = []
+    loaders = [x[:5]], [(x[:5], "label")], ({"x": x[:5]} for _ in range(1)), [{"x": x, "pad_mask": pad_mask}]
+    for loader in loaders:
+        model = Named()
+        assert calibrate(model, loader, device="cpu") == 1
+        results.append(model.norm.state_dict())
+    assert "calibrating" in capsys.readouterr().out
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name])
+    assert calibrate(Named(), [x] * 5, max_batches=2, progress=False) == 2
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "loader gave no batch"),
+        ([torch.randn(0, 4)], "no norm of the model saw a valid row"),
+        ([torch.full((3, 4), float("nan"))], "the statistic of 1 is not finite"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(make, loader, message):
+    model = train(network(make), 2, seed=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, loader, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="has no UnifiedNorm or PowerNorm"):
+        calibrate(nn.Linear(2, 2), loader)
+
+
+def test_an_interrupted_calibration_leaves_the_model_as_it_was(make):
+    model = train(network(make), 2, seed=1)
+    before = copy.deepcopy(model.state_dict())
+
+    def breaking():
+        yield torch.randn(3, 4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, breaking(), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_training_resumes_bit_for_bit(make):
+    """Model, optimiser and random numbers stored in between: the same as never having stopped."""
+
+    def start():
+        torch.manual_seed(0)
+        model = network(make)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    model, optimizer = start()
+    train(model, 6, 1, optimizer)
+    file = io.BytesIO()
+    stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+    torch.save(stored, file)
+    train(model, 6, 2, optimizer)
+
+    resumed, other = start()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    resumed.load_state_dict(loaded["model"])
+    other.load_state_dict(loaded["optimizer"])
+    torch.set_rng_state(loaded["random"])
+    train(resumed, 6, 2, other)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
