@@ -1,0 +1,177 @@
+"""What the statistics of norms do during training: recorded, stored, and a warning when a layer goes astray."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._layout import accumulation_dtype, mean_square, to_rows
+from ..ops.power_norm import group_scaling
+from ._running_norm import RunningNorm
+from .power_norm import PowerNorm
+
+FIELDS = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
+_SETTLED = 20  # steps until running statistics have left their start value behind: 0.9 ** 20 = 0.12
+_FORMAT = "normfuse-statistics"
+
+
+def _measure(norm: RunningNorm, x: Tensor, pad_mask: Tensor | None) -> Tensor:
+    """The numbers of :data:`FIELDS` as one small float64 tensor on the norm's device."""
+    values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
+    if isinstance(norm, PowerNorm):
+        values, _ = group_scaling(values, norm.group_num or 0, norm.eps)
+    running = norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
+    q = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), empty=running)
+    ratio = (q + norm.eps) / (running + norm.eps)
+    skips = torch.zeros_like(norm.iters)
+    for counter in ("skip_counter", "skipped_forwards", "skipped_backwards"):
+        if getattr(norm, counter, None) is not None:
+            skips = skips + getattr(norm, counter)
+    finite = q.isfinite().all() & norm.ema_gz.isfinite().all() & running.isfinite().all()
+    numbers = (
+        norm.iters[0] + 1, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.amin(), ratio.amax(),
+        skips[0], norm.ema_gz.square().mean().sqrt(), finite,
+    )  # fmt: skip
+    return torch.stack([number.to(torch.float64) for number in numbers])
+
+
+class Monitor:
+    """Records of the norms of a model, see :func:`monitor`."""
+
+    def __init__(self, model: nn.Module, every: int, drift: float) -> None:
+        self.every = every
+        self.drift = drift
+        self._records: dict[str, list[list[float]]] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._calls: dict[str, int] = {}
+        self._hooks = []
+        for name, norm in model.named_modules():
+            if isinstance(norm, RunningNorm):
+                name = name or type(norm).__name__
+                self._records[name], self._waiting[name], self._calls[name] = [], [], 0
+                self._hooks.append(norm.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        if not self._hooks:
+            raise ValueError(f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to watch")
+
+    def _hook(self, name: str) -> Any:
+        @torch.compiler.disable
+        @torch.no_grad()
+        def observe(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if not norm.training or torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
+                return
+            self._calls[name] += 1
+            if (self._calls[name] - 1) % self.every:
+                return
+            self._collect(name)
+            x = arguments[0] if arguments else options["x"]
+            pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+            record = _measure(norm, x, pad_mask)
+            # On its way while training goes on; it is read when the next record is made, long after it arrived.
+            host = torch.empty_like(record, device="cpu", pin_memory=record.is_cuda)
+            host.copy_(record, non_blocking=True)
+            self._waiting[name].append(host)
+
+        return observe
+
+    def _collect(self, name: str) -> None:
+        waiting, self._waiting[name] = self._waiting[name], []
+        for record in waiting:
+            numbers = record.tolist()
+            self._records[name].append(numbers)
+            self._judge(name, dict(zip(FIELDS, numbers, strict=True)))
+
+    def _judge(self, name: str, record: dict[str, float]) -> None:
+        step = int(record["step"])
+        if not record["finite"]:
+            self._warn(name, "finite", f"{name}: a statistic of step {step} is not finite")
+        elif step > _SETTLED and not 1 / self.drift <= record["ratio"] <= self.drift:
+            self._warn(
+                name, "drift",
+                f"{name}: in step {step} the batch's quadratic mean is {record['ratio']:.3g} times the running one "
+                f"(bound: {self.drift:g}); evaluation will differ from training. Lower the learning rate, lengthen "
+                "the warm-up or run calibrate",
+            )  # fmt: skip
+
+    def _warn(self, name: str, kind: str, message: str) -> None:
+        if (name, kind) not in self._warned:
+            self._warned.add((name, kind))
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def to_json(self) -> dict[str, Any]:
+        """The records so far: ``layers`` maps each norm's name to lists of equal length, one for each of
+
+        ``step`` (training step of the norm), ``batch`` and ``running`` (mean over channels of the batch's and
+        the running quadratic mean), ``ratio``, ``ratio_low`` and ``ratio_high`` (geometric mean, smallest and
+        largest over channels of the quotient of the two), ``skips`` (outliers and skipped passes so far),
+        ``gradient`` (root mean square of ``ema_gz``) and ``finite``. Numbers that are not finite are null.
+        Waits for the device.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for name in self._records:
+            self._collect(name)
+        layers = {}
+        for name, records in self._records.items():
+            columns = list(zip(*records, strict=True)) if records else [()] * len(FIELDS)
+            layers[name] = {
+                field: [_plain(field, v) for v in column] for field, column in zip(FIELDS, columns, strict=True)
+            }
+        return {"format": _FORMAT, "version": 1, "every": self.every, "layers": layers}
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file, which ``normfuse plot`` draws."""
+        Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
+
+    def close(self) -> None:
+        """Stop recording; the records stay."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _plain(field: str, value: float) -> float | int | bool | None:
+    if field == "finite":
+        return bool(value)
+    if value - value != 0:
+        return None
+    return int(value) if field in ("step", "skips") else value
+
+
+def monitor(model: nn.Module, *, every: int = 50, drift: float = 10.0) -> Monitor:
+    """Watch the statistics of every Unified and Power Norm in ``model`` during training.
+
+    In every ``every``-th training step a norm's batch statistic is measured (one pass over its input) and sent
+    to the host without waiting; other steps cost a counter. Once per layer and kind, a ``RuntimeWarning`` says
+    that a statistic is not finite or, after the first 20 steps, that the batch's has left the running one by
+    more than ``drift``. It comes with the following record, or with :meth:`Monitor.to_json`. In a compiled model
+    the hooks are graph breaks.
+
+    Args:
+        model: watched through hooks; nothing else changes.
+        every: training steps between two records, at least 1.
+        drift: largest quotient of the batch's and the running statistic (the geometric mean over channels),
+            or its inverse; above 1.
+
+    Returns:
+        A :class:`Monitor`, with ``to_json``, ``save`` and ``close``; also a context manager.
+
+    Raises:
+        ValueError: there is no norm to watch, or an option is out of range.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} is not allowed; give a number of steps of at least 1")
+    if not drift > 1:
+        raise ValueError(f"drift={drift} is not allowed; give a quotient above 1, such as 10")
+    return Monitor(model, every, drift)

@@ -1,0 +1,84 @@
+"""The picture of what :func:`normfuse.nn.monitor` recorded. Needs matplotlib (``pip install normfuse[examples]``)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+_SERIES = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
+
+
+def read_statistics(path: str | Path) -> dict[str, Any]:
+    """Read a file of :meth:`normfuse.nn.Monitor.save`.
+
+    Raises:
+        ValueError: the file is not one, with the reason in one line.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != "normfuse-statistics":
+        raise ValueError(f"{path} holds no statistics of norms; write one with normfuse.nn.monitor(model).save(path)")
+    if content.get("version") != 1:
+        raise ValueError(f"{path} has version {content.get('version')!r}; this normfuse reads version 1")
+    layers = content.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise ValueError(f"{path} holds no layers")
+    for name, series in layers.items():
+        lists = isinstance(series, dict) and all(isinstance(series.get(field), list) for field in _SERIES)
+        if not lists or len({len(series[field]) for field in _SERIES}) != 1:
+            raise ValueError(f"{path}: the record of layer {name!r} is incomplete")
+    return content
+
+
+def plot_statistics(statistics: str | Path | dict[str, Any], out: str | Path) -> Path:
+    """Draw batch against running statistic, their quotient, the gradient statistic and skips, a row per layer.
+
+    Args:
+        statistics: what :meth:`normfuse.nn.Monitor.to_json` returned, or a file of :meth:`~normfuse.nn.Monitor.save`.
+        out: the picture to write; its ending says which format (.png, .svg, .pdf).
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        ValueError: ``statistics`` is not such a file, or the ending of ``out`` is no known format.
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
+    layers = (statistics if isinstance(statistics, dict) else read_statistics(statistics))["layers"]
+    figure = Figure(figsize=(12, 1 + 2 * len(layers)), layout="constrained")
+    for axes, (name, series) in zip(figure.subplots(len(layers), 3, squeeze=False), layers.items(), strict=True):
+        _draw_layer(axes, name, series)
+    out = Path(out)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def _draw_layer(axes: Any, name: str, series: dict[str, list[Any]]) -> None:
+    values = {field: [math.nan if v is None else v for v in column] for field, column in series.items()}
+    step = values["step"]
+    axes[0].plot(step, values["batch"], label="batch", linewidth=1)
+    axes[0].plot(step, values["running"], label="running", linewidth=1.5)
+    axes[0].set_ylabel(name)
+    axes[0].set_title("mean of the quadratic mean", fontsize=9)
+    axes[0].legend(fontsize=7)
+    axes[1].fill_between(step, values["ratio_low"], values["ratio_high"], alpha=0.4)
+    axes[1].plot(step, values["ratio"], linewidth=1.5)
+    axes[1].axhline(1, color="black", linewidth=0.6)
+    axes[1].set_title("batch over running: middle and range over channels", fontsize=9)
+    axes[2].plot(step, values["gradient"], linewidth=1)
+    axes[2].set_title(f"root mean square of ema_gz; {values['skips'][-1] if step else 0} skips", fontsize=9)
+    for each in axes[:2]:
+        if any(v > 0 for v in values["batch"]):
+            each.set_yscale("log")
+    for index, finite in enumerate(values["finite"]):
+        if not finite:
+            for each in axes:
+                each.axvline(step[index], color="red", linewidth=0.8)

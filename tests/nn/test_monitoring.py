@@ -1,0 +1,153 @@
+"""The monitor: what it records against the formulas, when it warns, what it costs the training; and its picture."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normfuse.nn import PowerNorm, UnifiedNorm, monitor
+from normfuse.plotting import plot_statistics, read_statistics
+
+C = 6
+NORMS = {
+    "unified": lambda **options: UnifiedNorm(C, warmup_iters=2, window_size=2, **options),
+    "power": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, **options),
+}
+
+
+@pytest.fixture(params=NORMS)
+def make(request):
+    return NORMS[request.param]
+
+
+def network(make, **options):
+    return nn.Sequential(nn.Linear(4, C), make(**options), nn.Linear(C, C), make(**options))
+
+
+def train(model, steps=7, scale=1.0):
+    for _ in range(steps):
+        model((scale * torch.randn(9, 4)).requires_grad_()).square().sum().backward()
+
+
+def test_records_are_the_numbers_of_the_step(make):
+    model = network(make)
+    watch = monitor(model, every=3)
+    expected = []
+    for step in range(1, 8):
+        x = torch.randn(9, 4)
+        norm = model[1]
+        if step in (1, 4, 7):
+            running = norm.running_var if hasattr(norm, "running_var") else norm.running_phi
+            q = model[0](x).detach().square().mean(0)
+            ratio = (q + norm.eps) / (running + norm.eps)
+            rms = norm.ema_gz.square().mean().sqrt()
+            expected.append(
+                [step, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.min(), ratio.max(), 0, rms, True]
+            )
+        model(x).square().sum().backward()
+    layers = watch.to_json()["layers"]
+    assert list(layers) == ["1", "3"]
+    columns = [[float(v) for v in column] for column in zip(*expected, strict=True)]
+    for (field, values), column in zip(layers["1"].items(), columns, strict=True):
+        assert values == pytest.approx(column, rel=1e-6), field
+    assert layers["3"]["step"] == [1, 4, 7]
+
+
+def test_watching_changes_no_bit(make):
+    plain = network(make)
+    watched = copy.deepcopy(plain)
+    with monitor(watched, every=1) as watch:
+        torch.manual_seed(1)
+        train(plain)
+        torch.manual_seed(1)
+        train(watched)
+    assert all(torch.equal(v, watched.state_dict()[name]) for name, v in plain.state_dict().items())
+    train(watched, 2)
+    assert len(watch.to_json()["layers"]["1"]["step"]) == 7, "recorded after close"
+
+
+def test_evaluation_and_recomputation_are_not_recorded(make):
+    model = network(make)
+    watch = monitor(model, every=1)
+    checkpoint(model, torch.randn(9, 4).requires_grad_(), use_reentrant=False).sum().backward()
+    model.eval()(torch.randn(9, 4))
+    assert watch.to_json()["layers"]["1"]["step"] == [1]
+
+
+def test_a_drift_is_told_once_per_layer(make):
+    model = network(make)
+    watch = monitor(model, every=1, drift=20.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, 1, scale=0.01)  # running statistics start at 1: the first steps say nothing
+        train(model, 20)
+    with pytest.warns(RuntimeWarning) as caught:
+        train(model, 3, scale=100.0)
+        watch.to_json()
+    told = [str(w.message) for w in caught]
+    assert sum("times the running one (bound: 20)" in t and t.startswith("1: in step 22") for t in told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, 3, scale=1000.0)
+
+
+def test_what_is_not_finite_is_told_and_stored(make, tmp_path):
+    model = network(make, skip_nonfinite=True)
+    watch = monitor(model, every=1)
+    train(model, 2)
+    with pytest.warns(RuntimeWarning, match="1: a statistic of step 3 is not finite"):
+        train(model, 2, scale=float("nan"))
+    watch.save(tmp_path / "stats.json")
+    series = json.loads((tmp_path / "stats.json").read_text())["layers"]["1"]
+    assert series["finite"] == [True, True, False, False] and series["batch"][2] is None
+    assert series["step"] == [1, 2, 3, 3] and series["skips"] == [0, 0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"every": 0}, "every=0 is not allowed"), ({"drift": 1.0}, r"drift=1\.0 is not allowed")],
+)
+def test_refusals(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        monitor(make(), **arguments)
+    with pytest.raises(ValueError, match="class Linear has no UnifiedNorm"):
+        monitor(nn.Linear(2, 2))
+
+
+def test_the_picture(make, tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture is drawn by matplotlib")
+    image = pytest.importorskip("matplotlib.image")
+    model = network(make)
+    watch = monitor(model, every=2)
+    empty = plot_statistics(watch.to_json(), tmp_path / "empty.png")
+    train(model)
+    watch.save(tmp_path / "stats.json")
+    drawn = plot_statistics(tmp_path / "stats.json", tmp_path / "stats.png")
+    assert drawn == tmp_path / "stats.png"
+    before, after = image.imread(empty), image.imread(drawn)
+    assert before.shape[1] == after.shape[1] > 500
+    coloured = after[..., :3].max(-1) - after[..., :3].min(-1) > 0.3
+    assert coloured.sum() > 500, "no curve in the picture"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"[]", "holds no statistics of norms; write one with"),
+        (b'{"format": "normfuse-statistics", "version": 2}', "has version 2; this normfuse reads version 1"),
+        (b'{"format": "normfuse-statistics", "version": 1, "layers": {}}', "holds no layers"),
+        (b'{"format": "normfuse-statistics", "version": 1, "layers": {"a": {"step": [1]}}}', "layer 'a' is incomplete"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "stats.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_statistics(path)
+    assert "\n" not in str(error.value)
