@@ -1,0 +1,196 @@
+"""Exchange the norms of a model, keeping what they have learned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..nn import PowerNorm, UnifiedNorm
+from ..nn._running_norm import RunningNorm
+
+Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
+# Other libraries write norms of their own, without a base class; their names all end like this.
+_FOREIGN = re.compile(r"(Layer_?Norm|RMS_?Norm)(2d)?$", re.IGNORECASE)
+
+
+class LastDimBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of [..., C] over all dimensions but the last; parameters and buffers of BatchNorm1d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One exchanged norm: its name in the model, the classes before and after, and its number of channels."""
+
+    name: str
+    before: str
+    after: str
+    num_features: int
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What :func:`swap_norms` did: ``swaps``, and ``kept``, the names of norms that ``where`` left alone."""
+
+    swaps: list[Swap] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{s.name}: {s.before} -> {s.after} ({s.num_features} channels)" for s in self.swaps]
+        return "\n".join([*lines, *(f"{name}: kept" for name in self.kept)])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, RunningNorm)):
+        return True
+    leaf = next(module.children(), None) is None
+    return leaf and _FOREIGN.search(type(module).__name__) is not None
+
+
+def _channels(name: str, norm: nn.Module) -> int:
+    if isinstance(norm, (_BatchNorm, RunningNorm)):
+        return norm.num_features
+    shape = getattr(norm, "normalized_shape", None)
+    if shape is None and isinstance(getattr(norm, "weight", None), Tensor):
+        shape = norm.weight.shape
+    if shape is None or len(shape) != 1:
+        raise ValueError(
+            f"{name}, a {type(norm).__name__}, normalises over the shape {shape and tuple(shape)}; "
+            "only norms over one dimension of channels can be swapped: leave it out with `where`"
+        )
+    return shape[0]
+
+
+def _channel_dim(norm: nn.Module) -> int:
+    if isinstance(norm, RunningNorm):
+        return norm.channel_dim
+    first = isinstance(norm, _BatchNorm) and not isinstance(norm, LastDimBatchNorm)
+    return 1 if first or type(norm).__name__.lower().endswith("2d") else -1
+
+
+def _eps(norm: nn.Module) -> float | None:
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _make_batch(channels: int, *, channel_dim: int, device: Any, dtype: Any, **options: Any) -> nn.Module:
+    if channel_dim == -1:
+        return LastDimBatchNorm(channels, device=device, dtype=dtype, **options)
+    raise ValueError(
+        'to="batch" needs channels last; a BatchNorm or a norm over channels first has no reason to change'
+    )
+
+
+def _make_dynamic(make: type[nn.Module]) -> Callable[..., nn.Module]:
+    def build(channels: int, *, channel_dim: int, affine: bool, **options: Any) -> nn.Module:
+        if channel_dim != -1:
+            raise ValueError(f"{make.__name__} works on channels last only; leave this norm out with `where`")
+        return make(channels, elementwise_affine=affine, **options)
+
+    return build
+
+
+_TARGETS: dict[str, Callable[..., nn.Module]] = {
+    "unified": UnifiedNorm,
+    "power": PowerNorm,
+    "batch": _make_batch,
+    "layer": _make_dynamic(nn.LayerNorm),
+    "rms": _make_dynamic(nn.RMSNorm),
+}
+
+
+def _selector(where: Where | None) -> Callable[[str, nn.Module], bool]:
+    if where is None:
+        return lambda name, module: True
+    if isinstance(where, (str, re.Pattern)):
+        pattern = re.compile(where)
+        return lambda name, module: pattern.search(name) is not None
+    if isinstance(where, (type, tuple)):
+        return lambda name, module: isinstance(module, where)
+    return where
+
+
+@torch.no_grad()
+def _successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallback: Tensor | None) -> nn.Module:
+    weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
+    anchor = weight if isinstance(weight, Tensor) else fallback
+    wanted: dict[str, Any] = {"channel_dim": _channel_dim(old), "affine": isinstance(weight, Tensor)}
+    if anchor is not None:
+        wanted |= {"device": anchor.device, "dtype": anchor.dtype}
+    if (eps := _eps(old)) is not None:
+        wanted["eps"] = eps
+    try:
+        new = _TARGETS[to](_channels(name, old), **(wanted | options))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    for label, value in (("weight", weight), ("bias", bias)):
+        target = getattr(new, label, None)
+        if isinstance(value, Tensor) and target is None and value.ne(0 if label == "bias" else 1).any():
+            raise ValueError(f"{name}: {type(new).__name__} has no {label} to take over; leave it out with `where`")
+        if isinstance(value, Tensor) and target is not None:
+            target.copy_(value.reshape(-1))
+            target.requires_grad_(value.requires_grad)
+    statistic = {"unified": "running_var", "power": "running_phi"}.get(to)
+    if statistic and isinstance(old, _BatchNorm) and old.running_var is not None and not getattr(new, "group_num", 0):
+        new.get_buffer(statistic).copy_(old.running_var + old.running_mean**2)  # the mean of x²
+    return new.train(old.training)
+
+
+def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = None, **options: Any) -> SwapReport:
+    """Exchange norms of ``model`` in place; weight and bias, eps, device, dtype and mode stay.
+
+    Found are LayerNorm, RMSNorm, BatchNorm, the norms of this package, and modules without children whose class
+    name ends in "LayerNorm" or "RMSNorm", as in transformers and timm. A norm that the model uses at several
+    places stays one norm. The new norms' statistics start fresh (from a BatchNorm: at its mean of x²): train, or
+    run :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser afterwards.
+
+    Args:
+        model: a module that contains norms.
+        to: "unified", "power", "batch" (channels last), "layer" or "rms".
+        where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
+            function of name and module. None: all.
+        options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's
+            class says (1 for BatchNorm and classes that end in "2d", else -1).
+
+    Returns:
+        A :class:`SwapReport`; ``print`` it.
+
+    Raises:
+        ValueError: ``to`` is unknown, nothing was found, or a norm cannot be swapped. The model is then as before.
+        TypeError: an option has a wrong type.
+    """
+    if to not in _TARGETS:
+        raise ValueError(f"to={to!r} is unknown; give one of {', '.join(map(repr, _TARGETS))}")
+    if _is_norm(model):
+        raise ValueError("model is itself a norm; give the module that contains it, or build the new norm directly")
+    selected = _selector(where)
+    fallback = next(model.parameters(), None)
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and _is_norm(m)]
+    report, successors = SwapReport(), {}
+    for name, old in places:
+        if not selected(name, old):
+            report.kept.append(name)
+            continue
+        if old not in successors:
+            successors[old] = _successor(name, old, to, options, fallback)
+        new = successors[old]
+        report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, _channels(name, old)))
+    if not report.swaps:
+        found = f"the norms are {', '.join(report.kept)}" if report.kept else "the model has no norms that it knows"
+        raise ValueError(f"where={where!r} selects nothing; {found}")
+    for swap in report.swaps:
+        parent, _, label = swap.name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, label, successors[owner.get_submodule(label)])
+    return report

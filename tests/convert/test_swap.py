@@ -1,0 +1,153 @@
+"""swap_norms: what is found, what is kept of it, what is refused."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from normfuse.convert import LastDimBatchNorm, swap_norms
+from normfuse.nn import PowerNorm, UnifiedNorm
+
+C = 8
+
+
+class LlamaLikeRMSNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = 1e-4
+
+    def forward(self, x):
+        return self.weight * nn.functional.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("conv", nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C, eps=1e-3), LayerNorm2d(C)))
+    net.add_module("flat", nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (-1,))))
+    net.add_module("turn", Transposed())
+    net.add_module("norms", nn.Sequential(nn.LayerNorm(C, eps=1e-6), nn.RMSNorm(C), LlamaLikeRMSNorm(C)))
+    net.add_module("plain", nn.LayerNorm(C, elementwise_affine=False))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    return net
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_every_norm_is_found_and_keeps_what_it_learned():
+    net = model().double()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    net.norms[0].weight.requires_grad_(False)
+    net.norms[1].eval()
+    report = swap_norms(net, to="unified", warmup_iters=7)
+    assert [s.name for s in report.swaps] == ["conv.1", "conv.2", "norms.0", "norms.1", "norms.2", "plain"]
+    assert [s.before for s in report.swaps][-2:] == ["LlamaLikeRMSNorm", "LayerNorm"]
+    assert "conv.1: BatchNorm2d -> UnifiedNorm (8 channels)" in str(report) and report.kept == []
+    norms = [module for module in net.modules() if isinstance(module, UnifiedNorm)]
+    assert len(norms) == 6
+    assert [n.channel_dim for n in norms] == [1, 1, -1, -1, -1, -1]
+    assert [n.eps for n in norms][:3] == [1e-3, 1e-5, 1e-6] and norms[4].eps == 1e-4
+    assert [n.training for n in norms] == [True, True, True, False, True, True]
+    assert {n.warmup_iters for n in norms} == {7} and {n.running_var.dtype for n in norms} == {torch.float64}
+    after = dict(net.named_parameters())
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert set(after) - set(before) == {"norms.1.bias", "norms.2.bias"}
+    assert (after["norms.1.bias"] == 0).all() and not net.plain.affine
+    assert not net.norms[0].weight.requires_grad and net.norms[0].bias.requires_grad
+    y = net(torch.randn(2, 3, 4, 5, dtype=torch.float64))
+    assert y.shape == (2, 20, C)
+    y.square().sum().backward()
+
+
+def test_a_batch_norm_hands_over_its_mean_of_squares():
+    net = nn.Sequential(nn.BatchNorm1d(C))
+    for _ in range(200):
+        net(3 + torch.randn(256, C))
+    for to, statistic in (("unified", "running_var"), ("power", "running_phi")):
+        twin = nn.Sequential(nn.BatchNorm1d(C))
+        twin.load_state_dict(net.state_dict())
+        swap_norms(twin, to=to, **({"group_num": None} if to == "power" else {}))
+        torch.testing.assert_close(twin[0].get_buffer(statistic), torch.full((C,), 10.0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("where", "swapped"),
+    [
+        (r"^norms\.", ["norms.0", "norms.1", "norms.2"]),
+        (re.compile("NORMS.[01]", re.IGNORECASE), ["norms.0", "norms.1"]),
+        (nn.BatchNorm2d, ["conv.1"]),
+        ((nn.RMSNorm, LlamaLikeRMSNorm), ["norms.1", "norms.2"]),
+        (lambda name, module: getattr(module, "eps", 0) == 1e-6, ["norms.0"]),
+    ],
+)
+def test_where(where, swapped):
+    net = model()
+    report = swap_norms(net, to="power", where=where)
+    assert [s.name for s in report.swaps] == swapped
+    assert len(report.kept) == 6 - len(swapped)
+    assert [name for name, m in net.named_modules() if isinstance(m, PowerNorm)] == swapped
+
+
+@pytest.mark.parametrize(("to", "kind"), [("layer", nn.LayerNorm), ("rms", nn.RMSNorm), ("batch", LastDimBatchNorm)])
+def test_other_targets_and_back(to, kind):
+    net = nn.Sequential(nn.LayerNorm(C, eps=1e-4, bias=to != "rms"))
+    nn.init.normal_(net[0].weight)
+    weight = net[0].weight.clone()
+    swap_norms(net, to="unified")
+    swap_norms(net, to=to)
+    assert type(net[0]) is kind and net[0].eps == 1e-4 and torch.equal(net[0].weight, weight)
+    x = torch.randn(3, 5, C)
+    y = net(x)
+    if to == "batch":
+        torch.testing.assert_close(
+            y, nn.functional.batch_norm(x.reshape(-1, C), None, None, weight, None, True, 0.1, 1e-4).view_as(x)
+        )
+
+
+def test_a_shared_norm_stays_shared():
+    norm = nn.LayerNorm(C)
+    net = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)})
+    report = swap_norms(net)
+    assert net["a"] is net["b"][0] and isinstance(net["a"], UnifiedNorm)
+    assert [s.name for s in report.swaps] == ["a", "b.0"]
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (lambda: nn.Sequential(nn.LayerNorm(C)), {"to": "group"}, "to='group' is unknown; give one of 'unified'"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "where=None selects nothing; the model has no norms"),
+        (lambda: nn.Sequential(nn.LayerNorm(C)), {"where": "x"}, "where='x' selects nothing; the norms are 0"),
+        (lambda: nn.LayerNorm(C), {}, "model is itself a norm"),
+        (lambda: nn.Sequential(nn.LayerNorm((2, C))), {}, r"0, a LayerNorm, normalises over the shape \(2, 8\)"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(C)), {"to": "layer"}, "0: LayerNorm works on channels last only"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(C)), {"to": "batch"}, '0: to="batch" needs channels last'),
+        (lambda: nn.Sequential(nn.LayerNorm(C)), {"momentum": 2.0}, r"0: momentum=2\.0 is not allowed"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(net, options, message):
+    net = net()
+    before = [type(m) for m in net.modules()]
+    with pytest.raises(ValueError, match=message):
+        swap_norms(net, **options)
+    assert [type(m) for m in net.modules()] == before
+
+
+def test_a_bias_that_has_no_place_is_not_lost():
+    net = nn.Sequential(nn.LayerNorm(C))
+    nn.init.ones_(net[0].bias)
+    with pytest.raises(ValueError, match="RMSNorm has no bias to take over"):
+        swap_norms(net, to="rms")
+    assert isinstance(net[0], nn.LayerNorm)
