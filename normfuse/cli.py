@@ -41,6 +41,7 @@ from normfuse.onnx import (
     verify as run_verify,
 )
 from normfuse.onnx.exporter import check_target, in_float32
+from normfuse.onnx.shaping import STEPS
 from normfuse.onnx.verifier import RTOL
 
 _KNOWN = (BenchError, CheckpointError, ExportError, FoldError, GraphError, VerificationError, WriteError)
@@ -106,6 +107,13 @@ def export(
     input: Input = [],  # noqa: B006
     trust: Trust = False,
     no_copy: NoCopy = False,
+    target: Annotated[
+        str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
+    ] = "portable",
+    no_shape: Annotated[
+        list[str],
+        typer.Option(metavar="STEP", help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     console = _console()
@@ -116,11 +124,25 @@ def export(
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
             result = run_export(
-                loaded, out, opset=opset, dtype=dtype, rtol=rtol, atol=atol, copy_shared=not no_copy, progress=stages
+                loaded,
+                out,
+                opset=opset,
+                dtype=dtype,
+                rtol=rtol,
+                atol=atol,
+                copy_shared=not no_copy,
+                target=target,
+                no_shape=no_shape,
+                progress=stages,
             )
         _print_report(console, result.report)
         for number, why in result.rejected.items():
             console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
+        for note in result.notes:
+            console.print(escape(note), style="yellow", highlight=False)
+        if result.shaping:
+            passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
+            console.print(f"shaped for {target}: {passes or 'no pass applies'}", highlight=False)
         graph, proof = result.graph, result.proof
         console.print(
             f"verified on {len(proof.shapes)} inputs: folded program within "

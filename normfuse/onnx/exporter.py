@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -18,7 +21,9 @@ from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
 from normfuse.fold import FoldReport, fold
+from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
+from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
 from normfuse.onnx.writer import DTYPES, OPSETS, WriteError, quiet, write
 
@@ -39,6 +44,9 @@ class ExportResult:
         report: what became of each norm.
         proof: every comparison made.
         graph: what is in the file.
+        target: what the graph was shaped for.
+        shaping: how often each shaping pass applied; empty if none was asked for or shaping was given up.
+        notes: decisions on shaping in words, such as why it was given up.
     """
 
     path: Path
@@ -48,6 +56,9 @@ class ExportResult:
     report: FoldReport
     proof: Proof
     graph: GraphSummary
+    target: str = "portable"
+    shaping: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data: everything, unabridged."""
@@ -59,6 +70,9 @@ class ExportResult:
             "fold": self.report.to_dict(),
             "verification": self.proof.to_dict(),
             "graph": self.graph.to_dict(),
+            "target": self.target,
+            "shaping": self.shaping,
+            "notes": self.notes,
         }
 
 
@@ -73,6 +87,8 @@ def export(
     rtol: float | None = None,
     atol: float = 0.0,
     copy_shared: bool = True,
+    target: str = "portable",
+    no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Folds the norms of a model away, writes ONNX, and proves in ONNX Runtime that the outputs are the same.
@@ -90,6 +106,10 @@ def export(
             float16.
         copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
             them.
+        target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU) or
+            ``cuda``; all use standard operations only. A shaped graph that fails verification is replaced by the
+            graph as it is, and ``notes`` say so.
+        no_shape: shaping steps to leave out, see :data:`normfuse.onnx.shaping.STEPS`.
         progress: called with the name of each stage when it begins.
 
     Raises:
@@ -99,6 +119,10 @@ def export(
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
         raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
+    try:
+        steps = shaping.steps_for(target, no_shape)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     path = Path(path)
     if not isinstance(model, Checkpoint):
         if example_inputs is None:
@@ -108,32 +132,84 @@ def export(
     # Beside the target, hence on the same disk: moving the finished files is a rename.
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        checkpoint, folded, report = fold_checkpoint(model, copy_shared=copy_shared, progress=progress)
-        progress("verify the folded program")
-        folded_proof = verify(
-            checkpoint, None, program=folded, rtol=RTOL["float32"] if rtol is None else rtol, atol=atol
-        )
+        checkpoint, program = _traced(model, progress)
+        notes: list[str] = []
+        limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
+        forms = _forms(checkpoint, program, steps, limits, copy_shared, progress, notes)
         rejected: dict[int, str] = {}
-        for candidate in OPSETS if opset is None else (opset,):
+        staged = staging / path.name
+        limits["rtol"] = RTOL[dtype] if rtol is None else rtol
+        for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
+            what = f"opset {candidate}" + (f", shaped for {target}" if form.steps else "")
+            applied: dict[str, int] = {}
             try:
-                progress(f"write ONNX, opset {candidate}")
-                staged = staging / path.name
-                files = write(folded, staged, opset=candidate, dtype=dtype, inputs=checkpoint.inputs)
-                progress(f"verify in ONNX Runtime, opset {candidate}")
-                proof = verify(checkpoint, staged, rtol=RTOL[dtype] if rtol is None else rtol, atol=atol)
+                progress(f"write ONNX, {what}")
+                shape = partial(_shape, form.steps, applied) if form.steps else None
+                files = write(form.program, staged, opset=candidate, dtype=dtype, inputs=checkpoint.inputs, shape=shape)
+                progress(f"verify in ONNX Runtime, {what}")
+                proof = verify(checkpoint, staged, **limits)
             except (WriteError, VerificationError) as error:
-                if opset is not None:
+                why = str(error).replace(str(staging) + os.sep, "")
+                if form.steps:
+                    notes.append(f"{what}, was given up: {why}")
+                elif opset is not None:
                     raise
-                rejected[candidate] = str(error).replace(str(staging) + os.sep, "")
+                else:
+                    rejected[candidate] = why
                 continue
             graph = summarize(staged)
             _move(files, path)
-            return ExportResult(
-                path, candidate, rejected, dtype, report, Proof(folded_proof.cases + proof.cases), graph
-            )
+            proof = Proof(form.proof.cases + proof.cases)
+            return ExportResult(path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A folded program that agrees with the module, and how its graph is to be shaped."""
+
+    program: torch.export.ExportedProgram
+    report: FoldReport
+    proof: Proof
+    steps: tuple[str, ...]
+
+
+def _forms(
+    checkpoint: Checkpoint,
+    program: torch.export.ExportedProgram,
+    steps: tuple[str, ...],
+    limits: Mapping[str, float],
+    copy_shared: bool,
+    progress: Callable[[str], None],
+    notes: list[str],
+) -> list[_Form]:
+    """What to write, best first; the last one is not shaped."""
+    progress("fold the norms")
+    plain = fold(program, copy_shared=copy_shared)
+    progress("verify the folded program")
+    form = _Form(*plain, verify(checkpoint, None, program=plain[0], **limits), ())
+    if not steps:
+        return [form]
+    shaped = replace(form, steps=steps)
+    if "carry_biases" in steps:
+        progress("let biases travel")
+        carried, note = carry_biases(program, plain, checkpoint, copy_shared=copy_shared)
+        try:
+            if carried is not plain:
+                shaped = _Form(*carried, verify(checkpoint, None, program=carried[0], **limits), steps)
+        except VerificationError as error:
+            note = f"biases stay in their branches: {error}"
+        notes.append(note)
+    return [shaped, form]
+
+
+def _shape(steps: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> None:
+    try:
+        applied.update(shaping.shape(model, steps))
+    except Exception as error:  # a graph that a pass cannot take must cost the shaping, not the export
+        raise WriteError(f"shaping failed: {type(error).__name__}: {one_line(error)}") from error
 
 
 def fold_checkpoint(
@@ -144,12 +220,16 @@ def fold_checkpoint(
     Returns the checkpoint in float32 (itself if it was), the folded program and the report. Raises
     ExportError if the module cannot be traced, FoldError if it cannot be folded.
     """
-    checkpoint = in_float32(checkpoint)
-    progress("trace with torch.export")
-    program = trace(checkpoint)
+    checkpoint, program = _traced(checkpoint, progress)
     progress("fold the norms")
     folded, report = fold(program, copy_shared=copy_shared)
     return checkpoint, folded, report
+
+
+def _traced(checkpoint: Checkpoint, progress: Callable[[str], None]) -> tuple[Checkpoint, torch.export.ExportedProgram]:
+    checkpoint = in_float32(checkpoint)
+    progress("trace with torch.export")
+    return checkpoint, trace(checkpoint)
 
 
 def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def write(
     dtype: str = "float32",
     inputs: Sequence[InputSpec] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
+    shape: Callable[[ir.Model], object] | None = None,
 ) -> list[Path]:
     """Writes a program as ONNX and checks the file with ``onnx.checker``.
 
@@ -52,6 +53,7 @@ def write(
             float32.
         inputs: names for the dynamic dimensions; without them the file shows the program's symbols.
         one_file_limit: weights of more bytes than this go to ``<path>.data`` beside the file.
+        shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.shaping`.
 
     Returns:
         The files written: the ONNX file, and the one with its weights if they are apart.
@@ -72,6 +74,8 @@ def write(
         model = exported.model
         expand_attention_masks(model)
         _name_dimensions(model, program, inputs)
+        if shape is not None:
+            shape(model)
         RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
         if dtype == "float16":

@@ -1,0 +1,53 @@
+"""Forms of an ONNX graph that ONNX Runtime runs faster; all of standard operations, each pass for itself.
+
+Passes change an ``onnx_ir.Model`` in place, keep what they do not recognise, and say how often they applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import onnx_ir as ir
+
+from .attention import attention3d
+from .flatten import gemm2d
+from .residual import residual_gemm
+
+# In this order: heads must be split by Attention before streams become matrices, and those before sums become products.
+PASSES: dict[str, Callable[[ir.Model], int]] = {
+    "attention3d": attention3d,
+    "gemm2d": gemm2d,
+    "residual_gemm": residual_gemm,
+}
+
+
+# What a target gets. portable is the graph as torch writes it. On CUDA, ONNX Runtime fuses MatMul, Add and Gelu by
+# itself, so there only the additions of travelling biases are saved; that is a conclusion, not a measurement.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "portable": (),
+    "cpu": ("carry_biases", *PASSES),
+    "cuda": ("carry_biases",),
+}
+STEPS = ("carry_biases", *PASSES)
+
+
+def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
+    """The steps of a target without those to skip, in their order.
+
+    Raises:
+        ValueError: there is no such target, or no step of a name to skip.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    for name in skip:
+        if name not in STEPS:
+            raise ValueError(f"there is no shaping step {name!r} to leave out; there are {', '.join(STEPS)}")
+    return tuple(name for name in TARGETS[target] if name not in skip)
+
+
+def shape(model: ir.Model, steps: Collection[str] = tuple(PASSES)) -> dict[str, int]:
+    """Applies those of the passes that are among ``steps``, in place; returns how often each one applied."""
+    return {name: apply(model) for name, apply in PASSES.items() if name in steps}
+
+
+__all__ = ["PASSES", "STEPS", "TARGETS", "attention3d", "gemm2d", "residual_gemm", "shape", "steps_for"]

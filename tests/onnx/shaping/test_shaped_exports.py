@@ -1,0 +1,172 @@
+"""From a model to a shaped file: what remains, that it computes the same, and what happens when it does not."""
+
+import importlib
+from collections import Counter
+
+import onnx
+import pytest
+import tiny_models
+import torch
+from torch.export import Dim
+
+from normfuse.onnx import ExportError, VerificationError, export
+from normfuse.onnx.shaping import PASSES, STEPS, TARGETS, steps_for
+
+exporter = importlib.import_module("normfuse.onnx.exporter")
+biases = importlib.import_module("normfuse.onnx.shaping.biases")
+
+
+def encoder(**options):
+    return tiny_models.trained(tiny_models.Encoder(**{"depth": 2, **options}))
+
+
+def arguments(mask=False):
+    batch, seq = Dim("batch"), Dim("seq", max=16)
+    tokens, pad_mask = torch.randint(11, (2, 6)), torch.arange(6).expand(2, 6) > 3
+    shapes = {"tokens": {0: batch, 1: seq}, "pad_mask": {0: batch, 1: seq}}
+    if mask:
+        return {"example_inputs": (tokens, pad_mask), "dynamic_shapes": shapes}
+    return {"example_inputs": (tokens,), "dynamic_shapes": {"tokens": shapes["tokens"]}}
+
+
+def operations(path):
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_block_is_four_products_and_one_attention(tmp_path, placement, mask):
+    result = export(encoder(placement=placement), tmp_path / "m.onnx", target="cpu", **arguments(mask))
+    found = operations(result.path)
+    # The embedding's addition of positions is the only one left: biases and residuals are parts of products.
+    assert (found["Gemm"], found["Attention"], found["Add"]) == (9, 2, 1)
+    assert found["MatMul"] == found["Transpose"] == 0
+    assert result.shaping == {"attention3d": 2, "gemm2d": 9, "residual_gemm": 4}
+    assert result.graph.norms == result.graph.affines == [] and result.proof.worst("ONNX file") < 1e-4
+    assert any(note.startswith("biases travel") for note in result.notes)
+
+
+def test_portable_is_the_graph_as_it_was(tmp_path):
+    model, given = encoder(), arguments()
+    export(model, tmp_path / "default.onnx", **given)
+    result = export(model, tmp_path / "portable.onnx", target="portable", **given)
+    assert (tmp_path / "default.onnx").read_bytes() == result.path.read_bytes()
+    assert result.shaping == {} and result.notes == []
+
+
+def test_cuda_only_saves_additions(tmp_path):
+    plain = operations(export(encoder(), tmp_path / "p.onnx", **arguments()).path)
+    result = export(encoder(), tmp_path / "c.onnx", target="cuda", **arguments())
+    assert plain - operations(result.path) == {"Add": 4} and not operations(result.path) - plain
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_can_be_left_out(tmp_path, step):
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu", no_shape=[step], **arguments())
+    assert step not in result.shaping
+    found = operations(result.path)
+    without = {
+        "carry_biases": found["Add"] == 1 + 4,
+        "attention3d": found["Transpose"] == 2 * 4,
+        "gemm2d": found["MatMul"] == 9,
+        "residual_gemm": found["MatMul"] == 4,
+    }
+    assert without[step], found
+
+
+def test_other_operator_sets_keep_what_applies_to_them(tmp_path):
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu", opset=20, **arguments())
+    assert result.shaping["attention3d"] == 0 and result.shaping["residual_gemm"] == 4
+
+
+def test_a_network_without_streams_stays(tmp_path):
+    model = tiny_models.trained(tiny_models.ConvNet())
+    result = export(model, tmp_path / "m.onnx", target="cpu", example_inputs=torch.randn(2, 3, 8, 8))
+    assert not any(result.shaping.values()) and set(result.shaping) == set(PASSES)
+
+
+def failing(model):
+    raise IndexError("no such axis")
+
+
+def test_a_pass_that_fails_costs_the_shaping_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setitem(PASSES, "gemm2d", failing)
+    model, given = encoder(), arguments()
+    result = export(model, tmp_path / "m.onnx", target="cpu", **given)
+    assert (
+        result.notes[-1] == ("opset 23, shaped for cpu, was given up: shaping failed: IndexError: no such axis")
+        and result.shaping == {}
+    )
+    monkeypatch.undo()
+    portable = export(model, tmp_path / "p.onnx", **given)
+    assert result.path.read_bytes() == portable.path.read_bytes()
+
+
+def test_a_pass_that_changes_results_is_found_out(tmp_path, monkeypatch):
+    def wrong(model):
+        gelu = next(node for node in model.graph if node.op_type == "Gelu")
+        gelu.op_type = "Relu"
+        gelu.attributes.clear()
+        return 1
+
+    monkeypatch.setitem(PASSES, "residual_gemm", wrong)
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu", **arguments())
+    assert "differs from the module" in result.notes[-1] and "given up" in result.notes[-1]
+    assert operations(result.path)["Gelu"] == 2 and "Relu" not in operations(result.path)
+
+
+def test_biases_that_would_cost_digits_stay(tmp_path, monkeypatch):
+    """A bias of ten thousand leaves a stream of ones only to be subtracted in the next weight."""
+    model = encoder(placement="pre")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp[2].bias.add_(1e5)
+            for norm in (*block.norms, model.norm):
+                norm.weight.fill_(1e-5)
+    result = export(model, tmp_path / "m.onnx", target="cpu", rtol=1e-2, **arguments())
+    assert result.shaping["gemm2d"] == 9
+    # Whichever is chosen, the numbers behind the choice are given.
+    assert any("on the example inputs" in note for note in result.notes)
+
+
+def test_a_carried_fold_that_is_worse_is_not_taken(monkeypatch):
+    errors = iter([1e-6, 5e-6])
+    monkeypatch.setattr(biases, "_error", lambda *_: next(errors))
+    monkeypatch.setattr(biases, "fold", lambda *_, **__: ("carried", "report"))
+    chosen, why = biases.carry_biases(None, ("plain", "report"), None, copy_shared=True)
+    assert chosen[0] == "plain" and "would cost digits (error 5.0e-06" in why
+
+
+@pytest.mark.parametrize(
+    ("plain", "carried", "taken"),
+    [(1e-6, 4e-6, True), (1e-8, 9e-7, True), (1e-8, 2e-6, False), (1e-6, float("nan"), False)],
+)
+def test_how_much_worse_is_still_taken(monkeypatch, plain, carried, taken):
+    errors = iter([plain, carried])
+    monkeypatch.setattr(biases, "_error", lambda *_: next(errors))
+    monkeypatch.setattr(biases, "fold", lambda *_, **__: ("carried", "report"))
+    assert (biases.carry_biases(None, ("plain", "report"), None, copy_shared=True)[0][0] == "carried") is taken
+
+
+def test_biases_that_fail_verification_stay(monkeypatch):
+    def refuse(*_):
+        raise VerificationError("not finite")
+
+    monkeypatch.setattr(biases, "_error", refuse)
+    monkeypatch.setattr(biases, "fold", lambda *_, **__: ("carried", "report"))
+    chosen, why = biases.carry_biases(None, ("plain", "report"), None, copy_shared=True)
+    assert chosen[0] == "plain" and why == "biases stay in their branches: not finite"
+
+
+def test_unknown_targets_and_steps_are_refused(tmp_path):
+    with pytest.raises(ExportError, match="target 'gpu' is not one of portable, cpu, cuda"):
+        export(encoder(), tmp_path / "m.onnx", target="gpu", **arguments())
+    with pytest.raises(ExportError, match="no shaping step 'gemm3d' to leave out; there are carry_biases, attention3d"):
+        export(encoder(), tmp_path / "m.onnx", no_shape=["gemm3d"], **arguments())
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_of_targets_exist_and_keep_their_order():
+    for target in TARGETS:
+        assert [step for step in STEPS if step in steps_for(target)] == list(steps_for(target))
+    assert steps_for("cpu", ["gemm2d"]) == ("carry_biases", "attention3d", "residual_gemm")
