@@ -20,16 +20,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 STEPS, BATCH, CLASSES = 30, 16, 3
 
 
-def import_timm():
-    """timm imports torchvision, whose wheels bring operations for CUDA: their schemas are all that is needed."""
-    try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except AttributeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_timm.library = library  # the declarations live as long as this object
-    return pytest.importorskip("timm", reason=MISSING)
+@pytest.fixture(autouse=True, scope="module")
+def torchvision_imports():
+    """timm and transformers import torchvision, whose wheels are for CUDA: schemas of its operations are enough."""
+    if hasattr(torch.ops.torchvision, "nms"):
+        yield
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield
 
 
 class Examples(Dataset):
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
 
 def make_vit(to):
-    import_timm()
+    pytest.importorskip("timm", reason=MISSING)
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
