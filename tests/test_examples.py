@@ -7,13 +7,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from normfuse_examples import LanguageModel, VisionTransformer
+from normfuse_examples.blocks import NORMS, PLACEMENTS, Block, make_norm
+from normfuse_examples.training import train
 
 import normfuse
+import normfuse.onnx
 from normfuse.onnx import summarize
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-STATIC = ("unified", "power", "batch")
-PLACEMENTS = ("pre", "post", "peri")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only wait for each other in several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(*command: object) -> str:
@@ -32,9 +44,92 @@ def assert_nothing_left(file: Path) -> None:
     assert graph.affines == []
 
 
+def trained(model: torch.nn.Module, make_input) -> torch.nn.Module:
+    """The model after a few steps, so that statistics, gains and shifts are no longer those of the start."""
+    train(model, lambda step: model(make_input()).square().mean(), 3, learning_rate=1e-2, title="test")
+    return model.eval()
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Saves a model, loads it through its recorded factory and exports it; the result."""
+
+    def run_all(model, kwargs, example, dynamic):
+        normfuse.save(model, tmp_path / "model.pt", example_inputs=example, dynamic_shapes=dynamic, kwargs=kwargs)
+        return normfuse.onnx.export(normfuse.load(tmp_path / "model.pt"), tmp_path / "model.onnx")
+
+    return run_all
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_vision_transformer_exports_without_static_norms(export, norm, placement):
+    kwargs = {"dim": 16, "depth": 1, "norm": norm, "placement": placement, "warmup_iters": 1}
+    model = trained(VisionTransformer(**kwargs), lambda: torch.randn(5, 1, 8, 8))
+    result = export(model, kwargs, torch.randn(3, 1, 8, 8), {"images": {0: "batch"}})
+    count = {"pre": 3, "post": 2, "peri": 5}[placement]
+    assert result.report.remaining == []
+    assert len(result.report.norms) == (0 if norm == "layer" else count)
+    assert len(result.graph.norms) == (count if norm == "layer" else 0)
+    assert result.graph.affines == []
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_language_model_exports_without_norms(export, placement):
+    kwargs = {"context": 24, "dim": 16, "depth": 1, "placement": placement, "warmup_iters": 1}
+    model = trained(LanguageModel(**kwargs), lambda: torch.randint(256, (5, 24)))
+    dynamic = {"tokens": {0: "batch", 1: torch.export.Dim("sequence", max=24)}}
+    result = export(model, kwargs, torch.randint(256, (2, 9)), dynamic)
+    assert result.report.remaining == []
+    assert result.graph.norms == []
+    assert result.graph.affines == []
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_placements_are_what_they_say(norm, placement):
+    torch.manual_seed(0)
+    block = Block(8, 2, norm=norm, placement=placement, dropout=0.0, warmup_iters=1).eval()
+    x = torch.randn(2, 5, 8)
+    n, attention, mlp = block.norms, block.attention, block.mlp
+    if placement == "pre":
+        middle = x + attention(n[0](x))
+        expected = middle + mlp(n[1](middle))
+    elif placement == "post":
+        middle = n[0](x + attention(x))
+        expected = n[1](middle + mlp(middle))
+    else:
+        middle = x + n[1](attention(n[0](x)))
+        expected = middle + n[3](mlp(n[2](middle)))
+    assert block(x).equal(expected)
+
+
+@pytest.mark.parametrize("option", ["norm", "placement"])
+def test_unknown_choices_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option}='none' is not allowed; give one of "):
+        VisionTransformer(**{option: "none"})
+
+
+def test_batch_norm_is_over_all_positions():
+    x = 3 * torch.randn(4, 6, 5) + 2
+    y = make_norm("batch", 5, 1)(x).flatten(0, 1)
+    torch.testing.assert_close(y.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(0, correction=0), torch.ones(5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_causal_attention_hides_what_comes_later(causal):
+    torch.manual_seed(0)
+    block = Block(8, 2, norm="unified", placement="pre", dropout=0.0, warmup_iters=1, causal=causal).eval()
+    x = torch.randn(1, 6, 8)
+    later = x.clone()
+    later[:, 4:] += 1
+    assert torch.allclose(block(x)[:, :4], block(later)[:, :4], atol=1e-6) is causal
+
+
 @pytest.fixture(scope="module")
 def scripts():
-    """The example scripts as modules: one process for many settings, since importing takes most of the time."""
+    """The example scripts as modules."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import train_lm_stdlib
@@ -43,39 +138,6 @@ def scripts():
         yield train_vit_digits, train_lm_stdlib
     finally:
         sys.path.remove(str(EXAMPLES))
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", STATIC)
-def test_vision_transformer_exports_without_norms(scripts, tmp_path, norm, placement):
-    vit, _ = scripts
-    data = vit.digits()
-    few = vit.Digits(data.train_images[:96], data.train_labels[:96], data.test_images, data.test_labels)
-    vit.run(norm, placement, epochs=2, seed=0, data=few).save(tmp_path / "vit.pt", data.test_images[:4])
-    result = normfuse.onnx.export(normfuse.load(tmp_path / "vit.pt"), tmp_path / "vit.onnx")
-    assert result.report.remaining == []
-    assert len(result.report.norms) == {"pre": 9, "post": 8, "peri": 17}[placement]
-    assert_nothing_left(tmp_path / "vit.onnx")
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_language_model_exports_without_norms(scripts, tmp_path, placement):
-    _, lm = scripts
-    training, validation = lm.corpus()
-    model, kwargs = lm.fit("unified", placement, steps=2, seed=0, training=training)
-    lm.save(model, kwargs, validation, tmp_path / "lm.pt")
-    result = normfuse.onnx.export(normfuse.load(tmp_path / "lm.pt"), tmp_path / "lm.onnx")
-    assert result.report.remaining == []
-    assert_nothing_left(tmp_path / "lm.onnx")
-
-
-def test_layer_norm_stays(scripts, tmp_path):
-    vit, _ = scripts
-    data = vit.digits()
-    few = vit.Digits(data.train_images[:64], data.train_labels[:64], data.test_images, data.test_labels)
-    vit.run("layer", "pre", epochs=1, seed=0, data=few).save(tmp_path / "vit.pt", data.test_images[:4])
-    normfuse.onnx.export(normfuse.load(tmp_path / "vit.pt"), tmp_path / "vit.onnx")
-    assert len(summarize(tmp_path / "vit.onnx").norms) == 9
 
 
 def test_same_seed_same_training(scripts):
