@@ -1,4 +1,4 @@
-"""The command line: export, inspect, verify, bench."""
+"""The command line: export, inspect, verify, bench, plot."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ from normfuse.onnx import (
 from normfuse.onnx.exporter import check_target, in_float32
 from normfuse.onnx.shaping import STEPS
 from normfuse.onnx.verifier import RTOL
+from normfuse.plotting import PlotError, plot_statistics
 
-_KNOWN = (BenchError, CheckpointError, ExportError, FoldError, GraphError, VerificationError, WriteError)
+_KNOWN = (BenchError, CheckpointError, ExportError, FoldError, GraphError, PlotError, VerificationError, WriteError)
 _SHOWN_NORMS = 24
 _TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
 _PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
@@ -118,8 +119,8 @@ def export(
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     console = _console()
     with _one_line_errors():
-        for target in (out,) if report is None else (out, report):
-            check_target(target)
+        for file in (out,) if report is None else (out, report):
+            check_target(file)
         with _Stages(console) as stages:
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
@@ -236,6 +237,17 @@ def bench(
             console.print(
                 f"second ÷ first: {middle:.3f} (half of the rounds between {low:.3f} and {high:.3f})", highlight=False
             )
+
+
+@app.command()
+def plot(
+    statistics: Annotated[Path, typer.Argument(help="What normfuse.nn.monitor(model) saved during training.")],
+    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")] = Path("statistics.png"),
+) -> None:
+    """Draw the statistics of norms over a training: batch against running, gradients, skips."""
+    with _one_line_errors():
+        plot_statistics(statistics, out)
+        _console().print(f"wrote {escape(str(out))}", highlight=False)
 
 
 def main() -> None:
