@@ -33,7 +33,8 @@ def title(run: dict) -> str:
     where = run["machine"]
     name = where["gpu"] or f"{where['cpu']} ({where['instructions']}, {where['cores']} cores)"
     threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["threads"] else ""
-    return f"{name}{threads}, {run['dtype']}, torch {where['torch']}, {run['date']}"
+    busy = f", other programs running (load {where['load']:.1f})" if where["load"] > 0.5 else ""
+    return f"{name}{threads}, {run['dtype']}, torch {where['torch']}, {run['date']}{busy}"
 
 
 def table(run: dict) -> str:

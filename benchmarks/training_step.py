@@ -190,6 +190,7 @@ def machine(device: str) -> dict[str, object]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -217,6 +218,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but this torch sees no GPU")
     torch.set_num_threads(args.threads)
+    about = machine(args.device)  # before the load is our own
 
     results = {}
     for text in args.shapes or (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES):
@@ -233,7 +235,7 @@ def main() -> None:
         "command": f"python benchmarks/training_step.py --device {args.device} --dtype {args.dtype}"
         + (f" --threads {args.threads}" if args.device == "cpu" else ""),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(args.device),
+        "machine": about,
         "device": args.device,
         "dtype": args.dtype,
         "threads": args.threads if args.device == "cpu" else None,
