@@ -1,4 +1,4 @@
-"""The picture of what :func:`normfuse.nn.monitor` recorded. Needs matplotlib (``pip install normfuse[examples]``)."""
+"""The picture of what :func:`normfuse.nn.monitor` recorded. Needs matplotlib (``pip install matplotlib``)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ import math
 from pathlib import Path
 from typing import Any
 
+
+class PlotError(ValueError):
+    """A file of statistics cannot be read, or its picture not be drawn; the message is one line."""
+
+
 _SERIES = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
+_FORMATS = (".png", ".svg", ".pdf")
 
 
 def read_statistics(path: str | Path) -> dict[str, Any]:
     """Read a file of :meth:`normfuse.nn.Monitor.save`.
 
     Raises:
-        ValueError: the file is not one, with the reason in one line.
+        PlotError: the file is not one.
     """
     try:
         content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise PlotError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise PlotError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != "normfuse-statistics":
-        raise ValueError(f"{path} holds no statistics of norms; write one with normfuse.nn.monitor(model).save(path)")
+        raise PlotError(f"{path} holds no statistics of norms; write one with normfuse.nn.monitor(model).save(path)")
     if content.get("version") != 1:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this normfuse reads version 1")
+        raise PlotError(f"{path} has version {content.get('version')!r}; this normfuse reads version 1")
     layers = content.get("layers")
     if not isinstance(layers, dict) or not layers:
-        raise ValueError(f"{path} holds no layers")
+        raise PlotError(f"{path} holds no layers")
     for name, series in layers.items():
         lists = isinstance(series, dict) and all(isinstance(series.get(field), list) for field in _SERIES)
         if not lists or len({len(series[field]) for field in _SERIES}) != 1:
-            raise ValueError(f"{path}: the record of layer {name!r} is incomplete")
+            raise PlotError(f"{path}: the record of layer {name!r} is incomplete")
     return content
 
 
@@ -45,19 +53,24 @@ def plot_statistics(statistics: str | Path | dict[str, Any], out: str | Path) ->
         ``out`` as a path.
 
     Raises:
-        ValueError: ``statistics`` is not such a file, or the ending of ``out`` is no known format.
-        ImportError: matplotlib is missing; the message says how to install it.
+        PlotError: ``statistics`` is not such a file, ``out`` cannot be written or has an ending that is no known
+            format, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
+        raise PlotError("drawing needs matplotlib: pip install matplotlib") from error
+    out = Path(out)
+    if out.suffix.lower() not in _FORMATS:
+        raise PlotError(f"{out} ends in {out.suffix!r}; give one of {', '.join(_FORMATS)}")
     layers = (statistics if isinstance(statistics, dict) else read_statistics(statistics))["layers"]
     figure = Figure(figsize=(12, 1 + 2 * len(layers)), layout="constrained")
     for axes, (name, series) in zip(figure.subplots(len(layers), 3, squeeze=False), layers.items(), strict=True):
         _draw_layer(axes, name, series)
-    out = Path(out)
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise PlotError(f"{out} cannot be written: {error.strerror}") from error
     return out
 
 
