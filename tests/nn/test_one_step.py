@@ -138,6 +138,23 @@ def test_a_reentrant_checkpoint_inside_another(make, outer):
         equal(dropped, kept, exact=False)
 
 
+def test_a_checkpoint_inside_another_without_reentrance_counts_once(make):
+    """Torch does not let the inner one be told from a first run: its gradient is near, its statistics move once."""
+    kept = nn.Sequential(nn.Linear(C, C), make(), nn.Linear(C, C))
+    dropped = copy.deepcopy(kept)
+
+    def outer(x):
+        return dropped[2](checkpoint(dropped[:2], x, use_reentrant=False))
+
+    for step in range(1, 5):
+        x = torch.randn(9, C)
+        kept(x.clone().requires_grad_()).square().sum().backward()
+        checkpoint(outer, x.clone().requires_grad_(), use_reentrant=False).square().sum().backward()
+        assert dropped[1].iters.item() == step
+        for name in FORWARD & dict(kept[1].named_buffers()).keys():
+            assert torch.equal(dropped[1].get_buffer(name), kept[1].get_buffer(name))
+
+
 class OwnCheckpoint(torch.autograd.Function):
     """A checkpoint as other libraries write them: forward without gradients, run again in backward."""
 
