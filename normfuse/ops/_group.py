@@ -27,8 +27,3 @@ def sum_in_group(group: dist.ProcessGroup, total: Tensor, count: Tensor | int) -
 def mean_square_in_group(group: dist.ProcessGroup, x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
     """Mean of x² over the valid rows of all ranks' [R, C] matrices; ``empty`` where no row is valid."""
     return mean_or(*sum_in_group(group, *sum_squares(x, pad_mask)), empty)
-
-
-def mean_in_group(group: dist.ProcessGroup, total: Tensor, count: int) -> Tensor:
-    """Mean over all ranks' rows, from this rank's column sum ``total`` over ``count`` rows; 0 without rows."""
-    return mean_or(*sum_in_group(group, total, count), torch.zeros_like(total))

@@ -102,6 +102,6 @@ def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
     return mean_or(*sum_squares(x, pad_mask), empty)
 
 
-def mean_of_rows(total: Tensor, count: int) -> Tensor:
-    """Mean over ``count`` rows from their column sum; 0 without rows."""
-    return total / max(count, 1)
+def as_they_are(total: Tensor, count: int) -> tuple[Tensor, int]:
+    """The sums of one process, where synchronised training has those of a group."""
+    return total, count

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
-from ._group import mean_in_group, mean_square_in_group
+from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     accumulation_dtype,
+    as_they_are,
     cast,
     check_input,
     from_rows,
-    mean_of_rows,
+    mean_or,
     mean_square,
     per_channel,
     to_rows,
@@ -117,7 +118,7 @@ def _forward_on_rows(
 
 
 def _backward_on_rows(
-    mean: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, row_scale: Tensor,
+    reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, row_scale: Tensor,
     ema_gz: Tensor, group_num: int, alpha_bkw: float, paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     acc = accumulation_dtype(x.dtype)
@@ -126,10 +127,11 @@ def _backward_on_rows(
     values = scale_groups(x.to(acc), row_scale) if group_num else x.to(acc)
     z = values * inv_used
     a = dy * weight - (1 - alpha_bkw) * ema_gz * z
-    mean_az = mean((a * z).sum(0), x.shape[0])
-    # Nothing here waits for that mean: where it comes from other ranks, the gradient hides the way.
+    sums = reduce((a * z).sum(0), x.shape[0])
+    # The gradient does not wait for these sums: where they come from other ranks, it hides the way.
     grad = group_scaling_gradient(a * (inv_used if paper else inv_batch), values, row_scale, group_num)
     grad_weight, grad_bias = (dy * z).sum(0), dy.sum(0)
+    mean_az = mean_or(*sums, torch.zeros_like(ema_gz))
     move(mean_az, ema_gz)
     return grad.to(x.dtype), grad_weight, grad_bias, mean_az
 
@@ -174,7 +176,7 @@ def power_norm_backward_reference(
     Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
     return _backward_on_rows(
-        mean_of_rows, move_gradient_statistics, grad_y, x, weight, stats, row_scale, ema_gz, group_num, alpha_bkw,
+        as_they_are, move_gradient_statistics, grad_y, x, weight, stats, row_scale, ema_gz, group_num, alpha_bkw,
         paper,
     )[:3]  # fmt: skip
 
@@ -253,7 +255,7 @@ class _PowerNorm(torch.autograd.Function):
         )  # fmt: skip
         if ctx.group is not None:
             grad_rows, grad_weight, grad_bias, mean_az = _backward_on_rows(
-                partial(mean_in_group, ctx.group), _move_gradient, *arguments
+                partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
             sound = mean_az.isfinite()  # not of this rank's sums: all ranks must agree
         else:

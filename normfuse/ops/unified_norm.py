@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._group import mean_in_group, mean_square_in_group
+from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     accumulation_dtype,
+    as_they_are,
     cast,
     check_input,
     from_rows,
-    mean_of_rows,
+    mean_or,
     mean_square,
     per_channel,
     to_rows,
@@ -133,14 +134,14 @@ def _forward_on_rows(
 
 
 def _backward_on_rows(
-    mean: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
+    reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(x.dtype)
     inv_std, ratio = stats[0], stats[1]
     dy = grad_y.to(acc)
     z = x.to(acc) * inv_std
     g = dy * weight * ratio
-    mean_gz = mean((g * z).sum(0), x.shape[0])
+    mean_gz = mean_or(*reduce((g * z).sum(0), x.shape[0]), torch.zeros_like(inv_std))
     grad_x = (g - move(mean_gz, *others) * z) * inv_std
     return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
 
@@ -186,7 +187,7 @@ def unified_norm_backward_reference(
     and ``grad_bias`` [C].
     """
     return _backward_on_rows(
-        mean_of_rows, move_gradient_statistics, grad_y, x, weight, stats, step, ema_gz, buffer_gz, warmup_iters,
+        as_they_are, move_gradient_statistics, grad_y, x, weight, stats, step, ema_gz, buffer_gz, warmup_iters,
         momentum,
     )[:3]  # fmt: skip
 
@@ -262,7 +263,7 @@ class _UnifiedNorm(torch.autograd.Function):
         arguments = to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, *moved, ctx.warmup_iters, ctx.momentum
         if ctx.group is not None:
             grad_rows, grad_weight, grad_bias, mean_gz = _backward_on_rows(
-                partial(mean_in_group, ctx.group), _move_gradient, *arguments
+                partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
             sound = mean_gz.isfinite()  # not of this rank's sums: all ranks must agree
         else:
