@@ -137,3 +137,19 @@ def test_late_steps_clamp_the_ratio(emulator):
 def test_errors_of_the_kernels_cross_to_python(emulator):
     with pytest.raises(ValueError, match="order must be"):
         emulator.configure(order="sideways")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
+def test_numbers_that_are_not_finite_enter_no_statistic(emulator, kind, options, bad):
+    """Their channel stays where it was (with group scaling: every channel, as the row is bad); the others move."""
+    step, reference_step = (Step.random(kind, 40, 12) for _ in range(2))
+    for one in (step, reference_step):
+        one.x[7, 5] = bad
+        one.dy[3, 2] = bad
+    step.run(emulator, **options)
+    reference_step.run(reference, **options)
+    for name, value in step.tensors.items():
+        assert torch.isfinite(value).all(), name
+        torch.testing.assert_close(value, reference_step.tensors[name], rtol=FLOAT32_TOLERANCE, atol=1e-6)
+    assert torch.equal(step.iters, reference_step.iters)
