@@ -1,0 +1,175 @@
+"""Times encoders in ONNX Runtime on the CPU: LayerNorm, static norms, folded, shaped, and no norms at all.
+
+    python benchmarks/inference.py --quick
+    python benchmarks/inference.py --widths 64 192 --precisions fp32 int8
+
+The floor is the same network with its norms deleted, as torch exports it. Every round runs each variant once, in an
+order of its own, and threads do not spin between runs: a busy moment meets all variants alike, so that the ratios of a
+round mean something where its milliseconds do not. Medians of ratios are reported. Results go to
+benchmarks/results/inference-<label>.json; benchmarks/inference_chart.py draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from encoder_files import VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
+from training_step import machine
+
+ROOT = Path(__file__).parent.parent
+FEWEST_ROUNDS = 9
+# What a user gets without this package: every export of LayerNorm but the one that is shaped here.
+COMPARED = ("floor", "layer", "layer, shaped", "folded and shaped")
+OURS = ("folded and shaped", "folded", "static", "layer, shaped")
+
+
+def feeds(loaded: onnxruntime.InferenceSession, batch: int, length: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (batch, length))
+    return {loaded.get_inputs()[0].name: tokens}
+
+
+def measure(
+    sessions: dict[str, onnxruntime.InferenceSession], batch: int, length: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of every variant, one per round."""
+    inputs = {name: feeds(loaded, batch, length) for name, loaded in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    order = list(sessions)
+    generator = np.random.default_rng(0)
+    for name in order:  # memory is laid out on the first run of a shape
+        sessions[name].run(None, inputs[name])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times[order[0]]) < FEWEST_ROUNDS:
+        for name in generator.permutation(order):
+            start = time.perf_counter()
+            sessions[name].run(None, inputs[name])
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """Quartiles of the rounds' ratios: lower, median, upper."""
+    return [round(q, 4) for q in statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)]
+
+
+def summarize(times: dict[str, list[float]]) -> dict[str, object]:
+    to_floor = {name: ratios(values, times["floor"]) for name, values in times.items()}
+    without_us = [name for name in times if name.startswith("layer") and name not in OURS]
+    fastest = min(without_us, key=lambda name: to_floor[name][1])
+    return {
+        "rounds": len(times["floor"]),
+        "milliseconds": {name: [round(q, 4) for q in statistics.quantiles(v, n=4)] for name, v in times.items()},
+        "to_floor": to_floor,
+        "fastest_layer_norm": fastest,
+        "shaped_to_fastest_layer_norm": ratios(times["folded and shaped"], times[fastest]),
+        "shaped_to_shaped_layer_norm": ratios(times["folded and shaped"], times["layer, shaped"]),
+    }
+
+
+def peak_megabytes(variant: Variant, batch: int, length: int, threads: int) -> float:
+    """What loading and running one variant adds to the memory of a fresh process, at its peak."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return round(pool.apply(_peak, (variant, batch, length, threads)), 1)
+
+
+def _peak(variant: Variant, batch: int, length: int, threads: int) -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what the process holds now
+    before = _status("VmRSS")
+    loaded = session(variant, threads)
+    loaded.run(None, feeds(loaded, batch, length))
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """Kilobytes of this process, from Linux."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1])
+
+
+def settings(variants: dict[str, Variant], args: argparse.Namespace) -> Iterator[dict]:
+    """Results for all numbers of threads, batches and sequences."""
+    for threads in args.threads:
+        sessions = {name: session(variant, threads) for name, variant in variants.items()}
+        for batch, length in itertools.product(args.batches, args.sequences):
+            where = {"threads": threads, "batch": batch, "sequence": length}
+            result = where | summarize(measure(sessions, batch, length, args.seconds))
+            if args.memory:
+                result["peak_megabytes"] = {
+                    name: peak_megabytes(variant, batch, length, threads) for name, variant in variants.items()
+                }
+            yield result
+
+
+def show(result: dict) -> None:
+    setting = " ".join(
+        f"{name} {result[name]}" for name in ("width", "placement", "precision", "threads", "batch", "sequence")
+    )
+    print(f"{setting} ({result['rounds']} rounds, floor {result['milliseconds']['floor'][1]:.2f} ms)")
+    for name, (low, middle, high) in result["to_floor"].items():
+        print(f"  {name:32} {middle:.3f}  ({low:.3f} to {high:.3f})")
+    middle = result["shaped_to_fastest_layer_norm"][1]
+    print(f"  folded and shaped ÷ {result['fastest_layer_norm']}: {middle:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 192, 384, 768])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[32, 128, 197, 512])
+    parser.add_argument("--placements", nargs="+", choices=("pre", "post"), default=["pre", "post"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "int8"), default=["fp32", "int8"])
+    parser.add_argument("--depth", type=int, default=4, help="blocks of the encoder [4]")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per setting, for all variants together [5]")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to time besides those that are compared")
+    parser.add_argument("--memory", action="store_true", help="peak memory too (Linux), a process for each variant")
+    parser.add_argument("--quick", action="store_true", help="two widths, one sequence, fp32, batch 1, one thread")
+    parser.add_argument("--label", default="cpu", help="part of the result's name [cpu]")
+    parser.add_argument("--note", default="", help="what a reader must know of this run, such as a shared machine")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    if args.quick:
+        args.widths, args.sequences, args.batches, args.threads = [64, 192], [32], [1], [1]
+        args.precisions, args.depth, args.seconds = ["fp32"], 2, 2.0
+    run = {
+        "command": "python benchmarks/inference.py",
+        "date": datetime.date.today().isoformat(),
+        "note": args.note,
+        "machine": {**machine("cpu"), "onnxruntime": onnxruntime.__version__},
+        "depth": args.depth,
+        "files": [],
+        "settings": [],
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    target = args.results / f"inference-{args.label}.json"
+    for width, placement in itertools.product(args.widths, args.placements):
+        with tempfile.TemporaryDirectory() as folder:
+            float32, absent = write_variants(Path(folder), width, args.depth, placement == "post")
+            float32 = {n: v for n, v in float32.items() if not args.only or n in COMPARED or n in args.only}
+            for precision in args.precisions:
+                variants = quantized(float32) if precision == "int8" else float32
+                where = {"width": width, "placement": placement, "precision": precision}
+                nodes = {name: executed_nodes(variant) for name, variant in variants.items()}
+                errors = {name: error(variant) for name, variant in variants.items()}
+                run["files"].append({**where, "executed_nodes": nodes, "relative_error": errors, "absent": absent})
+                for result in settings(variants, args):
+                    run["settings"].append({**where, **result})
+                    show(run["settings"][-1])
+                    run["machine"]["load_at_the_end"] = machine("cpu")["load"]
+                    target.write_text(json.dumps(run, indent=1) + "\n")
+    print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    main()
