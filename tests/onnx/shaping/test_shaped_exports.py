@@ -1,6 +1,7 @@
 """From a model to a shaped file: what remains, that it computes the same, and what happens when it does not."""
 
 import importlib
+import json
 from collections import Counter
 
 import onnx
@@ -8,7 +9,10 @@ import pytest
 import tiny_models
 import torch
 from torch.export import Dim
+from typer.testing import CliRunner
 
+from normfuse import save
+from normfuse.cli import app
 from normfuse.onnx import ExportError, VerificationError, export
 from normfuse.onnx.shaping import PASSES, STEPS, TARGETS, steps_for
 
@@ -156,3 +160,20 @@ def test_steps_of_targets_exist_and_keep_their_order():
     for target in TARGETS:
         assert [step for step in STEPS if step in steps_for(target)] == list(steps_for(target))
     assert steps_for("cpu", ["gemm2d"]) == ("carry_biases", "attention3d", "residual_gemm")
+
+
+def test_float16_weights_are_shaped_as_well(tmp_path):
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu", dtype="float16", **arguments())
+    assert result.graph.dtype == "float16" and result.shaping["residual_gemm"] == 2
+
+
+def test_the_command_line_says_what_was_shaped(tmp_path):
+    save(encoder(), tmp_path / "m.pt", kwargs={"depth": 1}, **arguments())
+    command = ["export", str(tmp_path / "m.pt"), "--out", str(tmp_path / "m.onnx"), "--target", "cpu"]
+    done = CliRunner().invoke(app, [*command, "--no-shape", "attention3d", "--report", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    assert "shaped for cpu: gemm2d ×5, residual_gemm ×2" in done.output and "biases travel" in done.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["target"], report["shaping"]) == ("cpu", {"gemm2d": 5, "residual_gemm": 2})
+    refused = CliRunner().invoke(app, [*command, "--no-shape", "attention"])
+    assert refused.exit_code == 1 and "no shaping step 'attention'" in refused.stderr

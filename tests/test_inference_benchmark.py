@@ -1,0 +1,67 @@
+"""The arithmetic of the inference benchmark, and its smallest run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference
+
+    return inference
+
+
+def test_ratios_are_taken_within_rounds(inference):
+    """A busy moment that makes a round three times as long leaves its ratio as it is."""
+    floor, half = [1.0, 3.0, 1.0, 1.0, 9.0], [0.5, 1.5, 0.5, 0.5, 4.5]
+    assert inference.ratios(half, floor) == [0.5, 0.5, 0.5]
+
+
+def test_the_fastest_layer_norm_is_one_that_users_get_without_us(inference):
+    times = {"floor": 2.0, "layer": 4.0, "layer, opset 20": 3.0, "layer, shaped": 1.0, "folded and shaped": 1.5}
+    summary = inference.summarize({name: [value] * 4 for name, value in times.items()})
+    assert summary["fastest_layer_norm"] == "layer, opset 20"
+    assert summary["shaped_to_fastest_layer_norm"][1] == 0.5
+    assert summary["shaped_to_shaped_layer_norm"][1] == 1.5 and summary["to_floor"]["folded and shaped"][1] == 0.75
+
+
+def test_every_round_runs_each_variant_once(inference):
+    calls = []
+
+    class Session:
+        def __init__(self, name):
+            self.name = name
+
+        def get_inputs(self):
+            return [self]
+
+        def run(self, outputs, feeds):
+            calls.append((self.name, feeds[self.name].shape))
+
+    names = ["a", "b", "c"]
+    times = inference.measure({name: Session(name) for name in names}, 2, 5, 0.0)
+    assert {len(values) for values in times.values()} == {inference.FEWEST_ROUNDS}
+    rounds = np.array([name for name, _ in calls]).reshape(-1, 3)
+    assert all(sorted(names_of_round) == names for names_of_round in rounds)
+    assert len({tuple(names_of_round) for names_of_round in rounds}) > 1 and {shape for _, shape in calls} == {(2, 5)}
+
+
+def test_a_small_run_times_every_variant(tmp_path):
+    options = "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0".split()
+    command = [sys.executable, str(BENCHMARKS / "inference.py"), *options, "--results", str(tmp_path), "--note", "n"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "inference-cpu.json").read_text())
+    assert [setting["precision"] for setting in run["settings"]] == ["fp32", "int8"] and run["note"] == "n"
+    nodes, errors = run["files"][0]["executed_nodes"], run["files"][0]["relative_error"]
+    assert nodes["folded and shaped"] < nodes["folded"] == nodes["floor"] < nodes["static"]
+    assert max(errors.values()) < 1e-5
+    assert set(nodes) == set(run["settings"][0]["to_floor"]) and len(nodes) + len(run["files"][0]["absent"]) == 10
