@@ -52,9 +52,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Tokens [B, N] to logits [B, N, classes]."""
 
-    def __init__(
-        self, width=8, depth=1, norm="unified", placement="pre", vocabulary=11, positions=16, classes=3
-    ):
+    def __init__(self, width=8, depth=1, norm="unified", placement="pre", vocabulary=11, positions=16, classes=3):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.1 * torch.randn(1, positions, width))
