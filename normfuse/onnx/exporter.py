@@ -27,6 +27,10 @@ from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
 from normfuse.onnx.writer import DTYPES, OPSETS, WriteError, quiet, write
 
+# Between the scales of one channel in different places, see normfuse.fold. Half of float16's bits of exponent are left
+# to the values themselves.
+MAX_SCALE_RANGE = {"float32": 2.0**40, "float16": 2.0**10}
+
 
 class ExportError(ValueError):
     """The model cannot be exported; the message is one line. No file was written."""
@@ -135,7 +139,8 @@ def export(
         checkpoint, program = _traced(model, progress)
         notes: list[str] = []
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
-        forms = _forms(checkpoint, program, steps, limits, copy_shared, progress, notes)
+        options = {"copy_shared": copy_shared, "max_scale_range": MAX_SCALE_RANGE[dtype]}
+        forms = _forms(checkpoint, program, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         staged = staging / path.name
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
@@ -158,7 +163,7 @@ def export(
                     rejected[candidate] = why
                 continue
             graph = summarize(staged)
-            _move(files, path)
+            move(files, path)
             proof = Proof(form.proof.cases + proof.cases)
             return ExportResult(path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes)
     finally:
@@ -181,13 +186,13 @@ def _forms(
     program: torch.export.ExportedProgram,
     steps: tuple[str, ...],
     limits: Mapping[str, float],
-    copy_shared: bool,
+    fold_options: Mapping[str, Any],
     progress: Callable[[str], None],
     notes: list[str],
 ) -> list[_Form]:
     """What to write, best first; the last one is not shaped."""
     progress("fold the norms")
-    plain = fold(program, copy_shared=copy_shared)
+    plain = fold(program, **fold_options)
     progress("verify the folded program")
     form = _Form(*plain, verify(checkpoint, None, program=plain[0], **limits), ())
     if not steps:
@@ -195,7 +200,7 @@ def _forms(
     shaped = replace(form, steps=steps)
     if "carry_biases" in steps:
         progress("let biases travel")
-        carried, note = carry_biases(program, plain, checkpoint, copy_shared=copy_shared)
+        carried, note = carry_biases(program, plain, checkpoint, **fold_options)
         try:
             if carried is not plain:
                 shaped = _Form(*carried, verify(checkpoint, None, program=carried[0], **limits), steps)
@@ -295,7 +300,7 @@ def check_target(path: Path) -> None:
         raise ExportError(f"cannot write {path}: the folder {path.parent} is read-only")
 
 
-def _move(files: Sequence[Path], path: Path) -> None:
+def move(files: Sequence[Path], path: Path) -> None:
     """Weights first: the ONNX file that names them appears last."""
     for file in reversed(files):
         os.replace(file, path.with_name(file.name))

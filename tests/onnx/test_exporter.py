@@ -39,6 +39,15 @@ def test_every_placement_ends_without_norms_and_without_per_channel_arithmetic(t
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_float16_keeps_norms_whose_scales_would_use_up_its_exponents(tmp_path):
+    model = tiny_models.trained(tiny_models.Perceptron())
+    model.norm.weight.data[0] = 3000.0
+    kept = export(model, tmp_path / "half.onnx", example_inputs=torch.randn(3, 4), dtype="float16", rtol=0.1)
+    assert [record.status for record in kept.report.norms] == ["kept"]
+    folded = export(model, tmp_path / "single.onnx", example_inputs=torch.randn(3, 4))
+    assert not folded.report.remaining
+
+
 def test_masked_attention_stays_one_node(tmp_path):
     """Padding masks [batch, 1, 1, keys] broadcast over the queries, which ONNX Runtime wants written out."""
     example, shapes = encoder_inputs(mask=True)

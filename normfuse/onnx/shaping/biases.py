@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from normfuse.checkpoint import Checkpoint
@@ -18,8 +20,7 @@ def carry_biases(
     program: torch.export.ExportedProgram,
     plain: Folded,
     checkpoint: Checkpoint,
-    *,
-    copy_shared: bool,
+    **fold_options: Any,
 ) -> tuple[Folded, str]:
     """The fold with travelling biases if it keeps the digits, else the plain one; and why, in one line.
 
@@ -32,7 +33,7 @@ def carry_biases(
     *Saves* an addition for each branch, and lets ``residual_gemm`` save another one.
     """
     try:
-        carried = fold(program, copy_shared=copy_shared, carry_biases=True)
+        carried = fold(program, carry_biases=True, **fold_options)
         errors = [_error(checkpoint, folded) for folded, _ in (plain, carried)]
     except VerificationError as error:
         return plain, f"biases stay in their branches: {error}"
