@@ -80,9 +80,9 @@ def write(
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
         if dtype == "float16":
             refuse_overflow(model)
-        files = _save(model, path, one_file_limit)
+        files = save_model(model, path, one_file_limit)
         if dtype == "float16":
-            files = _save(_as_float16(path), path, one_file_limit)
+            files = save_model(_as_float16(path), path, one_file_limit)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError and others without a common base
@@ -162,7 +162,8 @@ def _as_float16(path: Path) -> ir.Model:
     return model
 
 
-def _save(model: ir.Model, path: Path, one_file_limit: int) -> list[Path]:
+def save_model(model: ir.Model, path: Path, one_file_limit: int = _ONE_FILE_LIMIT) -> list[Path]:
+    """Saves a model, weights of more bytes than the limit apart in ``<path>.data``; returns the files."""
     data = path.with_name(path.name + ".data")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size <= one_file_limit:
