@@ -72,18 +72,18 @@ class Folding:
 
     def solve(self) -> None:
         """Meet the demands one after another, norms first; what contradicts stays."""
-        with_zeros = []
+        with_zeros = set()
         for node in sorted(self.demands, key=lambda n: not self.is_norm(n)):
             operand, a, b = self.affine[node]
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 self._refuse_not_finite(node)
                 self.kept[node] = "a constant factor is not finite"
             elif not a.all():
-                with_zeros.append(node)
+                with_zeros.add(node)
             elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
                 self.kept[node] = self._why_not(node, outcome)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
-        for node in with_zeros:
+        for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
             if self.scales.alone(self.scale(node)) and self.only_absorbed(node):
                 self.scales.assign(self.scale(node), a * self.scales[self.scale(operand)])

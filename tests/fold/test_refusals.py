@@ -93,6 +93,22 @@ def test_zero_gains_fold_into_weights_behind_them() -> None:
     assert status(report) == ["folded"]
 
 
+def test_zero_gains_one_after_another() -> None:
+    """A factor outside a norm, which is taken later, in front of a norm: the norm's scale builds on the factor's."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor, self.norm, self.linear = nn.Parameter(torch.rand(C) + 0.5), MapNorm(), nn.Linear(C, 4)
+            self.factor.data[1] = self.norm.scale.data[2] = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(F.gelu(x) * self.factor))
+
+    program, report = folded(Twice(), sequence())
+    assert operations(program) == ["aten.gelu.default", "aten.linear.default"] and not report.remaining
+
+
 def test_zero_gains_stay_where_the_stream_needs_the_value() -> None:
     class Stream(nn.Module):
         def __init__(self) -> None:
