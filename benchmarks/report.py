@@ -34,7 +34,8 @@ def title(run: dict) -> str:
     name = where["gpu"] or f"{where['cpu']} ({where['instructions']}, {where['cores']} cores)"
     threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["threads"] else ""
     busy = f", other programs running (load {where['load']:.1f})" if where["load"] > 0.5 else ""
-    return f"{name}{threads}, {run['dtype']}, torch {where['torch']}, {run['date']}{busy}"
+    clock = ", CPU time" if run["clock"] == "cpu" else ""
+    return f"{name}{threads}{clock}, {run['dtype']}, torch {where['torch']}, {run['date']}{busy}"
 
 
 def table(run: dict) -> str:

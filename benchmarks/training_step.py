@@ -36,6 +36,7 @@ from normfuse.nn import PowerNorm, UnifiedNorm
 CPU_SHAPES = ("8x197x192", "8x197x384", "32x128x768", "64x256x512")
 CUDA_SHAPES = (*CPU_SHAPES, "16x1024x4096", "8x4096x1024")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MODES = ("forward", "forward+backward")
 # Reads and writes of the whole tensor that no implementation with plain kernels can do without (a copy has two).
 PASSES = {"unified": (3, 8), "power": (2, 5)}
@@ -95,18 +96,19 @@ def candidates(channels: int, device: str, dtype: torch.dtype, compiled: bool) -
 
 
 class Stopwatch:
-    """Seconds per call, on the device's own clock."""
+    """Seconds per call, by the given clock or, on a GPU, by its own."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, clock: Callable[[], float]) -> None:
         self.cuda = device == "cuda"
+        self.clock = clock
         self.flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device) if self.cuda else None
 
     def __call__(self, run: Callable[[], object], calls: int = 1) -> float:
         if not self.cuda:
-            start = time.perf_counter()
+            start = self.clock()
             for _ in range(calls):
                 run()
-            return (time.perf_counter() - start) / calls
+            return (self.clock() - start) / calls
         # One call at a time: repeated calls would find in the L2 what a training step does not.
         self.flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -127,7 +129,7 @@ def runs_of(candidate: Candidate, x: Tensor, grad_y: Tensor) -> dict[str, Callab
 
 
 def measure(
-    shape: tuple[int, ...], device: str, dtype: torch.dtype, compiled: bool, rounds: int, seconds: float
+    shape: tuple[int, ...], device: str, dtype: torch.dtype, compiled: bool, rounds: int, seconds: float, clock: str
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds (lower quartile, median, upper quartile) by mode and candidate."""
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +137,7 @@ def measure(
     grad_y = torch.randn(shape, generator=generator).to(device, dtype)
     target = torch.empty_like(grad_y)
     norms = candidates(shape[-1], device, dtype, compiled)
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, CLOCKS[clock])
     results = {}
     for mode in MODES:
         runs = {"copy": lambda: target.copy_(grad_y)}
@@ -208,11 +210,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="BxNxC", help="instead of those in the README")
     parser.add_argument("--rounds", type=int, default=40, help=f"at most; at least {FEWEST_ROUNDS} are run")
     parser.add_argument("--seconds", type=float, default=15, help="for the rounds of one shape and mode")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: one thread on a machine that is busy otherwise"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled references out")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     args = parser.parse_args()
     if args.rounds < FEWEST_ROUNDS:
         parser.error(f"--rounds {args.rounds} is not allowed; give at least {FEWEST_ROUNDS}")
+    if args.clock == "cpu" and (args.device != "cpu" or args.threads != 1):
+        parser.error("--clock cpu adds up the threads' time: it needs --device cpu --threads 1")
     if not normfuse.build_info()["available"]:
         parser.error(f"there are no kernels to measure: {normfuse.build_info()['reason']}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -224,7 +231,7 @@ def main() -> None:
     for text in args.shapes or (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES):
         shape = tuple(int(size) for size in text.split("x"))
         results[text] = measure(
-            shape, args.device, DTYPES[args.dtype], not args.no_compile, args.rounds, args.seconds
+            shape, args.device, DTYPES[args.dtype], not args.no_compile, args.rounds, args.seconds, args.clock
         )  # fmt: skip
         show(text, results[text], args.device == "cuda")
         torch._dynamo.reset()
@@ -233,11 +240,13 @@ def main() -> None:
     content = {
         "benchmark": "training_step",
         "command": f"python benchmarks/training_step.py --device {args.device} --dtype {args.dtype}"
-        + (f" --threads {args.threads}" if args.device == "cpu" else ""),
+        + (f" --threads {args.threads}" if args.device == "cpu" else "")
+        + (f" --clock {args.clock}" if args.clock != "wall" else ""),
         "date": datetime.date.today().isoformat(),
         "machine": about,
         "device": args.device,
         "dtype": args.dtype,
+        "clock": args.clock,
         "threads": args.threads if args.device == "cpu" else None,
         "milliseconds": results,
     }
