@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -80,7 +81,8 @@ def draw(runs: list[dict], file: Path) -> None:
         panel.set_title(title(run), loc="left", fontsize=10)
         panel.grid(axis="y", color="#e3e3e3")
         panel.set_axisbelow(True)
-    panels[0, 0].legend(frameon=False, ncols=4, loc="upper right")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, ncols=4, loc="outside lower center")
     figure.suptitle("Training step of one norm, forward + backward (lower is better)", x=0.01, ha="left")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
@@ -101,7 +103,8 @@ def main() -> None:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         parser.error(f"{args.readme} needs one line {BEGIN!r} and one {END!r} for the table to stand between")
     before, _, rest = readme.partition(BEGIN)
-    tables = "\n\n".join(table(run) for run in runs)
+    chart = os.path.relpath(args.chart, args.readme.parent)
+    tables = "\n\n".join([*(table(run) for run in runs), f"![Training step as multiples of a copy]({chart})"])
     args.readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
     draw(runs, args.chart)
     print(f"written: {args.readme}, {args.chart}")
