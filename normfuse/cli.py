@@ -25,10 +25,12 @@ from normfuse.fold import FoldError, FoldReport, NormRecord
 from normfuse.onnx import (
     BenchError,
     ExportError,
+    ExportResult,
     GraphError,
     VerificationError,
     WriteError,
     fold_checkpoint,
+    fold_file,
     summarize,
 )
 from normfuse.onnx import (
@@ -80,6 +82,12 @@ Trust = Annotated[
 NoCopy = Annotated[
     bool, typer.Option("--no-copy", help="Never store a shared weight twice; its norm stays in the graph then.")
 ]
+Target = Annotated[
+    str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
+]
+NoShape = Annotated[
+    list[str], typer.Option(metavar="STEP", help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable.")
+]
 Rtol = Annotated[
     float | None,
     typer.Option(min=0, help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]."),
@@ -108,13 +116,8 @@ def export(
     input: Input = [],  # noqa: B006
     trust: Trust = False,
     no_copy: NoCopy = False,
-    target: Annotated[
-        str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
-    ] = "portable",
-    no_shape: Annotated[
-        list[str],
-        typer.Option(metavar="STEP", help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable."),
-    ] = [],  # noqa: B006
+    target: Target = "portable",
+    no_shape: NoShape = [],  # noqa: B006
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     console = _console()
@@ -136,30 +139,47 @@ def export(
                 no_shape=no_shape,
                 progress=stages,
             )
-        _print_report(console, result.report)
-        for number, why in result.rejected.items():
-            console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
-        for note in result.notes:
-            console.print(escape(note), style="yellow", highlight=False)
-        if result.shaping:
-            passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
-            console.print(f"shaped for {target}: {passes or 'no pass applies'}", highlight=False)
-        graph, proof = result.graph, result.proof
-        console.print(
-            f"verified on {len(proof.shapes)} inputs: folded program within "
-            f"{proof.worst('folded program'):.1e}, "
-            f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
-            highlight=False,
-        )
-        left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
-        console.print(
-            f"{escape(str(out))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "
-            f"{_size(graph.bytes)}; {left}",
-            highlight=False,
-        )
+        _print_result(console, result)
         if report is not None:
             versions = {"normfuse": normfuse.__version__}
             _write_json(report, {"checkpoint": str(checkpoint), "versions": versions, **result.to_dict()})
+
+
+@app.command()
+def fold(
+    source: Annotated[Path, typer.Argument(help="An ONNX file from elsewhere, of operator set 13 or newer.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    opset: Annotated[int | None, typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].")] = None,
+    rtol: Rtol = None,
+    atol: Atol = 0.0,
+    report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None,
+    input: Input = [],  # noqa: B006
+    no_copy: NoCopy = False,
+    target: Target = "portable",
+    no_shape: NoShape = [],  # noqa: B006
+) -> None:
+    """Fold BatchNorms, Mul and Add per channel and LayerNorm gains of an ONNX file, and verify the result."""
+    console = _console()
+    with _one_line_errors():
+        for file in (out,) if report is None else (out, report):
+            check_target(file)
+        with _Stages(console) as stages:
+            result = fold_file(
+                source,
+                out,
+                inputs=input or None,
+                opset=opset,
+                rtol=rtol,
+                atol=atol,
+                copy_shared=not no_copy,
+                target=target,
+                no_shape=no_shape,
+                progress=stages,
+            )
+        _print_result(console, result)
+        if report is not None:
+            versions = {"normfuse": normfuse.__version__}
+            _write_json(report, {"source": str(source), "versions": versions, **result.to_dict()})
 
 
 @app.command()
@@ -346,6 +366,30 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _print_result(console: Console, result: ExportResult) -> None:
+    _print_report(console, result.report)
+    for number, why in result.rejected.items():
+        console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="yellow", highlight=False)
+    if result.shaping:
+        passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
+        console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
+    graph, proof = result.graph, result.proof
+    console.print(
+        f"verified on {len(proof.shapes)} inputs: folded program within "
+        f"{proof.worst('folded program'):.1e}, "
+        f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
+        highlight=False,
+    )
+    left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
+    console.print(
+        f"{escape(str(result.path))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "
+        f"{_size(graph.bytes)}; {left}",
+        highlight=False,
+    )
 
 
 def _print_report(console: Console, report: FoldReport) -> None:

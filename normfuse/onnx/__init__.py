@@ -6,11 +6,14 @@ The spine is :func:`export`; each of its steps can be called alone::
     folded, report = normfuse.fold(program)
     normfuse.onnx.write(folded, "model.onnx", opset=20)
     normfuse.onnx.verify(checkpoint, "model.onnx")
+
+:func:`fold_file` folds the norms of an ONNX file that comes from elsewhere.
 """
 
 from normfuse.onnx.benchmark import BenchError, bench
 from normfuse.onnx.exporter import ExportError, ExportResult, export, fold_checkpoint
 from normfuse.onnx.graph import GraphError, GraphSummary, summarize
+from normfuse.onnx.importer import fold_file
 from normfuse.onnx.verifier import Proof, VerificationError, verify
 from normfuse.onnx.writer import WriteError, write
 
@@ -26,6 +29,7 @@ __all__ = [
     "bench",
     "export",
     "fold_checkpoint",
+    "fold_file",
     "summarize",
     "verify",
     "write",
