@@ -9,7 +9,8 @@ PYTEST_ARGS ?= -q
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-CMAKE_BUILD := build/cmake
+# Without a sanitizer, pytest goes on in the same folder.
+CMAKE_BUILD := build/emulator
 CODE := normfuse tests examples benchmarks setup.py
 SOURCES := $(shell find csrc -type f)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
@@ -39,7 +40,7 @@ format: $(STAMPS)/requirements
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
 cpp-test: $(STAMPS)/requirements
-	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja
+	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DNORMFUSE_CUDA=OFF
 	$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(JOBS)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel $(JOBS)
 
