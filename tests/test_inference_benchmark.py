@@ -64,4 +64,24 @@ def test_a_small_run_times_every_variant(tmp_path):
     nodes, errors = run["files"][0]["executed_nodes"], run["files"][0]["relative_error"]
     assert nodes["folded and shaped"] < nodes["folded"] == nodes["floor"] < nodes["static"]
     assert max(errors.values()) < 1e-5
-    assert set(nodes) == set(run["settings"][0]["to_floor"]) and len(nodes) + len(run["files"][0]["absent"]) == 10
+    assert {*nodes, "floor again"} == set(run["settings"][0]["to_floor"]) and len(nodes) + len(
+        run["files"][0]["absent"]
+    ) == 10
+
+
+def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference_chart
+
+    quartiles = {name: [0.8, 0.9, 1.0] for name in ("static", "folded", "folded and shaped", "layer")}
+    settings = [
+        {"placement": placement, "precision": "fp32", "batch": 1, "threads": 2, "width": width, "sequence": 32,
+         "fastest_layer_norm": "layer", "to_floor": {**quartiles, "layer": [1.0, 1.1, 1.2]}}
+        for placement in ("pre", "post") for width in (64, 192)
+    ]  # fmt: skip
+    run = {"settings": settings, "machine": {"cpu": "c", "onnxruntime": "1"}, "date": "d", "note": ""}
+    assert list(inference_chart.panels(run)) == [f"{p}-norm, fp32, batch 1, 2 threads" for p in ("pre", "post")]
+    assert inference_chart.height(settings[0], "fastest LayerNorm") == 1.1
+    assert inference_chart.height(settings[0], "folded") == 0.9
+    inference_chart.draw(run, tmp_path / "images" / "chart.png")
+    assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
