@@ -7,6 +7,8 @@ length C.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,16 @@ def remember(counter: Tensor | None, statistics: Statistics) -> Statistics:
     return () if counter is None else tuple(tensor.clone() for tensor in statistics)
 
 
-def undo_unless(sound: Tensor, counter: Tensor | None, statistics: Statistics, before: Statistics) -> None:
-    """Set ``statistics`` back to ``before`` and add one to ``counter`` [1], unless all of ``sound`` is true."""
+def undo_unless(
+    sound: Callable[[], Tensor], counter: Tensor | None, statistics: Statistics, before: Statistics
+) -> None:
+    """Set ``statistics`` back to ``before`` and add one to ``counter`` [1], unless all of ``sound()`` is true.
+
+    Without a counter nothing is computed.
+    """
     if counter is None:
         return
-    keep = sound.all()
+    keep = sound().all()
     for tensor, old in zip(statistics, before, strict=True):
         tensor.copy_(torch.where(keep, tensor, old))
     counter.add_(torch.logical_not(keep))

@@ -236,7 +236,7 @@ class _PowerNorm(torch.autograd.Function):
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
         y, stats, row_scale = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
-        undo_unless(stats[1] > 0, state.skipped_forwards, moved, before)
+        undo_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
         ctx.save_for_backward(rows, weight, stats, row_scale)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
@@ -257,10 +257,13 @@ class _PowerNorm(torch.autograd.Function):
             grad_rows, grad_weight, grad_bias, mean_az = _backward_on_rows(
                 partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
-            sound = mean_az.isfinite()  # not of this rank's sums: all ranks must agree
+            sound = mean_az.isfinite  # not of this rank's sums: all ranks must agree
         else:
             grad_rows, grad_weight, grad_bias = _backward(*arguments)
-            sound = grad_weight.isfinite() & grad_bias.isfinite()
+
+            def sound() -> Tensor:
+                return grad_weight.isfinite() & grad_bias.isfinite()
+
         undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
         grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
         return grad_x, None, grad_weight, grad_bias, *[None] * 9

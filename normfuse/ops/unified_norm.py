@@ -247,7 +247,7 @@ class _UnifiedNorm(torch.autograd.Function):
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
         y, stats, step = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
-        undo_unless(stats[0] > 0, state.skipped_forwards, moved, before)
+        undo_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
         ctx.save_for_backward(rows, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
@@ -265,10 +265,13 @@ class _UnifiedNorm(torch.autograd.Function):
             grad_rows, grad_weight, grad_bias, mean_gz = _backward_on_rows(
                 partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
-            sound = mean_gz.isfinite()  # not of this rank's sums: all ranks must agree
+            sound = mean_gz.isfinite  # not of this rank's sums: all ranks must agree
         else:
             grad_rows, grad_weight, grad_bias = _backward(*arguments)
-            sound = grad_weight.isfinite() & grad_bias.isfinite()
+
+            def sound() -> Tensor:
+                return grad_weight.isfinite() & grad_bias.isfinite()
+
         undo_unless(sound, ctx.skipped, moved, before)
         grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
         return grad_x, None, grad_weight, grad_bias, *[None] * 7
