@@ -7,25 +7,22 @@ import os
 import secrets
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import normfuse
 from normfuse.checkpoint import Checkpoint, CheckpointError, load
-from normfuse.checkpoint.archive import one_line, some_of
-from normfuse.fold import FoldError, FoldReport, NormRecord
+from normfuse.checkpoint.archive import one_line
+from normfuse.console import Stages, make_console, make_table, print_report, print_result
+from normfuse.fold import FoldError
 from normfuse.onnx import (
     BenchError,
     ExportError,
-    ExportResult,
     GraphError,
     VerificationError,
     WriteError,
@@ -48,9 +45,6 @@ from normfuse.onnx.verifier import RTOL
 from normfuse.plotting import PlotError, plot_statistics
 
 _KNOWN = (BenchError, CheckpointError, ExportError, FoldError, GraphError, PlotError, VerificationError, WriteError)
-_SHOWN_NORMS = 24
-_TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
-_PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
 
 app = typer.Typer(
     add_completion=False,
@@ -120,11 +114,11 @@ def export(
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
-    console = _console()
+    console = make_console()
     with _one_line_errors():
         for file in (out,) if report is None else (out, report):
             check_target(file)
-        with _Stages(console) as stages:
+        with Stages(console) as stages:
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
             result = run_export(
@@ -139,7 +133,7 @@ def export(
                 no_shape=no_shape,
                 progress=stages,
             )
-        _print_result(console, result)
+        print_result(console, result)
         if report is not None:
             versions = {"normfuse": normfuse.__version__}
             _write_json(report, {"checkpoint": str(checkpoint), "versions": versions, **result.to_dict()})
@@ -159,11 +153,11 @@ def fold(
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
     """Fold BatchNorms, Mul and Add per channel and LayerNorm gains of an ONNX file, and verify the result."""
-    console = _console()
+    console = make_console()
     with _one_line_errors():
         for file in (out,) if report is None else (out, report):
             check_target(file)
-        with _Stages(console) as stages:
+        with Stages(console) as stages:
             result = fold_file(
                 source,
                 out,
@@ -176,7 +170,7 @@ def fold(
                 no_shape=no_shape,
                 progress=stages,
             )
-        _print_result(console, result)
+        print_result(console, result)
         if report is not None:
             versions = {"normfuse": normfuse.__version__}
             _write_json(report, {"source": str(source), "versions": versions, **result.to_dict()})
@@ -192,14 +186,14 @@ def inspect(
     no_copy: NoCopy = False,
 ) -> None:
     """Print what would be folded into what; writes nothing."""
-    console = _console()
+    console = make_console()
     with _one_line_errors():
-        with _Stages(console) as stages:
+        with Stages(console) as stages:
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
             loaded, _, report = fold_checkpoint(loaded, copy_shared=not no_copy, progress=stages)
         console.print(f"inputs: {escape(', '.join(map(str, loaded.inputs)))}", highlight=False)
-        _print_report(console, report)
+        print_report(console, report)
 
 
 @app.command()
@@ -216,13 +210,13 @@ def verify(
     trust: Trust = False,
 ) -> None:
     """Compare an ONNX file with the module it came from, in ONNX Runtime."""
-    console = _console()
+    console = make_console()
     with _one_line_errors():
         graph = summarize(onnx)
         loaded = in_float32(_load(checkpoint, model, model_arg, input, trust))
         allowed = RTOL[graph.dtype] if rtol is None else rtol
         proof = run_verify(loaded, onnx, rtol=allowed, atol=atol, rounds=rounds, seed=seed)
-        table = _table("inputs", "output", "difference", "÷ largest value")
+        table = make_table("inputs", "output", "difference", "÷ largest value")
         for case in proof.cases:
             table.add_row(case.inputs, case.output, f"{case.difference:.2e}", f"{case.error:.2e}")
         console.print(table)
@@ -239,13 +233,13 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Of ONNX Runtime.")] = 1,
 ) -> None:
     """Median latency in ONNX Runtime (CPU), interleaved; the ratio of the second file to the first."""
-    console = _console()
+    console = make_console()
     with _one_line_errors():
         if len(onnx) > 2:
             raise BenchError(f"{len(onnx)} files given; one or two can be timed")
         sizes = {name: _whole(value, f"--size {name}={value}") for name, value in _pairs(size, "--size")}
         timing = run_bench(onnx, sizes=sizes, rounds=rounds, threads=threads)
-        table = _table("file", "median ms", "quartiles")
+        table = make_table("file", "median ms", "quartiles")
         for index, path in enumerate(timing.paths):
             low, middle, high = timing.quartiles(index)
             table.add_row(escape(path), f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
@@ -267,7 +261,7 @@ def plot(
     """Draw the statistics of norms over a training: batch against running, gradients, skips."""
     with _one_line_errors():
         plot_statistics(statistics, out)
-        _console().print(f"wrote {escape(str(out))}", highlight=False)
+        make_console().print(f"wrote {escape(str(out))}", highlight=False)
 
 
 def main() -> None:
@@ -321,137 +315,6 @@ def _one_line_errors() -> Iterator[None]:
             message = f"unexpected {type(error).__name__}: {message} (NORMFUSE_TRACEBACK=1 shows where)"
         print(f"normfuse: error: {message}", file=sys.stderr)
         raise typer.Exit(1) from error
-
-
-class _Stages:
-    """Prints each stage with the time it took; on a terminal, the running one turns a spinner."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.status = console.status("") if console.is_terminal else None
-        self.name = ""
-        self.start = 0.0
-
-    def __enter__(self) -> _Stages:
-        if self.status:
-            self.status.start()
-        return self
-
-    def __call__(self, name: str) -> None:
-        self._finish("✓")
-        self.name, self.start = name, time.perf_counter()
-        if self.status:
-            self.status.update(escape(name))
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._finish("✓" if kind is None else "✗")
-        if self.status:
-            self.status.stop()
-
-    def _finish(self, mark: str) -> None:
-        if self.name:
-            took = time.perf_counter() - self.start
-            self.console.print(f"{mark} {escape(self.name)} ({took:.1f} s)", highlight=False)
-        self.name = ""
-
-
-def _console() -> Console:
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console()
-    return Console(width=_PLAIN_WIDTH)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print_result(console: Console, result: ExportResult) -> None:
-    _print_report(console, result.report)
-    for number, why in result.rejected.items():
-        console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="yellow", highlight=False)
-    if result.shaping:
-        passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
-        console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
-    graph, proof = result.graph, result.proof
-    console.print(
-        f"verified on {len(proof.shapes)} inputs: folded program within "
-        f"{proof.worst('folded program'):.1e}, "
-        f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
-        highlight=False,
-    )
-    left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
-    console.print(
-        f"{escape(str(result.path))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "
-        f"{_size(graph.bytes)}; {left}",
-        highlight=False,
-    )
-
-
-def _print_report(console: Console, report: FoldReport) -> None:
-    rows, hidden = _abridged(report.norms)
-    if console.width < _TABLE_WIDTH:
-        for record in rows:
-            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
-            reason = f" ({record.reason})" if record.reason else ""
-            line = f"{record.name} ({record.kind}): {record.status}{into}{reason}"
-            console.print(escape(line), style=_style(record), highlight=False)
-    elif rows:
-        table = _table("norm", "kind", "became", "into", *(["why it stayed"] if report.remaining else []))
-        for record in rows:
-            cells = [record.name, record.kind, record.status, _joined(record.absorbed_by), record.reason]
-            table.add_row(*(escape(cell) for cell in cells[: len(table.columns)]), style=_style(record))
-        console.print(table)
-    if hidden:
-        console.print(f"… and {hidden} more, all folded (--report has them)", highlight=False)
-    folded = len(report.norms) - len(report.remaining)
-    copied = f", {_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
-    console.print(
-        f"{folded} of {len(report.norms)} norms folded; program: {report.nodes_before} → "
-        f"{report.nodes_after} "
-        f"operations, {_size(report.bytes_before)} → {_size(report.bytes_after)}{copied}",
-        highlight=False,
-    )
-
-
-def _style(record: NormRecord) -> str:
-    return "" if record.status == "folded" else "yellow"
-
-
-def _joined(weights: Sequence[str]) -> str:
-    """``mlp.0.weight, mlp.0.bias`` as ``mlp.0.{weight,bias}``: names as short as they can be told."""
-    members: dict[str, list[str]] = {}
-    for weight in weights:
-        module, _, name = weight.rpartition(".")
-        members.setdefault(module, []).append(name)
-    names = [
-        ".".join(filter(None, (module, own[0] if len(own) == 1 else "{" + ",".join(own) + "}")))
-        for module, own in members.items()
-    ]
-    return some_of(names, 2)
-
-
-def _abridged(records: Sequence[NormRecord]) -> tuple[list[NormRecord], int]:
-    """At most ``_SHOWN_NORMS`` records, those that stayed before those that vanished; and how many are left
-    out."""
-    if len(records) <= _SHOWN_NORMS:
-        return list(records), 0
-    stayed = [index for index, record in enumerate(records) if record.status != "folded"]
-    gone = [index for index, record in enumerate(records) if record.status == "folded"]
-    kept = sorted(stayed + gone[: max(0, _SHOWN_NORMS - len(stayed))])
-    return [records[index] for index in kept], len(records) - len(kept)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch.export import Dim
 from typer.testing import CliRunner
 
-from normfuse import cli
+from normfuse import cli, console
 from normfuse.checkpoint import archive, save
 from normfuse.fold import FoldReport, NormRecord
 
@@ -256,7 +256,7 @@ def test_a_terminated_export_leaves_no_file(tmp_path):
 def test_a_long_report_shows_what_stayed_and_shortens_the_rest(capsys):
     norms = [NormRecord(f"blocks.{i}.norm", "UnifiedNorm", absorbed_by=["a.weight", "a.bias"]) for i in range(100)]
     norms[70] = NormRecord("blocks.70.norm", "UnifiedNorm", "kept", [], "[its scale] is zero")
-    cli._print_report(cli.Console(width=100), FoldReport(norms))
+    console.print_report(console.Console(width=100), FoldReport(norms))
     printed = capsys.readouterr().out
     assert "blocks.70.norm" in printed and "[its scale] is zero" in printed and "a.{weight,bias}" in printed
     assert "and 76 more" in printed and "99 of 100 norms folded" in printed
@@ -266,7 +266,7 @@ def test_a_long_report_shows_what_stayed_and_shortens_the_rest(capsys):
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 KB"), (3_000_000, "3.0 MB"), (4.2e9, "4.20 GB")]
 )
 def test_sizes(count, text):
-    assert cli._size(count) == text
+    assert console.readable_size(count) == text
 
 
 def test_an_unexpected_error_is_one_line_too(capsys):

@@ -1,0 +1,157 @@
+"""What the command line prints: stages with their times, tables, reports."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from normfuse.checkpoint.archive import some_of
+from normfuse.fold import FoldReport, NormRecord
+from normfuse.onnx import ExportResult
+
+_SHOWN_NORMS = 24
+_TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
+_PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
+
+
+class Stages:
+    """Prints each stage with the time it took; on a terminal, the running one turns a spinner."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status = console.status("") if console.is_terminal else None
+        self.name = ""
+        self.start = 0.0
+
+    def __enter__(self) -> Stages:
+        if self.status:
+            self.status.start()
+        return self
+
+    def __call__(self, name: str) -> None:
+        self._finish("✓")
+        self.name, self.start = name, time.perf_counter()
+        if self.status:
+            self.status.update(escape(name))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._finish("✓" if kind is None else "✗")
+        if self.status:
+            self.status.stop()
+
+    def _finish(self, mark: str) -> None:
+        if self.name:
+            took = time.perf_counter() - self.start
+            self.console.print(f"{mark} {escape(self.name)} ({took:.1f} s)", highlight=False)
+        self.name = ""
+
+
+def make_console() -> Console:
+    """As wide as the terminal; output that goes elsewhere has a width of its own."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=_PLAIN_WIDTH)
+
+
+def make_table(*columns: str) -> Table:
+    """An empty table without lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def print_result(console: Console, result: ExportResult) -> None:
+    """What became of the norms, how the graph was shaped, and how well it agrees."""
+    print_report(console, result.report)
+    for number, why in result.rejected.items():
+        console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="yellow", highlight=False)
+    if result.shaping:
+        passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
+        console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
+    graph, proof = result.graph, result.proof
+    console.print(
+        f"verified on {len(proof.shapes)} inputs: folded program within "
+        f"{proof.worst('folded program'):.1e}, "
+        f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
+        highlight=False,
+    )
+    left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
+    console.print(
+        f"{escape(str(result.path))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "
+        f"{readable_size(graph.bytes)}; {left}",
+        highlight=False,
+    )
+
+
+def print_report(console: Console, report: FoldReport) -> None:
+    """A row for each norm (the folded ones of many are left out), and the sums."""
+    rows, hidden = _abridged(report.norms)
+    if console.width < _TABLE_WIDTH:
+        for record in rows:
+            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
+            reason = f" ({record.reason})" if record.reason else ""
+            line = f"{record.name} ({record.kind}): {record.status}{into}{reason}"
+            console.print(escape(line), style=_style(record), highlight=False)
+    elif rows:
+        table = make_table("norm", "kind", "became", "into", *(["why it stayed"] if report.remaining else []))
+        for record in rows:
+            cells = [record.name, record.kind, record.status, _joined(record.absorbed_by), record.reason]
+            table.add_row(*(escape(cell) for cell in cells[: len(table.columns)]), style=_style(record))
+        console.print(table)
+    if hidden:
+        console.print(f"… and {hidden} more, all folded (--report has them)", highlight=False)
+    folded = len(report.norms) - len(report.remaining)
+    copied = f", {readable_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
+    console.print(
+        f"{folded} of {len(report.norms)} norms folded; program: {report.nodes_before} → "
+        f"{report.nodes_after} "
+        f"operations, {readable_size(report.bytes_before)} → {readable_size(report.bytes_after)}{copied}",
+        highlight=False,
+    )
+
+
+def _style(record: NormRecord) -> str:
+    return "" if record.status == "folded" else "yellow"
+
+
+def _joined(weights: Sequence[str]) -> str:
+    """``mlp.0.weight, mlp.0.bias`` as ``mlp.0.{weight,bias}``: names as short as they can be told."""
+    members: dict[str, list[str]] = {}
+    for weight in weights:
+        module, _, name = weight.rpartition(".")
+        members.setdefault(module, []).append(name)
+    names = [
+        ".".join(filter(None, (module, own[0] if len(own) == 1 else "{" + ",".join(own) + "}")))
+        for module, own in members.items()
+    ]
+    return some_of(names, 2)
+
+
+def _abridged(records: Sequence[NormRecord]) -> tuple[list[NormRecord], int]:
+    """At most ``_SHOWN_NORMS`` records, those that stayed before those that vanished; and how many are left
+    out."""
+    if len(records) <= _SHOWN_NORMS:
+        return list(records), 0
+    stayed = [index for index, record in enumerate(records) if record.status != "folded"]
+    gone = [index for index, record in enumerate(records) if record.status == "folded"]
+    kept = sorted(stayed + gone[: max(0, _SHOWN_NORMS - len(stayed))])
+    return [records[index] for index in kept], len(records) - len(kept)
+
+
+def readable_size(count: float) -> str:
+    """Bytes with a unit."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
