@@ -163,3 +163,21 @@ def test_rotary_embeddings_stop_what_comes_from_queries() -> None:
 
     _, report = folded(Rotary(), (torch.randn(2, 5, 8, dtype=torch.float64),))
     assert {record.status for record in report.norms if record.kind == "BatchNorm1d"} == {"folded"}
+
+
+@pytest.mark.parametrize("mask", ["computed", "parameter"])
+def test_an_additive_attention_mask_keeps_its_factor(mask: str) -> None:
+    """``(1 − visible) · −10⁴`` is a constant factor in front of a softmax, which no scale passes."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bias = nn.Linear(6, 6), nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+            y = self.linear(x)[:, None]
+            added = (1.0 - visible[:, None, None, :].to(x.dtype)) * -1e4 if mask == "computed" else self.bias * 3.0
+            return F.scaled_dot_product_attention(y, y, y, attn_mask=added)[:, 0]
+
+    visible = torch.arange(5).expand(2, 5) < 3
+    folded(Masked(), (torch.randn(2, 5, 6, dtype=torch.float64), visible))

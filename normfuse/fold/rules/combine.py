@@ -202,8 +202,8 @@ class Mixture(Rule):
 class Attention(Rule):
     """Softmax-weighted sums of the values: the weights add up to one, so scale and shift of the values pass.
 
-    With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops. Queries and keys meet
-    in the softmax and stay as they are.
+    With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops. Queries, keys and
+    the mask meet in the softmax and stay as they are.
     """
 
     def matches(self, node: Node, fold: Folding) -> bool:
@@ -213,8 +213,9 @@ class Attention(Rule):
     def relate(self, node: Node, fold: Folding) -> None:
         query, key, value = node.args[:3]
         reason = f"the comparison of queries with keys in {fold.describe(node)}"
-        fold.pin(query, reason)
-        fold.pin(key, reason)
+        mask = argument(node, "attn_mask")
+        for operand in (query, key, *([mask] if mask is not None and is_float(mask) else [])):
+            fold.pin(operand, reason)
         fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
