@@ -30,7 +30,7 @@ def normfuse(*arguments, cwd, timeout=120, **environment):
     return subprocess.run(
         [sys.executable, "-m", "normfuse", *map(str, arguments)],
         cwd=cwd,
-        env=ENVIRONMENT | environment,
+        env={k: v for k, v in ENVIRONMENT.items() if k != "COLUMNS"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
