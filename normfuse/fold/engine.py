@@ -11,10 +11,11 @@ from torch.fx import Node
 from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
 from .program import Program, largest_entry, piece
 from .report import FoldError
-from .rules import Rule, Use, find_rule
+from .rules import Rule, find_rule
 from .rules.affine import Coefficients
 from .rules.base import is_float
 from .scales import Outcome, Scales
+from .settle import tolerant_values
 
 aten = torch.ops.aten
 
@@ -83,9 +84,10 @@ class Folding:
             elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
                 self.kept[node] = self._why_not(node, outcome)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
+        tolerant = tolerant_values(self) if with_zeros else set()
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
-            if self.scales.alone(self.scale(node)) and self.only_absorbed(node):
+            if self.scales.alone(self.scale(node)) and node in tolerant:
                 self.scales.assign(self.scale(node), a * self.scales[self.scale(operand)])
             else:
                 self.kept[node] = "a scale is zero, and not only weights read the result"
@@ -188,18 +190,6 @@ class Folding:
             self.rule_of[node].carry(node, operand, shift, collapse_equal, self)
         except CannotCarry:
             return False
-        return True
-
-    def only_absorbed(self, node: Node) -> bool:
-        """Whether every reader, directly or through operations that carry shifts on, has weights that take them."""
-        for user in node.users:
-            if user.op == "output":
-                return False
-            if not self.computes(user):
-                continue
-            use = self.rule_of[user].use(user, node, None, self)
-            if use is Use.STOP or (use is Use.PASS and not self.only_absorbed(user)):
-                return False
         return True
 
     # -- rewriting ---------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class _Route:
 def settle_shifts(fold: Folding) -> None:
     """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``."""
     order = {node: position for position, node in enumerate(fold.program.graph.nodes)}
-    tolerant = _tolerant(fold)
+    tolerant = tolerant_values(fold)
     for leaf in fold.leaves:
         fold.shift_of[leaf] = fold.no_shift(leaf)
     for node in order:
@@ -54,7 +54,7 @@ def settle_shifts(fold: Folding) -> None:
             fold.spilled[node] = _stopping(node, fold)
 
 
-def _tolerant(fold: Folding) -> set[Node]:
+def tolerant_values(fold: Folding) -> set[Node]:
     """Values whose every reader has weights that take any shift, or carries it on to such readers."""
     tolerant: set[Node] = set()
     for node in reversed(fold.program.graph.nodes):
@@ -81,7 +81,7 @@ def _tolerates(user: Node, node: Node, tolerant: set[Node], fold: Folding) -> bo
     if user.op == "output":
         return False
     if user not in fold.rule_of or not fold.computes(user):
-        return user.op != "output"
+        return True
     use = fold.rule_of[user].use(user, node, None, fold)
     return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
 
