@@ -53,21 +53,32 @@ def _of(region: object) -> _FirstRuns:
     return runs
 
 
-def _hook_variable(name: str) -> object | None:
-    """Variable ``name`` of the innermost hook on saved tensors, which is how a checkpoint makes itself known."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    hook = hooks and getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
-    if not isinstance(hook, FunctionType) or hook.__module__ != "torch.utils.checkpoint":
-        return None
-    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
-    return cells[name].cell_contents if name in cells else None
+def _checkpoint_hooks() -> list[dict[str, object]]:
+    """Variables of the hooks on saved tensors by which checkpoints make themselves known, innermost first."""
+    hooks = []
+    try:
+        while pair := torch._C._autograd._top_saved_tensors_default_hooks(True):
+            hooks.append(pair)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pair in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+    packs = [getattr(pack, "_torchdynamo_orig_callable", pack) for pack, _ in hooks]
+    return [
+        {name: cell.cell_contents for name, cell in zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)}
+        for pack in packs
+        if isinstance(pack, FunctionType) and pack.__module__ == "torch.utils.checkpoint"
+    ]
 
 
 def _first_run_regions() -> Iterator[object]:
     """Checkpointed calls under way around the caller whose forward will run again."""
-    frame = _hook_variable("frame")  # use_reentrant=False: the call runs under a hook on saved tensors
-    if frame is not None:
-        yield frame
+    # use_reentrant=False: the call runs under a hook on saved tensors. Inside of it others may; around a
+    # recomputation nothing is of interest.
+    for variables in _checkpoint_hooks():
+        if "target_frame_ref" in variables:
+            break
+        yield variables["frame"]
     if torch.is_grad_enabled():
         return
     # use_reentrant=True, and most checkpoints of other libraries: the call runs without gradients inside the
@@ -86,8 +97,10 @@ def _first_run_regions() -> Iterator[object]:
 
 
 def _recomputed_region() -> object | None:
-    reference = _hook_variable("target_frame_ref")
-    return reference() if callable(reference) else torch._C._current_autograd_node()
+    for variables in _checkpoint_hooks():
+        if "target_frame_ref" in variables:
+            return variables["target_frame_ref"]()
+    return torch._C._current_autograd_node()
 
 
 def statistics_of_this_run(statistics: Statistics) -> Statistics:

@@ -1,10 +1,12 @@
 """One training step moves the statistics once, whatever runs it: checkpointing above all, bit for bit."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from normfuse.nn import PowerNorm, UnifiedNorm, keep_norms
@@ -138,21 +140,27 @@ def test_a_reentrant_checkpoint_inside_another(make, outer):
         equal(dropped, kept, exact=False)
 
 
-def test_a_checkpoint_inside_another_without_reentrance_counts_once(make):
-    """Torch does not let the inner one be told from a first run: its gradient is near, its statistics move once."""
-    kept = nn.Sequential(nn.Linear(C, C), make(), nn.Linear(C, C))
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpoints_inside_others_without_reentrance_change_no_bit(make, depth, early_stop):
+    """Each level has norms of its own; one of the levels also keeps its tensors through hooks of its own."""
+    kept = nn.ModuleList(nn.Sequential(nn.Linear(C, C), make(), nn.Linear(C, C), make()) for _ in range(depth))
     dropped = copy.deepcopy(kept)
 
-    def outer(x):
-        return dropped[2](checkpoint(dropped[:2], x, use_reentrant=False))
+    def run(model, level, x, wrap):
+        if level == depth:
+            return x
+        with save_on_cpu() if level == 1 else nullcontext():
+            return model[level][2:](wrap(lambda h: run(model, level + 1, h, wrap), model[level][:2](x)))
 
-    for step in range(1, 5):
+    for _ in range(4):
         x = torch.randn(9, C)
-        kept(x.clone().requires_grad_()).square().sum().backward()
-        checkpoint(outer, x.clone().requires_grad_(), use_reentrant=False).square().sum().backward()
-        assert dropped[1].iters.item() == step
-        for name in FORWARD & dict(kept[1].named_buffers()).keys():
-            assert torch.equal(dropped[1].get_buffer(name), kept[1].get_buffer(name))
+        given = [x.clone().requires_grad_() for _ in range(2)]
+        wraps = plain, wrapped(False, early_stop=early_stop)
+        for model, own, wrap in zip((kept, dropped), given, wraps, strict=True):
+            wrap(lambda h, model=model, wrap=wrap: run(model, 0, h, wrap), own).square().sum().backward()
+        assert torch.equal(given[0].grad, given[1].grad)
+        equal(dropped, kept, exact=True)
 
 
 class OwnCheckpoint(torch.autograd.Function):
