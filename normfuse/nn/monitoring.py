@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype, mean_square, to_rows
+from ..ops._registry import library
 from ..ops.power_norm import group_scaling
 from ._running_norm import RunningNorm
 from .power_norm import PowerNorm
@@ -20,24 +23,60 @@ _SETTLED = 20  # steps until running statistics have left their start value behi
 _FORMAT = "normfuse-statistics"
 
 
-def _measure(norm: RunningNorm, x: Tensor, pad_mask: Tensor | None) -> Tensor:
+def _running(norm: RunningNorm) -> Tensor:
+    return norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
+
+
+def _counters(norm: RunningNorm) -> list[Tensor]:
+    counters = (getattr(norm, name, None) for name in ("skip_counter", "skipped_forwards", "skipped_backwards"))
+    return [counter for counter in counters if counter is not None]
+
+
+def _measure(
+    norm: RunningNorm, x: Tensor, pad_mask: Tensor | None, running: Tensor, ema_gz: Tensor, iters: Tensor,
+    counters: list[Tensor],
+) -> Tensor:  # fmt: skip
     """The numbers of :data:`FIELDS` as one small float64 tensor on the norm's device."""
     values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
     if isinstance(norm, PowerNorm):
         values, _ = group_scaling(values, norm.group_num or 0, norm.eps)
-    running = norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
     q = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), empty=running)
     ratio = (q + norm.eps) / (running + norm.eps)
-    skips = torch.zeros_like(norm.iters)
-    for counter in ("skip_counter", "skipped_forwards", "skipped_backwards"):
-        if getattr(norm, counter, None) is not None:
-            skips = skips + getattr(norm, counter)
-    finite = q.isfinite().all() & norm.ema_gz.isfinite().all() & running.isfinite().all()
+    skips = sum(counters, torch.zeros_like(iters))
+    finite = q.isfinite().all() & ema_gz.isfinite().all() & running.isfinite().all()
     numbers = (
-        norm.iters[0] + 1, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.amin(), ratio.amax(),
-        skips[0], norm.ema_gz.square().mean().sqrt(), finite,
+        iters[0] + 1, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.amin(), ratio.amax(),
+        skips[0], ema_gz.square().mean().sqrt(), finite,
     )  # fmt: skip
     return torch.stack([number.to(torch.float64) for number in numbers])
+
+
+_WATCHES: WeakValueDictionary[int, Monitor] = WeakValueDictionary()
+_numbers = count()
+
+# Compiled code watches through an operation: it must run in every step, not once while the code is traced. Its
+# ticket is declared to change, or nothing would keep an operation without results in the graph. Python runs in it,
+# which a captured CUDA graph would not repeat.
+library.define(
+    "observe(Tensor(a!) ticket, Tensor x, Tensor? pad_mask, Tensor running, Tensor ema_gz, Tensor iters, "
+    "Tensor[] counters, int watch, str name) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+@torch.library.impl(library, "observe", "CompositeExplicitAutograd")
+def _observe(
+    ticket: Tensor, x: Tensor, pad_mask: Tensor | None, running: Tensor, ema_gz: Tensor, iters: Tensor,
+    counters: list[Tensor], watch: int, name: str,
+) -> None:  # fmt: skip
+    monitor = _WATCHES.get(watch)
+    if monitor is not None:
+        monitor.observe(name, x, pad_mask, running, ema_gz, iters, counters)
+
+
+@torch.library.register_fake("normfuse::observe")
+def _(*arguments: object) -> None:
+    return None
 
 
 class Monitor:
@@ -50,34 +89,34 @@ class Monitor:
         self._waiting: dict[str, list[Tensor]] = {}
         self._warned: set[tuple[str, str]] = set()
         self._calls: dict[str, int] = {}
-        self._hooks = []
-        for name, norm in model.named_modules():
-            if isinstance(norm, RunningNorm):
-                name = name or type(norm).__name__
-                self._records[name], self._waiting[name], self._calls[name] = [], [], 0
-                self._hooks.append(norm.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        if not self._hooks:
+        self._number = next(_numbers)
+        _WATCHES[self._number] = self
+        self._norms = {
+            name or type(norm).__name__: norm for name, norm in model.named_modules() if isinstance(norm, RunningNorm)
+        }
+        if not self._norms:
             raise ValueError(f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to watch")
+        for name in self._norms:
+            self._records[name], self._waiting[name], self._calls[name] = [], [], 0
+        self._hooks = [
+            norm.register_forward_pre_hook(_hook(self._number, name, torch.zeros_like(norm.iters)), with_kwargs=True)
+            for name, norm in self._norms.items()
+        ]
 
-    def _hook(self, name: str) -> Any:
-        @torch.compiler.disable
-        @torch.no_grad()
-        def observe(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if not norm.training or torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
-                return
-            self._calls[name] += 1
-            if (self._calls[name] - 1) % self.every:
-                return
-            self._collect(name)
-            x = arguments[0] if arguments else options["x"]
-            pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
-            record = _measure(norm, x, pad_mask)
-            # On its way while training goes on; it is read when the next record is made, long after it arrived.
-            host = torch.empty_like(record, device="cpu", pin_memory=record.is_cuda)
-            host.copy_(record, non_blocking=True)
-            self._waiting[name].append(host)
-
-        return observe
+    def observe(self, name: str, x: Tensor, pad_mask: Tensor | None, *statistics: Any) -> None:
+        """Record the step that the norm of this name is about to take, if it is one to record."""
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
+            return
+        self._calls[name] += 1
+        if (self._calls[name] - 1) % self.every:
+            return
+        self._collect(name)
+        with torch.no_grad():
+            record = _measure(self._norms[name], x, pad_mask, *statistics)
+        # On its way while training goes on; it is read when the next record is made, long after it arrived.
+        host = torch.empty_like(record, device="cpu", pin_memory=record.is_cuda)
+        host.copy_(record, non_blocking=True)
+        self._waiting[name].append(host)
 
     def _collect(self, name: str) -> None:
         waiting, self._waiting[name] = self._waiting[name], []
@@ -133,12 +172,30 @@ class Monitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _WATCHES.pop(self._number, None)  # compiled code keeps the hooks
 
     def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _hook(watch: int, name: str, ticket: Tensor) -> Any:
+    """The forward hook of one norm. It holds no monitor, which would keep compiled code from being used again."""
+
+    def hook(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not norm.training:
+            return
+        x = arguments[0] if arguments else options["x"]
+        pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+        statistics = _running(norm), norm.ema_gz, norm.iters, _counters(norm)
+        if torch.compiler.is_compiling():
+            torch.ops.normfuse.observe(ticket, x.detach(), pad_mask, *statistics, watch, name)
+        elif watch in _WATCHES:
+            _WATCHES[watch].observe(name, x, pad_mask, *statistics)
+
+    return hook
 
 
 def _plain(field: str, value: float) -> float | int | bool | None:
@@ -155,8 +212,9 @@ def monitor(model: nn.Module, *, every: int = 50, drift: float = 10.0) -> Monito
     In every ``every``-th training step a norm's batch statistic is measured (one pass over its input) and sent
     to the host without waiting; other steps cost a counter. Once per layer and kind, a ``RuntimeWarning`` says
     that a statistic is not finite or, after the first 20 steps, that the batch's has left the running one by
-    more than ``drift``. It comes with the following record, or with :meth:`Monitor.to_json`. In a compiled model
-    the hooks are graph breaks.
+    more than ``drift``. It comes with the following record, or with :meth:`Monitor.to_json`. Compiled models are
+    watched without a graph break, if the monitor was there when they were compiled; CUDA graphs are split at the
+    norms.
 
     Args:
         model: watched through hooks; nothing else changes.

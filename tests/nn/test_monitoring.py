@@ -78,6 +78,28 @@ def test_evaluation_and_recomputation_are_not_recorded(make):
     assert watch.to_json()["layers"]["1"]["step"] == [1]
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_is_watched_like_any_other(make, backend):
+    torch.compiler.reset()
+    eager = network(make)
+    inside = copy.deepcopy(eager)
+    watches = monitor(eager, every=2), monitor(inside, every=2)
+    compiled = torch.compile(inside, fullgraph=True, backend=backend)
+    for step in range(7):
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            for model in (eager, compiled):
+                torch.manual_seed(step)
+                train(model, 1)
+    expected, actual = (watch.to_json()["layers"] for watch in watches)
+    assert expected["1"]["step"] == [1, 3, 5, 7]
+    for name, series in expected.items():
+        for field, values in series.items():
+            assert actual[name][field] == pytest.approx(values, rel=1e-4), (name, field)
+    watches[1].close()
+    train(compiled, 2)
+    assert watches[1].to_json()["layers"]["1"]["step"] == [1, 3, 5, 7], "recorded after close"
+
+
 def test_a_drift_is_told_once_per_layer(make):
     model = network(make)
     watch = monitor(model, every=1, drift=20.0)
