@@ -14,7 +14,7 @@ NORMFUSE_CUDA=1 NORMFUSE_CUDA_ARCHS=$architecture "$python" -m pip install -q --
 "$python" -c 'import normfuse; print(normfuse.build_info())'
 
 stage "compare with the CPU, streams, CUDA graphs"
-"$python" -m pytest -q tests/cuda
+"$python" -m pytest -q tests/cuda tests/nn/test_sync.py
 
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do

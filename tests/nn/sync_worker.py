@@ -19,6 +19,8 @@ NORMS = {
     "power, paper": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper", **options),
 }
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+BACKEND = os.environ["BACKEND"]
+DEVICE = torch.device("cuda", RANK) if BACKEND == "nccl" else torch.device("cpu")
 ROWS = 12
 # Uneven, and in some steps a rank has nothing.
 SPLITS = {2: [(6, 6), (5, 7), (12, 0), (1, 11)], 4: [(3, 3, 3, 3), (1, 5, 2, 4), (0, 6, 6, 0), (12, 0, 0, 0)]}
@@ -34,7 +36,8 @@ def my_rows(step, *tensors):
 
 
 def random(step, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(step)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 def buffers_near(actual, expected, what):
@@ -124,7 +127,7 @@ def sharded(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh(DEVICE.type, (RANKS,))
     fully_shard(model.norm, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -170,7 +173,10 @@ def calibrated():
 
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    torch.set_default_device(DEVICE)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group(BACKEND)
     for name in NORMS:
         ranks_like_one(name)
     calibrated()

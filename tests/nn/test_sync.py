@@ -1,4 +1,7 @@
-"""Synchronised training: ranks with rows of their own against one process with all rows (gloo on the CPU)."""
+"""Synchronised training: ranks with rows of their own against one process with all rows.
+
+With gloo on the CPU, and with NCCL where every rank gets a GPU of its own.
+"""
 
 import os
 import socket
@@ -21,9 +24,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_train_like_one_process(ranks, tmp_path):
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+@pytest.mark.parametrize(("backend", "ranks"), [("gloo", 2), ("gloo", 4), ("nccl", 2), ("nccl", 4)])
+def test_ranks_train_like_one_process(backend, ranks, tmp_path):
+    if backend == "nccl" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"NCCL needs a GPU for each of the {ranks} ranks")
+    common = {
+        **os.environ,
+        "BACKEND": backend,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(ranks),
+    }
     common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     logs = [tmp_path / f"rank{rank}" for rank in range(ranks)]
     processes = []
