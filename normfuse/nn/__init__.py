@@ -1,18 +1,44 @@
-"""Modules whose normalisation folds into their neighbours once training is over."""
+"""The norms, most of which fold into their neighbours once training is over; what each does: docs/norms.md."""
 
 from ..ops import keep_norms
+from .adaptive_instance_norm import AdaptiveInstanceNorm
+from .batch_channel_norm import BatchChannelNorm, EstimatedBatchNorm, set_momentum
+from .batch_norm import MaskedBatchNorm, RegularizedBatchNorm, batch_norm_penalty
 from .calibration import calibrate
+from .domain_split import DomainSplitNorm, choose_domain
+from .dynamic_activation import Derf, DyT
 from .monitoring import Monitor, monitor
+from .moving_average_norm import MovingAverageBatchNorm
 from .power_norm import PowerNorm
+from .region_norm import LearnableRegionNorm, RegionNorm
 from .sync import convert_sync
+from .time_layer_norm import TimeDependentLayerNorm
 from .unified_norm import UnifiedNorm
+from .weight_standardization import center_weight, weight_standardization
 
 __all__ = [
+    "AdaptiveInstanceNorm",
+    "BatchChannelNorm",
+    "Derf",
+    "DomainSplitNorm",
+    "DyT",
+    "EstimatedBatchNorm",
+    "LearnableRegionNorm",
+    "MaskedBatchNorm",
     "Monitor",
+    "MovingAverageBatchNorm",
     "PowerNorm",
+    "RegionNorm",
+    "RegularizedBatchNorm",
+    "TimeDependentLayerNorm",
     "UnifiedNorm",
+    "batch_norm_penalty",
     "calibrate",
+    "center_weight",
+    "choose_domain",
     "convert_sync",
     "keep_norms",
     "monitor",
+    "set_momentum",
+    "weight_standardization",
 ]

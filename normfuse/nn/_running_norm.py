@@ -21,14 +21,34 @@ def check_count(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name}={value} is not allowed; give an int of at least {minimum}")
 
 
-def check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float, share: str = "old") -> None:
     """Raise unless 0 <= value <= 1."""
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value} is not allowed; give a number from 0 to 1 (the share of the old value)")
+        raise ValueError(f"{name}={value} is not allowed; give a number from 0 to 1 (the share of the {share} value)")
 
 
-class RunningNorm(nn.Module):
-    """Base of the norms with per-channel running statistics.
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a positive finite number."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value} is not allowed; give a positive finite number such as 1e-5")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the names allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; give {' or '.join(map(repr, allowed))}")
+
+
+def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
+    """Sizes of the ghost batches along the first axis; a rest smaller than ``ghost_size`` joins the last."""
+    if ghost_size is None or x.shape[0] < 2 * ghost_size:
+        return [x.shape[0]]
+    count = x.shape[0] // ghost_size
+    return [ghost_size] * (count - 1) + [x.shape[0] - ghost_size * (count - 1)]
+
+
+class ChannelNorm(nn.Module):
+    """Base of the norms whose running statistics are vectors over channels.
 
     Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are
     converted to.
@@ -41,25 +61,26 @@ class RunningNorm(nn.Module):
         eps: float,
         affine: bool,
         channel_dim: int,
-        skip_nonfinite: bool,
+        ghost_size: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         check_count("num_features", num_features, 1)
-        if not (math.isfinite(eps) and eps > 0):
-            raise ValueError(f"eps={eps} is not allowed; give a positive finite number such as 1e-5")
+        check_positive("eps", eps)
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise TypeError(f"channel_dim={channel_dim!r} is not allowed; give an int such as -1 (last) or 1 (NCHW)")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype={dtype} is not allowed; give a floating dtype such as torch.float32")
+        if ghost_size is not None:
+            check_count("ghost_size", ghost_size, 1)
+            if channel_dim == 0:
+                raise ValueError("ghost_size splits dimension 0, which channel_dim=0 makes the channels; give another")
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
         self.channel_dim = channel_dim
-        self.skip_nonfinite = skip_nonfinite
-        self.synchronised = False
-        self.process_group: ProcessGroup | None = None
+        self.ghost_size = ghost_size
         if affine:
             self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -70,31 +91,18 @@ class RunningNorm(nn.Module):
     def _register_statistics(
         self,
         statistics: dict[str, tuple[tuple[int, ...], float]],
-        counters: tuple[str, ...],
+        counters: dict[str, tuple[int, ...]],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Register buffers: ``statistics`` maps names to shapes and start values; counters are int64 [1]."""
+        """Register buffers: ``statistics`` maps names to shapes and start values, ``counters`` (int64) to shapes."""
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         self._start_values = dict.fromkeys(counters, 0.0)
         for name, (shape, start) in statistics.items():
             self.register_buffer(name, torch.full(shape, start, device=device, dtype=statistics_dtype))
             self._start_values[name] = start
-        for name in counters:
-            self.register_buffer(name, torch.zeros(1, device=device, dtype=torch.int64))
-        for name in ("skipped_forwards", "skipped_backwards"):
-            # Not in state_dict, which is the one that the authors' programs write.
-            counter = torch.zeros(1, device=device, dtype=torch.int64) if self.skip_nonfinite else None
-            self.register_buffer(name, counter, persistent=False)
-            if counter is not None:
-                self._start_values[name] = 0.0
-
-    def group_to_share_with(self) -> ProcessGroup | None:
-        """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""
-        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if self.process_group is None else self.process_group
-        return group if dist.get_world_size(group) > 1 else None
+        for name, shape in counters.items():
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int64))
 
     def reset_running_stats(self) -> None:
         """Set every statistic and counter back to its value before training."""
@@ -109,7 +117,7 @@ class RunningNorm(nn.Module):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelNorm:
         before = {name: self._buffers[name] for name in self._start_values}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -137,5 +145,52 @@ class RunningNorm(nn.Module):
 
     def _describe(self, **options: object) -> str:
         shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
-        shown |= {name: True for name in ("skip_nonfinite", "synchronised") if getattr(self, name)}
+        if self.ghost_size is not None:
+            shown["ghost_size"] = self.ghost_size
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])
+
+
+class RunningNorm(ChannelNorm):
+    """Base of Unified and Power Norm: passes that are taken back, statistics shared over processes."""
+
+    def __init__(self, num_features: int, *, skip_nonfinite: bool, **options: object) -> None:
+        super().__init__(num_features, **options)
+        self.skip_nonfinite = skip_nonfinite
+        self.synchronised = False
+        self.process_group: ProcessGroup | None = None
+
+    def _register_statistics(
+        self,
+        statistics: dict[str, tuple[tuple[int, ...], float]],
+        counters: dict[str, tuple[int, ...]],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super()._register_statistics(statistics, counters, device, dtype)
+        for name in ("skipped_forwards", "skipped_backwards"):
+            # Not in state_dict, which is the one that the authors' programs write.
+            counter = torch.zeros(1, device=device, dtype=torch.int64) if self.skip_nonfinite else None
+            self.register_buffer(name, counter, persistent=False)
+            if counter is not None:
+                self._start_values[name] = 0.0
+
+    def group_to_share_with(self) -> ProcessGroup | None:
+        """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""
+        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        sizes = split_ghosts(x, self.ghost_size) if self.training else [0]
+        if len(sizes) == 1:
+            return self._normalise(x, pad_mask)
+        masks = [None] * len(sizes) if pad_mask is None else pad_mask.split(sizes)
+        return torch.cat([self._normalise(part, mask) for part, mask in zip(x.split(sizes), masks, strict=True)])
+
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _describe(self, **options: object) -> str:
+        marks = [f"{name}=True" for name in ("skip_nonfinite", "synchronised") if getattr(self, name)]
+        return ", ".join([super()._describe(**options), *marks])

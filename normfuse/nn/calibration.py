@@ -88,13 +88,13 @@ def calibrate(
     before = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in norms.values()}
     sums = {norm: _Sums(norm) for norm in norms.values()}
     hooks = [norm.register_forward_pre_hook(sums[norm].observe, with_kwargs=True) for norm in norms.values()]
-    options = {norm: (norm.warmup_iters, norm.synchronised) for norm in norms.values()}
+    options = {norm: (norm.warmup_iters, norm.synchronised, norm.ghost_size) for norm in norms.values()}
     batches = 0
     try:
         model.eval()
         for norm in norms.values():
             norm.train()
-            norm.warmup_iters, norm.synchronised = max(norm.warmup_iters, 1), False
+            norm.warmup_iters, norm.synchronised, norm.ghost_size = max(norm.warmup_iters, 1), False, None
         with _bar(loader, max_batches) if progress else nullcontext() as bar:
             for batch in loader:
                 if batches == max_batches:
@@ -106,8 +106,8 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-        for norm, (warmup_iters, synchronised) in options.items():
-            norm.warmup_iters, norm.synchronised = warmup_iters, synchronised
+        for norm, (warmup_iters, synchronised, ghost_size) in options.items():
+            norm.warmup_iters, norm.synchronised, norm.ghost_size = warmup_iters, synchronised, ghost_size
             for name, value in before[norm].items():
                 norm.get_buffer(name).copy_(value)
         for module, mode in modes.items():

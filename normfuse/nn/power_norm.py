@@ -29,6 +29,8 @@ class PowerNorm(RunningNorm):
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
             and [N, C, H, W].
+        ghost_size: samples (along the first dimension) per ghost batch: in training each is a step of its own, with
+            its own statistics; a rest joins the last. ``warmup_iters`` then counts ghost batches. None: one batch.
         skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
             count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
             Without it such a pass moves the channels that are finite. Statistics are finite either way.
@@ -56,6 +58,7 @@ class PowerNorm(RunningNorm):
         backward: str = "reference",
         affine: bool = True,
         channel_dim: int = -1,
+        ghost_size: int | None = None,
         skip_nonfinite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,6 +68,7 @@ class PowerNorm(RunningNorm):
             eps=eps,
             affine=affine,
             channel_dim=channel_dim,
+            ghost_size=ghost_size,
             skip_nonfinite=skip_nonfinite,
             device=device,
             dtype=dtype,
@@ -82,12 +86,12 @@ class PowerNorm(RunningNorm):
         self.backward_form = backward
         self._register_statistics(
             {"running_phi": ((num_features,), 1.0), "ema_gz": ((num_features,), 0.0)},
-            ("iters",),
+            {"iters": (1,)},
             device,
             dtype,
         )
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
         return power_norm(
             x,
             self.weight,

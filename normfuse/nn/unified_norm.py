@@ -26,6 +26,8 @@ class UnifiedNorm(RunningNorm):
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
             and [N, C, H, W].
+        ghost_size: samples (along the first dimension) per ghost batch: in training each is a step of its own, with
+            its own statistics; a rest joins the last. ``warmup_iters`` then counts ghost batches. None: one batch.
         skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
             count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
             Without it such a pass moves the channels that are finite. Statistics are finite either way.
@@ -52,6 +54,7 @@ class UnifiedNorm(RunningNorm):
         momentum: float = 0.9,
         affine: bool = True,
         channel_dim: int = -1,
+        ghost_size: int | None = None,
         skip_nonfinite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,6 +64,7 @@ class UnifiedNorm(RunningNorm):
             eps=eps,
             affine=affine,
             channel_dim=channel_dim,
+            ghost_size=ghost_size,
             skip_nonfinite=skip_nonfinite,
             device=device,
             dtype=dtype,
@@ -86,12 +90,12 @@ class UnifiedNorm(RunningNorm):
                 "buffer_x2": ((windows[0], num_features), 0.0),
                 "buffer_gz": ((windows[1], num_features), 0.0),
             },
-            ("iters", "skip_counter"),
+            {"iters": (1,), "skip_counter": (1,)},
             device,
             dtype,
         )
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
         state = UnifiedNormState(
             self.running_var, self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter,
             self.skipped_forwards, self.skipped_backwards,

@@ -81,6 +81,12 @@ def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
 
 
+def gain_and_shift(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` and ``bias`` in the dtype of ``like`` [C], ones and zeros where there are none."""
+    weight = torch.ones_like(like) if weight is None else cast(weight, like.dtype)
+    return weight, torch.zeros_like(like) if bias is None else cast(bias, like.dtype)
+
+
 def sum_squares(x: Tensor, pad_mask: Tensor | None) -> tuple[Tensor, Tensor | int]:
     """Sum of x² over the valid rows of a [R, C] matrix, and their number."""
     square = x.square()

@@ -27,6 +27,7 @@ from ._layout import (
     cast,
     check_input,
     from_rows,
+    gain_and_shift,
     mean_or,
     mean_square,
     per_channel,
@@ -330,9 +331,7 @@ def power_norm(
     check_input(x, channels, channel_dim, pad_mask, state.running_phi)
     check_options(channels, group_num, backward)
     groups = group_num or 0
-    acc = state.running_phi.dtype
-    weight = torch.ones_like(state.running_phi) if weight is None else cast(weight, acc)
-    bias = torch.zeros_like(state.running_phi) if bias is None else cast(bias, acc)
+    weight, bias = gain_and_shift(weight, bias, state.running_phi)
     if not training:
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     paper = backward == "paper"

@@ -26,6 +26,7 @@ from ._layout import (
     cast,
     check_input,
     from_rows,
+    gain_and_shift,
     mean_or,
     mean_square,
     per_channel,
@@ -324,8 +325,7 @@ def unified_norm(
     """
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
     acc = state.running_var.dtype
-    weight = torch.ones_like(state.running_var) if weight is None else cast(weight, acc)
-    bias = torch.zeros_like(state.running_var) if bias is None else cast(bias, acc)
+    weight, bias = gain_and_shift(weight, bias, state.running_var)
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)

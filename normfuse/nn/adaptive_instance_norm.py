@@ -1,0 +1,61 @@
+"""Adaptive Instance Normalization as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import adaptive_instance_norm, instance_statistics
+from ._running_norm import check_positive
+
+
+class AdaptiveInstanceNorm(nn.Module):
+    """AdaIN (Huang & Belongie, 2017, arXiv 1703.06868): the content with the style's mean and deviation.
+
+    The normalisation stays at export. For one fixed style, see :meth:`fix`, the multiplication by its deviation and
+    the addition of its mean fold.
+
+    Args:
+        eps: added to variances.
+        unbiased: divide variances by n − 1 instead of n; authors' programs differ.
+
+    Shape:
+        x, style: [B, C, ...], of any sizes behind C. Output like x. alpha: share of the result, the rest is x.
+
+    Raises:
+        ValueError: an option or a shape is not allowed.
+    """
+
+    def __init__(self, *, eps: float = 1e-5, unbiased: bool = False) -> None:
+        super().__init__()
+        check_positive("eps", eps)
+        self.eps = eps
+        self.unbiased = unbiased
+        self.register_buffer("style_mean", None)
+        self.register_buffer("style_std", None)
+
+    def forward(self, x: Tensor, style: Tensor | None = None, alpha: float | Tensor = 1.0) -> Tensor:
+        if style is None:
+            if self.style_mean is None:
+                raise ValueError("style is missing; give one, or fix one with norm.fix(style)")
+            mean, std = self.style_mean, self.style_std
+        elif style.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"style of shape {tuple(style.shape)} does not fit x of shape {tuple(x.shape)}; "
+                "both need the same samples and channels"
+            )
+        else:
+            mean, std = instance_statistics(style, eps=self.eps, unbiased=self.unbiased)
+        return adaptive_instance_norm(x, mean, std, alpha=alpha, eps=self.eps, unbiased=self.unbiased)
+
+    @torch.no_grad()
+    def fix(self, style: Tensor) -> AdaptiveInstanceNorm:
+        """Keep the statistics of one style [1, C, ...] for forwards without one; returns this module."""
+        if style.shape[0] != 1:
+            raise ValueError(f"style holds {style.shape[0]} samples; give one, [1, C, ...]")
+        mean, std = instance_statistics(style, eps=self.eps, unbiased=self.unbiased)
+        self.style_mean, self.style_std = mean[0], std[0]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, unbiased={self.unbiased}"

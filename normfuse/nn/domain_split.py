@@ -1,0 +1,91 @@
+"""One norm per domain around shared weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ._running_norm import check_count
+
+
+class DomainSplitNorm(nn.Module):
+    """Gives every domain a norm of its own, all cloned from one (AdaptOR and split batch normalisation).
+
+    In training a batch holds the domains one after another, in equal parts; each part goes through its norm. In
+    evaluation every sample goes through the norm of the chosen ``domain``: only that one is exported, and it folds
+    as the cloned norm does.
+
+    Args:
+        norm: the pretrained norm; it is copied.
+        num_domains: at least 1.
+        domain: the one that evaluation uses; :func:`choose_domain` sets it in a whole model.
+
+    Shape:
+        x: what ``norm`` takes, its first dimension a multiple of ``num_domains`` in training. Further arguments are
+        passed on, tensors split like x.
+
+    Raises:
+        TypeError, ValueError: an option is not allowed, or a batch cannot be split.
+    """
+
+    def __init__(self, norm: nn.Module, num_domains: int = 2, domain: int = 0) -> None:
+        super().__init__()
+        check_count("num_domains", num_domains, 1)
+        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_domains))
+        self.domain = domain
+
+    @property
+    def domain(self) -> int:
+        """The domain that evaluation uses."""
+        return self._domain
+
+    @domain.setter
+    def domain(self, domain: int) -> None:
+        check_count("domain", domain, 0)
+        if domain >= len(self.norms):
+            raise ValueError(f"domain={domain} does not exist; give one from 0 to {len(self.norms) - 1}")
+        self._domain = domain
+
+    def forward(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        if not self.training:
+            return self.norms[self.domain](x, *others)
+        count = len(self.norms)
+        if x.shape[0] % count:
+            raise ValueError(
+                f"x holds {x.shape[0]} samples, which {count} domains cannot share equally; "
+                "put the same number of samples of every domain into a batch"
+            )
+        parts = zip(*(_split(value, count) for value in (x, *others)), strict=True)
+        return torch.cat([norm(*part) for norm, part in zip(self.norms, parts, strict=True)])
+
+    def extra_repr(self) -> str:
+        return f"domain={self.domain}"
+
+
+def _split(value: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+    return (None,) * count if value is None else value.tensor_split(count)
+
+
+def choose_domain(model: nn.Module, domain: int) -> int:
+    """Set the domain that evaluation uses in every :class:`DomainSplitNorm` of ``model``, however deep it is.
+
+    Returns:
+        The number of norms.
+
+    Raises:
+        ValueError: there is no such norm, or one has no such domain. The model is then as before.
+    """
+    norms = [module for module in model.modules() if isinstance(module, DomainSplitNorm)]
+    if not norms:
+        raise ValueError(f"model of class {type(model).__name__} has no DomainSplitNorm")
+    before = [norm.domain for norm in norms]
+    try:
+        for norm in norms:
+            norm.domain = domain
+    except ValueError:
+        for norm, old in zip(norms, before, strict=True):
+            norm.domain = old
+        raise
+    return len(norms)

@@ -1,0 +1,84 @@
+"""Dynamic Tanh and Dynamic erf: in the place of a norm, without statistics."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dynamic_erf, dynamic_tanh
+from ._running_norm import check_count
+
+
+class _DynamicActivation(nn.Module):
+    def __init__(self, num_features: int, alpha: float, device: object, dtype: object) -> None:
+        super().__init__()
+        check_count("num_features", num_features, 1)
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha} is not allowed; give a finite number such as 0.5")
+        self.num_features = num_features
+        self.alpha = nn.Parameter(torch.full((), float(alpha), device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return str(self.num_features)
+
+
+class DyT(_DynamicActivation):
+    """Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622): ``weight * tanh(alpha * x) + bias``.
+
+    Gain and shift fold into the weights that read the result, and alpha into a weight before it; the tanh stays.
+
+    Args:
+        num_features: size of the last dimension, C.
+        alpha: start value of the learned scalar.
+        device, dtype: of the parameters.
+
+    Shape:
+        x: [..., C], output like x.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, alpha, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dynamic_tanh(x, self.alpha, self.weight, self.bias)
+
+
+class Derf(_DynamicActivation):
+    """Dynamic erf (Chen et al., 2025, arXiv 2512.10938): ``weight * erf(alpha * x + shift) + bias``.
+
+    Folds like :class:`DyT`; the erf stays.
+
+    Args:
+        num_features: size of the last dimension, C.
+        alpha, shift: start values of the learned scalars.
+        device, dtype: of the parameters.
+
+    Shape:
+        x: [..., C], output like x.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        shift: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, alpha, device, dtype)
+        self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias)

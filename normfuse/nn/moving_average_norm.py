@@ -1,0 +1,84 @@
+"""Moving Average Batch Normalization as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import MovingAverageNormState, moving_average_norm
+from ._running_norm import ChannelNorm, check_count, check_fraction
+
+
+class MovingAverageBatchNorm(ChannelNorm):
+    """MABN (Yan et al., 2020, arXiv 2001.06838): Unified Norm's kin for convolutions and small batches.
+
+    It subtracts no mean; centre the weights in front of it instead (:func:`center_weight`). In evaluation it is
+    ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights.
+
+    Args:
+        num_features: number of channels C.
+        window_size: number of steps that the forward and the backward window hold.
+        warmup_iters: training steps that use the statistics of the batch alone.
+        eps: added to the quadratic mean, inside the square root.
+        momentum: share of the old value in each update of ``running_var``.
+        affine: whether to learn ``weight`` and ``bias``, both [C].
+        channel_dim: dimension of the channels; 1 for [N, C, H, W], -1 for [..., C].
+        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+
+    Shape:
+        x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
+        pad_mask: the shape of x without its channel dimension, bool, True = padding.
+        Output: like x.
+
+    Raises:
+        TypeError, ValueError: an option has a type or value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        window_size: int = 16,
+        warmup_iters: int = 100,
+        eps: float = 1e-5,
+        momentum: float = 0.98,
+        affine: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            ghost_size=None,
+            device=device,
+            dtype=dtype,
+        )
+        check_count("window_size", window_size, 1)
+        check_count("warmup_iters", warmup_iters, 0)
+        check_fraction("momentum", momentum)
+        self.window_size = window_size
+        self.warmup_iters = warmup_iters
+        self.momentum = momentum
+        window = (window_size, num_features)
+        statistics = {"running_var": ((num_features,), 1.0), "buffer_x2": (window, 0.0), "buffer_gz": (window, 0.0)}
+        self._register_statistics(statistics, {"iters": (1,)}, device, dtype)
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        return moving_average_norm(
+            x,
+            self.weight,
+            self.bias,
+            MovingAverageNormState(self.running_var, self.buffer_x2, self.buffer_gz, self.iters),
+            training=self.training,
+            pad_mask=pad_mask,
+            warmup_iters=self.warmup_iters,
+            eps=self.eps,
+            momentum=self.momentum,
+            channel_dim=self.channel_dim,
+        )
+
+    def extra_repr(self) -> str:
+        return self._describe(window_size=self.window_size, warmup_iters=self.warmup_iters, momentum=self.momentum)

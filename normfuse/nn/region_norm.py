@@ -1,0 +1,117 @@
+"""Region Normalization (Yu et al., 2020, arXiv 1911.10375) for inpainting: basic and learnable. Both stay at export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import region_norm
+from ..ops._layout import cast
+from ..ops.region_norm import POOLS, region_mask
+from ._running_norm import check_choice, check_count, check_positive
+
+
+class RegionNorm(nn.Module):
+    """Basic Region Normalization (RN-B): ``y = x̂ * (1 + weight[r]) + bias[r]`` for the region r of each pixel.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
+        shift_everywhere: add the sum of both shifts to every pixel, as the authors' program does; otherwise each
+            region has its own.
+        device, dtype: of ``weight`` and ``bias`` [2, C], zero at first; row 0 outside of the mask, row 1 inside.
+
+    Shape:
+        x: [B, C, H, W]. mask: [B, 1, h, w], bool or numbers, not 0: inside; resized to H×W. Output like x.
+
+    Raises:
+        TypeError, ValueError: an option or a shape is not allowed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        pool: str = "sample",
+        shift_everywhere: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("num_features", num_features, 1)
+        check_positive("eps", eps)
+        check_choice("pool", pool, POOLS)
+        self.num_features = num_features
+        self.eps = eps
+        self.pool = pool
+        self.shift_everywhere = shift_everywhere
+        self.weight = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        inside = region_mask(x, mask)
+        y = region_norm(x, inside, eps=self.eps, pool=self.pool)
+        weight, bias = (cast(parameter, x.dtype)[..., None, None] for parameter in (self.weight, self.bias))
+        shift = bias.sum(0) if self.shift_everywhere else torch.where(inside, bias[1], bias[0])
+        return torch.addcmul(shift, y, 1 + torch.where(inside, weight[1], weight[0]))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, pool={self.pool!r}, shift_everywhere={self.shift_everywhere}"
+
+
+class LearnableRegionNorm(nn.Module):
+    """Learnable Region Normalization (RN-L): the regions come from the features, gain and shift from a map of them.
+
+    ``map = sigmoid(conv([mean over channels; maximum over channels]))``, the region is ``map >= threshold`` (without
+    gradient), and ``y = x̂ * (1 + gain(map)) + shift(map)`` with one convolution each, pixel by pixel.
+
+    Args:
+        threshold: from 0 to 1.
+        kernel_size: of the three convolutions, odd.
+        eps, pool: see :class:`RegionNorm`.
+        device, dtype: of the convolutions.
+
+    Shape:
+        x: [B, C, H, W] with any C. Output like x.
+
+    Raises:
+        TypeError, ValueError: an option or a shape is not allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.8,
+        kernel_size: int = 7,
+        eps: float = 1e-5,
+        pool: str = "sample",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not allowed; give a number from 0 to 1")
+        check_count("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is even; give an odd one, which keeps the size")
+        check_positive("eps", eps)
+        check_choice("pool", pool, POOLS)
+        self.threshold = threshold
+        self.eps = eps
+        self.pool = pool
+
+        def conv(channels: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, 1, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
+
+        self.attention, self.gain, self.shift = conv(2), conv(1), conv(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
+        region_map = torch.sigmoid(self.attention(pooled))
+        y = region_norm(x, region_map.detach() >= self.threshold, eps=self.eps, pool=self.pool)
+        return torch.addcmul(self.shift(region_map), y, 1 + self.gain(region_map))
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, eps={self.eps}, pool={self.pool!r}"

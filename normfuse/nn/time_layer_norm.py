@@ -1,0 +1,94 @@
+"""Time-dependent LayerNorm for diffusion models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._layout import cast
+from ._running_norm import check_count, check_positive
+
+
+class TimeRamp(nn.Module):
+    """One number per channel that moves from ``end`` to ``start`` along a sigmoid of time.
+
+    ``s = sigmoid(t * (slope + 1) + offset)``, ``value = end + s * (start - end)``. All four are [C]; slope and offset
+    start at 0 and want no weight decay.
+    """
+
+    def __init__(self, num_features: int, value: float, device: object, dtype: object) -> None:
+        super().__init__()
+        for name, start in (("slope", 0.0), ("offset", 0.0), ("start", value), ("end", value)):
+            self.register_parameter(name, nn.Parameter(torch.full((num_features,), start, device=device, dtype=dtype)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[..., C] for times [...]."""
+        s = torch.sigmoid(torch.addcmul(self.offset, t[..., None].to(self.slope.dtype), self.slope + 1))
+        return torch.lerp(self.end, self.start, s)
+
+
+class TimeDependentLayerNorm(nn.Module):
+    """LayerNorm whose gain and shift follow the time step (DiMR, Liu et al., 2024, arXiv 2406.09416).
+
+    Gain and shift are :class:`TimeRamp` of ``t = log_snr / 4``. The normalisation stays at export; for a fixed time
+    :meth:`at` gives a plain LayerNorm or RMSNorm, whose gain and shift fold.
+
+    Args:
+        num_features: size of the last dimension, C.
+        eps: added to the variance (or mean square).
+        rms: divide by the root mean square only, as RMSNorm; there is no shift then.
+        device, dtype: of the parameters.
+
+    Shape:
+        x: [B, ..., C]. log_snr: [B], the logarithm of the signal-to-noise ratio of each sample. Output like x.
+
+    Raises:
+        TypeError, ValueError: an option or a shape is not allowed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        rms: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("num_features", num_features, 1)
+        check_positive("eps", eps)
+        self.num_features = num_features
+        self.eps = eps
+        self.gain = TimeRamp(num_features, 1.0, device, dtype)
+        self.shift = None if rms else TimeRamp(num_features, 0.0, device, dtype)
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        if log_snr.dim() != 1 or log_snr.shape[0] != x.shape[0] or x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} and log_snr of shape {tuple(log_snr.shape)} do not fit; "
+                f"give x [B, ..., {self.num_features}] and log_snr [B]"
+            )
+        t = log_snr / 4
+        shape = (x.shape[0], *(1,) * (x.dim() - 2), self.num_features)
+        gain = cast(self.gain(t), x.dtype).reshape(shape)
+        if self.shift is None:
+            return F.rms_norm(x, (self.num_features,), eps=self.eps) * gain
+        shift = cast(self.shift(t), x.dtype).reshape(shape)
+        return torch.addcmul(shift, F.layer_norm(x, (self.num_features,), eps=self.eps), gain)
+
+    @torch.no_grad()
+    def at(self, log_snr: float) -> nn.LayerNorm | nn.RMSNorm:
+        """The plain norm that this one is at a fixed time, with a copy of its gain and shift."""
+        like = self.gain.start
+        t = torch.tensor(log_snr / 4, device=like.device, dtype=like.dtype)
+        options = {"eps": self.eps, "device": like.device, "dtype": like.dtype}
+        norm = (nn.RMSNorm if self.shift is None else nn.LayerNorm)(self.num_features, **options)
+        norm.weight.copy_(self.gain(t))
+        if self.shift is not None:
+            norm.bias.copy_(self.shift(t))
+        return norm.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, rms={self.shift is None}"

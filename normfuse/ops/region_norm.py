@@ -1,0 +1,54 @@
+"""Region Normalization (Yu et al., 2020, arXiv 1911.10375): two regions of a picture, each by its own statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._layout import accumulation_dtype, cast
+
+POOLS = ("sample", "batch")
+
+
+def region_norm(x: Tensor, mask: Tensor, *, eps: float = 1e-5, pool: str = "sample") -> Tensor:
+    """Normalise the pixels inside and outside of ``mask`` by their own mean and (biased) variance per channel.
+
+    Args:
+        x: [B, C, H, W], floating.
+        mask: [B, 1, h, w], bool or numbers (not 0: inside); resized to H×W by the nearest neighbour.
+        eps: added to the variance.
+        pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
+
+    Returns:
+        A tensor of the shape and dtype of ``x``. A region without pixels has no effect.
+
+    Raises:
+        ValueError: a shape or ``pool`` is not allowed.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")
+    values = cast(x, accumulation_dtype(x.dtype))
+    inside = region_mask(x, mask)
+    axes = (2, 3) if pool == "sample" else (0, 2, 3)
+    y = torch.zeros_like(values)
+    for region in (torch.logical_not(inside), inside):
+        count = region.sum(axes, keepdim=True).clamp(min=1)
+        mean = torch.where(region, values, 0.0).sum(axes, keepdim=True) / count
+        deviation = torch.where(region, values - mean, 0.0)
+        var = deviation.square().sum(axes, keepdim=True) / count
+        y = y + deviation * torch.rsqrt(var + eps)
+    return cast(y, x.dtype)
+
+
+def region_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """``mask`` as bool [B, 1, H, W] for ``x`` [B, C, H, W]."""
+    if x.dim() != 4 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} and mask of shape {tuple(mask.shape)} do not fit; "
+            "give x [B, C, H, W] and mask [B, 1, h, w]"
+        )
+    inside = mask if mask.dtype == torch.bool else mask != 0
+    if mask.shape[2:] == x.shape[2:]:
+        return inside
+    return F.interpolate(inside.to(x.dtype), size=x.shape[2:], mode="nearest") != 0

@@ -1,0 +1,238 @@
+"""Batch normalisation with masks and ghost batches, its regularised and estimated forms, against loops in NumPy."""
+
+import copy
+from itertools import pairwise
+
+import norm_formulas
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from normfuse.nn import (
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    PowerNorm,
+    RegularizedBatchNorm,
+    UnifiedNorm,
+    batch_norm_penalty,
+    set_momentum,
+)
+from normfuse.ops.batch_norm import normalise_by_batch
+
+C = 5
+DOUBLE = {"dtype": torch.float64}
+# Sums of at most a hundred numbers of size one in float64.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def with_affine(norm):
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(C))
+        norm.bias.copy_(torch.randn(C))
+    return norm
+
+
+def spec_of(norm, kind=norm_formulas.BatchNormSpec):
+    spec = kind(C, norm.eps, norm.momentum)
+    spec.weight, spec.bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    return spec
+
+
+def assert_same_statistics(norm, spec):
+    np.testing.assert_allclose(norm.running_mean.numpy(), spec.mean, **EXACT)
+    np.testing.assert_allclose(norm.running_var.numpy(), spec.var, **EXACT)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ghost_size", [None, 2, 3])
+def test_training_follows_the_formula(ghost_size, masked, momentum):
+    norm = with_affine(MaskedBatchNorm(C, momentum=momentum, ghost_size=ghost_size, **DOUBLE))
+    spec = spec_of(norm)
+    for step in range(3):
+        x = torch.randn(7, 3, C, **DOUBLE) + 2
+        pad_mask = torch.rand(7, 3) < 0.4 if masked else None
+        if masked and step == 1:
+            pad_mask[:4] = True  # a ghost batch without a valid row
+        starts = {None: [0, 7], 2: [0, 2, 4, 7], 3: [0, 3, 7]}[ghost_size]
+        pairs = list(pairwise(starts))
+        parts = [x[a:b].reshape(-1, C).numpy() for a, b in pairs]
+        pads = [pad_mask[a:b].reshape(-1).numpy() if masked else None for a, b in pairs]
+        expected = spec.train(parts, pads)
+        np.testing.assert_allclose(norm(x, pad_mask).detach().numpy().reshape(-1, C), expected, **EXACT)
+        assert_same_statistics(norm, spec)
+        assert norm.num_batches_tracked == spec.steps
+    x = torch.randn(2, C, **DOUBLE)
+    np.testing.assert_allclose(norm.eval()(x).detach().numpy(), spec.evaluate(x.numpy()), **EXACT)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_exact_through_result_and_statistics(masked):
+    x, weight, bias = torch.randn(2, 4, 3, **DOUBLE), torch.randn(3, **DOUBLE), torch.randn(3, **DOUBLE)
+    pad_mask = torch.tensor([[False, True, False, False], [True, True, False, False]]) if masked else None
+
+    def run(*inputs):
+        y, statistics = normalise_by_batch(inputs[0], pad_mask, *inputs[1:], 1e-3)
+        return y, statistics.mean, statistics.var
+
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in (x, weight, bias)])
+
+
+@pytest.mark.parametrize("shape", [(6, C), (4, C, 3), (2, C, 3, 2)], ids=str)
+def test_without_padding_it_is_torch_and_reads_its_checkpoints(shape):
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    theirs, ours = with_affine(kinds[len(shape)](C)), MaskedBatchNorm(C, channel_dim=1)
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(2):
+        x, dy = torch.randn(2, *shape)
+        here, there = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = ours(here), theirs(there)
+        torch.testing.assert_close(y, expected)
+        y.backward(dy)
+        expected.backward(dy)
+        torch.testing.assert_close(here.grad, there.grad)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+def test_a_mask_that_hides_nothing_changes_nothing():
+    plain = with_affine(MaskedBatchNorm(C))
+    masked = copy.deepcopy(plain)
+    x = torch.randn(4, 3, C)
+    torch.testing.assert_close(masked(x, torch.zeros(4, 3, dtype=torch.bool)), plain(x))
+    torch.testing.assert_close(masked.state_dict(), plain.state_dict())
+
+
+def test_nothing_in_padding_reaches_the_statistics():
+    norm = MaskedBatchNorm(C)
+    x = torch.randn(4, 3, C)
+    pad_mask = torch.zeros(4, 3, dtype=torch.bool)
+    pad_mask[0, 0] = True
+    x[0, 0] = float("nan")
+    assert norm(x, pad_mask)[~pad_mask].isfinite().all()
+    assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [MaskedBatchNorm, RegularizedBatchNorm, EstimatedBatchNorm])
+@pytest.mark.parametrize("shape", [(0, 3, C), (0, C)])
+def test_an_empty_batch_moves_no_statistic(kind, shape):
+    norm = kind(C)
+    before = copy.deepcopy(norm.state_dict())
+    assert norm(torch.empty(shape)).shape == shape
+    assert torch.equal(norm.running_mean, before["running_mean"]) and torch.equal(
+        norm.running_var, before["running_var"]
+    )
+    hidden = norm(torch.randn(4, C), torch.ones(4, dtype=torch.bool))
+    assert hidden.isfinite().all() and torch.equal(norm.running_var, before["running_var"])
+
+
+def test_a_batch_that_is_not_finite_moves_only_the_other_channels():
+    norm = MaskedBatchNorm(C, ghost_size=2)
+    x = torch.randn(4, C)
+    x[1, 2] = float("inf")
+    norm(x)
+    assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+    assert (norm.running_mean != 0).all()  # channel 2 moved with the second ghost batch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_low_precision_keeps_wide_statistics(dtype, masked):
+    norm = MaskedBatchNorm(C).to(dtype)
+    assert norm.weight.dtype == dtype and norm.running_var.dtype == torch.float32
+    x = torch.randn(64, C)
+    y = norm(x.to(dtype), torch.zeros(64, dtype=torch.bool) if masked else None)
+    assert y.dtype == dtype and norm.running_var.dtype == torch.float32
+    expected = MaskedBatchNorm(C)(x.to(dtype).float())
+    torch.testing.assert_close(y.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_checkpointing_moves_statistics_once():
+    x = torch.randn(6, C, requires_grad=True)
+    for kind in (MaskedBatchNorm, RegularizedBatchNorm, EstimatedBatchNorm):
+        once, plain = kind(C), kind(C)
+        torch.utils.checkpoint.checkpoint(once, x, use_reentrant=False).sum().backward()
+        plain(x).sum().backward()
+        assert all(torch.equal(a, b) for a, b in zip(once.buffers(), plain.buffers(), strict=True))
+
+
+def test_compiled_steps_are_eager_steps():
+    eager = MaskedBatchNorm(C, ghost_size=2)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    pad_mask = torch.rand(4, 3) < 0.3
+    for _ in range(2):
+        x = torch.randn(4, 3, C)
+        torch.testing.assert_close(compiled(x, pad_mask), eager(x, pad_mask))
+    torch.testing.assert_close(compiled.state_dict(), {f"_orig_mod.{k}": v for k, v in eager.state_dict().items()})
+
+
+def test_the_penalty_is_the_papers_and_has_the_gradient_of_the_batch():
+    norm = with_affine(RegularizedBatchNorm(C, mean_penalty=0.3, var_penalty=0.7, **DOUBLE))
+    spec = spec_of(norm)
+    x = torch.randn(6, C, **DOUBLE, requires_grad=True)
+    y = norm(x)
+    values = x.detach().numpy()
+    np.testing.assert_allclose(y.detach().numpy(), spec.train([values], [None]), **EXACT)
+    mean, var = values.mean(0), values.var(0)
+    expected = 0.3 * ((spec.mean - mean) ** 2).sum() + 0.7 * np.abs(spec.var - var).sum()
+    penalty = batch_norm_penalty(nn.Sequential(norm))
+    np.testing.assert_allclose(penalty.item(), expected, **EXACT)
+    (grad,) = torch.autograd.grad(penalty, x)
+    by_hand = 0.3 * 2 * (mean - spec.mean) / 6 + 0.7 * np.sign(var - spec.var) * 2 * (values - mean) / 6
+    np.testing.assert_allclose(grad.numpy(), by_hand, **EXACT)
+    assert copy.deepcopy(norm).penalty is None
+    with pytest.raises(ValueError, match="has no RegularizedBatchNorm with a penalty"):
+        batch_norm_penalty(nn.Sequential(copy.deepcopy(norm)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_estimated_statistics(masked):
+    norm = with_affine(EstimatedBatchNorm(C, **DOUBLE))
+    spec = spec_of(norm, norm_formulas.EstimatedBatchNormSpec)
+    for rate in (0.2, 0.05):
+        assert set_momentum(nn.Sequential(norm), rate) == 1
+        spec.momentum = rate
+        x = torch.randn(5, 2, C, **DOUBLE)
+        pad_mask = torch.rand(5, 2) < 0.4 if masked else None
+        expected = spec.train(x.reshape(-1, C).numpy(), None if pad_mask is None else pad_mask.reshape(-1).numpy())
+        np.testing.assert_allclose(norm(x, pad_mask).detach().numpy().reshape(-1, C), expected, **EXACT)
+        assert_same_statistics(norm, spec)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(norm(x).sum(), x)
+    slope = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    torch.testing.assert_close(grad, slope.detach().expand_as(x))  # nothing through the statistics
+
+
+@pytest.mark.parametrize(("kind", "options"), [(UnifiedNorm, {}), (PowerNorm, {"group_num": None})])
+def test_ghost_batches_of_unified_and_power_norm_are_steps(kind, options):
+    ghost = kind(C, ghost_size=2, warmup_iters=3, **options)
+    plain = kind(C, warmup_iters=3, **options)
+    x, pad_mask = torch.randn(7, 2, C), torch.rand(7, 2) < 0.3
+    y = ghost(x, pad_mask)
+    expected = torch.cat([plain(x[a:b], pad_mask[a:b]) for a, b in ((0, 2), (2, 4), (4, 7))])
+    assert torch.equal(y, expected) and ghost.iters == 3
+    assert all(torch.equal(a, b) for a, b in zip(ghost.buffers(), plain.buffers(), strict=True))
+    assert torch.equal(ghost.eval()(x), plain.eval()(x))
+    assert "ghost_size=2" in repr(ghost) and "ghost_size" not in repr(plain)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MaskedBatchNorm(C, momentum=1.5), r"momentum=1\.5 is not allowed.*share of the new value"),
+        (lambda: MaskedBatchNorm(C, ghost_size=0), "ghost_size=0 is not allowed"),
+        (lambda: MaskedBatchNorm(C, ghost_size=2, channel_dim=0), "ghost_size splits dimension 0"),
+        (lambda: RegularizedBatchNorm(C, mean_penalty=-1), "mean_penalty=-1 is not allowed"),
+        (lambda: EstimatedBatchNorm(C, ghost_size=2), "ghost_size makes no difference"),
+        (lambda: set_momentum(nn.Linear(1, 1), 0.1), "has no EstimatedBatchNorm"),
+        (lambda: MaskedBatchNorm(C)(torch.randn(2, C + 1)), "expected 5"),
+        (lambda: MaskedBatchNorm(C)(torch.randn(2, C), torch.zeros(3, dtype=torch.bool)), "pad_mask has shape"),
+        (lambda: RegularizedBatchNorm(C)(torch.randn(2, C + 1)), "expected 5"),
+        (lambda: EstimatedBatchNorm(C)(torch.randn(2, C + 1)), "expected 5"),
+    ],
+)
+def test_refusals(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
