@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import check_input, gain_and_shift, mean_or, to_rows
+from ..ops._layout import cast, check_input, gain_and_shift, mean_or, to_rows
 from ..ops._recompute import statistics_of_this_run
 from ..ops.batch_norm import affine_by_statistics
 from ._running_norm import check_count, check_fraction
@@ -130,7 +130,7 @@ class BatchChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.batch_norm(x)
         width = x.shape[1] // self.num_groups
-        weight, bias = (p.to(x.dtype).repeat_interleave(width) for p in (self.group_weight, self.group_bias))
+        weight, bias = (cast(p, x.dtype).repeat_interleave(width) for p in (self.group_weight, self.group_bias))
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
     def extra_repr(self) -> str:
