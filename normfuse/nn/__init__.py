@@ -10,7 +10,9 @@ from .dynamic_activation import Derf, DyT
 from .monitoring import Monitor, monitor
 from .moving_average_norm import MovingAverageBatchNorm
 from .power_norm import PowerNorm
+from .progressive_norm import ProgressiveNorm
 from .region_norm import LearnableRegionNorm, RegionNorm
+from .rep_batch_norm import RepBatchNorm
 from .sync import convert_sync
 from .time_layer_norm import TimeDependentLayerNorm
 from .unified_norm import UnifiedNorm
@@ -28,8 +30,10 @@ __all__ = [
     "Monitor",
     "MovingAverageBatchNorm",
     "PowerNorm",
+    "ProgressiveNorm",
     "RegionNorm",
     "RegularizedBatchNorm",
+    "RepBatchNorm",
     "TimeDependentLayerNorm",
     "UnifiedNorm",
     "batch_norm_penalty",

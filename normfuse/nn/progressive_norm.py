@@ -1,0 +1,100 @@
+"""The way from a norm that computes its statistics from each input to one that folds away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._running_norm import ChannelNorm, check_count
+
+
+class ProgressiveNorm(nn.Module):
+    """λ · ``original`` + (1 − λ) · ``static``, where λ falls from 1 to 0 as training goes on.
+
+    With λ = 1 it is the original, with λ = 0 the static norm, bit for bit. :meth:`advance` counts an optimiser step;
+    λ is 1 up to step ``begin``, 0 from step ``end`` on, and falls linearly in between. The count is part of
+    ``state_dict``. Both norms run in every training forward until ``finish`` of the conversion puts the static one in
+    its place; evaluation at λ = 0 runs the static one alone.
+
+    Args:
+        original: the norm that is replaced; called with the input alone.
+        static: its replacement, with running statistics; called with the input and ``pad_mask``.
+        begin, end: the steps between which λ falls, 0 <= begin < end.
+        frozen: keep ``static`` in evaluation mode while training, so that its statistics stay as they were calibrated;
+            gain and shift learn.
+
+    Attributes:
+        step: int64 buffer, optimiser steps counted so far.
+        pad_mask: used where ``forward`` gets none and the shape fits (x without its channel dimension); for models that
+            call their norms with the input alone.
+
+    Raises:
+        TypeError, ValueError: a step is not allowed.
+        RuntimeError: the forward is traced for export while λ > 0.
+    """
+
+    def __init__(
+        self, original: nn.Module, static: ChannelNorm, *, begin: int = 0, end: int, frozen: bool = False
+    ) -> None:
+        super().__init__()
+        check_count("begin", begin, 0)
+        check_count("end", end, begin + 1)
+        self.original = original
+        self.static = static
+        self.begin = begin
+        self.end = end
+        self.frozen = frozen
+        self.pad_mask: Tensor | None = None
+        device = next(static.buffers()).device
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        # λ twice: where decisions are made without waiting for the device, and where compiled code finds it without
+        # being compiled again for every value.
+        self.share = 1.0
+        self.register_buffer("_share", torch.ones((), device=device), persistent=False)
+        self._set_step(0)
+        self.train(original.training)
+
+    def _set_step(self, step: int) -> None:
+        self._step = step
+        self.share = min(1.0, max(0.0, (self.end - step) / (self.end - self.begin)))
+        self.step.fill_(step)
+        self._share.fill_(self.share)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count ``steps`` more optimiser steps. Does not wait for the device."""
+        check_count("steps", steps, 0)
+        self._set_step(self._step + steps)
+
+    def train(self, mode: bool = True) -> ProgressiveNorm:
+        super().train(mode)
+        if self.frozen:
+            self.static.eval()
+        return self
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if self.share > 0 and torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"a ProgressiveNorm is still {self.share:.1%} {type(self.original).__name__} (step {self._step} of "
+                f"{self.end}); train on until the conversion is done, call its finish(), then export"
+            )
+        if self.share == 0 and not self.training:
+            return self.static(x)
+        original = self.original(x)
+        static = self.static(x, self._mask_for(x) if pad_mask is None else pad_mask).to(original.dtype)
+        return torch.lerp(static, original, self._share.to(original.dtype))
+
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        if self.pad_mask is None:
+            return None
+        rows = list(x.shape)
+        del rows[self.static.channel_dim]
+        return self.pad_mask if list(self.pad_mask.shape) == rows else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_step(int(self.step))
+
+    def extra_repr(self) -> str:
+        return f"share={self.share:.3g}, step={self._step}, begin={self.begin}, end={self.end}, frozen={self.frozen}"

@@ -1,0 +1,54 @@
+"""Batch Normalization with a shortcut of its own, which evaluation merges into one affine map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._layout import cast, check_input, gain_and_shift, per_channel
+from .batch_norm import MaskedBatchNorm
+
+
+class RepBatchNorm(MaskedBatchNorm):
+    """Re-parametrised Batch Normalization (Guo et al., 2024, arXiv 2405.11582): ``BatchNorm(x) + alpha * x``.
+
+    In evaluation it is ``y = a * x + b`` with ``a = weight / sqrt(running_var + eps) + alpha`` and
+    ``b = bias - weight * running_mean / sqrt(running_var + eps)``: one multiplication and one addition, which fold into
+    nearby weights.
+
+    Args:
+        num_features, eps, momentum, affine, channel_dim, ghost_size, device, dtype: see :class:`MaskedBatchNorm`.
+
+    Attributes:
+        alpha: the learned weight of the shortcut, a scalar; starts at 1.
+
+    Shape:
+        x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
+        pad_mask: the shape of x without its channel dimension, bool, True = padding: left out of the statistics.
+        Output: like x.
+    """
+
+    def __init__(self, num_features: int, *options: object, **more: object) -> None:
+        super().__init__(num_features, *options, **more)
+        self.alpha = nn.Parameter(torch.ones((), device=more.get("device"), dtype=more.get("dtype")))
+
+    def reset_parameters(self) -> None:
+        """Set the statistics back, weight and ``alpha`` to 1, the bias to 0."""
+        super().reset_parameters()
+        nn.init.ones_(self.alpha)
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if self.training:
+            return super().forward(x, pad_mask) + cast(self.alpha, x.dtype) * x
+        check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
+        # Written as one affine map: a sum of two branches would leave a product and a sum that nothing absorbs.
+        weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
+        scale = weight * torch.rsqrt(self.running_var + self.eps)
+        shift = bias - self.running_mean * scale
+        scale = scale + cast(self.alpha, scale.dtype)
+        y = torch.addcmul(
+            per_channel(shift, x, self.channel_dim),
+            cast(x, scale.dtype),
+            per_channel(scale, x, self.channel_dim),
+        )
+        return cast(y, x.dtype)
