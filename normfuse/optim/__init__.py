@@ -1,0 +1,5 @@
+"""Optimisers for weights in front of norms, whose length has no effect (Heo et al., 2021, arXiv 2006.08217)."""
+
+from .projected import SGDP, AdamP
+
+__all__ = ["SGDP", "AdamP"]

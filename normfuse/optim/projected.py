@@ -1,0 +1,302 @@
+"""AdamP and SGDP (Heo et al., 2021, arXiv 2006.08217): momentum without the part that only makes weights longer.
+
+A weight w [out, ...] in front of a norm may grow without changing the function. Where its gradient is orthogonal to it,
+``max_i |cos(grad_i, w_i)| < delta / sqrt(entries of w_i)``, per output channel or else for the whole layer, the update
+loses its component along w and weight decay is multiplied by ``wd_ratio``. The component is linear in the update, so it
+is one factor per channel on w itself, next to weight decay's:
+
+    w ← w * (1 - lr * weight_decay * scale + lr * (p·w) / (‖w‖ + eps)²) - lr * p
+
+The test is taken on the device, for all channels of all weights at once: no step waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+CPU_ENTRIES = 1 << 18
+
+
+class _Projected(Optimizer):
+    """What both have in common: ``step``, and the projection."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        _check(defaults)
+        super().__init__(params, defaults)
+        self._forget()
+
+    def _forget(self) -> None:
+        # Not part of the state: memory, and what follows from shapes.
+        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._layouts: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _workspace(self, params: list[Tensor], number: int) -> list[Tensor]:
+        """Tensors like ``params`` with any content, the same memory in every step and for every batch."""
+        if torch.compiler.is_compiling():
+            return [torch.empty_like(p) for p in params]
+        key, entries = (params[0].device, params[0].dtype, number), sum(p.numel() for p in params)
+        if key not in self._scratch or self._scratch[key].numel() < entries:
+            self._scratch[key] = params[0].new_empty(entries)
+        pieces = self._scratch[key][:entries].split([p.numel() for p in params])
+        return [
+            piece.view_as(p) if p.is_contiguous() else piece.as_strided(p.size(), p.stride(), piece.storage_offset())
+            for piece, p in zip(pieces, params, strict=True)
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what ``closure``, which computes the loss and its gradients anew, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p.grad.is_sparse or p.is_complex():
+                    raise TypeError(
+                        f"{type(self).__name__} takes dense real gradients; a parameter of shape {tuple(p.shape)} has "
+                        f"a {'sparse' if p.grad.is_sparse else 'complex'} one"
+                    )
+            for alike, matrix in _batches(params):
+                grads = [p.grad for p in alike]
+                updates, decay = self._updates(alike, grads, group), self._decay(group)
+                if matrix:
+                    torch._foreach_mul_(alike, self._factors(alike, grads, updates, group, decay))
+                elif decay:
+                    torch._foreach_mul_(alike, 1 - group["lr"] * decay)
+                if isinstance(group["lr"], Tensor):
+                    torch._foreach_mul_(updates, group["lr"])
+                    torch._foreach_add_(alike, updates)
+                else:
+                    torch._foreach_add_(alike, updates, alpha=group["lr"])
+        return loss
+
+    def _updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The *negative* updates, before projection and learning rate, in tensors that may be written."""
+        raise NotImplementedError
+
+    def _factors(
+        self, weights: list[Tensor], grads: list[Tensor], updates: list[Tensor], group: dict[str, Any], decay: float
+    ) -> list[Tensor]:
+        """What each output channel of each weight is multiplied by: [out, 1, ...] each."""
+        acc = torch.promote_types(weights[0].dtype, torch.float32)
+        eps, layout = group["eps"], self._layout(weights, acc)
+        layer, by_channel, by_layer = layout[0], *(group["delta"] * layout[1])
+
+        def rows(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+            return torch.cat([reduce(t if t.dim() == 2 else t.flatten(1)) for t in tensors])
+
+        def products(others: list[Tensor]) -> Tensor:
+            if weights[0].device.type != "cpu" or torch.compiler.is_compiling():
+                found = torch._foreach_mul(weights, others)
+            else:  # fresh memory costs more than what is written to it
+                space = self._workspace(weights, 1)
+                found = [torch.mul(w, o, out=s) for w, o, s in zip(weights, others, space, strict=True)]
+            return rows(found, lambda t: t.sum(1, dtype=acc))
+
+        def lengths(tensors: list[Tensor]) -> Tensor:
+            return rows(tensors, lambda t: torch.linalg.vector_norm(t, dim=1, dtype=acc))
+
+        length_w, length_g = lengths(weights), lengths(grads)
+        along_g, along_p = products(grads), products(updates)
+
+        def per_layer(numbers: Tensor, reduce: str) -> Tensor:
+            return numbers.new_zeros(len(weights)).scatter_reduce(0, layer, numbers, reduce)
+
+        def cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return product.abs() / (a.clamp(min=eps) * b.clamp(min=eps))
+
+        whole_w, whole_g = (per_layer(length.square(), "sum").sqrt() for length in (length_w, length_g))
+        channels = per_layer(cosine(along_g, length_w, length_g), "amax") < by_channel
+        whole = (cosine(per_layer(along_g, "sum"), whole_w, whole_g) < by_layer) & ~channels
+
+        of_channel = along_p / (length_w + eps).square()
+        of_layer = (per_layer(along_p, "sum") / (whole_w + eps).square())[layer]
+        projected = torch.where(channels[layer], of_channel, torch.where(whole[layer], of_layer, 0.0))
+        spared = (1 - group["wd_ratio"]) * (channels | whole)[layer].to(acc)
+        factors = (1 - group["lr"] * (decay * (1 - spared) + projected)).to(weights[0].dtype)
+        pieces = factors.split([w.shape[0] for w in weights])
+        return [f.view(-1, *(1,) * (w.dim() - 1)) for f, w in zip(pieces, weights, strict=True)]
+
+    def _layout(self, weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The layer that each channel belongs to, and 1/sqrt(entries) [2, layers] of a channel and of a layer."""
+        key = (weights[0].device, dtype, *(w.shape for w in weights))
+        if key not in self._layouts:
+            counts = [w.shape[0] for w in weights]
+            layer = torch.repeat_interleave(torch.arange(len(weights)), torch.tensor(counts))
+            entries = torch.tensor([[w.numel() // w.shape[0] for w in weights], [w.numel() for w in weights]])
+            self._layouts[key] = (layer.to(key[0]), entries.to(dtype).rsqrt().to(key[0]))
+        return self._layouts[key]
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        """Weight decay per unit of learning rate."""
+        return group["weight_decay"]
+
+
+class AdamP(_Projected):
+    """AdamW with projection; a drop-in for ``torch.optim.AdamW``.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate, a number or a tensor.
+        betas: shares of the old value in the running means of gradient and squared gradient.
+        eps: added to the root of the squared mean, and to lengths.
+        weight_decay: decoupled, as in AdamW.
+        delta: threshold of the cosine, times the root of the number of entries.
+        wd_ratio: factor on weight decay where an update is projected.
+        nesterov: use the next step's running mean of the gradient.
+
+    Raises:
+        ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "delta": delta,
+                "wd_ratio": wd_ratio, "nesterov": nesterov,
+            },
+        )  # fmt: skip
+
+    def _updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        steps, means, squares = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
+        (beta1, beta2), compiling = group["betas"], torch.compiler.is_compiling()
+        torch._foreach_add_(steps, 1)
+        if compiling:  # one operation after another, for the compiler to bring together
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        else:
+            # PyTorch's fused Adam moves both means and takes its step, here from 0 and of length 1: minus the update.
+            updates = self._workspace(params, 0)
+            torch._foreach_zero_(updates)
+            torch._fused_adam_(
+                updates, grads, means, squares, [], steps, lr=1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
+                eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+            if not group["nesterov"]:
+                return updates
+        roots = torch._foreach_sqrt(squares)
+        counts = torch.stack(steps).to(torch.promote_types(params[0].dtype, torch.float32))
+        torch._foreach_div_(roots, list((1 - beta2**counts).sqrt().to(params[0].dtype).unbind()))
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_mul_(roots, list((beta1**counts - 1).to(params[0].dtype).unbind()))
+        return torch._foreach_div(torch._foreach_lerp(means, grads, 1 - beta1) if group["nesterov"] else means, roots)
+
+
+class SGDP(_Projected):
+    """SGD with momentum and projection; weight decay is decoupled and divided by ``1 - momentum``.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate, a number or a tensor.
+        momentum: share of the old velocity, less than 1.
+        dampening: one minus the share of the gradient in the velocity.
+        weight_decay: decoupled; ``lr * weight_decay / (1 - momentum)`` of a weight goes in a step.
+        nesterov: use the gradient plus momentum times the velocity.
+        eps: added to lengths.
+        delta: threshold of the cosine, times the root of the number of entries.
+        wd_ratio: factor on weight decay where an update is projected.
+
+    Raises:
+        ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-1,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+                "nesterov": nesterov, "eps": eps, "delta": delta, "wd_ratio": wd_ratio,
+            },
+        )  # fmt: skip
+
+    def _updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        velocities = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, grads, alpha=1 - group["dampening"])
+        updates = self._workspace(params, 0)
+        if not group["nesterov"]:
+            torch._foreach_copy_(updates, velocities)
+        else:
+            torch._foreach_copy_(updates, grads)
+            torch._foreach_add_(updates, velocities, alpha=group["momentum"])
+        torch._foreach_neg_(updates)
+        return updates
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        return group["weight_decay"] / (1 - group["momentum"])
+
+
+def _check(options: dict[str, Any]) -> None:
+    shares = {"momentum": options.get("momentum", 0.0)}
+    shares |= {f"betas[{i}]": beta for i, beta in enumerate(options.get("betas", ()))}
+    for name, value in shares.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}={value} is not allowed; give a number from 0 to less than 1")
+    for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
+        if not options[name] >= 0.0:
+            raise ValueError(f"{name}={options[name]} is not allowed; give a number of at least 0")
+
+
+def _batches(params: list[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
+    """Parameters that one operation takes at once: of one device and dtype, all weights (True) or none.
+
+    On a CPU no more at a time than its caches hold.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for p in params:
+        kinds.setdefault((p.device, p.dtype, p.dim() > 1 and p.numel() > 0), []).append(p)
+    for (device, _, matrix), alike in kinds.items():
+        batch, entries = [], 0
+        for p in alike:
+            batch.append(p)
+            entries += p.numel()
+            if entries >= CPU_ENTRIES and device.type == "cpu":
+                yield batch, matrix
+                batch, entries = [], 0
+        if batch:
+            yield batch, matrix
