@@ -13,6 +13,7 @@ from .power_norm import PowerNorm
 from .progressive_norm import ProgressiveNorm
 from .region_norm import LearnableRegionNorm, RegionNorm
 from .rep_batch_norm import RepBatchNorm
+from .sigma_reparam import sigma_reparam
 from .sync import convert_sync
 from .time_layer_norm import TimeDependentLayerNorm
 from .unified_norm import UnifiedNorm
@@ -44,5 +45,6 @@ __all__ = [
     "keep_norms",
     "monitor",
     "set_momentum",
+    "sigma_reparam",
     "weight_standardization",
 ]

@@ -23,6 +23,7 @@ from normfuse.nn import (
     UnifiedNorm,
     center_weight,
     choose_domain,
+    sigma_reparam,
     weight_standardization,
 )
 
@@ -102,6 +103,27 @@ def test_centred_and_standardised_weights_are_plain_weights_that_take_norms() ->
     program, report = folded(trained(model), image())
     assert_nothing_left(program, report)
     assert kinds(program) == ["conv2d", "gelu", "conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_sigma_reparam_is_baked_and_takes_norms(again: bool) -> None:
+    options = {"iterate_in_evaluation": again}
+    model = nn.Sequential(
+        sigma_reparam(nn.Conv1d(3, 4, 1), **options),
+        MaskedBatchNorm(4, channel_dim=1),
+        nn.GELU(),
+        nn.Flatten(1),
+        UnifiedNorm(20),
+        sigma_reparam(nn.Linear(20, 2), init="spectral", **options),
+    ).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    x = torch.randn(6, 3, 5).double()
+    for _ in range(3):
+        model(x).sum().backward()
+    program, report = folded(model, (x,))
+    assert_nothing_left(program, report)
 
 
 @pytest.mark.parametrize("estimated", [False, True])
