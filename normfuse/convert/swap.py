@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import PowerNorm, UnifiedNorm
+from ..nn import PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import RunningNorm
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
@@ -105,6 +105,7 @@ _TARGETS: dict[str, Callable[..., nn.Module]] = {
     "unified": UnifiedNorm,
     "power": PowerNorm,
     "batch": _make_batch,
+    "rep_batch": RepBatchNorm,
     "layer": _make_dynamic(nn.LayerNorm),
     "rms": _make_dynamic(nn.RMSNorm),
 }
@@ -122,7 +123,11 @@ def _selector(where: Where | None) -> Callable[[str, nn.Module], bool]:
 
 
 @torch.no_grad()
-def _successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallback: Tensor | None) -> nn.Module:
+def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallback: Tensor | None) -> nn.Module:
+    """The norm of kind ``to`` that takes the place of ``old``, with all of it that has a place.
+
+    ``name`` is for messages; ``fallback`` gives device and dtype where ``old`` has no weight.
+    """
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     anchor = weight if isinstance(weight, Tensor) else fallback
     wanted: dict[str, Any] = {"channel_dim": _channel_dim(old), "affine": isinstance(weight, Tensor)}
@@ -147,6 +152,30 @@ def _successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fall
     return new.train(old.training)
 
 
+def find_norms(model: nn.Module, where: Where | None) -> tuple[list[tuple[str, nn.Module]], list[str]]:
+    """Names and modules of the norms that ``where`` selects, every name of a shared one, and the names of the others.
+
+    Raises:
+        ValueError: there are none, or ``model`` is itself a norm.
+    """
+    if _is_norm(model):
+        raise ValueError("model is itself a norm; give the module that contains it, or build the new norm directly")
+    selected = _selector(where)
+    norms = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and _is_norm(m)]
+    places = [(name, m) for name, m in norms if selected(name, m)]
+    kept = [name for name, m in norms if not selected(name, m)]
+    if not places:
+        found = f"the norms are {', '.join(kept)}" if kept else "the model has no norms that it knows"
+        raise ValueError(f"where={where!r} selects nothing; {found}")
+    return places, kept
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule called ``name``."""
+    parent, _, label = name.rpartition(".")
+    setattr(model.get_submodule(parent), label, module)
+
+
 def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = None, **options: Any) -> SwapReport:
     """Exchange norms of ``model`` in place; weight and bias, eps, device, dtype and mode stay.
 
@@ -157,7 +186,7 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
 
     Args:
         model: a module that contains norms.
-        to: "unified", "power", "batch" (channels last), "layer" or "rms".
+        to: "unified", "power", "batch" (channels last), "rep_batch", "layer" or "rms".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.
         options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's
@@ -172,25 +201,14 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     """
     if to not in _TARGETS:
         raise ValueError(f"to={to!r} is unknown; give one of {', '.join(map(repr, _TARGETS))}")
-    if _is_norm(model):
-        raise ValueError("model is itself a norm; give the module that contains it, or build the new norm directly")
-    selected = _selector(where)
+    places, kept = find_norms(model, where)
     fallback = next(model.parameters(), None)
-    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and _is_norm(m)]
-    report, successors = SwapReport(), {}
+    report, successors = SwapReport(kept=kept), {}
     for name, old in places:
-        if not selected(name, old):
-            report.kept.append(name)
-            continue
         if old not in successors:
-            successors[old] = _successor(name, old, to, options, fallback)
+            successors[old] = successor(name, old, to, options, fallback)
         new = successors[old]
         report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, _channels(name, old)))
-    if not report.swaps:
-        found = f"the norms are {', '.join(report.kept)}" if report.kept else "the model has no norms that it knows"
-        raise ValueError(f"where={where!r} selects nothing; {found}")
-    for swap in report.swaps:
-        parent, _, label = swap.name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, label, successors[owner.get_submodule(label)])
+    for name, old in places:
+        put(model, name, successors[old])
     return report

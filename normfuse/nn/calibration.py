@@ -37,7 +37,9 @@ class _Sums:
         norm.iters.zero_()
 
 
-def _run(model: nn.Module, batch: Any, device: torch.device | None) -> None:
+def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None:
+    """Call ``model`` with a batch: a tensor, a tuple or list that begins with the input, or a mapping of arguments."""
+
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
@@ -99,7 +101,7 @@ def calibrate(
             for batch in loader:
                 if batches == max_batches:
                     break
-                _run(model, batch, None if device is None else torch.device(device))
+                run_batch(model, batch, None if device is None else torch.device(device))
                 batches += 1
                 if bar is not None:
                     bar.advance(bar.task_ids[0])

@@ -82,10 +82,11 @@ class ProgressiveNorm(nn.Module):
         if self.share == 0 and not self.training:
             return self.static(x)
         original = self.original(x)
-        static = self.static(x, self._mask_for(x) if pad_mask is None else pad_mask).to(original.dtype)
+        static = self.static(x, self.mask_for(x) if pad_mask is None else pad_mask).to(original.dtype)
         return torch.lerp(static, original, self._share.to(original.dtype))
 
-    def _mask_for(self, x: Tensor) -> Tensor | None:
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """``pad_mask`` if it has the shape of ``x`` without its channel dimension."""
         if self.pad_mask is None:
             return None
         rows = list(x.shape)

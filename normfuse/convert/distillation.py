@@ -1,0 +1,249 @@
+"""Training a changed model to compute what the original does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..nn import ProgressiveNorm
+from ..nn._running_norm import ChannelNorm, check_count
+from ..nn.calibration import run_batch
+from .progressive import Conversion
+
+OutputLoss = Callable[[Any, Any], Tensor]
+
+
+def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean squared difference of [..., C] over the teacher's mean variance per channel: 0 if equal, about 1 if unlike.
+
+    ``valid`` selects positions; its shape is that of the values without their channels.
+    """
+    student, teacher = (t[valid] if valid is not None else t.reshape(-1, t.shape[-1]) for t in (student, teacher))
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().mean() / teacher.var(0, correction=0).mean().clamp(min=1e-12)
+
+
+def output_error(student: Any, teacher: Any) -> Tensor:
+    """Mean :func:`relative_error` of the floating tensors in two outputs of one kind; a "loss" is left out."""
+    pairs = [
+        (s, t)
+        for s, t in zip(_tensors(student), _tensors(teacher), strict=True)
+        if s.is_floating_point() and s.dim() > 0
+    ]
+    if not pairs:
+        raise ValueError("the model's output holds no floating tensor to compare; give output_loss")
+    return torch.stack([relative_error(s, t) for s, t in pairs]).mean()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = [value for name, value in output.items() if name != "loss"]
+    return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (tuple, list)) else []
+
+
+class Distillation:
+    """Loss of a student against a frozen teacher: at modules inside and at the output.
+
+    Hooks do the work: whenever the student runs with gradients enabled, the teacher runs on the same arguments, and
+    :meth:`loss` compares what both have left. So it fits into any training loop, and the student's ``forward`` and
+    signature stay as they are.
+
+    Args:
+        student: the model that trains.
+        teacher: the original, usually a ``copy.deepcopy`` made before :func:`progressive`. Put into evaluation mode and
+            frozen.
+        at: names of modules, the same in both, whose outputs [..., C] are compared with :func:`relative_error`; a
+            :class:`Conversion` stands for its norms. Outputs at a norm are the states of a layer in the scale in
+            which the model uses them.
+        hidden_weight, output_weight: of the mean over ``at`` and of the output in the loss.
+        output_loss: function of both outputs that returns a scalar; None: :func:`output_error`.
+        valid_mask: the keyword argument of the student's ``forward`` that is not 0 where a position is valid; others
+            are left out of the comparison at modules whose output has such positions.
+
+    Raises:
+        ValueError: a name in ``at`` is unknown to one of the models.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        at: Iterable[str] | Conversion = (),
+        *,
+        hidden_weight: float = 1.0,
+        output_weight: float = 1.0,
+        output_loss: OutputLoss | None = None,
+        valid_mask: str = "attention_mask",
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.hidden_weight = hidden_weight
+        self.output_weight = output_weight
+        self.output_loss = output_error if output_loss is None else output_loss
+        self.valid_mask = valid_mask
+        self.terms: dict[str, float] = {}
+        self._kept: dict[nn.Module, dict[str, list[Tensor]]] = {student: {}, teacher: {}}
+        self._outputs: tuple[Any, Any] | None = None
+        self._valid: Tensor | None = None
+        names = list(at.norms if isinstance(at, Conversion) else at)
+        for kind, model in (("student", student), ("teacher", teacher)):
+            known = dict(model.named_modules())
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"at names {unknown[0]!r}, which the {kind} of class {type(model).__name__} does not have"
+                )
+        self._hooks = [student.register_forward_hook(self._run_teacher, with_kwargs=True)]
+        self._hooks.append(student.register_forward_pre_hook(self._begin))
+        for model in (student, teacher):
+            for name in names:
+                self._hooks.append(model.get_submodule(name).register_forward_hook(self._keeper(model, name)))
+
+    def _begin(self, *_: Any) -> None:
+        for kept in self._kept.values():
+            kept.clear()
+        self._outputs = None
+
+    def _keeper(self, model: nn.Module, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            # A checkpointed block runs again while gradients are computed; the loss exists by then.
+            if self._outputs is None:
+                self._kept[model].setdefault(name, []).append(output)
+
+        return keep
+
+    def _run_teacher(self, student: nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._begin()
+            return
+        with torch.no_grad():
+            self._outputs, expected = None, self.teacher(*arguments, **options)
+        self._outputs = output, expected
+        mask = options.get(self.valid_mask)
+        self._valid = None if mask is None else mask != 0
+
+    def loss(self) -> Tensor:
+        """The loss of the student's last forward; its parts are in ``terms`` afterwards (as detached tensors).
+
+        Raises:
+            RuntimeError: the student has not run with gradients enabled since the last call.
+        """
+        if self._outputs is None:
+            raise RuntimeError(
+                "no forward of the student to compare; call it once, with gradients enabled, before loss()"
+            )
+        student, teacher = self._kept.values()
+        errors = [
+            relative_error(s, t, self._valid if self._valid is not None and self._valid.shape == s.shape[:-1] else None)
+            for name, values in student.items()
+            for s, t in zip(values, teacher[name], strict=True)
+        ]
+        parts = {"output": self.output_weight * self.output_loss(*self._outputs)}
+        if errors:
+            parts["hidden"] = self.hidden_weight * torch.stack(errors).mean()
+        self._begin()
+        self.terms = {name: part.detach() for name, part in parts.items()}
+        return torch.stack(list(parts.values())).sum()
+
+    def compute_loss(self, outputs: Any, labels: Any = None, num_items_in_batch: Any = None) -> Tensor:
+        """:meth:`loss` in the form of transformers' ``Trainer(compute_loss_func=…)``."""
+        return self.loss()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Distillation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def distill(
+    distillation: Distillation,
+    student: nn.Module,
+    loader: Iterable[Any],
+    *,
+    steps: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    conversion: Conversion | None = None,
+    max_grad_norm: float | None = 1.0,
+    dropout: bool = False,
+    autocast: torch.dtype | None = None,
+    after_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Train ``student`` for some optimiser steps on nothing but its distillation loss.
+
+    Everything that a run depends on is in the hands of the caller, who stores it to resume: the student's, the
+    optimiser's and the scheduler's ``state_dict`` and the position in the data.
+
+    Args:
+        distillation: made from ``student`` and its teacher.
+        student: trained in place; its mode is restored.
+        loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
+            arguments; begun anew when it ends.
+        steps: number of optimiser steps.
+        optimizer, scheduler: of the student's parameters; the scheduler takes a step with each of the optimiser's.
+        conversion: its λ takes a step with each of the optimiser's.
+        max_grad_norm: gradients are clipped to this norm; None: not at all.
+        dropout: whether dropout is on. Without it every part of the model but its norms is in evaluation mode.
+        autocast: run the student and the teacher under ``torch.autocast`` with this dtype.
+        after_step: called with the number of the step, from 1, and its loss, a detached tensor.
+
+    Returns:
+        The loss of every step, [steps].
+
+    Raises:
+        ValueError: ``steps`` is not positive or ``loader`` is empty.
+    """
+    check_count("steps", steps, 1)
+    modes = {module: module.training for module in student.modules()}
+    student.train(dropout)
+    frozen = {module.static for module in student.modules() if isinstance(module, ProgressiveNorm) and module.frozen}
+    for module in student.modules():
+        if isinstance(module, (ProgressiveNorm, ChannelNorm)) and module not in frozen:
+            module.train()
+    device = next(student.parameters()).device
+    losses = []
+    try:
+        batches = _endless(loader)
+        for step in range(1, steps + 1):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                run_batch(student, next(batches), device)
+                loss = distillation.loss()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            if conversion is not None:
+                conversion.step()
+            losses.append(loss.detach())
+            if after_step is not None:
+                after_step(step, losses[-1])
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.stack(losses)
+
+
+def _endless(loader: Iterable[Any]) -> Iterable[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("loader gave no batch; give one that can be iterated over again, or that never ends")

@@ -1,0 +1,101 @@
+"""The static norm that is closest to a dynamic one, in closed form from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import MaskedBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm
+from ..nn._running_norm import ChannelNorm
+from ..nn.calibration import run_batch
+from ..ops._layout import to_rows
+from ..ops.power_norm import group_scaling
+
+
+class _Moments:
+    """Sums over valid rows of a static norm's input u and the original's output v, per channel, in float64."""
+
+    def __init__(self, norm: ProgressiveNorm) -> None:
+        channels, device = norm.static.num_features, norm.step.device
+        self.sums = torch.zeros(5, channels, dtype=torch.float64, device=device)
+        self.rows = torch.zeros((), dtype=torch.int64, device=device)
+
+    def observe(self, norm: ProgressiveNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        x = arguments[0] if arguments else options["x"]
+        pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+        if pad_mask is None:
+            pad_mask = norm.mask_for(x)
+        static = norm.static
+        u, v = (to_rows(t.detach(), static.channel_dim).double() for t in (x, norm.original(x)))
+        if isinstance(static, PowerNorm):
+            u, _ = group_scaling(u, static.group_num or 0, static.eps)
+        if pad_mask is not None:
+            valid = torch.logical_not(pad_mask).reshape(-1)
+            u, v = u[valid], v[valid]
+        self.sums += torch.stack([t.sum(0) for t in (u, v, u * u, u * v, v * v)])
+        self.rows += len(u)
+
+
+@torch.no_grad()
+def fit_static_norms(
+    model: nn.Module,
+    norms: dict[str, ProgressiveNorm],
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None,
+    device: torch.device | str | None,
+    fit: bool,
+) -> dict[str, float]:
+    """See :meth:`normfuse.convert.Conversion.calibrate`."""
+    moments = {name: _Moments(norm) for name, norm in norms.items()}
+    hooks = [norm.register_forward_pre_hook(moments[name].observe, with_kwargs=True) for name, norm in norms.items()]
+    modes = {module: module.training for module in model.modules()}
+    batches = 0
+    try:
+        model.eval()
+        for batch in loader:
+            if batches == max_batches:
+                break
+            run_batch(model, batch, None if device is None else torch.device(device))
+            batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if batches == 0:
+        raise ValueError("loader gave no batch to calibrate with; give at least one")
+    seen = {name: found for name, found in moments.items() if found.rows > 0}
+    if not seen:
+        raise ValueError("no norm saw a valid row; check the mask and that the model calls its norms")
+    for name, found in seen.items():
+        if not found.sums.isfinite().all():
+            raise ValueError(f"the statistic of {name} is not finite; look at the weights and the data")
+    return {name: _settle(norms[name].static, found, fit) for name, found in seen.items()}
+
+
+def _settle(static: ChannelNorm, moments: _Moments, fit: bool) -> float:
+    """Set statistics, gain and shift; the share of v's variance that the best affine map of u explains."""
+    mean, target, square, product, target_square = moments.sums / moments.rows
+    var = (square - mean**2).clamp(min=0)
+    covariance = product - mean * target
+    # A channel that never changes determines no slope: the shift alone then gives its value.
+    slope = torch.where(var > 1e-12 * square, covariance / var, 0.0)
+    shift = target - slope * mean
+    if isinstance(static, MaskedBatchNorm):
+        static.running_mean.copy_(mean)
+        static.running_var.copy_(var)
+    else:
+        for name in ("running_var", "running_phi", "buffer_x2"):
+            if hasattr(static, name):
+                static.get_buffer(name).copy_(square)
+    if fit:
+        centre, spread = (mean, var) if isinstance(static, MaskedBatchNorm) else (torch.zeros_like(mean), square)
+        own = slope - static.alpha if isinstance(static, RepBatchNorm) else slope
+        static.weight.copy_(own * torch.sqrt(spread + static.eps))
+        static.bias.copy_(shift + own * centre)
+    total = (target_square - target**2).sum()
+    return (1 - (target_square - target**2 - slope * covariance).sum() / total).item() if total > 0 else 1.0

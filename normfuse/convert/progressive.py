@@ -1,0 +1,211 @@
+"""Replace the norms of a trained model, step by step, by norms that fold away."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import ProgressiveNorm
+from ..nn._running_norm import check_choice, check_count
+from .fitting import fit_static_norms
+from .swap import Swap, SwapReport, Where, find_norms, put, successor
+
+STATIC = ("rep_batch", "unified", "power")
+ORDERS = ("together", "layers")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the share λ of the original norms falls from 1 to 0.
+
+    Args:
+        steps: optimiser steps of the whole training, at least 1.
+        start, end: fractions of ``steps`` between which λ falls, 0 <= start < end <= 1; after ``end`` the model trains
+            with its static norms alone.
+        order: "together": all norms at the same time; "layers": one after another in the order of the model, each in an
+            equal part of the time.
+
+    Raises:
+        TypeError, ValueError: a value is not allowed.
+    """
+
+    steps: int
+    start: float = 0.0
+    end: float = 0.8
+    order: str = "together"
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, 1)
+        check_choice("order", self.order, ORDERS)
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"start={self.start}, end={self.end} are not allowed; give fractions with 0 <= start < end <= 1"
+            )
+
+    def windows(self, count: int) -> list[tuple[int, int]]:
+        """The steps between which the λ of each of ``count`` norms falls."""
+        parts = count if self.order == "layers" else 1
+        edges = [round(self.steps * (self.start + (self.end - self.start) * i / parts)) for i in range(parts + 1)]
+        windows = [(begin, max(end, begin + 1)) for begin, end in pairwise(edges)]
+        return windows if parts == count else windows * count
+
+
+class Conversion:
+    """A conversion under way, see :func:`progressive`.
+
+    Attributes:
+        model: the model whose norms are being replaced.
+        norms: the :class:`normfuse.nn.ProgressiveNorm` modules by their name in the model; one that is used at several
+            places is listed once.
+        report: what is replaced by what, and what was left alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, norms: dict[str, ProgressiveNorm], report: SwapReport, valid_mask: str | None
+    ) -> None:
+        self.model = model
+        self.norms = norms
+        self.report = report
+        self._valid_mask = valid_mask
+        self._hook = None
+        if valid_mask is not None and valid_mask in inspect.signature(model.forward).parameters:
+            self._hook = model.register_forward_pre_hook(self._hand_over_mask, with_kwargs=True)
+
+    def _hand_over_mask(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():  # an exported program may assign no attribute, and needs no mask
+            return
+        given = inspect.signature(model.forward).bind_partial(*arguments, **options).arguments
+        mask = given.get(self._valid_mask)
+        # It stays until the next forward: a checkpointed block runs again in the backward pass and needs it there.
+        pad_mask = None if mask is None else mask == 0
+        for norm in self.norms.values():
+            norm.pad_mask = pad_mask
+
+    @property
+    def share(self) -> float:
+        """The mean share λ of the original norms: 1 at the beginning, 0 when only static norms are left."""
+        return sum(norm.share for norm in self.norms.values()) / len(self.norms)
+
+    def step(self, steps: int = 1) -> None:
+        """Count optimiser steps; call it after each ``optimizer.step()``. Does not wait for the device."""
+        for norm in self.norms.values():
+            norm.advance(steps)
+
+    def calibrate(
+        self,
+        loader: Iterable[Any],
+        *,
+        max_batches: int | None = None,
+        device: torch.device | str | None = None,
+        fit: bool = True,
+    ) -> dict[str, float]:
+        """Set the statistics of the static norms from data, and fit them to the originals.
+
+        One pass over the data with the norms as they are (at λ = 1: the original model), in evaluation mode. With
+        ``fit``, gain and shift become those of the per-channel affine map that is closest to the original norm's output
+        in least squares, a far better start than the original's own gain, which belongs to another divisor.
+
+        Args:
+            loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
+                arguments.
+            max_batches: stop after that many; None: all.
+            device: where to move batches; None: leave them.
+            fit: whether to set gain and shift.
+
+        Returns:
+            For each norm the share of the original's variance that the fitted affine map explains, 1 at best.
+
+        Raises:
+            ValueError: no batch, no valid row for any norm, or a statistic that is not finite.
+        """
+        return fit_static_norms(self.model, self.norms, loader, max_batches=max_batches, device=device, fit=fit)
+
+    def finish(self) -> SwapReport:
+        """Put the static norms in their places; the model is then ready for :func:`normfuse.save` and export.
+
+        Raises:
+            ValueError: λ is not 0 everywhere. Nothing has changed then.
+        """
+        for name, norm in self.norms.items():
+            if norm.share > 0:
+                raise ValueError(
+                    f"{name} is still {norm.share:.1%} {type(norm.original).__name__} (step {norm.step.item()} of "
+                    f"{norm.end}); train on, and call step() after each step of the optimiser"
+                )
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(module, ProgressiveNorm):
+                put(self.model, name, module.static)
+        if self._hook is not None:
+            self._hook.remove()
+        return self.report
+
+
+def progressive(
+    model: nn.Module,
+    to: str = "rep_batch",
+    schedule: Schedule | int = 10_000,
+    *,
+    where: Where | None = None,
+    frozen: bool = False,
+    valid_mask: str | None = "attention_mask",
+    **options: Any,
+) -> Conversion:
+    """Replace norms of a trained model by λ · original + (1 − λ) · static norm, with λ falling to 0.
+
+    The model is the same function as before until training goes on. ``state_dict`` carries both norms, the statistics
+    and λ's step: to resume, build the model, call this with the same arguments, and load. Create the optimiser
+    afterwards.
+
+    .. code-block:: python
+
+        conversion = progressive(model, to="rep_batch", schedule=Schedule(steps=10_000))
+        conversion.calibrate(loader, max_batches=50)
+        for batch in loader:
+            ...                       # loss.backward(); optimizer.step()
+            conversion.step()
+        conversion.finish()
+
+    Args:
+        model: changed in place. Found are the norms that :func:`swap_norms` finds.
+        to: "rep_batch", "unified" or "power" (without group scaling unless ``group_num`` asks for it).
+        schedule: when λ falls; a number stands for ``Schedule(steps=number)``.
+        where: which norms, as for :func:`swap_norms`; None: all.
+        frozen: keep the statistics as calibrated, only gain and shift learn. Then training and evaluation are the same
+            function, which suits short trainings; running statistics follow the activations as they change.
+        valid_mask: the argument of the model's ``forward`` that is not 0 where a position is valid; where its shape is
+            that of a norm's input without the channels, padding is left out of the statistics. None: every row counts.
+        options: of the static norms, such as ``momentum=0.05``.
+
+    Returns:
+        A :class:`Conversion`.
+
+    Raises:
+        ValueError: ``to`` is unknown, nothing was found, or a norm cannot be replaced. The model is then as before.
+        TypeError: an option has a wrong type.
+    """
+    check_choice("to", to, STATIC)
+    if isinstance(schedule, int):
+        schedule = Schedule(schedule)
+    options = {"affine": True, **({"group_num": None} if to == "power" else {}), **options}
+    places, kept = find_norms(model, where)
+    fallback = next(model.parameters(), None)
+    originals = dict.fromkeys(old for _, old in places)
+    windows = schedule.windows(len(originals))
+    for (begin, end), old in zip(windows, originals, strict=True):
+        name = next(name for name, module in places if module is old)
+        static = successor(name, old, to, options, fallback)
+        originals[old] = ProgressiveNorm(old, static, begin=begin, end=end, frozen=frozen)
+    report, norms = SwapReport(kept=kept), {}
+    for name, old in places:
+        new = originals[old]
+        put(model, name, new)
+        report.swaps.append(Swap(name, type(old).__name__, type(new.static).__name__, new.static.num_features))
+        if new not in norms.values():
+            norms[name] = new
+    return Conversion(model, norms, report, valid_mask)
