@@ -18,6 +18,13 @@ from .report import FoldError
 
 aten = torch.ops.aten
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_VIEWS = {
+    *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.numpy_T.default, aten.mT.default, aten.movedim.int, aten.flatten.using_ints, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor),
+    *(aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype),
+    operator.getitem,
+}
 # Arithmetic that float64 only makes more exact. Anything else, a floor of an arange say, is evaluated as written.
 _SMOOTH = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.reciprocal.default),
@@ -100,6 +107,12 @@ class Program:
         """The name of the parameter a constant comes from (the first, when it is computed from several)."""
         sources = list(self._sources(node))
         return self._targets[sources[0].name] if sources else node.name
+
+    def computed(self, node: Node) -> bool:
+        """Whether arithmetic makes the value from parameters, and not only another view of one."""
+        if node.op != "call_function" or node in self._new:
+            return False
+        return node.target not in _VIEWS or any(self.computed(operand) for operand in node.all_input_nodes)
 
     def shared(self, node: Node) -> bool:
         """Whether another operation reads the same stored tensor."""

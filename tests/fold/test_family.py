@@ -126,6 +126,12 @@ def test_sigma_reparam_is_baked_and_takes_norms(again: bool) -> None:
     assert_nothing_left(program, report)
 
 
+def test_a_reparametrised_weight_is_stored_as_it_is_also_where_nothing_folds() -> None:
+    model = nn.Sequential(sigma_reparam(nn.Linear(5, C)), nn.GELU(), weight_standardization(nn.Linear(C, 4)))
+    program, _ = folded(trained(model), (torch.randn(2, 5).double(),))
+    assert kinds(program) == ["linear", "gelu", "linear"]
+
+
 @pytest.mark.parametrize("estimated", [False, True])
 def test_of_batch_channel_norm_the_group_half_stays(estimated: bool) -> None:
     model = Image(BatchChannelNorm(C, 3, estimated=estimated))

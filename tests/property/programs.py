@@ -9,6 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normfuse.nn import (
+    DomainSplitNorm,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+)
+
 
 class Map(nn.Module):
     """A static norm as plain arithmetic: ``x * scale + shift`` along one axis."""
@@ -19,6 +30,19 @@ class Map(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x, self.scale)
+
+
+# Every norm of the package that is one affine map in evaluation.
+FAMILY = (
+    UnifiedNorm,
+    lambda width: PowerNorm(width, group_num=None),
+    MaskedBatchNorm,
+    RegularizedBatchNorm,
+    EstimatedBatchNorm,
+    RepBatchNorm,
+    lambda width: MovingAverageBatchNorm(width, channel_dim=-1),
+    lambda width: DomainSplitNorm(RepBatchNorm(width), domain=1),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +67,7 @@ class Plan:
 
 
 UNARY = (
-    "norm norm norm batch_norm linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads "
+    "norm norm norm batch_norm family linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads "
     "roll_channels add_constant add_position scale mean_back layer_norm rms_norm neg matmul_weight padded double"
 ).split()
 BINARY = ("add", "add", "add", "sub", "mul", "concat_channels", "concat_positions")
@@ -61,7 +85,7 @@ class Program(nn.Module):
         width = plan.width
 
         def rand(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         def layer(module: nn.Module) -> nn.Module:
             for parameter in module.parameters():
@@ -79,9 +103,18 @@ class Program(nn.Module):
             module.running_mean, module.running_var = rand(width), torch.exp(rand(width))
             return module
 
+        def member(module: nn.Module) -> nn.Module:
+            module = layer(module)
+            for name, statistic in module.named_buffers():
+                if statistic.is_floating_point():
+                    statistic.copy_(torch.exp(rand(*statistic.shape)) if "mean" not in name else rand(*statistic.shape))
+            return module
+
         self.embed = layer(nn.Embedding(9, width))
         self.norms = nn.ModuleList(norm() for _ in range(3))
         self.batch_norms = nn.ModuleList(batch_norm() for _ in range(2))
+        used = {self._member(step.layer) for step in plan.steps if step.kind == "family"}
+        self.family = nn.ModuleDict({str(i): member(FAMILY[i](width)) for i in sorted(used)})
         self.linears = nn.ModuleList(layer(nn.Linear(width, width, bias=i != 1)) for i in range(3))
         self.wide = nn.ModuleList(layer(nn.Linear(2 * width, width)) for _ in range(2))
         self.qkv = layer(nn.Linear(width, 3 * width))
@@ -104,6 +137,12 @@ class Program(nn.Module):
 
     def do_batch_norm(self, x: Tensor, n: int) -> Tensor:
         return self.batch_norms[n % 2](x.transpose(1, 2)).transpose(1, 2)
+
+    def do_family(self, x: Tensor, n: int) -> Tensor:
+        return self.family[str(self._member(n))](x)
+
+    def _member(self, n: int) -> int:
+        return (n + self.plan.seed) % len(FAMILY)
 
     def do_linear(self, x: Tensor, n: int) -> Tensor:
         return self.linears[n % 3](x)

@@ -101,6 +101,8 @@ class Weighted(Rule):
             for numbers in (fold.scales[fold.scale(node)], fold.shift_of[node])
         )
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
+        if fold.program.computed(weight) and not rescaled:
+            fold.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
         if not rescaled and not t_x.any() and not t_y.any():
             return
         constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)

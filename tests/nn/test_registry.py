@@ -1,0 +1,105 @@
+"""The table of norms is complete, true, and what docs/norms.md shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import normfuse.nn
+from normfuse.fold import fold
+from normfuse.nn.registry import NORMS, NOTHING, page
+
+ROOT = Path(__file__).parent.parent.parent
+C = 8
+FUNCTIONS = {
+    "batch_norm_penalty",
+    "calibrate",
+    "choose_domain",
+    "convert_sync",
+    "keep_norms",
+    "monitor",
+    "set_momentum",
+}
+NO_NORMS = {"Monitor"}
+
+
+def test_every_public_norm_has_a_row():
+    named = {entry.name.partition("(")[0] for entry in NORMS}
+    public = set(normfuse.nn.__all__) - FUNCTIONS - NO_NORMS
+    assert public - named == set()
+    assert named - public == {"LayerNorm", "RMSNorm"}
+    assert len({entry.name for entry in NORMS}) == len(NORMS)
+
+
+def test_the_committed_page_is_made_from_the_table_and_the_committed_measurement():
+    costs = json.loads((ROOT / "benchmarks" / "results" / "norm_costs.json").read_text())
+    assert set(costs["ratios"]) == {entry.name for entry in NORMS}
+    assert (ROOT / "docs" / "norms.md").read_text() == page(costs)
+
+
+class Between(nn.Module):
+    """The norm between two weights; ``none`` leaves it out."""
+
+    def __init__(self, entry, none=False):
+        super().__init__()
+        if entry.layout == "image":
+            self.first, self.second = nn.Conv2d(3, C, 1), nn.Conv2d(C, 2, 1)
+        else:
+            self.first, self.second = nn.Linear(3, C), nn.Linear(C, 2)
+        self.norm = nn.Linear(C, C) if none and entry.layout == "weight" else nn.Identity() if none else entry.make(C)
+        self.none = none
+
+    def forward(self, x, *others):
+        x = self.first(x)
+        return self.second(self.norm(x) if self.none else self.norm(x, *others))
+
+
+def trained(model):
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("alpha") or not tensor.is_floating_point():
+                continue
+            tensor.copy_(0.5 + torch.rand_like(tensor) if "var" in name or "phi" in name else torch.randn_like(tensor))
+    for module in model.modules():
+        if hasattr(module, "advance"):
+            module.advance(module.end)
+    return model.double().eval()
+
+
+def data_operations(program):
+    constants = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name not in program.graph_signature.user_inputs:
+            constants.add(node)
+        elif node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= constants:
+            constants.add(node)
+        elif node.op == "call_function" and not node.all_input_nodes:
+            constants.add(node)
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function" and n not in constants]
+
+
+@pytest.mark.parametrize("entry", NORMS, ids=lambda entry: entry.name)
+def test_what_remains_is_what_the_table_says(entry):
+    """Static: the folded program is that without the norm. Dynamic: it is longer."""
+    model = trained(Between(entry))
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64) if entry.layout == "image" else torch.randn(2, 5, 3).double()
+    others = entry.others(x.new_zeros(2, C, 5, 4) if entry.layout == "image" else x.new_zeros(2, 5, C))
+    folded, report = fold(torch.export.export(model, (x, *others)))
+    with torch.no_grad():
+        torch.testing.assert_close(folded.module()(x, *others), model(x, *others), rtol=1e-10, atol=1e-10)
+    bare, _ = fold(torch.export.export(Between(entry, none=True).double().eval(), (x, *others)))
+    assert entry.static == entry.remains.startswith(NOTHING)
+    assert (data_operations(folded) == data_operations(bare)) is entry.static
+    if entry.static:
+        assert not report.remaining
+
+
+def test_the_benchmark_writes_the_page(tmp_path):
+    results, file = tmp_path / "costs.json", tmp_path / "norms.md"
+    command = [sys.executable, str(ROOT / "benchmarks" / "norm_costs.py"), "--rounds", "1", "--batch", "2"]
+    subprocess.run([*command, "--results", str(results), "--page", str(file)], check=True, capture_output=True)
+    assert file.read_text() == page(json.loads(results.read_text()))
