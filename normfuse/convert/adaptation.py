@@ -1,0 +1,334 @@
+"""Statistics at test time: BatchNorms that adapt to the data they meet, and constants again when that is done."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ..nn._running_norm import check_count, check_fraction, check_positive
+from ..ops._layout import accumulation_dtype
+from .swap import LastDimBatchNorm, Swap, SwapReport, Where, _selector
+
+
+class AdaptingNorm(nn.Module):
+    """Base of what :func:`adapt` puts around a BatchNorm, whose own statistics are those of the source data.
+
+    The BatchNorm, of whatever class, computes the result and is always in evaluation mode. Where other statistics than
+    its own are to be used, its input is rescaled so that it gives what they would have given.
+    """
+
+    #: Why the adapted statistics cannot become constants.
+    refusal: str | None = None
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.train(norm.training)
+
+    def train(self, mode: bool = True) -> AdaptingNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 if isinstance(self.norm, LastDimBatchNorm) else 1
+
+    def _instances(self, x: Tensor) -> Tensor:
+        """``x`` as [samples, channels, positions], in a dtype for statistics."""
+        x = x.movedim(self.channel_dim, 1)
+        return (x.flatten(2) if x.dim() > 2 else x[..., None]).to(accumulation_dtype(x.dtype))
+
+    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """What the norm gives with other statistics, [channels] or [samples, channels]."""
+        norm = self.norm
+        scale = torch.sqrt((norm.running_var + norm.eps) / (var + norm.eps))
+        shift = norm.running_mean - mean * scale
+        shape = [1] * x.dim()
+        shape[0], shape[self.channel_dim] = -1, scale.shape[-1]
+        return norm(torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype))
+
+    def settle(self) -> bool:
+        """Give the adapted statistics to the BatchNorm; whether there are any."""
+        raise NotImplementedError
+
+
+class AlphaBatchNorm(AdaptingNorm):
+    """α-BN (You et al., 2021, arXiv 2110.04065): statistics mixed from the source's and those of each batch.
+
+        mean = (1 - test_weight) * running_mean + test_weight * mean of the batch
+
+    and the variance, unbiased, likewise. Gradients flow through the statistics of the batch. Settling uses one batch
+    of everything seen.
+
+    Args:
+        norm: the BatchNorm with the source's statistics.
+        test_weight: share of the batch, from 0 to 1.
+
+    Attributes:
+        seen_rows, seen_mean, seen_var: number, mean and biased variance of all rows so far.
+    """
+
+    def __init__(self, norm: _BatchNorm, test_weight: float = 0.1) -> None:
+        super().__init__(norm)
+        check_fraction("test_weight", test_weight, "batch's")
+        self.test_weight = test_weight
+        self.register_buffer("seen_rows", torch.zeros((), dtype=torch.int64, device=norm.running_mean.device))
+        self.register_buffer("seen_mean", torch.zeros_like(norm.running_mean))
+        self.register_buffer("seen_var", torch.zeros_like(norm.running_var))
+
+    def _mixed(self, mean: Tensor, var: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The statistics to use, from mean and biased variance of ``rows`` rows."""
+        unbiased = var * (rows / torch.sym_max(rows - 1, 1))
+        norm = self.norm
+        return norm.running_mean.lerp(mean, self.test_weight), norm.running_var.lerp(unbiased, self.test_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self._instances(x)
+        rows = values.shape[0] * values.shape[2]
+        if rows == 0:
+            return self.norm(x)
+        var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
+        mean, var = mean.to(self.seen_mean), var.to(self.seen_var)
+        if not torch.compiler.is_exporting():
+            self._see(mean.detach(), var.detach(), rows)
+        return self._normalise(x, *self._mixed(mean, var, rows))
+
+    @torch.no_grad()
+    def _see(self, mean: Tensor, var: Tensor, rows: int) -> None:
+        self.seen_rows = self.seen_rows + rows
+        share = rows / self.seen_rows.to(mean.dtype)
+        spread = (1 - share) * (mean - self.seen_mean).square()
+        self.seen_var = self.seen_var.lerp(var + spread, share)
+        self.seen_mean = self.seen_mean.lerp(mean, share)
+
+    @torch.no_grad()
+    def settle(self) -> bool:
+        rows = int(self.seen_rows)
+        if rows:
+            mean, var = self._mixed(self.seen_mean, self.seen_var, rows)
+            self.norm.running_mean.copy_(mean)
+            self.norm.running_var.copy_(var)
+        return rows > 0
+
+    def extra_repr(self) -> str:
+        return f"test_weight={self.test_weight}"
+
+
+class DecayingBatchNorm(AdaptingNorm):
+    """Running statistics that follow the data ever more slowly (OSUDA, Liu et al., 2021, arXiv 2106.12497).
+
+    Batch k, from 0 on, moves them by its share, and is normalised by what they are then:
+
+        running = (1 - share) * running + share * batch,   share = rate * exp(-decay * k)
+
+    The variance of the batch is unbiased. Gradients do not flow through the statistics.
+
+    Args:
+        norm: the BatchNorm with the source's statistics, which are moved.
+        rate: share of the first batch, from 0 to 1.
+        decay: positive; 0.1 makes the share a third after eleven batches.
+
+    Attributes:
+        batches: number of batches so far.
+    """
+
+    def __init__(self, norm: _BatchNorm, rate: float = 0.1, decay: float = 0.05) -> None:
+        super().__init__(norm)
+        check_fraction("rate", rate, "batch's")
+        check_positive("decay", decay)
+        self.rate, self.decay = rate, decay
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=norm.running_mean.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            self._follow(self._instances(x.detach()))
+        return self.norm(x)
+
+    @torch.no_grad()
+    def _follow(self, values: Tensor) -> None:
+        rows = values.shape[0] * values.shape[2]
+        if rows == 0:
+            return
+        var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
+        share = self.rate * torch.exp(-self.decay * self.batches.to(mean.dtype))
+        norm, unbiased = self.norm, var * (rows / max(rows - 1, 1))
+        # New tensors: the graphs of earlier batches hold the old ones.
+        norm.running_mean = norm.running_mean.lerp(mean.to(norm.running_mean), share.to(norm.running_mean))
+        norm.running_var = norm.running_var.lerp(unbiased.to(norm.running_var), share.to(norm.running_var))
+        self.batches += 1
+
+    def settle(self) -> bool:
+        return bool(self.batches > 0)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, decay={self.decay}"
+
+
+class UnMixBatchNorm(AdaptingNorm):
+    """UnMix-TNS (Tomar et al., 2024, arXiv 2401.08328): each sample's statistics, from components that follow data.
+
+    The source's statistics are spread over K components. With a sample's own mean m and biased variance v over its
+    positions, and p = softmax over components of cos(m, component means) / temperature,
+
+        means = (1 - p) * component means + p * m,   variances = (1 - p) * component variances + p * v
+
+    and the sample is normalised by the statistics of that mixture. Components move by ``p * (m - component mean)``,
+    averaged over samples, times ``1 - (1 - momentum) ** (samples / 64)``; variances likewise. Gradients flow through
+    the sample's statistics.
+
+    Args:
+        norm: the BatchNorm with the source's statistics.
+        components: K, at least 2.
+        momentum: from 0 to 1, how far 64 samples move the components.
+        temperature: positive.
+        generator: for the random part of the components' first means.
+
+    Attributes:
+        means, vars: [K, C], the components.
+    """
+
+    refusal = (
+        "UnMix-TNS computes statistics from each sample, so there are no constants to freeze or to fold; export the "
+        'model as it is, or adapt with method="alpha" or method="decay"'
+    )
+
+    def __init__(
+        self,
+        norm: _BatchNorm,
+        components: int = 16,
+        momentum: float = 0.1,
+        temperature: float = 0.07,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(norm)
+        check_count("components", components, 2)
+        check_fraction("momentum", momentum, "new")
+        check_positive("temperature", temperature)
+        self.momentum, self.temperature = momentum, temperature
+        mean, var = norm.running_mean, norm.running_var
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(components, mean.numel(), generator=generator, device=device, dtype=mean.dtype)
+        # Half of the variance is within the components, half between their means.
+        spread = math.sqrt(0.5 * components / (components - 1)) * var.sqrt()
+        self.register_buffer("means", mean + spread * noise.to(mean.device))
+        self.register_buffer("vars", (0.5 * var).expand(components, -1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self._instances(x).to(self.means)
+        if values.numel() == 0:
+            return self.norm(x)
+        var, mean = torch.var_mean(values, dim=2, correction=0)
+        likeness = nn.functional.cosine_similarity(mean[:, None], self.means, dim=-1)
+        p = torch.softmax(likeness / self.temperature, dim=1)[..., None]
+        means, vars_ = self.means.lerp(mean[:, None], p), self.vars.lerp(var[:, None], p)
+        mixed = means.mean(1)
+        mixed_var = vars_.mean(1) + (means - mixed[:, None]).square().mean(1)
+        if not torch.compiler.is_exporting():
+            rate = 1 - (1 - self.momentum) ** (values.shape[0] / 64)
+            # New tensors: the graph holds the old ones.
+            self.means = self.means.lerp(means.detach().mean(0), rate)
+            self.vars = self.vars.lerp(vars_.detach().mean(0), rate)
+        return self._normalise(x, mixed, mixed_var)
+
+    def extra_repr(self) -> str:
+        return f"components={self.means.shape[0]}, momentum={self.momentum}, temperature={self.temperature}"
+
+
+_METHODS: dict[str, type[AdaptingNorm]] = {
+    "alpha": AlphaBatchNorm,
+    "decay": DecayingBatchNorm,
+    "unmix": UnMixBatchNorm,
+}
+
+
+def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None, **options: Any) -> SwapReport:
+    """Let the BatchNorms of a trained ``model`` adapt to the data that it meets from now on; changes it in place.
+
+    Run the model on data of the new kind, in any mode: BatchNorms are in evaluation in both. :func:`freeze` makes
+    adapted statistics constants again. Without it an exported program adapts to each batch (``"alpha"``) or sample
+    (``"unmix"``) it meets, and stands still otherwise.
+
+    Args:
+        model: contains BatchNorms of PyTorch, or of classes derived from them, with running statistics.
+        method: ``"alpha"`` (:class:`AlphaBatchNorm`), ``"decay"`` (:class:`DecayingBatchNorm`) or ``"unmix"``
+            (:class:`UnMixBatchNorm`).
+        where: which norms, as for :func:`swap_norms`; None: all.
+        options: of the method: ``test_weight``; ``rate``, ``decay``; ``components``, ``momentum``, ``temperature``,
+            ``generator``.
+
+    Returns:
+        A :class:`SwapReport`.
+
+    Raises:
+        ValueError: nothing was found, a norm has no statistics, the model adapts already, or an option is out of its
+            range. The model is then as before.
+        TypeError: an option is unknown or has a wrong type.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r} is unknown; give one of {', '.join(map(repr, _METHODS))}")
+    if any(isinstance(module, AdaptingNorm) for module in model.modules()):
+        raise ValueError("model adapts already; call freeze(model) first, or load it anew")
+    if isinstance(model, _BatchNorm):
+        raise ValueError("model is itself a norm; give the module that contains it")
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)]
+    selected = _selector(where)
+    chosen = [(name, norm) for name, norm in places if selected(name, norm)]
+    report = SwapReport(kept=[name for name, norm in places if not selected(name, norm)])
+    if not chosen:
+        raise ValueError(f"where={where!r} selects nothing; the BatchNorms are {', '.join(report.kept) or 'none'}")
+    adapting: dict[nn.Module, AdaptingNorm] = {}
+    for name, norm in chosen:
+        if norm.running_mean is None or is_lazy(norm.running_mean):
+            raise ValueError(f"{name}, a {type(norm).__name__}, has no running statistics to start from")
+        if norm not in adapting:
+            training = norm.training
+            try:
+                adapting[norm] = _METHODS[method](norm, **options)
+            finally:
+                norm.train(training)
+        report.swaps.append(Swap(name, type(norm).__name__, _METHODS[method].__name__, norm.num_features))
+    for name, norm in chosen:
+        norm.eval()
+        _put(model, name, adapting[norm])
+    return report
+
+
+def freeze(model: nn.Module) -> SwapReport:
+    """Make the statistics that :func:`adapt` has gathered the BatchNorms' own, and the model as it was otherwise.
+
+    Such norms fold like any BatchNorm. A norm that met no data keeps the source's statistics.
+
+    Returns:
+        A :class:`SwapReport`.
+
+    Raises:
+        ValueError: nothing adapts, no norm met data, or statistics are computed from each sample (UnMix-TNS). The
+            model is then as before.
+    """
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptingNorm)]
+    if not places:
+        raise ValueError(f"model of class {type(model).__name__} does not adapt; call adapt(model) first")
+    for name, module in places:
+        if module.refusal is not None:
+            raise ValueError(f"{name}: {module.refusal}")
+    settled = [module.settle() for module in dict.fromkeys(module for _, module in places)]
+    if not any(settled):
+        raise ValueError("no norm of the model met data; run the model on data to adapt to first")
+    report = SwapReport()
+    for name, module in places:
+        module.norm.train(module.training)
+        _put(model, name, module.norm)
+        after = type(module.norm).__name__
+        report.swaps.append(Swap(name, type(module).__name__, after, module.norm.num_features))
+    return report
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, label = name.rpartition(".")
+    setattr(model.get_submodule(parent), label, module)
