@@ -255,6 +255,56 @@ std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tenso
   return {grad_x, grad_weight, grad_bias};
 }
 
+RowNorm row_norm_of(int64_t kind) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "normfuse: kind is ", kind,
+                  "; it must be 0 (LayerNorm), 1 (RMSNorm) or 2 (CRMSNorm).");
+  return RowNorm(kind);
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_norm_forward(Tensor x, std::optional<Tensor> residual,
+                                                    std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                    int64_t kind, double eps) {
+  const Input in(x);
+  RowNormForward a{};
+  a.shape = in.shape;
+  a.x = x.const_data_ptr();
+  a.residual = residual ? in.matrix("residual", *residual) : nullptr;
+  a.weight = weight ? in.vector("weight", *weight) : nullptr;
+  a.bias = bias ? in.vector("bias", *bias) : nullptr;
+  a.kind = row_norm_of(kind);
+  a.eps = eps;
+  const bool mean = a.kind != RowNorm::kRms;
+  Tensor y = in.like_x(), stats = torch::stable::new_empty(x, {mean ? 2 : 1, in.shape.rows}, in.acc);
+  Tensor s = residual ? in.like_x() : torch::stable::new_empty(x, {0}, x.scalar_type());
+  a.y = y.mutable_data_ptr();
+  a.s = residual ? s.mutable_data_ptr() : nullptr;
+  a.inv_std = stats.mutable_data_ptr();
+  a.mean = mean ? static_cast<char*>(stats.mutable_data_ptr()) + in.shape.rows * element_size(in.acc) : nullptr;
+  run(&row_norm_forward_cpu, NORMFUSE_DEVICE(row_norm_forward_cuda), a, in);
+  return {y, s, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_norm_backward(Tensor grad_y, std::optional<Tensor> grad_s, Tensor s,
+                                                     std::optional<Tensor> weight, Tensor stats, int64_t kind) {
+  const Input in(s);
+  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  RowNormBackward a{};
+  a.shape = in.shape;
+  a.grad_y = in.matrix("grad_y", grad_y);
+  a.grad_s = grad_s ? in.matrix("grad_s", *grad_s) : nullptr;
+  a.s = s.const_data_ptr();
+  a.weight = weight ? in.vector("weight", *weight) : nullptr;
+  a.kind = row_norm_of(kind);
+  const bool mean = a.kind != RowNorm::kRms;
+  a.inv_std = in.check("stats", stats, in.acc, mean ? 2 : 1, in.shape.rows).const_data_ptr();
+  a.mean = mean ? static_cast<const char*>(a.inv_std) + in.shape.rows * element_size(in.acc) : nullptr;
+  a.grad_x = grad_x.mutable_data_ptr();
+  a.grad_weight = grad_weight.mutable_data_ptr();
+  a.grad_bias = grad_bias.mutable_data_ptr();
+  run(&row_norm_backward_cpu, NORMFUSE_DEVICE(row_norm_backward_cuda), a, in);
+  return {grad_x, grad_weight, grad_bias};
+}
+
 }  // namespace
 }  // namespace normfuse
 
@@ -277,13 +327,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
       "power_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, "
       "Tensor(a!) ema_gz, "
       "int group_num, float alpha_bkw, bool paper) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "row_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int kind, float eps) "
+      "-> (Tensor y, Tensor s, Tensor stats)");
+  m.def(
+      "row_norm_backward(Tensor grad_y, Tensor? grad_s, Tensor s, Tensor? weight, Tensor stats, int kind) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 #define NORMFUSE_REGISTER(m)                                               \
   m.impl("unified_norm_forward", TORCH_BOX(&normfuse::unified_forward));   \
   m.impl("unified_norm_backward", TORCH_BOX(&normfuse::unified_backward)); \
   m.impl("power_norm_forward", TORCH_BOX(&normfuse::power_forward));       \
-  m.impl("power_norm_backward", TORCH_BOX(&normfuse::power_backward))
+  m.impl("power_norm_backward", TORCH_BOX(&normfuse::power_backward));     \
+  m.impl("row_norm_forward", TORCH_BOX(&normfuse::row_norm_forward));      \
+  m.impl("row_norm_backward", TORCH_BOX(&normfuse::row_norm_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(normfuse, CPU, m) { NORMFUSE_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(normfuse, CUDA, m) { NORMFUSE_REGISTER(m); }

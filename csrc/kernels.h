@@ -97,6 +97,40 @@ struct PowerBackward {
   void* grad_bias;    // acc [channels]
 };
 
+// LayerNorm and its relatives, with an optional residual added first: s = x + residual, y = w (s - m) inv_std + b
+// per row. row_math.h says what m and inv_std are.
+enum class RowNorm { kLayer, kRms, kCentredRms };
+
+struct RowNormForward {
+  Matrix shape;
+  const void* x;
+  const void* residual;  // like x; null: s is x
+  const void* weight;    // acc [channels]; null: 1
+  const void* bias;      // acc [channels]; null: 0
+  RowNorm kind;
+  double eps;
+  // results
+  void* y;        // like x
+  void* s;        // like x; null without a residual
+  void* inv_std;  // acc [rows]
+  void* mean;     // acc [rows]; null for RMSNorm
+};
+
+struct RowNormBackward {
+  Matrix shape;
+  const void* grad_y;   // like x
+  const void* grad_s;   // like x, added to grad_x; null: none
+  const void* s;        // like x
+  const void* weight;   // acc [channels]; null: 1
+  const void* inv_std;  // from the forward
+  const void* mean;     // from the forward
+  RowNorm kind;
+  // results
+  void* grad_x;       // like x; the gradient of the residual too
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
+
 // On the host. The caller brings the threads: parallel(tasks, body) calls body(begin, end) on ranges that
 // cover [0, tasks) once. Results do not depend on how the tasks are split.
 using TaskRange = std::function<void(int64_t begin, int64_t end)>;
@@ -106,6 +140,8 @@ void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
 void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
 void power_forward_cpu(const PowerForward& args, Parallel parallel);
 void power_backward_cpu(const PowerBackward& args, Parallel parallel);
+void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel);
+void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel);
 
 // Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
 void prefer_huge_pages(void* data, size_t bytes);
@@ -118,5 +154,7 @@ int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stre
 int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream);
 int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
 int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
+int row_norm_forward_cuda(const RowNormForward& args, void* workspace, void* stream);
+int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* stream);
 
 }  // namespace normfuse

@@ -18,7 +18,7 @@ def implementation(request, monkeypatch):
         if not _native.available:
             pytest.skip(f"no kernels: {_native.unavailable_reason}")
         return request.param
-    for name in ("unified_norm", "power_norm"):
+    for name in ("unified_norm", "power_norm", "row_norm"):
         module = importlib.import_module(f"normfuse.ops.{name}")
         monkeypatch.setattr(module, "_forward", getattr(module, f"{name}_forward_reference"))
         monkeypatch.setattr(module, "_backward", getattr(module, f"{name}_backward_reference"))

@@ -10,6 +10,7 @@
 
 #define NORMFUSE_INLINE inline
 #include "../channel_math.h"
+#include "../row_math.h"
 
 // ThreadSanitizer is not ready yet when the loader picks.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \

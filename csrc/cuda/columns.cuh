@@ -33,6 +33,23 @@ struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
+  if constexpr (V == 1) {
+    *to = pack.v[0];
+  } else {  // as one word, because the compiler splits a struct; evicted first, to keep in L2 what is read again
+    static_assert(sizeof(pack) == sizeof(uint4));
+    uint4 word;
+    memcpy(&word, &pack, sizeof(word));
+    __stcs(reinterpret_cast<uint4*>(to), word);
+  }
+}
+
 // Per tile of channels, zero at the launch.
 struct TileCounters {
   unsigned long long valid_rows;
@@ -111,19 +128,10 @@ struct Place {
         inside(column < channels) {}
 
   __device__ __forceinline__ Pack<T, V> load(const T* matrix, int64_t row) const {
-    return *reinterpret_cast<const Pack<T, V>*>(matrix + row * channels + column);
+    return load_pack<T, V>(matrix + row * channels + column);
   }
   __device__ __forceinline__ void store(T* matrix, int64_t row, const Pack<T, V>& pack) const {
-    T* to = matrix + row * channels + column;
-    if constexpr (V == 1) {
-      *to = pack.v[0];
-    } else {  // as one word, because the compiler splits a struct; evicted first, to keep in L2 what is read
-              // again
-      static_assert(sizeof(pack) == sizeof(uint4));
-      uint4 word;
-      memcpy(&word, &pack, sizeof(word));
-      __stcs(reinterpret_cast<uint4*>(to), word);
-    }
+    store_pack(matrix + row * channels + column, pack);
   }
 
   // use(row, packs) on every row of this thread; the loads of kUnroll rows are issued together.

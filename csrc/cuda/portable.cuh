@@ -65,3 +65,4 @@ __device__ __forceinline__ void narrow(double v, double* to) { *to = v; }
 
 #define NORMFUSE_INLINE __device__ __forceinline__
 #include "../channel_math.h"
+#include "../row_math.h"

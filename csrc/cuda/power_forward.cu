@@ -1,19 +1,23 @@
 // Power Norm, forward. xs = s x, with s = 1/sqrt(mean of the group's x^2 + eps) per row and group, or 1.
-//   power_row_scale  s, a warp per row and group; only with group scaling. Reads x.
-//   power_sums       sums of xs^2 over all and over the valid rows, the step on each channel; after warm-up also
-//                    y = w xs / sqrt(phi) + b. Reads x; after warm-up writes y: one pass is all there is.
-//   power_apply      in warm-up y = w xs / sqrt(q + eps) + b. Reads x backwards, from L2 first, and writes y.
-// Tensors moved: 2 after warm-up, 3 in warm-up; one more with group scaling.
+//   power_sums          sums of xs^2 over all and over the valid rows, the step on each channel; after warm-up also
+//                       y = w xs / sqrt(phi) + b. Reads x; after warm-up writes y: one pass is all there is.
+//   power_apply         in warm-up y = w xs / sqrt(q + eps) + b. Reads x backwards, from L2 first, and writes y.
+// With group scaling, where a row of a group fits on chip, three kernels stand in for power_sums:
+//   power_prepare       w / sqrt(phi) per channel
+//   power_grouped_sums  s, and what power_sums does to the matrix. Reads x; after warm-up writes y.
+//   power_step          adds the sums, the step on each channel
+// Where it does not fit, or is too narrow for a warp, power_sums stays, with a pass before it:
+//   power_row_scale     s, a warp per row and group. Reads x.
+// Tensors moved: 2 after warm-up, 3 in warm-up; one more where power_row_scale runs.
 // Whether it is warm-up is decided on the device. The counter moves in power_apply, when nobody reads it any more.
-#include "columns.cuh"
-#include "rows.cuh"
+#include "teams.cuh"
 
 namespace normfuse {
 namespace cuda {
 namespace {
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) power_row_scale(PowerForward a) {
+__global__ void __launch_bounds__(kThreads, kSegmentBlocksPerMultiprocessor) power_row_scale(PowerForward a) {
   using Acc = AccOf<T>;
   const int64_t width = a.shape.channels / a.group_num;
   for_each_segment(a.shape.rows * a.group_num, [&](int64_t segment) {
@@ -30,12 +34,26 @@ __global__ void __launch_bounds__(kThreads) power_row_scale(PowerForward a) {
 
 // y = scale s x + shift on one pack
 template <class T, int V>
-__device__ __forceinline__ void write_pack(const Place<T, V>& place, void* y, int64_t row, const Pack<T, V>& x,
-                                           AccOf<T> s, const AccOf<T> (&scale)[V], const AccOf<T> (&shift)[V]) {
+__device__ __forceinline__ Pack<T, V> affine(const Pack<T, V>& x, AccOf<T> s, const AccOf<T> (&scale)[V],
+                                             const AccOf<T> (&shift)[V]) {
   Pack<T, V> out;
 #pragma unroll
   for (int i = 0; i < V; ++i) narrow(widen(x.v[i]) * s * scale[i] + shift[i], &out.v[i]);
-  place.store(static_cast<T*>(y), row, out);
+  return out;
+}
+
+// The step t of a channel, from its sums over all and over the valid rows.
+template <class Acc>
+__device__ __forceinline__ void step_channel(const PowerForward& a, unsigned long long valid_rows, int64_t t, int64_t c,
+                                             const Acc (&sum)[2]) {
+  const int64_t n = a.shape.channels;
+  Acc *phi = static_cast<Acc*>(a.running_phi), *stats = static_cast<Acc*>(a.stats);
+  const Acc q = mean_or(sum[1], a.pad_mask ? int64_t(valid_rows) : a.shape.rows, phi[c]);
+  const Acc inv_batch = inverse_sqrt(q + Acc(a.eps));
+  stats[c] = power_uses_batch(t, a.warmup_iters) ? inv_batch : inverse_sqrt(phi[c] + Acc(a.eps));
+  stats[n + c] = inv_batch;
+  stats[2 * n + c] = mean_or(sum[0], a.shape.rows, Acc(0));
+  phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
 }
 
 template <class T, int V>
@@ -64,20 +82,72 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) power_sums
       sums[0][i] += xs * xs;
       if (counts != 0) sums[1][i] += xs * xs;
     }
-    if (warm) write_pack(place, a.y, row, in[0], s, scale, shift);
+    if (warm) place.store(static_cast<T*>(a.y), row, affine(in[0], s, scale, shift));
   });
   TileCounters* tile = workspace.tiles + blockIdx.x;
   if (a.pad_mask && threadIdx.x == 0) atomicAdd(&tile->valid_rows, static_cast<unsigned long long>(valid));
 
-  finish_columns(sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sum)[2]) {
-    Acc* stats = static_cast<Acc*>(a.stats);
-    const Acc q = mean_or(sum[1], a.pad_mask ? int64_t(tile->valid_rows) : a.shape.rows, phi[c]);
-    const Acc inv_batch = inverse_sqrt(q + Acc(a.eps));
-    stats[c] = warm ? inverse_sqrt(phi[c] + Acc(a.eps)) : inv_batch;
-    stats[n + c] = inv_batch;
-    stats[2 * n + c] = mean_or(sum[0], a.shape.rows, Acc(0));
-    phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
-  });
+  finish_columns(sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles,
+                 [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, tile->valid_rows, t, c, sum); });
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads) power_prepare(PowerForward a, Workspace workspace) {
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread == 0) {
+    *workspace.flag = power_uses_batch(*a.iters + 1, a.warmup_iters);
+    workspace.tiles[0].valid_rows = 0;
+  }
+  if (thread >= a.shape.channels) return;
+  const Acc weight = static_cast<const Acc*>(a.weight)[thread], phi = static_cast<const Acc*>(a.running_phi)[thread];
+  static_cast<Acc*>(workspace.vectors)[thread] = weight * inverse_sqrt(phi + Acc(a.eps));
+}
+
+template <class T, int V, int kWarps>
+__global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, kWarps>::resident(kWarpsWithSums))
+    power_grouped_sums(PowerForward a, Workspace workspace) {
+  using Acc = AccOf<T>;
+  using Rows = Team<T, V, kWarps>;
+  const int64_t width = a.shape.channels / a.group_num;
+  const Rows team(a.shape.rows, a.shape.channels, width);
+  const bool warm = !*workspace.flag;
+  Acc sums[2][Rows::kPacks][V] = {};
+  unsigned valid = 0;
+  for (int64_t row = team.first; row < team.rows; row += team.stride) {
+    typename Rows::Packs x;
+    team.load(a.x, row, x);
+    Acc squares[1] = {0};
+    team.each([&](int p, int64_t) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) squares[0] += widen(x[p].v[i]) * widen(x[p].v[i]);
+    });
+    team.add(squares);
+    const Acc s = inverse_sqrt(squares[0] / Acc(width) + Acc(a.eps));
+    if (team.member == 0) static_cast<Acc*>(a.row_scale)[row * a.group_num + blockIdx.x] = s;
+    const bool counts = !(a.pad_mask && a.pad_mask[row]);
+    valid += counts;
+    team.each([&](int p, int64_t c) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const Acc xs = widen(x[p].v[i]) * s;
+        sums[0][p][i] += xs * xs;
+        if (counts) sums[1][p][i] += xs * xs;
+      }
+      if (!warm) return;
+      const auto scale = load_vector<V>(workspace.vectors, c, Acc(1)), shift = load_vector<V>(a.bias, c, Acc(0));
+      team.store(a.y, row, c, affine(x[p], s, scale.v, shift.v));
+    });
+  }
+  if (a.pad_mask && team.member == 0 && blockIdx.x == 0)
+    atomicAdd(&workspace.tiles[0].valid_rows, static_cast<unsigned long long>(valid));
+  team.write_partial(sums, static_cast<Acc*>(workspace.partial));
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads) power_step(PowerForward a, Workspace workspace, int64_t row_blocks) {
+  add_partial<2>(
+      static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
+      [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, workspace.tiles[0].valid_rows, *a.iters + 1, c, sum); });
 }
 
 template <class T, int V>
@@ -93,17 +163,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) power_appl
     shift[i] = static_cast<const Acc*>(a.bias)[place.column + i];
   }
   place.walk_back({static_cast<const T*>(a.x)}, [&](int64_t row, const Pack<T, V>(&in)[1]) {
-    write_pack(place, a.y, row, in[0], factor(row), scale, shift);
+    place.store(static_cast<T*>(a.y), row, affine(in[0], factor(row), scale, shift));
   });
 }
 
 template <class T, int V>
 int launch(const PowerForward& a, const Workspace& workspace, void* stream) {
   const ColumnGrid columns(a.shape, V);
-  if (const int error = clear_counters(workspace, a.shape, stream)) return error;
-  if (a.group_num > 0 && a.shape.rows > 0)
-    NF_LAUNCH((power_row_scale<T, V>), segment_grid(a.shape.rows * a.group_num), columns.block(), stream, a);
-  NF_LAUNCH((power_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+  const int64_t rows = a.shape.rows, n = a.shape.channels;
+  const bool fused =
+      a.group_num > 0 && with_group_team<T, V>(n / a.group_num, [&](auto warps) {
+        using Rows = Team<T, V, warps>;
+        const dim3 grid = team_grid<Rows>(rows, a.group_num, kWarpsWithSums);
+        NF_LAUNCH((power_prepare<AccOf<T>>), dim3(unsigned((n + kThreads - 1) / kThreads)), dim3(kThreads), stream, a,
+                  workspace);
+        NF_LAUNCH((power_grouped_sums<T, V, warps>), grid, team_block<Rows>(), stream, a, workspace);
+        NF_LAUNCH((power_step<AccOf<T>>), partial_grid(n), columns.block(), stream, a, workspace, int64_t(grid.y));
+      });
+  if (!fused) {
+    if (const int error = clear_counters(workspace, a.shape, stream)) return error;
+    if (a.group_num > 0 && rows > 0)
+      NF_LAUNCH((power_row_scale<T, V>), segment_grid(rows * a.group_num), columns.block(), stream, a);
+    NF_LAUNCH((power_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+  }
   NF_LAUNCH((power_apply<T, V>), columns.grid(), columns.block(), stream, a, workspace);
   return cudaGetLastError();
 }
@@ -116,8 +198,8 @@ int power_forward_cuda(const PowerForward& args, void* workspace, void* stream) 
   const int64_t width = args.shape.channels / (args.group_num > 0 ? args.group_num : 1);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(width, {args.x, args.y}) ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-                                                      : cuda::launch<T, 1>(args, w, stream);
+    return cuda::can_pack<T>(width, {args.x, args.y, args.bias}) ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
+                                                                 : cuda::launch<T, 1>(args, w, stream);
   });
 }
 

@@ -5,9 +5,11 @@
 
 namespace normfuse::cuda {
 
+constexpr int kSegmentBlocksPerMultiprocessor = 4;
+
 inline dim3 segment_grid(int64_t segments) {
   const int64_t useful = (segments + kThreadRows - 1) / kThreadRows;
-  const int64_t resident = int64_t(kBlocksPerMultiprocessor) * 4 * multiprocessors();
+  const int64_t resident = int64_t(kSegmentBlocksPerMultiprocessor) * multiprocessors();
   return dim3(unsigned(useful < resident ? useful : resident));
 }
 

@@ -82,7 +82,7 @@ __device__ double add_threads(double value, double* shared) {
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kWindowThreads) unified_window(UnifiedForward a, Workspace workspace) {
+__global__ void __launch_bounds__(kWindowThreads, 1) unified_window(UnifiedForward a, Workspace workspace) {
   NF_SHARED(double, shared, kWindowThreads);
   const State<Acc> state(a);
   const int64_t n = a.shape.channels, entries = a.window * n;

@@ -1,5 +1,5 @@
 // The device memory of one launch sequence: counters, partial sums, per-channel vectors, per-row values.
-#include "columns.cuh"
+#include "teams.cuh"
 
 namespace normfuse {
 namespace cuda {
@@ -9,15 +9,20 @@ constexpr size_t kAlign = 256;
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
+// Blocks per multiprocessor that leave column sums; the smallest blocks, of four warps, are the most.
+constexpr int kMostBlocksWithSums = kWarpsWithSums / 4;
+static_assert(kMostBlocksWithSums >= kBlocksPerMultiprocessor);
+
 // Bounds for packs of any size: the scalar path has the most tiles, one tile has the most row blocks.
 size_t counter_bytes(const Matrix& shape) {
   return aligned((shape.channels + kLanes - 1) / kLanes * sizeof(TileCounters));
 }
-size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * sizeof(double)); }
+size_t acc_bytes(const Matrix& shape) { return shape.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
+size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * acc_bytes(shape)); }
 size_t partial_bytes(const Matrix& shape) {
-  return aligned(2 * size_t(kBlocksPerMultiprocessor * multiprocessors()) * shape.channels * sizeof(double));
+  return aligned(2 * size_t(kMostBlocksWithSums * multiprocessors()) * shape.channels * acc_bytes(shape));
 }
-size_t row_bytes(const Matrix& shape, int64_t group_num) { return aligned(shape.rows * group_num * sizeof(double)); }
+size_t row_bytes(const Matrix& shape, int64_t group_num) { return aligned(shape.rows * group_num * acc_bytes(shape)); }
 
 }  // namespace
 

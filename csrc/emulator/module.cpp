@@ -45,6 +45,9 @@ struct Input {
   const bool* mask(std::optional<py::array>& array) const {
     return array ? static_cast<const bool*>(data(*array, py::dtype::of<bool>(), shape.rows)) : nullptr;
   }
+  // The memory of a matrix like x, or of a vector of acc numbers, that may be absent.
+  void* matrix(std::optional<py::array>& array) const { return array ? data(*array, x.dtype(), size()) : nullptr; }
+  void* vector(std::optional<py::array>& array) const { return array ? acc_data(*array, shape.channels) : nullptr; }
   int64_t size() const { return shape.rows * shape.channels; }
   py::array like_x() const { return py::array(x.dtype(), {shape.rows, shape.channels}); }
   py::array vectors(int64_t count) const { return py::array(acc, {count, shape.channels}); }
@@ -153,6 +156,49 @@ py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::ar
   return py::make_tuple(grad_x, grad_weight, grad_bias);
 }
 
+py::tuple row_norm_forward(py::array x, std::optional<py::array> residual, std::optional<py::array> weight,
+                           std::optional<py::array> bias, int64_t kind, double eps) {
+  const Input in(x);
+  const bool mean = RowNorm(kind) != RowNorm::kRms;
+  py::array y = in.like_x(), s = residual ? in.like_x() : py::array(x.dtype(), 0);
+  py::array stats(in.acc, {mean ? 2 : 1, int(in.shape.rows)});
+  const RowNormForward args{
+      in.shape,
+      x.data(),
+      in.matrix(residual),
+      in.vector(weight),
+      in.vector(bias),
+      RowNorm(kind),
+      eps,
+      y.mutable_data(),
+      residual ? s.mutable_data() : nullptr,
+      stats.mutable_data(),
+      mean ? static_cast<char*>(stats.mutable_data()) + in.shape.rows * in.acc.itemsize() : nullptr};
+  run(row_norm_forward_cuda, args);
+  return py::make_tuple(y, s, stats);
+}
+
+py::tuple row_norm_backward(py::array grad_y, std::optional<py::array> grad_s, py::array s,
+                            std::optional<py::array> weight, py::array stats, int64_t kind) {
+  const Input in(s);
+  const bool mean = RowNorm(kind) != RowNorm::kRms;
+  py::array grad_x = in.like_x(), grad_weight(in.acc, in.shape.channels), grad_bias(in.acc, in.shape.channels);
+  const char* inv_std = static_cast<const char*>(in.acc_data(stats, (mean ? 2 : 1) * in.shape.rows));
+  const RowNormBackward args{in.shape,
+                             in.data(grad_y, s.dtype(), in.size()),
+                             in.matrix(grad_s),
+                             s.data(),
+                             in.vector(weight),
+                             inv_std,
+                             mean ? inv_std + in.shape.rows * in.acc.itemsize() : nullptr,
+                             RowNorm(kind),
+                             grad_x.mutable_data(),
+                             grad_weight.mutable_data(),
+                             grad_bias.mutable_data()};
+  run(row_norm_backward_cuda, args);
+  return py::make_tuple(grad_x, grad_weight, grad_bias);
+}
+
 void configure(const std::string& order, unsigned seed, unsigned workers, int multiprocessors) {
   simt::Options o;
   if (order == "reverse")
@@ -174,6 +220,8 @@ PYBIND11_MODULE(normfuse_emulator, m) {
   m.def("unified_norm_backward", &unified_backward);
   m.def("power_norm_forward", &power_forward);
   m.def("power_norm_backward", &power_backward);
+  m.def("row_norm_forward", &row_norm_forward);
+  m.def("row_norm_backward", &row_norm_backward);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 1u,
         py::arg("workers") = 1u, py::arg("multiprocessors") = 4);
 }

@@ -18,6 +18,13 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def check_dtype(x: Tensor) -> None:
+    """Raise unless ``x`` has a dtype that the kernels know."""
+    if x.dtype not in INPUT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in INPUT_DTYPES)
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {allowed}: convert it with x.to(...)")
+
+
 def check_input(
     x: Tensor,
     channels: int,
@@ -26,9 +33,7 @@ def check_input(
     statistic: Tensor,
 ) -> None:
     """Refuse what would otherwise be flattened into a wrong matrix without a complaint."""
-    if x.dtype not in INPUT_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in INPUT_DTYPES)
-        raise TypeError(f"x has dtype {x.dtype}; allowed are {allowed}: convert it with x.to(...)")
+    check_dtype(x)
     if not -x.dim() <= channel_dim < x.dim():
         raise ValueError(
             f"channel_dim={channel_dim} does not exist in x of shape {tuple(x.shape)}; "

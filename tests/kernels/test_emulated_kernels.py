@@ -72,6 +72,15 @@ def test_groups(emulator, groups, dtype):
     check(emulator, Step.random("power", 30, 12, dtype, masked=True), {"group_num": groups})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("warmup_iters", [5, 100], ids=["running", "warm-up"])
+def test_wide_groups(emulator, dtype, warmup_iters):
+    """Rows of a group that a warp holds, a block of 4 and of 16 warps, and one that does not fit on chip."""
+    for channels, groups in ((600, 4), (1040, 1), (2067, 3), (2064, 1), (8200, 1)):
+        step = Step.random("power", 6, channels, dtype, masked=True)
+        check(emulator, step, {"group_num": groups, "warmup_iters": warmup_iters})
+
+
 @pytest.mark.parametrize("kind", ["unified", "power"])
 def test_unaligned_matrices(emulator, kind):
     step = Step.random(kind, 21, 16)

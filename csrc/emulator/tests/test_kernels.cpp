@@ -143,6 +143,30 @@ void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup) {
 }
 
 template <class T>
+void check_row_norm(int64_t rows, int64_t n, RowNorm kind, bool residual) {
+  Step<T> device(rows, n, 0), host(rows, n, 0);
+  std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
+  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward) {
+    std::vector<T> s = step.x;
+    std::vector<Acc<T>> inv_std(rows), mean(rows);
+    void* mean_or_null = kind == RowNorm::kRms ? nullptr : mean.data();
+    forward(RowNormForward{step.shape, step.x.data(), residual ? step.dy.data() : nullptr, step.weight.data(),
+                           step.bias.data(), kind, 1e-5, step.y.data(), residual ? s.data() : nullptr, inv_std.data(),
+                           mean_or_null});
+    backward(RowNormBackward{step.shape, step.dy.data(), residual ? step.x.data() : nullptr, s.data(),
+                             step.weight.data(), inv_std.data(), mean_or_null, kind, step.dx.data(), step.dw.data(),
+                             step.db.data()});
+  };
+  run(
+      device, [&](const auto& a) { CHECK(row_norm_forward_cuda(a, workspace.data(), nullptr) == cudaSuccess); },
+      [&](const auto& a) { CHECK(row_norm_backward_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
+  run(
+      host, [](const auto& a) { row_norm_forward_cpu(a, serial); },
+      [](const auto& a) { row_norm_backward_cpu(a, serial); });
+  check_same(device, host);
+}
+
+template <class T>
 void check_type() {
   for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
     check_unified<T>(37, n, false);
@@ -150,7 +174,12 @@ void check_type() {
     check_power<T>(37, n, 0, 0);
     check_power<T>(37, n, 1, 0);
     check_power<T>(37, n, n == 7 ? 7 : 3, 100);
+    check_row_norm<T>(37, n, RowNorm::kLayer, n == 7);
+    check_row_norm<T>(37, n, RowNorm::kRms, n == 48);
   }
+  check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row
+  check_row_norm<T>(2, 2056, RowNorm::kLayer, true);      // of 16 warps
+  check_row_norm<T>(2, 8200, RowNorm::kLayer, true);      // and a row that is not kept
 }
 
 }  // namespace

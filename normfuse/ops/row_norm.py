@@ -1,0 +1,244 @@
+"""LayerNorm, RMSNorm and CRMSNorm, with the residual add in the same pass.
+
+Their statistics come from each row, the channels of one position, so they stay in a deployed model; they are here
+to be compared with the norms that do not, and because they are everywhere. With n channels, z is the row
+
+- LayerNorm (Ba et al., 2016, arXiv 1607.06450): minus its mean, divided by sqrt(mean of that squared + eps);
+- RMSNorm (Zhang and Sennrich, 2019, arXiv 1910.07467): divided by sqrt(Σx²/n + eps);
+- CRMSNorm (Jiang et al., 2023, arXiv 2305.14858): divided by sqrt((Σx² + (Σx)²)/(n + 1) + eps), the RMSNorm of
+  n + 1 channels with mean zero whose last one is left out, because it is minus the sum of the others,
+
+and ``y = weight * z + bias``. ``residual`` is added first: s = x + residual is what is normalised, and the second
+result. The channels are the last dimension. For backward, x (or s) and one or two numbers a row are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layout import accumulation_dtype, cast, check_dtype, to_rows
+from ._registry import register_operation
+
+LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
+
+
+def _mean_square(centred: Tensor, kind: int) -> Tensor:
+    """[R, 1] numbers under the square root, without eps, of [R, n] rows that have lost their mean where they must."""
+    if kind != CRMS:
+        return centred.square().mean(-1, keepdim=True)
+    return (centred.square().sum(-1, keepdim=True) + centred.sum(-1, keepdim=True).square()) / (centred.shape[-1] + 1)
+
+
+def row_norm_forward_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward in plain PyTorch on [R, C] matrices; ``weight`` and ``bias`` [C] are float32 (float64 for float64).
+
+    Returns ``y`` [R, C]; ``s`` = x + residual [R, C] ([0] without a residual), both in x's dtype; ``stats`` [2, R],
+    1/sqrt(... + eps) and mean of each row, without the mean [1, R] for RMSNorm.
+    """
+    s = x if residual is None else x + residual
+    values = s.to(accumulation_dtype(x.dtype))
+    mean = values.mean(-1, keepdim=True)
+    centred = values - mean if kind == LAYER else values
+    inv_std = (_mean_square(centred, kind) + eps).rsqrt()
+    y = centred * inv_std
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    stats = torch.cat([inv_std] if kind == RMS else [inv_std, mean], dim=1).t().contiguous()
+    return y.to(x.dtype), x.new_empty(0) if residual is None else s, stats
+
+
+def row_norm_backward_reference(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor | None, stats: Tensor, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in plain PyTorch on [R, C] matrices; ``grad_s`` is that of the second result, None for zero.
+
+    Returns ``grad_x`` [R, C] in s's dtype, which is also the residual's, ``grad_weight`` [C] and ``grad_bias`` [C].
+    """
+    acc, channels = accumulation_dtype(s.dtype), s.shape[1]
+    values, dy = s.to(acc), grad_y.to(acc)
+    inv_std = stats[0, :, None]
+    z = (values - stats[1, :, None] if kind == LAYER else values) * inv_std
+    g = dy if weight is None else dy * weight
+    along = (g * z).sum(-1, keepdim=True) / (channels + 1 if kind == CRMS else channels)
+    grad = g - z * along
+    if kind == LAYER:
+        grad = grad - g.mean(-1, keepdim=True)
+    elif kind == CRMS:
+        grad = grad - stats[1, :, None] * channels * inv_std * along
+    grad = grad * inv_std
+    if grad_s is not None:
+        grad = grad + grad_s.to(acc)
+    return grad.to(s.dtype), (dy * z).sum(0), dy.sum(0)
+
+
+_forward = register_operation("row_norm_forward", row_norm_forward_reference, mutates=())
+_backward = register_operation("row_norm_backward", row_norm_backward_reference, mutates=())
+
+
+@torch.library.register_fake("normfuse::row_norm_forward")
+def _(x, residual, weight, bias, kind, eps):
+    stats = x.new_empty((1 if kind == RMS else 2, x.shape[0]), dtype=accumulation_dtype(x.dtype))
+    return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), stats
+
+
+@torch.library.register_fake("normfuse::row_norm_backward")
+def _(grad_y, grad_s, s, weight, stats, kind):
+    vector = stats.new_empty(s.shape[1])
+    return torch.empty_like(s), vector, torch.empty_like(vector)
+
+
+class _RowNorm(torch.autograd.Function):
+    """Autograd of the two operations. Keeps x or s as rows, the weight and ``stats`` for backward."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, kind, eps):
+        rows = to_rows(x, -1)
+        y, s, stats = _forward(rows, None if residual is None else to_rows(residual, -1), weight, bias, kind, eps)
+        ctx.save_for_backward(rows if residual is None else s, weight, stats)
+        ctx.kind, ctx.has_bias = kind, bias is not None
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_s=None):
+        rows, weight, stats = ctx.saved_tensors
+        if grad_y is None:  # only s was used
+            return grad_s, grad_s, *[None] * 4
+        grad_rows = None if grad_s is None else to_rows(grad_s, -1)
+        grad_x, grad_weight, grad_bias = _backward(to_rows(grad_y, -1), grad_rows, rows, weight, stats, ctx.kind)
+        grad_x = grad_x.view(grad_y.shape)
+        return (
+            grad_x,
+            grad_x if ctx.needs_input_grad[1] else None,
+            None if weight is None else grad_weight,
+            grad_bias if ctx.has_bias else None,
+            *[None] * 2,
+        )
+
+
+def _plain(s: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, eps: float) -> Tensor:
+    """What an exported program holds: torch's own operation, or CRMSNorm's formula."""
+    own = kind != CRMS and all(vector is None or vector.dtype == s.dtype for vector in (weight, bias))
+    dtype = s.dtype if own else accumulation_dtype(s.dtype)
+    values = cast(s, dtype)
+    weight = None if weight is None else cast(weight, dtype)
+    bias = None if bias is None else cast(bias, dtype)
+    shape = values.shape[-1:]
+    if kind == LAYER:
+        y = F.layer_norm(values, shape, weight, bias, eps)
+    elif kind == RMS:
+        y = F.rms_norm(values, shape, weight, eps)
+    else:
+        y = values * torch.rsqrt(_mean_square(values, kind) + eps)
+        y = y if weight is None else y * weight
+    return cast(y, s.dtype)
+
+
+def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]) -> None:
+    check_dtype(x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)} has no channels; the last dimension is normalised")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},): "
+                "channels are the last dimension, so move them there with x.movedim(1, -1)"
+            )
+        if vector is not None and vector.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {vector.device}: move one with .to(device)")
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)} on {residual.device}; it must be like x, "
+            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}: expand or convert it"
+        )
+
+
+def _row_norm(
+    kind: int, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, unit_offset: bool, fused: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    _check(x, residual, {"weight": weight, "bias": bias})
+    acc = accumulation_dtype(x.dtype)
+    if unit_offset and weight is not None:
+        weight = 1 + cast(weight, acc)
+    if not fused:
+        s = x if residual is None else x + residual
+        y = _plain(s, weight, bias, kind, eps)
+        return y if residual is None else (y, s)
+    weight = None if weight is None else cast(weight, acc).contiguous()
+    bias = None if bias is None else cast(bias, acc).contiguous()
+    return _RowNorm.apply(x, residual, weight, bias, kind, eps)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    unit_offset: bool = False,
+    fused: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension: ``weight * (s - mean) / sqrt(var + eps) + bias`` with s = x + residual.
+
+    Computed in float32 (float64 for float64 input) and rounded once. A bfloat16 or float16 s is rounded before it is
+    normalised, as ``x + residual`` would be. Differentiable once; ``fused=False`` as often as torch's own.
+
+    Args:
+        x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
+        weight, bias: [C] in any floating dtype; None stands for 1 and 0.
+        residual: like x; added to it first.
+        eps: added to the variance, inside the square root.
+        unit_offset: the gain is ``1 + weight``, as in Gemma, instead of ``weight``.
+        fused: False computes the same in plain ATen operations, which ``torch.export`` and folding know.
+
+    Returns:
+        y, of the shape and dtype of x; with ``residual`` the pair (y, s). Gradients flow through both.
+
+    Raises:
+        TypeError: the dtype of x is not supported.
+        ValueError: a shape or device does not match, or ``residual`` is not like x.
+    """
+    return _row_norm(LAYER, x, residual, weight, bias, eps, unit_offset, fused)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float | None = 1e-6,
+    unit_offset: bool = False,
+    fused: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension: ``weight * s / sqrt(mean of s² + eps)`` with s = x + residual.
+
+    ``eps=None`` takes that of the dtype computed in, as torch does. Else as :func:`layer_norm`.
+    """
+    eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
+    return _row_norm(RMS, x, residual, weight, None, eps, unit_offset, fused)
+
+
+def crms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float | None = 1e-6,
+    unit_offset: bool = False,
+    fused: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """CRMSNorm over the last dimension: ``weight * s / sqrt((Σs² + (Σs)²)/(C + 1) + eps)`` with s = x + residual.
+
+    That is RMSNorm of C + 1 channels with mean zero, of which x holds the first C. Else as :func:`rms_norm`.
+    """
+    eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
+    return _row_norm(CRMS, x, residual, weight, None, eps, unit_offset, fused)
