@@ -13,6 +13,7 @@ from .power_norm import PowerNorm
 from .progressive_norm import ProgressiveNorm
 from .region_norm import LearnableRegionNorm, RegionNorm
 from .rep_batch_norm import RepBatchNorm
+from .row_norm import CRMSNorm, LayerNorm, RMSNorm
 from .sigma_reparam import sigma_reparam
 from .sync import convert_sync
 from .time_layer_norm import TimeDependentLayerNorm
@@ -22,16 +23,19 @@ from .weight_standardization import center_weight, weight_standardization
 __all__ = [
     "AdaptiveInstanceNorm",
     "BatchChannelNorm",
+    "CRMSNorm",
     "Derf",
     "DomainSplitNorm",
     "DyT",
     "EstimatedBatchNorm",
+    "LayerNorm",
     "LearnableRegionNorm",
     "MaskedBatchNorm",
     "Monitor",
     "MovingAverageBatchNorm",
     "PowerNorm",
     "ProgressiveNorm",
+    "RMSNorm",
     "RegionNorm",
     "RegularizedBatchNorm",
     "RepBatchNorm",

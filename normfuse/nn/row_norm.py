@@ -1,0 +1,138 @@
+"""LayerNorm, RMSNorm and CRMSNorm as modules: torch's own, with fused kernels in training and a residual add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import crms_norm, layer_norm, rms_norm
+
+
+def _channels(normalized_shape: int | Sequence[int]) -> tuple[int]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(
+            f"normalized_shape={normalized_shape!r} is not allowed; give the number of channels, one positive int: "
+            "only the last dimension is normalised"
+        )
+    return shape
+
+
+class _RowNorm:
+    """What the three share, in front of torch's module: the gain's convention, and the check of x."""
+
+    unit_offset = False
+
+    def _use_unit_offset(self, unit_offset: bool) -> None:
+        self.unit_offset = unit_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1 (with ``unit_offset``: the weight to 0) and the bias to 0."""
+        super().reset_parameters()
+        if self.unit_offset and self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+    def _options(self, x: Tensor, residual: Tensor | None) -> dict[str, object]:
+        if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0]:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must have {self.normalized_shape[0]} channels in its last dimension: "
+                "check normalized_shape, or move the channels with x.movedim(1, -1)"
+            )
+        return {"residual": residual, "eps": self.eps, "unit_offset": self.unit_offset, "fused": self.training}
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", unit_offset=True" if self.unit_offset else "")
+
+
+class LayerNorm(_RowNorm, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over the last dimension, with kernels of its own in training and a fused residual add.
+
+    ``y = norm(x)``, or ``y, s = norm(x, residual)`` with s = x + residual and y the norm of s; gradients flow through
+    both. In evaluation it is torch's ``layer_norm`` behind a plain add, which exports and folds as that does.
+
+    Args:
+        normalized_shape: number of channels C (an int, or a sequence of one).
+        eps: added to the variance, inside the square root.
+        elementwise_affine: whether to learn ``weight`` [C].
+        bias: whether to learn ``bias`` [C] with it.
+        unit_offset: the gain is ``1 + weight``; the weight then starts at 0.
+        device, dtype: of the parameters.
+
+    Shape:
+        x, residual: any, with C channels last; float32, bfloat16, float16 or float64.
+        Output: like x; two of them with ``residual``.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        unit_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(_channels(normalized_shape), eps, elementwise_affine, bias, device, dtype)
+        self._use_unit_offset(unit_offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm(x, self.weight, self.bias, **self._options(x, residual))
+
+
+class RMSNorm(_RowNorm, nn.RMSNorm):
+    """``torch.nn.RMSNorm`` over the last dimension, with kernels of its own in training and a fused residual add.
+
+    ``y = norm(x)``, or ``y, s = norm(x, residual)`` with s = x + residual and y the norm of s; gradients flow through
+    both. In evaluation it is torch's ``rms_norm`` behind a plain add, which exports and folds as that does.
+
+    Args:
+        normalized_shape: number of channels C (an int, or a sequence of one).
+        eps: added to the mean square, inside the square root; None takes that of float32 (float64 for float64
+            input), as torch does.
+        elementwise_affine: whether to learn ``weight`` [C].
+        unit_offset: the gain is ``1 + weight``, as in Gemma; the weight then starts at 0.
+        device, dtype: of the parameters.
+
+    Shape:
+        x, residual: any, with C channels last; float32, bfloat16, float16 or float64.
+        Output: like x; two of them with ``residual``.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        unit_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(_channels(normalized_shape), eps, elementwise_affine, device, dtype)
+        self._use_unit_offset(unit_offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, **self._options(x, residual))
+
+
+class CRMSNorm(RMSNorm):
+    """Compressed RMSNorm (Jiang et al., 2023, arXiv 2305.14858): RMSNorm of C + 1 channels with mean zero, given C.
+
+    The last channel is minus the sum of the others, so nobody stores it: ``weight * x / sqrt((Σx² + (Σx)²)/(C + 1) +
+    eps)``. ``normalized_shape`` is C, one less than the network's width had the channel been kept. In evaluation it is
+    that formula in ATen operations. Else as :class:`RMSNorm`.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return crms_norm(x, self.weight, **self._options(x, residual))
