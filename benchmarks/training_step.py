@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.nn import PowerNorm, UnifiedNorm
+from normfuse.nn import LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
 
 CPU_SHAPES = ("8x197x192", "8x197x384", "32x128x768", "64x256x512")
 CUDA_SHAPES = (*CPU_SHAPES, "16x1024x4096", "8x4096x1024")
@@ -50,7 +50,7 @@ L2_FLUSH = 256 * 2**20  # bytes: more than the L2 cache of any GPU the kernels a
 class Candidate:
     """A training step: what to call, what it learns, and who computes its operation (None: torch alone)."""
 
-    step: Callable[[Tensor], Tensor]
+    step: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
     parameters: tuple[Tensor, ...]
     operation: ModuleType | None = None
     implementation: tuple[Callable, Callable] | None = None
@@ -77,8 +77,14 @@ def ours(kind: str, make: Callable[[], nn.Module], compiled: bool) -> dict[str, 
     return found
 
 
-def candidates(channels: int, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, Candidate]:
-    """Training steps by name, in the order of the report."""
+def with_residual(norm: Callable, residual: Tensor, parameters: tuple[Tensor, ...]) -> Candidate:
+    """A step that adds ``residual`` first and hands the sum on, as the skip around a block does."""
+    return Candidate(lambda x: norm(x, residual), (residual, *parameters))
+
+
+def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, Candidate]:
+    """Training steps by name, in the order of the report. Those with a residual do that much more."""
+    channels = residual.shape[-1]
     weight = torch.ones(channels, device=device, dtype=dtype, requires_grad=True)
     bias = torch.zeros(channels, device=device, dtype=dtype, requires_grad=True)
     mean, var = torch.zeros(channels, device=device, dtype=dtype), torch.ones(channels, device=device, dtype=dtype)
@@ -86,12 +92,21 @@ def candidates(channels: int, device: str, dtype: torch.dtype, compiled: bool) -
     def batch_norm(x: Tensor) -> Tensor:
         return F.batch_norm(x.view(-1, channels), mean, var, weight, bias, training=True).view(x.shape)
 
+    def add_then_layer_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + residual
+        return F.layer_norm(s, (channels,), weight, bias), s
+
+    layer, rms = LayerNorm(channels, device=device, dtype=dtype), RMSNorm(channels, device=device, dtype=dtype)
     return {
         "layer_norm": Candidate(lambda x: F.layer_norm(x, (channels,), weight, bias), (weight, bias)),
         "rms_norm": Candidate(lambda x: F.rms_norm(x, (channels,), weight), (weight,)),
         "batch_norm": Candidate(batch_norm, (weight, bias)),
         **ours("unified", lambda: UnifiedNorm(channels, warmup_iters=0, device=device), compiled),
         **ours("power", lambda: PowerNorm(channels, group_num=None, warmup_iters=0, device=device), compiled),
+        "our layer_norm": Candidate(layer, tuple(layer.parameters())),
+        "our rms_norm": Candidate(rms, tuple(rms.parameters())),
+        "add, layer_norm": with_residual(add_then_layer_norm, residual, (weight, bias)),
+        "our layer_norm, residual": with_residual(layer, residual, tuple(layer.parameters())),
     }
 
 
@@ -123,7 +138,9 @@ def runs_of(candidate: Candidate, x: Tensor, grad_y: Tensor) -> dict[str, Callab
     """The two things that are timed. Both build the graph, as training does."""
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(candidate.step(x), (x, *candidate.parameters), grad_y)
+        results = candidate.step(x)
+        results = results if isinstance(results, tuple) else (results,)
+        return torch.autograd.grad(results, (x, *candidate.parameters), [grad_y] * len(results))
 
     return {MODES[0]: lambda: candidate.step(x), MODES[1]: both}
 
@@ -136,7 +153,8 @@ def measure(
     x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
     grad_y = torch.randn(shape, generator=generator).to(device, dtype)
     target = torch.empty_like(grad_y)
-    norms = candidates(shape[-1], device, dtype, compiled)
+    residual = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    norms = candidates(residual, device, dtype, compiled)
     watch = Stopwatch(device, CLOCKS[clock])
     results = {}
     for mode in MODES:

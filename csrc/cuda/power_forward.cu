@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads) power_step(PowerForward a, Workspace workspace, int64_t row_blocks) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    power_step(PowerForward a, Workspace workspace, int64_t row_blocks) {
   add_partial<2>(
       static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
       [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, workspace.tiles[0].valid_rows, *a.iters + 1, c, sum); });

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from normfuse import _native
 from normfuse.nn import PowerNorm, UnifiedNorm
 
-pytestmark = pytest.mark.skipif(
+needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and _native.available and _native.build_info()["cuda"]),
     reason="needs a GPU and a build with CUDA kernels",
 )
+pytestmark = needs_gpu
 
 NORMS = {
     "unified": lambda c: UnifiedNorm(c, window_size=3, warmup_iters=5),
     "unified-filtered": lambda c: UnifiedNorm(c, window_size=3, warmup_iters=5, outlier_filtration=True),
     "power": lambda c: PowerNorm(c, group_num=None, warmup_iters=5),
     "power-grouped": lambda c: PowerNorm(c, group_num=1, warmup_iters=5),
+    "power-groups": lambda c: PowerNorm(c, group_num=3 if c % 3 == 0 else 1, warmup_iters=5),
 }
-SHAPES = [(1, 1), (1, 8), (7, 5), (64, 33), (1000, 192), (197, 384), (513, 1023), (4096, 768)]
+SHAPES = [(1, 1), (1, 8), (7, 5), (64, 33), (1000, 192), (197, 384), (513, 1023), (4096, 768), (300, 2304), (5, 8200)]
 # One rounding of the dtype for the result, and the sums of both sides in float32, which differ in order.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-11}
 STEPS = 9  # beyond warm-up, with the window filled

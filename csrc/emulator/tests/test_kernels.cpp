@@ -177,9 +177,11 @@ void check_type() {
     check_row_norm<T>(37, n, RowNorm::kLayer, n == 7);
     check_row_norm<T>(37, n, RowNorm::kRms, n == 48);
   }
-  check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row
-  check_row_norm<T>(2, 2056, RowNorm::kLayer, true);      // of 16 warps
-  check_row_norm<T>(2, 8200, RowNorm::kLayer, true);      // and a row that is not kept
+  if constexpr (std::is_same_v<T, float>) {
+    check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row
+    check_row_norm<T>(2, 2056, RowNorm::kLayer, true);      // of 16 warps
+    check_row_norm<T>(2, 8200, RowNorm::kLayer, true);      // and a row that is not kept
+  }
 }
 
 }  // namespace
