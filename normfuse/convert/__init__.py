@@ -4,6 +4,7 @@ from .adaptation import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm, adapt
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error
 from .progressive import Conversion, Schedule, progressive
+from .reconstruction import reconstruct
 from .swap import LastDimBatchNorm, Swap, SwapReport, swap_norms
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "lightning_callback",
     "output_error",
     "progressive",
+    "reconstruct",
     "relative_error",
     "swap_norms",
     "trainer_callback",

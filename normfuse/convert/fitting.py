@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import MaskedBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm
 from ..nn._running_norm import ChannelNorm
 from ..nn.calibration import run_batch
 from ..ops._layout import to_rows
 from ..ops.power_norm import group_scaling
+
+_SMALLEST_SLOPE = 1e-6  # of the largest one: adds that share of a channel's deviation, below float32's rounding
 
 
 class _Moments:
@@ -74,18 +76,47 @@ def fit_static_norms(
     for name, found in seen.items():
         if not found.sums.isfinite().all():
             raise ValueError(f"the statistic of {name} is not finite; look at the weights and the data")
-    return {name: _settle(norms[name].static, found, fit) for name, found in seen.items()}
+    return {name: 1 - _settle(norms[name].static, found, fit) for name, found in seen.items()}
 
 
 def _settle(static: ChannelNorm, moments: _Moments, fit: bool) -> float:
-    """Set statistics, gain and shift; the share of v's variance that the best affine map of u explains."""
     mean, target, square, product, target_square = moments.sums / moments.rows
-    var = (square - mean**2).clamp(min=0)
-    covariance = product - mean * target
+    var, target_var = ((s - m**2).clamp(min=0) for s, m in ((square, mean), (target_square, target)))
+    return set_affine(static, mean, var, target, target_var, product - mean * target, fit=fit)
+
+
+def set_affine(
+    static: ChannelNorm,
+    mean: Tensor,
+    var: Tensor,
+    target: Tensor,
+    target_var: Tensor,
+    covariance: Tensor,
+    *,
+    fit: bool = True,
+) -> float:
+    """Give a static norm the statistics of its input and, with ``fit``, the affine map that is closest to a target.
+
+    Args:
+        static: changed in place.
+        mean, var: of the input u, per channel.
+        target, target_var: mean and variance of the target v.
+        covariance: of u and v.
+        fit: whether to set gain and shift as well.
+
+    Returns:
+        What the best affine map leaves: its squared error over the variance of v, both summed over channels.
+    """
+    square = var + mean**2
     # A channel that never changes determines no slope: the shift alone then gives its value.
     slope = torch.where(var > 1e-12 * square, covariance / var, 0.0)
+    left = (target_var - slope * covariance).clamp(min=0).sum()
+    # Not 0 either, where the target is constant: a channel multiplied by 0 could not be folded backwards.
+    floor = _SMALLEST_SLOPE * slope.abs().amax()
+    slope = torch.where(slope.abs() < floor, floor, slope)
     shift = target - slope * mean
-    if isinstance(static, MaskedBatchNorm):
+    centred = isinstance(static, MaskedBatchNorm)
+    if centred:
         static.running_mean.copy_(mean)
         static.running_var.copy_(var)
     else:
@@ -93,9 +124,8 @@ def _settle(static: ChannelNorm, moments: _Moments, fit: bool) -> float:
             if hasattr(static, name):
                 static.get_buffer(name).copy_(square)
     if fit:
-        centre, spread = (mean, var) if isinstance(static, MaskedBatchNorm) else (torch.zeros_like(mean), square)
         own = slope - static.alpha if isinstance(static, RepBatchNorm) else slope
-        static.weight.copy_(own * torch.sqrt(spread + static.eps))
-        static.bias.copy_(shift + own * centre)
-    total = (target_square - target**2).sum()
-    return (1 - (target_square - target**2 - slope * covariance).sum() / total).item() if total > 0 else 1.0
+        static.weight.copy_(own * torch.sqrt((var if centred else square) + static.eps))
+        static.bias.copy_(shift + own * mean if centred else shift)
+    total = target_var.sum()
+    return (left / total).item() if total > 0 else 0.0
