@@ -3,6 +3,7 @@
 from .adaptation import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm, adapt, freeze
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error
+from .placement import Placed, place
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
 from .swap import LastDimBatchNorm, Swap, SwapReport, swap_norms
@@ -13,6 +14,7 @@ __all__ = [
     "DecayingBatchNorm",
     "Distillation",
     "LastDimBatchNorm",
+    "Placed",
     "Schedule",
     "Swap",
     "SwapReport",
@@ -22,6 +24,7 @@ __all__ = [
     "freeze",
     "lightning_callback",
     "output_error",
+    "place",
     "progressive",
     "reconstruct",
     "relative_error",

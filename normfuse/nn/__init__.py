@@ -9,6 +9,7 @@ from .domain_split import DomainSplitNorm, choose_domain
 from .dynamic_activation import Derf, DyT
 from .monitoring import Monitor, monitor
 from .moving_average_norm import MovingAverageBatchNorm
+from .placement import NormedBranch, layer_placements
 from .power_norm import PowerNorm
 from .progressive_norm import ProgressiveNorm
 from .region_norm import LearnableRegionNorm, RegionNorm
@@ -17,6 +18,7 @@ from .row_norm import CRMSNorm, LayerNorm, RMSNorm
 from .sigma_reparam import sigma_reparam
 from .sync import convert_sync
 from .time_layer_norm import TimeDependentLayerNorm
+from .transformer import FeedForward, SelfAttention, TransformerBlock, TransformerStack
 from .unified_norm import UnifiedNorm
 from .weight_standardization import center_weight, weight_standardization
 
@@ -28,18 +30,23 @@ __all__ = [
     "DomainSplitNorm",
     "DyT",
     "EstimatedBatchNorm",
+    "FeedForward",
     "LayerNorm",
     "LearnableRegionNorm",
     "MaskedBatchNorm",
     "Monitor",
     "MovingAverageBatchNorm",
+    "NormedBranch",
     "PowerNorm",
     "ProgressiveNorm",
     "RMSNorm",
     "RegionNorm",
     "RegularizedBatchNorm",
     "RepBatchNorm",
+    "SelfAttention",
     "TimeDependentLayerNorm",
+    "TransformerBlock",
+    "TransformerStack",
     "UnifiedNorm",
     "batch_norm_penalty",
     "calibrate",
@@ -47,6 +54,7 @@ __all__ = [
     "choose_domain",
     "convert_sync",
     "keep_norms",
+    "layer_placements",
     "monitor",
     "set_momentum",
     "sigma_reparam",
