@@ -18,6 +18,7 @@ from .power_norm import PowerNorm
 from .progressive_norm import ProgressiveNorm
 from .region_norm import LearnableRegionNorm, RegionNorm
 from .rep_batch_norm import RepBatchNorm
+from .row_norm import CRMSNorm, LayerNorm, RMSNorm
 from .sigma_reparam import sigma_reparam
 from .time_layer_norm import TimeDependentLayerNorm
 from .unified_norm import UnifiedNorm
@@ -35,7 +36,7 @@ class NormEntry:
     """One row of the table.
 
     Attributes:
-        name: as in :mod:`normfuse.nn` (or ``torch.nn``), with the option that makes the row.
+        name: as in :mod:`normfuse.nn`, with the option that makes the row.
         computes: what training computes.
         use: when to use it.
         paper: where it comes from.
@@ -63,20 +64,29 @@ def _entries() -> tuple[NormEntry, ...]:
         NormEntry(
             "LayerNorm",
             "x − mean, ÷ deviation, of each token",
-            "the baseline; `torch.nn`",
+            "the baseline; `torch.nn.LayerNorm` with fused kernels and residual add",
             "1607.06450",
             False,
             "LayerNorm without gain and shift",
-            nn.LayerNorm,
+            LayerNorm,
         ),
         NormEntry(
             "RMSNorm",
             "x ÷ root mean square of each token",
-            "the baseline of language models; `torch.nn`",
+            "language models; `torch.nn.RMSNorm` with fused kernels and residual add",
             "1910.07467",
             False,
             "RMSNorm without gain",
-            nn.RMSNorm,
+            RMSNorm,
+        ),
+        NormEntry(
+            "CRMSNorm",
+            "RMSNorm of C + 1 channels with mean 0, of which C are given",
+            "what LayerNorm becomes where the stream has mean 0",
+            "2305.14858",
+            False,
+            "CRMSNorm without gain",
+            CRMSNorm,
         ),
         NormEntry(
             "UnifiedNorm",
@@ -309,8 +319,8 @@ def page(costs: Mapping[str, object]) -> str:
     """docs/norms.md, with the costs that benchmarks/norm_costs.py measured (``{"where": …, "ratios": {name: …}}``)."""
     lines = [
         _HEAD,
-        "The last column is the time of a training step, forward and backward, as a multiple of LayerNorm's on as many "
-        f"numbers. {costs['where']}",
+        "The last column is the time of a training step, forward and backward, as a multiple of "
+        f"`torch.nn.LayerNorm`'s on as many numbers. {costs['where']}",
         "",
         "| norm | computes | use | paper | at inference | remains after folding | ÷ LayerNorm |",
         "|---|---|---|---|---|---|---:|",
