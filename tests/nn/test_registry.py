@@ -16,6 +16,7 @@ from normfuse.nn.registry import NORMS, NOTHING, page
 ROOT = Path(__file__).parent.parent.parent
 C = 8
 FUNCTIONS = {
+    "layer_placements",
     "batch_norm_penalty",
     "calibrate",
     "choose_domain",
