@@ -3,6 +3,7 @@
 from .adaptation import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm, adapt, freeze
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error
+from .only_norms import DeadChannels, freeze_to_norms, remove_dead_channels
 from .placement import Placed, place
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
@@ -11,6 +12,7 @@ from .swap import LastDimBatchNorm, Swap, SwapReport, swap_norms
 __all__ = [
     "AlphaBatchNorm",
     "Conversion",
+    "DeadChannels",
     "DecayingBatchNorm",
     "Distillation",
     "LastDimBatchNorm",
@@ -22,12 +24,14 @@ __all__ = [
     "adapt",
     "distill",
     "freeze",
+    "freeze_to_norms",
     "lightning_callback",
     "output_error",
     "place",
     "progressive",
     "reconstruct",
     "relative_error",
+    "remove_dead_channels",
     "swap_norms",
     "trainer_callback",
 ]
