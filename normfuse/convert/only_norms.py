@@ -26,13 +26,7 @@ _POINTWISE = {
     *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default),
     *(aten.leaky_relu.default, aten.elu.default, aten.hardswish.default, aten.hardtanh.default, aten.mish.default),
     *(aten.softplus.default, aten.relu6.default, aten.dropout.default, aten.batch_norm.default, aten.addcmul.default),
-    *(
-        aten.relu_.default,
-        aten.silu_.default,
-        aten.hardswish_.default,
-        aten.hardtanh_.default,
-        aten.leaky_relu_.default,
-    ),
+    *(aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default),
 }
 
 
