@@ -7,6 +7,7 @@ from .batch_norm import MaskedBatchNorm, RegularizedBatchNorm, batch_norm_penalt
 from .calibration import calibrate
 from .domain_split import DomainSplitNorm, choose_domain
 from .dynamic_activation import Derf, DyT
+from .intervals import norm_bounds
 from .monitoring import Monitor, monitor
 from .moving_average_norm import MovingAverageBatchNorm
 from .placement import NormedBranch, layer_placements
@@ -56,6 +57,7 @@ __all__ = [
     "keep_norms",
     "layer_placements",
     "monitor",
+    "norm_bounds",
     "set_momentum",
     "sigma_reparam",
     "weight_standardization",

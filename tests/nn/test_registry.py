@@ -23,6 +23,7 @@ FUNCTIONS = {
     "convert_sync",
     "keep_norms",
     "monitor",
+    "norm_bounds",
     "set_momentum",
 }
 NO_NORMS = {"Monitor", "FeedForward", "NormedBranch", "SelfAttention", "TransformerBlock", "TransformerStack"}

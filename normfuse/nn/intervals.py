@@ -1,0 +1,66 @@
+"""Interval bounds through a norm, for certified training (Gowal et al., 2018, arXiv 1810.12715)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops._layout import accumulation_dtype, gain_and_shift, mean_or, per_channel, to_rows
+from ._running_norm import ChannelNorm
+from .batch_norm import MaskedBatchNorm
+from .power_norm import PowerNorm
+from .rep_batch_norm import RepBatchNorm
+
+
+def norm_bounds(
+    norm: nn.Module, lower: Tensor, upper: Tensor, *, clean: Tensor | None = None, pad_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bounds of ``norm(x)`` for all x between ``lower`` and ``upper``, where the norm is one affine map per channel.
+
+    With ``y = a * x + b`` the centre becomes ``a * centre + b`` and the radius ``|a| * radius``. The bounds are exact,
+    and gradients flow to ``lower``, ``upper``, the parameters and ``clean``.
+
+    Args:
+        norm: a BatchNorm of PyTorch or a norm of this package with running statistics; a RepBatchNorm is one map.
+        lower, upper: of the same shape, whatever the norm takes.
+        clean: the undisturbed input. In training the statistics are those of this batch, which is what the forward
+            with ``clean`` normalises by during warm-up; running statistics do not move. Not used in evaluation.
+        pad_mask: leaves rows of ``clean`` out.
+
+    Returns:
+        The two bounds.
+
+    Raises:
+        TypeError: ``norm`` computes something from each input. ValueError: ``clean`` is missing in training.
+    """
+    if not isinstance(norm, (ChannelNorm, _BatchNorm)) or (isinstance(norm, PowerNorm) and norm.group_num):
+        raise TypeError(
+            f"{type(norm).__name__} computes something from each input, so it is no affine map with constant "
+            "coefficients; give a norm with running statistics (PowerNorm with group_num=None)"
+        )
+    channel_dim = norm.channel_dim if isinstance(norm, ChannelNorm) else 1
+    centred = isinstance(norm, (_BatchNorm, MaskedBatchNorm))
+    if norm.training or (isinstance(norm, _BatchNorm) and norm.running_mean is None):
+        if clean is None:
+            raise ValueError(f"{type(norm).__name__} is in training: give clean, the undisturbed input")
+        mean, var = _statistics(clean, channel_dim, pad_mask, centred)
+    else:
+        var = norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
+        mean = norm.running_mean if centred else torch.zeros_like(var)
+    weight, bias = gain_and_shift(norm.weight, norm.bias, var)
+    scale = weight * torch.rsqrt(var + norm.eps)
+    shift = bias - mean * scale
+    if isinstance(norm, RepBatchNorm):
+        scale = scale + norm.alpha.to(scale.dtype)
+    scale, shift = (per_channel(v, lower, channel_dim).to(lower.dtype) for v in (scale, shift))
+    centre, radius = torch.addcmul(shift, (lower + upper) / 2, scale), (upper - lower) / 2 * scale.abs()
+    return centre - radius, centre + radius
+
+
+def _statistics(clean: Tensor, channel_dim: int, pad_mask: Tensor | None, centred: bool) -> tuple[Tensor, Tensor]:
+    rows = to_rows(clean, channel_dim).to(accumulation_dtype(clean.dtype))
+    keep = rows.new_ones(rows.shape[0], 1, dtype=torch.bool) if pad_mask is None else ~pad_mask.reshape(-1, 1)
+    zero = torch.zeros_like(rows[:1].sum(0))
+    mean = mean_or(torch.where(keep, rows, 0.0).sum(0), keep.sum(), zero) if centred else zero
+    return mean, mean_or(torch.where(keep, rows - mean, 0.0).square().sum(0), keep.sum(), zero)
