@@ -14,7 +14,8 @@ from ..nn.calibration import run_batch
 from ..ops._layout import to_rows
 from ..ops.power_norm import group_scaling
 
-_SMALLEST_SLOPE = 1e-6  # of the largest one: adds that share of a channel's deviation, below float32's rounding
+_CONSTANT = 1e-8  # share of the mean variance over channels below which a channel counts as constant
+_SLOPE_OF_CONSTANTS = 1e-2  # of the median slope: adds its square, 1e-4, of a usual channel's variance
 
 
 class _Moments:
@@ -111,9 +112,9 @@ def set_affine(
     # A channel that never changes determines no slope: the shift alone then gives its value.
     slope = torch.where(var > 1e-12 * square, covariance / var, 0.0)
     left = (target_var - slope * covariance).clamp(min=0).sum()
-    # Not 0 either, where the target is constant: a channel multiplied by 0 could not be folded backwards.
-    floor = _SMALLEST_SLOPE * slope.abs().amax()
-    slope = torch.where(slope.abs() < floor, floor, slope)
+    # Not 0 where the target is constant (a gain of 0), for folding has to divide by it somewhere.
+    constant = target_var < _CONSTANT * target_var.mean()
+    slope = torch.where(constant, _SLOPE_OF_CONSTANTS * slope.abs().median(), slope)
     shift = target - slope * mean
     centred = isinstance(static, MaskedBatchNorm)
     if centred:

@@ -117,9 +117,11 @@ def test_a_channel_that_is_constant_at_the_teacher(pair):
     reconstruct(conversion, teacher, batches(), writer)
     conversion.step()
     got = student(**batches(1)[0])[..., 2]
-    torch.testing.assert_close(got, torch.full_like(got, 0.7), rtol=0, atol=1e-4)
+    # A hundredth of a usual channel's slope stays, so that folding need not divide by 0.
+    torch.testing.assert_close(got, torch.full_like(got, 0.7), rtol=0, atol=0.05)
     static = conversion.norms["blocks.1.norm"].static
-    assert (static.weight * (static.running_var + static.eps).rsqrt() + static.alpha).abs().min() > 0
+    slopes = (static.weight * (static.running_var + static.eps).rsqrt() + static.alpha).abs()
+    assert slopes[2] == slopes.min() and slopes[2] > 1e-3 * slopes.max()
 
 
 def test_refusals(pair):
