@@ -19,6 +19,10 @@ from .settle import tolerant_values
 
 aten = torch.ops.aten
 
+_ABOUT_SIZES = {
+    *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
+    *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
+}
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
 
@@ -87,8 +91,9 @@ class Folding:
         tolerant = tolerant_values(self) if with_zeros else set()
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
-            if self.scales.alone(self.scale(node)) and node in tolerant:
-                self.scales.assign(self.scale(node), a * self.scales[self.scale(operand)])
+            values = a * self.scales[self.scale(operand)]
+            if node in tolerant and self.scales.accepts(self.scale(node), values):
+                self.scales.assign(self.scale(node), values)
             else:
                 self.kept[node] = "a scale is zero, and not only weights read the result"
         for node, (_, _, b) in self.affine.items():
@@ -165,6 +170,13 @@ class Folding:
 
     def no_shift(self, node: Node) -> np.ndarray:
         return np.zeros((1,) * node.meta["val"].dim())
+
+    def any_shift(self, node: Node) -> Any:
+        """A shift that differs from channel to channel: what can be done with it can be done with any."""
+        scale = self.scale_of[node]
+        several = isinstance(scale, list)
+        shifts = [np.arange(1.0, part.size + 1.0).reshape(part.shape) for part in (scale if several else [scale])]
+        return shifts if several else shifts[0]
 
     def chosen_shift(self, node: Node) -> np.ndarray:
         """The shift that was chosen for the result of a weight operation; none unless a norm asked for one."""
@@ -292,10 +304,9 @@ class Folding:
 
     # -- words -------------------------------------------------------------------------------------------------
 
-    def computes(self, node: Node) -> bool:
-        """Whether a node's result is made of tensors: sizes and assertions do not look at values."""
-        value = node.meta.get("val")
-        return isinstance(value, torch.Tensor) or (isinstance(value, list | tuple) and len(value) > 0)
+    def reads_values(self, node: Node) -> bool:
+        """Whether a node looks at the values of tensors, not only at their sizes."""
+        return node.target not in _ABOUT_SIZES
 
     def same_shape(self, a: Node, b: Node) -> bool:
         shapes = (a.meta["val"].shape, b.meta["val"].shape)

@@ -74,6 +74,8 @@ class Program:
             for operand in node.all_input_nodes
             for source in self._sources(operand)
         )
+        self._parameters = sum(spec.kind == InputKind.PARAMETER for spec in self.signature.input_specs)
+        self._behind_parameters = list(self.graph.nodes)[self._parameters]
         self._new: set[Node] = set()
         self._stored: dict[int, list[tuple[torch.Tensor, Node]]] = {}
 
@@ -158,13 +160,12 @@ class Program:
             if stored.shape == tensor.shape and torch.equal(stored, tensor):
                 return node
         target = self._free_name(name + "_folded")
-        specs = self.signature.input_specs
-        position = sum(spec.kind == InputKind.PARAMETER for spec in specs)
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        with self.graph.inserting_before(placeholders[position]):
+        with self.graph.inserting_before(self._behind_parameters):
             node = self.graph.placeholder("p_" + target.replace(".", "_"))
         node.meta["val"] = _fake_mode(like).from_tensor(tensor, static_shapes=True)
-        specs.insert(position, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target, None))
+        spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target, None)
+        self.signature.input_specs.insert(self._parameters, spec)
+        self._parameters += 1
         self.state_dict[target] = torch.nn.Parameter(tensor, requires_grad=False)
         self._targets[node.name] = target
         self._constant_nodes.add(node)
@@ -219,14 +220,15 @@ class Program:
         """Remove what nothing reads any more and return a validated program."""
         self.graph.eliminate_dead_code()
         live = {node.name for node in self.graph.nodes if node.op == "placeholder" and node.users}
-        dead = [
-            spec for spec in self.signature.input_specs if spec.kind in _CONSTANT_KINDS and spec.arg.name not in live
-        ]
-        dead_names = {spec.arg.name for spec in dead}
+        dead = {
+            spec.arg.name
+            for spec in self.signature.input_specs
+            if spec.kind in _CONSTANT_KINDS and spec.arg.name not in live
+        }
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and node.name in dead_names:
+            if node.op == "placeholder" and node.name in dead:
                 self.graph.erase_node(node)
-        self.signature.input_specs[:] = [s for s in self.signature.input_specs if s not in dead]
+        self.signature.input_specs[:] = [s for s in self.signature.input_specs if s.arg.name not in dead]
         kept = {spec.target for spec in self.signature.input_specs if spec.target}
         self.state_dict = {name: value for name, value in self.state_dict.items() if name in kept}
         self.constants = {

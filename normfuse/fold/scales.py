@@ -126,6 +126,10 @@ class Scales:
         flat = index.ravel()
         return bool((roots[flat] == flat).all() and (sizes[flat] == 1).all() and (flat != self.ONE).all())
 
+    def accepts(self, index: np.ndarray, values: np.ndarray) -> bool:
+        """Whether :meth:`assign` may give these values: to variables alone, with the signs that are asked of them."""
+        return self.alone(index) and bool((self._sign[index] * values >= 0).all())
+
     def solve(self, stored: np.ndarray, centre_beyond: float = 3.0) -> None:
         """Give every variable its value.
 
@@ -145,7 +149,7 @@ class Scales:
         self._values = values * factor[roots]
 
     def assign(self, index: np.ndarray, values: np.ndarray) -> None:
-        """Set the value of variables that are related to nothing else (see :meth:`alone`), after :meth:`solve`."""
+        """Set the value of variables that accept it, after :meth:`solve`."""
         assert self._values is not None
         self._values[index] = values
 

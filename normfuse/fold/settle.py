@@ -55,10 +55,10 @@ def settle_shifts(fold: Folding) -> None:
 
 
 def tolerant_values(fold: Folding) -> set[Node]:
-    """Values whose every reader has weights that take any shift, or carries it on to such readers."""
+    """Values whose every reader has weights that take any shift along channels, or carries it on to such readers."""
     tolerant: set[Node] = set()
     for node in reversed(fold.program.graph.nodes):
-        if all(_tolerates(user, node, tolerant, fold) for user in node.users):
+        if node in fold.scale_of and all(_tolerates(user, node, tolerant, fold) for user in node.users):
             tolerant.add(node)
     return tolerant
 
@@ -80,9 +80,9 @@ def _adds_to_stream(node: Node, fold: Folding) -> bool:
 def _tolerates(user: Node, node: Node, tolerant: set[Node], fold: Folding) -> bool:
     if user.op == "output":
         return False
-    if user not in fold.rule_of or not fold.computes(user):
+    if user not in fold.rule_of or not fold.reads_values(user):
         return True
-    use = fold.rule_of[user].use(user, node, None, fold)
+    use = fold.rule_of[user].use(user, node, fold.any_shift(node), fold)
     return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
 
 
@@ -92,7 +92,7 @@ def _stopping(node: Node, fold: Folding) -> list[Node]:
         user
         for user in node.users
         if user.op == "output"
-        or (fold.computes(user) and fold.rule_of[user].use(user, node, fold.shift_of[node], fold) is Use.STOP)
+        or (fold.reads_values(user) and fold.rule_of[user].use(user, node, fold.shift_of[node], fold) is Use.STOP)
     ]
 
 
@@ -176,7 +176,7 @@ def _resettle(source: Node, last: int, order: dict[Node, int], fold: Folding) ->
         if node in fold.rule_of:
             fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
         for user in node.users:
-            if user in queued or order[user] > last or user.op == "output" or not fold.computes(user):
+            if user in queued or order[user] > last or user.op == "output" or not fold.reads_values(user):
                 continue
             if fold.rule_of[user].use(user, node, None, fold) is Use.PASS:
                 queued.add(user)

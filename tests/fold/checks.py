@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 
-from normfuse.fold import FoldReport, fold
+from normfuse.fold import FoldReport, fold, settle
+from normfuse.fold.engine import Folding
+from normfuse.fold.rules.weights import Weighted
+from normfuse.fold.scales import Scales
 
 aten = torch.ops.aten
 AFFINE = {aten.batch_norm.default, aten.addcmul.default}
@@ -63,3 +71,30 @@ def assert_nothing_left(program: ExportedProgram, report: FoldReport) -> None:
         assert node.target not in AFFINE, node
         if node.target in (aten.mul.Tensor, aten.div.Tensor):
             assert not any(operand.name in constants for operand in node.all_input_nodes), node
+
+
+@contextmanager
+def any_gauge(seed: int) -> Iterator[None]:
+    """Free scales are chosen at random here, and with ``carry_biases`` free shifts: any choice must be right."""
+    generator, solve = np.random.default_rng(seed), Scales.solve
+
+    def solve_anyhow(scales: Scales, stored: np.ndarray) -> None:
+        solve(scales, stored)
+        roots, _ = scales._roots(np.arange(scales._count))
+        factors = np.exp(generator.uniform(-1, 1, len(roots)))
+        factors *= np.where(scales._sign[: len(roots)] == 0, generator.choice((-1.0, 1.0), len(roots)), 1.0)
+        factors[Scales.ONE] = 1.0
+        scales._values = scales._values * factors[roots]
+
+    def is_weighted(node: Node, folding: Folding) -> bool:
+        return isinstance(folding.rule_of[node], Weighted)
+
+    def any_shift(rule: Weighted, node: Node, folding: Folding) -> np.ndarray:
+        return generator.normal(size=folding.scale(node).shape)
+
+    with (
+        patch.object(Scales, "solve", solve_anyhow),
+        patch.object(settle, "_adds_to_stream", is_weighted),
+        patch.object(Weighted, "constant_part", any_shift),
+    ):
+        yield

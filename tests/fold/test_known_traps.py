@@ -181,3 +181,66 @@ def test_an_additive_attention_mask_keeps_its_factor(mask: str) -> None:
 
     visible = torch.arange(5).expand(2, 5) < 3
     folded(Masked(), (torch.randn(2, 5, 6, dtype=torch.float64), visible))
+
+
+def test_zero_gains_in_front_of_a_maximum_keep_their_signs() -> None:
+    """A zero gain folds into the weights behind it; a negative one beside it must not pass a maximum."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
+            self.norm.weight.data[:2] = torch.tensor([0.0, -1.0])
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.linear(x).mT).amax(-1))
+
+    model = Pooled()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    assert [record.status for record in folded(model, (x,))[1].norms] == ["kept"]
+    model.norm.weight.data.abs_()
+    assert [record.status for record in folded(model, (x,))[1].norms] == ["folded"]
+
+
+def test_a_number_that_is_read_from_a_tensor() -> None:
+    """``item()`` looks at values although its result is no tensor."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.norm(self.linear(x)).amax(0)[2].item()
+
+    folded(Scaled(), (torch.randn(5, 6, dtype=torch.float64),))
+
+
+def test_channels_that_move_by_padding() -> None:
+    """Padding by one on one side and by minus one on the other keeps the size and moves every channel."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.head = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.pad(self.norm(self.linear(x)), (1, -1)))
+
+    folded(Moved(), (torch.randn(5, 6, dtype=torch.float64),))
+
+
+def test_a_shift_that_one_reader_carries_only_when_it_is_equal_everywhere() -> None:
+    """Cancelling a shift in front of one reader must not hand the other one what it cannot arrange."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.constant, self.head = nn.Linear(6, 6), nn.Parameter(torch.randn(6)), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.linear(x)
+            return F.gelu(y + self.constant), self.head(y.index_select(-1, torch.tensor([0, 2, 3, 5])))
+
+    folded(Chosen(), (torch.randn(2, 5, 6, dtype=torch.float64),))

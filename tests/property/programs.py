@@ -67,10 +67,15 @@ class Plan:
 
 
 UNARY = (
-    "norm norm norm batch_norm family linear linear no_bias gelu relu attention conv padded_conv gate_by_self heads "
-    "roll_channels add_constant add_position scale mean_back layer_norm rms_norm neg matmul_weight padded double"
+    "norm norm norm norm batch_norm family linear linear linear no_bias gelu relu attention conv padded_conv "
+    "gate_by_self heads roll_channels add_constant add_position scale mean_back layer_norm rms_norm neg "
+    "matmul_weight padded double masked_attention product_attention einsum per_position rotate choose repeat "
+    "pad_channels shuffle unshuffle resize max_pool average_pool grouped_conv transposed_conv glu rotary fill "
+    "flat_linear centre absolute positions"
 ).split()
-BINARY = ("add", "add", "add", "sub", "mul", "concat_channels", "concat_positions")
+BINARY = (
+    "add add add sub mul concat_channels concat_positions cross_attention gated join add_first stack weigh mixture"
+).split()
 
 
 class Program(nn.Module):
@@ -119,6 +124,13 @@ class Program(nn.Module):
         self.wide = nn.ModuleList(layer(nn.Linear(2 * width, width)) for _ in range(2))
         self.qkv = layer(nn.Linear(width, 3 * width))
         self.convs = nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=p)) for p in (0, 1))
+        self.grouped = nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=1, groups=g)) for g in (2, width))
+        self.transposed = layer(nn.ConvTranspose1d(width, width, 3, padding=1, groups=2))
+        self.up, self.gate = layer(nn.Linear(width, width)), layer(nn.Linear(width, width, bias=False))
+        self.flat = layer(nn.Linear(self.LENGTH * width, self.LENGTH * width))
+        self.per_position = nn.Parameter(rand(self.LENGTH, width, width) / width**0.5)
+        self.angles = nn.Parameter(rand(self.LENGTH, width))
+        self.order = tuple(torch.randperm(width, generator=generator).tolist())
         self.layer_norm = layer(nn.LayerNorm(width))
         self.rms_weight = nn.Parameter(rand(width))
         self.position = nn.Parameter(rand(1, self.LENGTH, width))
@@ -209,6 +221,106 @@ class Program(nn.Module):
     def do_rms_norm(self, x: Tensor, n: int) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.rms_weight if n % 2 else None)
 
+    def do_masked_attention(self, x: Tensor, n: int) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+        mask = (x.mean(-1) > 0)[:, None, None, :].to(x.dtype) * -3.0 if n % 2 else (x @ x.mT).unsqueeze(1) / 2.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(1)
+
+    def do_product_attention(self, x: Tensor, n: int) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        scores = torch.einsum("bqc,bkc->bqk", q, k) if n % 2 else q @ k.mT
+        return (scores * 0.3).softmax(-1) @ v
+
+    def do_einsum(self, x: Tensor, n: int) -> Tensor:
+        return torch.einsum(("bsi,io->bso", "...i,oi->...o", "bsi,io->bso")[n % 3], x, self.weight)
+
+    def do_per_position(self, x: Tensor, n: int) -> Tensor:
+        if n % 2:
+            return torch.einsum("bsi,sio->bso", x, self.per_position)
+        return (x.transpose(0, 1) @ self.per_position).transpose(0, 1)
+
+    def do_rotate(self, x: Tensor, n: int) -> Tensor:
+        return x.roll((1, -1, (1, 1))[n % 3], (1, 2, (1, 2))[n % 3])
+
+    def do_choose(self, x: Tensor, n: int) -> Tensor:
+        if n % 3 == 0:
+            return x.index_select(1, torch.tensor([2, 0, 1, 1]))
+        return x.index_select(-1, torch.tensor(self.order)) if n % 3 == 1 else x[:, [3, 0, 0, 1]]
+
+    def do_repeat(self, x: Tensor, n: int) -> Tensor:
+        half = x.shape[-1] // 2
+        return x[..., :half].repeat(1, 1, 2) if n % 2 else x[:, 1:3].repeat(1, 2, 1)
+
+    def do_pad_channels(self, x: Tensor, n: int) -> Tensor:
+        return F.pad(x, (1, -1)) if n % 2 else F.pad(x[..., 1:], (0, 1))
+
+    def do_shuffle(self, x: Tensor, n: int) -> Tensor:
+        return F.pixel_shuffle(x.unsqueeze(2), 2).reshape(x.shape)
+
+    def do_unshuffle(self, x: Tensor, n: int) -> Tensor:
+        return F.pixel_unshuffle(x.mT.unflatten(-1, (2, 2)), 2).reshape(x.shape)
+
+    def do_resize(self, x: Tensor, n: int) -> Tensor:
+        return F.interpolate(x.mT[..., 1:3], self.LENGTH, mode=("nearest", "linear")[n % 2]).mT
+
+    def do_max_pool(self, x: Tensor, n: int) -> Tensor:
+        return F.max_pool1d(x.mT, 3, 1, 1).mT if n % 2 else x - x.amax(1, keepdim=True)
+
+    def do_average_pool(self, x: Tensor, n: int) -> Tensor:
+        return F.avg_pool1d(x.mT, 3, 1, 1, count_include_pad=bool(n % 2)).mT
+
+    def do_grouped_conv(self, x: Tensor, n: int) -> Tensor:
+        return self.grouped[n % 2](x.mT).mT
+
+    def do_transposed_conv(self, x: Tensor, n: int) -> Tensor:
+        return self.transposed(x.mT).mT
+
+    def do_glu(self, x: Tensor, n: int) -> Tensor:
+        gate, up = F.silu(self.gate(x)), self.up(x)
+        return self.linears[n % 3](gate * up if n % 2 else up * gate)
+
+    def do_rotary(self, x: Tensor, n: int) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.angles.cos() + torch.cat([-second, first], dim=-1) * self.angles.sin()
+
+    def do_fill(self, x: Tensor, n: int) -> Tensor:
+        return x.masked_fill(x.mean(-1, keepdim=True) > 0, float(n % 2))
+
+    def do_flat_linear(self, x: Tensor, n: int) -> Tensor:
+        return self.flat(x.flatten(1)).unflatten(-1, x.shape[1:])
+
+    def do_centre(self, x: Tensor, n: int) -> Tensor:
+        return x - x.mean((1, -1)[n % 2], keepdim=True)
+
+    def do_absolute(self, x: Tensor, n: int) -> Tensor:
+        return x.abs() if n % 2 else F.leaky_relu(x, 0.1)
+
+    def do_positions(self, x: Tensor, n: int) -> Tensor:
+        return self.per_position[:, :, 0].mT[: self.LENGTH, :2].tanh() @ x[:, :2] if x.shape[-1] >= 4 else x
+
+    def do_cross_attention(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        q, k, v = self.linears[0](x), self.linears[n % 3](y), self.up(y)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def do_gated(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return torch.sigmoid(x) * y if n % 2 else y / (1 + torch.sigmoid(x))
+
+    def do_join(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return torch.cat([x[..., :1], y[..., 1:]], dim=-1) if n % 2 else torch.cat([x[:, 1:], y[:, :1]], dim=1)
+
+    def do_add_first(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return x + y[:, :1] if n % 2 else y[..., :1] - x
+
+    def do_stack(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        half = x.shape[-1] // 2
+        return torch.stack([x[..., :half], y[..., half:]], -1).flatten(-2)
+
+    def do_weigh(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return x * y.mean(-1, keepdim=True) if n % 2 else y[:, :1].tanh() * x
+
+    def do_mixture(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+        return (x @ x.mT / 4.0) @ y if n % 2 else torch.bmm(x.softmax(1).mT.mT @ x.mT, y)
+
     def do_add(self, x: Tensor, y: Tensor, n: int) -> Tensor:
         return x + y
 
@@ -236,7 +348,7 @@ def plans(draw: st.DrawFn, max_steps: int = 12) -> Plan:
         inputs = tuple(draw(recent) for _ in range(2 if kind in BINARY else 1))
         steps.append(Step(kind, inputs, draw(st.integers(0, 2))))
     last = len(steps)
-    outputs = (last,) if draw(st.booleans()) else (last, draw(st.integers(0, last)))
+    outputs = (last, *draw(st.lists(st.integers(0, last), max_size=2)))
     return Plan(
         width=draw(st.sampled_from((2, 4, 6))),
         seed=draw(st.integers(0, 2**16)),

@@ -31,7 +31,7 @@ def random_plan(number: int, seed: int, max_steps: int = 14) -> Plan:
             for _ in range(2 if kind in BINARY else 1)
         )
         steps.append(Step(kind, inputs, source.randint(0, 2)))
-    outputs = (len(steps),) if source.random() < 0.5 else (len(steps), source.randint(0, len(steps)))
+    outputs = (len(steps), *(source.randint(0, len(steps)) for _ in range(source.choice((0, 0, 1, 2)))))
     return Plan(
         width=source.choice((2, 4, 6)),
         seed=source.randint(0, 2**16),

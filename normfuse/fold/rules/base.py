@@ -69,7 +69,7 @@ class Opaque(Rule):
     """Activations, softmax, anything unknown: operands and results stay exactly as they were."""
 
     def relate(self, node: Node, fold: Folding) -> None:
-        if not fold.computes(node):
+        if not fold.reads_values(node):
             return
         reason = fold.describe(node)
         for operand in node.all_input_nodes:

@@ -348,9 +348,9 @@ class Pad(Carry):
         return super().settle(node, fold) if self._copies(node) else fold.no_shift(node)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        new = node.meta["val"].shape
-        padded = [axis for axis in varying(numbers) if not same_size(shape[axis], new[axis])]
-        return collapse(numbers, tuple(padded))
+        amounts = list(argument(node, "pad"))  # two for each axis, from the last one on
+        moved = {numbers.ndim - 1 - at // 2 for at, amount in enumerate(amounts) if not same_size(amount, 0)}
+        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis in moved))
 
 
 def _reduce(node: Node, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:

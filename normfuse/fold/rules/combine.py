@@ -176,7 +176,8 @@ class Gate(Rule):
 
     def relate(self, node: Node, fold: Folding) -> None:
         first, second = node.args[:2]
-        swap = node.target is aten.mul.Tensor and fold.is_fixed(first) and not fold.is_fixed(second)
+        fixed = [fold.program.is_constant(x) or fold.is_fixed(x) for x in (first, second)]
+        swap = node.target is aten.mul.Tensor and fixed[0] and not fixed[1]
         scaled, gate = (second, first) if swap else (first, second)
         fold.pin(gate, f"{fold.describe(node)}, of which it is a factor")
         fold.scale_of[node] = to_rank(fold.scale(scaled), node.meta["val"].dim())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..engine import Folding
 
 aten = torch.ops.aten
+# All axes but the last stay where they are: "...i,io->...o", "bsi,oi->bso".
+_PROJECTION = re.compile(r"((?:\.\.\.)?[a-zA-Z]*)([a-zA-Z]),([a-zA-Z]{2})->\1([a-zA-Z])")
 
 
 class Weighted(Rule):
@@ -38,7 +41,11 @@ class Weighted(Rule):
         operand, weight, bias = self.operands(node)
         if not is_float(operand) or fold.program.is_constant(operand) or not fold.usable_weight(weight):
             return False
-        return bias is None or fold.program.is_constant(bias)
+        if bias is None:
+            return weight.meta["val"].dim() >= 2
+        outputs = node.meta["val"].shape[self.output_axis(node)]
+        per_output = tuple(bias.meta["val"].shape) == (outputs,)  # others broadcast
+        return weight.meta["val"].dim() >= 2 and fold.program.is_constant(bias) and per_output
 
     def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
         return tuple(argument(node, name) for name in self.names)
@@ -163,8 +170,7 @@ class Addmm(Product):
     names = ("mat1", "mat2", "self")
 
     def matches(self, node: Node, fold: Folding) -> bool:
-        plain = argument(node, "beta") == 1 and argument(node, "alpha") == 1
-        return plain and argument(node, "self").meta["val"].dim() == 1 and super().matches(node, fold)
+        return argument(node, "beta") == 1 and argument(node, "alpha") == 1 and super().matches(node, fold)
 
 
 @rule_for(aten.matmul.default, aten.mm.default)
@@ -218,17 +224,14 @@ class Einsum(Matmul):
 
     def _layout(self, node: Node) -> str | None:
         """``io`` or ``oi``, how the weight is laid out; None where the contraction is another one."""
-        operands = node.args[1]
-        sides = node.args[0].replace(" ", "").replace("...", "").split("->")
-        if len(operands) != 2 or len(sides) != 2 or sides[0].count(",") != 1:
+        found = _PROJECTION.fullmatch(node.args[0].replace(" ", ""))
+        if found is None:
             return None
-        x, w = sides[0].split(",")
-        if len(w) != 2 or not x or x[:-1] != sides[1][:-1] or len(set(x)) != len(x):
+        others, inner, weight, outer = found.groups()
+        letters = others.removeprefix("...") + inner + outer
+        if len(set(letters)) != len(letters) or weight not in (inner + outer, outer + inner):
             return None
-        inner, outer = x[-1], sides[1][-1:]
-        if outer in x or {inner, outer} != set(w):
-            return None
-        return "io" if w[0] == inner else "oi"
+        return "io" if weight[0] == inner else "oi"
 
     def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         return numbers[:, None] if self.outputs_first(node) else numbers[None, :]

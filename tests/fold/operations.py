@@ -1,0 +1,363 @@
+"""At least one use of every operation that a folding rule is registered for; see test_every_operand.py.
+
+Keys are overloads. A case says what shapes its floating-point operands have and what constants it reads; all else is
+written out. Sizes differ from axis to axis, so that a number along a wrong axis is noticed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``apply(*operands, *constants)``; operands are computed, constants are parameters."""
+
+    apply: Callable[..., Tensor | list[Tensor]]
+    shapes: tuple[Shape, ...]
+    constants: tuple[Shape, ...] = ()
+
+
+SEQUENCE: Shape = (2, 4, 6)
+IMAGE: Shape = (2, 6, 4, 8)
+# Operands of an operation with broadcasting: equal ranks, a size of one on either side, fewer axes on either side.
+BROADCAST: tuple[tuple[Shape, Shape], ...] = (
+    ((2, 4, 6), (2, 4, 6)),
+    ((2, 4, 6), (2, 1, 6)),
+    ((2, 4, 6), (2, 4, 1)),
+    ((2, 4, 1), (2, 1, 6)),
+    ((1, 4, 6), (2, 4, 1)),
+    ((2, 4, 6), (6,)),
+    ((2, 4, 6), (1,)),
+    ((4, 6), (2, 4, 6)),
+    ((4, 1), (2, 1, 6)),
+)
+CONSTANTS: tuple[Shape, ...] = ((6,), (1,), (4, 1), (4, 6), (2, 1, 1), (2, 4, 6), (3, 2, 4, 6), (3, 1, 1, 1))
+
+
+def unary(function: Callable[..., Tensor | list[Tensor]], *arguments: tuple, shape: Shape = SEQUENCE) -> list[Case]:
+    """One case for every tuple of further arguments."""
+    return [Case(lambda x, a=a: function(x, *a), (shape,)) for a in arguments or ((),)]
+
+
+def binary(function: Callable[..., Tensor], step: int = 1) -> list[Case]:
+    """Two computed operands of every pair of shapes, and one with every constant, on both sides; one with itself.
+
+    A step of two takes half of the shapes.
+    """
+    return [
+        *(Case(function, shapes) for shapes in BROADCAST[::step]),
+        *(Case(function, (SEQUENCE,), (shape,)) for shape in CONSTANTS[::step]),
+        *(Case(lambda x, c: function(c, x), (SEQUENCE,), (shape,)) for shape in CONSTANTS[::3]),
+        Case(lambda x: function(x, x), (SEQUENCE,)),
+        Case(lambda x: function(x, 1.5), (SEQUENCE,)),
+    ]
+
+
+def convolutions(function: Callable[..., Tensor], axes: int, *, transposed: bool = False) -> list[Case]:
+    """Plain, grouped, depthwise, padded, strided, with and without a bias; the kernel is given, or computed too."""
+    image, kernel = (2, 6, *(5, 7, 3)[:axes]), (2, 3, 2)[:axes]
+    ones, zeros = [1] * axes, [0] * axes
+
+    def apply(
+        x: Tensor, w: Tensor, b: Tensor | None = None, *, groups: int = 1, padding: int = 0, stride: int = 1
+    ) -> Tensor:
+        strides, paddings = [stride] * axes, [padding] * axes
+        if transposed:
+            return function(x, w, b, strides, paddings, zeros, groups, ones)
+        return function(x, w, b, strides, paddings, ones, groups)
+
+    def weight(groups: int, outputs: int = 12) -> Shape:
+        return (6, outputs // groups, *kernel) if transposed else (outputs, 6 // groups, *kernel)
+
+    return [
+        *(Case(lambda x, w, g=g: apply(x, w, groups=g), (image,), (weight(g),)) for g in (1, 2, 6)),
+        *(Case(lambda x, w, b, g=g: apply(x, w, b, groups=g), (image,), (weight(g), (12,))) for g in (1, 3)),
+        Case(lambda x, w, b: apply(x, w, b, padding=1, stride=2), (image,), (weight(1), (12,))),
+        Case(lambda x, w, b: apply(x, w, b, groups=2, padding=1), (image,), (weight(2), (12,))),
+        Case(lambda x, w: apply(x, w), (image, weight(1, 4))),
+        Case(lambda x, b, w: apply(x, w, b), (image, (12,)), (weight(1),)),
+        Case(lambda x, w: apply(x, w), (image[1:],), (weight(1),)),
+    ]
+
+
+def named_padding(function: Callable[..., Tensor], axes: int) -> list[Case]:
+    image, weight = (2, 6, *(5, 7, 3)[:axes]), (4, 6, *(3, 3, 3)[:axes])
+    return [
+        Case(lambda x, w, p=p: function(x, w, None, [1] * axes, p, [1] * axes, 1), (image,), (weight,))
+        for p in ("valid", "same")
+    ]
+
+
+def attention() -> list[Case]:
+    function, heads, keys = aten.scaled_dot_product_attention.default, (3, 4, 6), (3, 5, 6)
+    hidden = torch.ones(4, 5, dtype=torch.bool).tril(-1)  # the first row sees nothing
+    return [
+        Case(lambda q, k, v: function(q, k, v), ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7))),
+        Case(lambda q, k, v: function(q, k, v, None, 0.0, True), (heads, heads, heads)),
+        Case(lambda q, k, v: function(q, k, v, hidden), (heads, keys, keys)),
+        Case(lambda q, k, v, m: function(q, k, v, m), (heads, keys, keys, (1, 4, 5))),
+        Case(lambda q, k, v, m: function(q, k, v, m), (heads, keys, keys), ((4, 5),)),
+        Case(lambda x: function(x, x, x), (heads,)),
+        Case(lambda q, x: function(q, x, x, scale=0.3), (heads, keys)),
+    ]
+
+
+def batch_norms() -> list[Case]:
+    def apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return aten.batch_norm.default(x, weight, bias, mean, variance.exp(), False, 0.1, 1e-5, False)
+
+    vectors = ((6,),) * 4
+    return [
+        Case(apply, ((2, 6, 4),), vectors),
+        Case(apply, ((2, 6),), vectors),
+        Case(apply, (IMAGE,), vectors),
+        Case(lambda x, m, v: apply(x, None, None, m, v), (IMAGE,), vectors[:2]),
+        # A computed gain, a computed statistic.
+        Case(lambda x, w, b, m, v: apply(x, w, b, m, v), ((2, 6, 4), (6,)), vectors[:3]),
+        Case(lambda x, m, w, b, v: apply(x, w, b, m, v), ((2, 6, 4), (6,)), vectors[:3]),
+    ]
+
+
+def pieces() -> list[Case]:
+    return [Case(lambda x: operator.getitem(aten.split.Tensor(x, 2, -1), 1), (SEQUENCE,))]
+
+
+def _upsample(function: Callable[..., Tensor], axes: int, *flags: object) -> list[Case]:
+    shape, size = (2, 6, 4, 8)[: axes + 2], [7, 5][:axes]
+    return [Case(lambda x: function(x, size, *flags, None), (shape,))]
+
+
+STACKED = (*(((2, 4, 6),) * n for n in (1, 2)), ((2, 4, 6), (1, 4, 6)))
+WINDOWS = {1: (2, 6, 9), 2: (2, 6, 9, 7), 3: (2, 6, 5, 7, 4)}
+
+
+def pools(function: Callable[..., Tensor], axes: int, *extra: tuple) -> list[Case]:
+    """With and without padding, and what each operation has besides; also without a batch."""
+    threes, ones, zeros = [3] * axes, [1] * axes, [0] * axes
+    cases = [(threes, [2] * axes, zeros), (threes, ones, ones), (threes, [2] * axes, ones, *extra)]
+    return unary(function, *cases, (threes, threes), shape=WINDOWS[axes]) + unary(
+        function, cases[0], shape=WINDOWS[axes][1:]
+    )
+
+
+CASES: dict[object, list[Case]] = {
+    # affine maps, sums and gates
+    aten.batch_norm.default: batch_norms(),
+    aten.addcmul.default: [
+        Case(lambda x, s, c: aten.addcmul.default(s, x, c), (SEQUENCE,), ((6,), (6,))),
+        Case(lambda x, s, c: aten.addcmul.default(s, c, x), (SEQUENCE,), ((4, 1), (1,))),
+        Case(lambda x, s, c: aten.addcmul.default(s, x, c, value=2), (SEQUENCE,), ((6,), (6,))),
+        Case(lambda x, s, c: aten.addcmul.default(s, x, c), (SEQUENCE, (6,)), ((6,),)),
+        Case(lambda s, x, c: aten.addcmul.default(s, x, c), (SEQUENCE, SEQUENCE), ((6,),)),
+        Case(lambda s, x, c: aten.addcmul.default(s, x, c), (SEQUENCE, SEQUENCE, SEQUENCE)),
+    ],
+    aten.mul.Tensor: binary(aten.mul.Tensor),
+    aten.div.Tensor: binary(aten.div.Tensor, 2),
+    aten.add.Tensor: [*binary(aten.add.Tensor), Case(lambda x, y: aten.add.Tensor(x, y, alpha=2), (SEQUENCE,) * 2)],
+    aten.sub.Tensor: [
+        *binary(aten.sub.Tensor, 2),
+        Case(lambda x, c: aten.sub.Tensor(x, c, alpha=2), (SEQUENCE,), ((6,),)),
+    ],
+    aten.neg.default: unary(aten.neg.default),
+    # the same elements
+    aten.dropout.default: unary(aten.dropout.default, (0.5, False)),
+    aten.contiguous.default: unary(aten.contiguous.default),
+    aten.clone.default: unary(aten.clone.default),
+    aten.detach.default: unary(aten.detach.default),
+    aten.alias.default: unary(aten.alias.default),
+    aten.lift_fresh_copy.default: unary(aten.lift_fresh_copy.default),
+    aten.to.dtype: unary(aten.to.dtype, (torch.float64,), (torch.int64,)),
+    aten.to.dtype_layout: [Case(lambda x: aten.to.dtype_layout(x, dtype=torch.float64), (SEQUENCE,))],
+    aten._to_copy.default: [Case(lambda x: aten._to_copy.default(x, dtype=torch.float64), (SEQUENCE,))],
+    aten.view.default: unary(aten.view.default, ([8, 6],), ([2, 24],), ([2, 4, 2, 3],), ([2, 4, 6, 1],), ([-1],)),
+    aten.reshape.default: unary(aten.reshape.default, ([4, 2, 6],), ([2, 6, 4],), ([8, 2, 3],)),
+    aten._unsafe_view.default: unary(aten._unsafe_view.default, ([8, 6],)),
+    aten.reshape_as.default: [Case(lambda x, y: aten.reshape_as.default(x, y), (SEQUENCE, (8, 6)))],
+    aten.view_as.default: [Case(lambda x, y: aten.view_as.default(x, y), (SEQUENCE, (2, 2, 2, 6)))],
+    aten.flatten.using_ints: unary(aten.flatten.using_ints, (), (1,), (0, 1), (-2, -1)),
+    aten.unflatten.int: unary(aten.unflatten.int, (2, [3, 2]), (-2, [2, 2])),
+    aten.unsqueeze.default: unary(aten.unsqueeze.default, (0,), (-1,), (2,)),
+    aten.squeeze.default: unary(aten.squeeze.default, shape=(2, 1, 4, 6, 1)),
+    aten.squeeze.dim: unary(aten.squeeze.dim, (1,), (-1,), (0,), shape=(2, 1, 4, 6, 1)),
+    aten.squeeze.dims: unary(aten.squeeze.dims, ([1, -1],), shape=(2, 1, 4, 6, 1)),
+    # axes
+    aten.permute.default: unary(aten.permute.default, ([2, 0, 1],), ([0, -1, 1],)),
+    aten.transpose.int: unary(aten.transpose.int, (0, 1), (-1, 1)),
+    aten.t.default: unary(aten.t.default, shape=(4, 6)) + unary(aten.t.default, shape=(6,)),
+    aten.numpy_T.default: unary(aten.numpy_T.default),
+    aten.mT.default: unary(aten.mT.default),
+    aten.movedim.int: unary(aten.movedim.int, (0, 2), (-1, 0)),
+    aten.movedim.intlist: unary(aten.movedim.intlist, ([0, 1], [1, -1])),
+    aten.expand.default: unary(aten.expand.default, ([3, 2, 4, 6],), ([-1, 4, -1],), shape=(2, 1, 6))[1:]
+    + unary(aten.expand.default, ([3, 2, 4, 6],)),
+    aten.expand_as.default: [Case(lambda x, y: aten.expand_as.default(x, y), ((4, 1), SEQUENCE))],
+    aten.broadcast_to.default: unary(aten.broadcast_to.default, ([2, 4, 6],), shape=(4, 1)),
+    aten.repeat.default: unary(aten.repeat.default, ([1, 2, 3],), ([3, 1, 1, 2],)),
+    # parts
+    aten.slice.Tensor: unary(aten.slice.Tensor, (2, 1, 5, 2), (-1, -4), (1, 0, 2), (2,)),
+    aten.select.int: unary(aten.select.int, (2, 1), (-1, -2), (1, 3)),
+    aten.split.Tensor: unary(aten.split.Tensor, (4, 2), (3, -2)),
+    aten.split.sizes: unary(aten.split.sizes, ([1, 2, 3], 2), ([1, 3], -2)),
+    aten.split_with_sizes.default: unary(aten.split_with_sizes.default, ([1, 2, 3], -1)),
+    aten.chunk.default: unary(aten.chunk.default, (4, 2), (2,)),
+    aten.unbind.int: unary(aten.unbind.int, (2,), (-2,), ()),
+    aten.tensor_split.sections: unary(aten.tensor_split.sections, (4, 2), (3, -2)),
+    operator.getitem: pieces(),
+    aten.roll.default: unary(
+        aten.roll.default, ([1], [2]), ([1, -2], [-1, 1]), ([5],), ([7, 1], [2, 2]), shape=SEQUENCE
+    ),
+    aten.index_select.default: [
+        Case(lambda x, d=d: aten.index_select.default(x, d, torch.tensor([1, 0, 1])), (SEQUENCE,)) for d in (2, -2)
+    ],
+    # neighbourhoods
+    aten.avg_pool1d.default: pools(aten.avg_pool1d.default, 1, True, False),
+    aten.avg_pool2d.default: pools(aten.avg_pool2d.default, 2, True, False)
+    + unary(aten.avg_pool2d.default, ([2, 2], [2, 2], [0, 0], False, True, 3), shape=IMAGE),
+    aten.avg_pool3d.default: pools(aten.avg_pool3d.default, 3, True, False),
+    aten.max_pool1d.default: pools(aten.max_pool1d.default, 1, [1], True),
+    aten.max_pool2d.default: pools(aten.max_pool2d.default, 2, [1, 1], True),
+    aten.max_pool3d.default: pools(aten.max_pool3d.default, 3, [1, 1, 1], True),
+    aten.adaptive_avg_pool1d.default: unary(aten.adaptive_avg_pool1d.default, ([3],), shape=(2, 6, 8)),
+    aten.adaptive_avg_pool2d.default: unary(aten.adaptive_avg_pool2d.default, ([1, 1],), ([3, 5],), shape=IMAGE),
+    aten.mean.dim: unary(aten.mean.dim, ([1],), ([-1], True), ([0, 2],), (None,), ([],)),
+    aten.amax.default: unary(aten.amax.default, ([1],), ([-1], True), ([0, 2],), ()),
+    aten.upsample_nearest1d.vec: _upsample(aten.upsample_nearest1d.vec, 1),
+    aten.upsample_nearest2d.vec: _upsample(aten.upsample_nearest2d.vec, 2),
+    aten.upsample_linear1d.vec: _upsample(aten.upsample_linear1d.vec, 1, False),
+    aten.upsample_bilinear2d.vec: _upsample(aten.upsample_bilinear2d.vec, 2, True),
+    aten.upsample_bicubic2d.vec: _upsample(aten.upsample_bicubic2d.vec, 2, False),
+    aten.pixel_shuffle.default: unary(aten.pixel_shuffle.default, (2,), shape=(2, 8, 3, 5))
+    + unary(aten.pixel_shuffle.default, (2,), shape=(8, 3, 5)),
+    aten.pixel_unshuffle.default: unary(aten.pixel_unshuffle.default, (2,), shape=(2, 3, 4, 6)),
+    aten.constant_pad_nd.default: unary(
+        aten.constant_pad_nd.default, ([1, 2],), ([0, 0, 1, -1],), ([1, -1],), ([-1, -1],), ([0, 0, 0, 1], 2.0)
+    ),
+    aten.pad.default: unary(
+        aten.pad.default, ([1, 0],), ([1, 2], "reflect"), ([1, 2], "replicate"), ([1, 2], "circular"), ([1, -1],)
+    ),
+    # pointwise
+    aten.relu.default: unary(aten.relu.default),
+    aten.leaky_relu.default: unary(aten.leaky_relu.default, (0.2,), (-0.3,)),
+    aten.abs.default: unary(aten.abs.default),
+    aten.masked_fill.Scalar: [
+        Case(lambda x, v=v, m=m: aten.masked_fill.Scalar(x, m.to(x.device), v), (shape,))
+        for m in (torch.tensor([True, False, False] * 2), torch.ones(2, 4, 6, dtype=torch.bool).triu())
+        for v, shape in ((0, SEQUENCE), (0.0, (2, 1, 6)), (-1.0, SEQUENCE), (0, (6,)))
+    ],
+    # several values
+    aten.cat.default: [
+        *(Case(lambda *xs, d=d: aten.cat.default(list(xs), d), (SEQUENCE, SEQUENCE)) for d in (0, 1, -1)),
+        Case(lambda *xs: aten.cat.default(list(xs), 2), (SEQUENCE, (2, 4, 1), (2, 4, 3))),
+        Case(lambda *xs: aten.cat.default(list(xs), 1), (SEQUENCE, (2, 1, 6)), ((2, 3, 6),)),
+        Case(lambda x, c: aten.cat.default([c, x], -1), (SEQUENCE,), ((2, 4, 5),)),
+        Case(lambda x: aten.cat.default([x, x], -1), (SEQUENCE,)),
+    ],
+    aten.stack.default: [
+        *(Case(lambda *xs, d=d: aten.stack.default(list(xs), d), (SEQUENCE, SEQUENCE)) for d in (0, 2, -1)),
+        Case(lambda x, c: aten.stack.default([c, x], 1), (SEQUENCE,), (SEQUENCE,)),
+    ],
+    # products
+    aten.linear.default: [
+        Case(lambda x, w: aten.linear.default(x, w), (SEQUENCE,), ((5, 6),)),
+        Case(lambda x, w, b: aten.linear.default(x, w, b), (SEQUENCE,), ((5, 6), (5,))),
+        Case(lambda x, w, b: aten.linear.default(x, w, b), ((6,),), ((5, 6), (5,))),
+        Case(lambda x, w: aten.linear.default(x, w), (SEQUENCE,), ((6,),)),
+        Case(lambda x, w, b: aten.linear.default(x, w, b), ((4, 6),), ((5, 6), (1,))),
+        Case(lambda x, w, b: aten.linear.default(x, w, b), ((4, 6),), ((5, 6), (4, 5))),
+        Case(lambda x, w: aten.linear.default(x, w), (SEQUENCE, (5, 6))),
+        Case(lambda x, b, w: aten.linear.default(x, w, b), (SEQUENCE, (5,)), ((5, 6),)),
+        Case(lambda w, x, b: aten.linear.default(x, w, b), ((5, 6),), (SEQUENCE, (5,))),
+    ],
+    aten.addmm.default: [
+        Case(lambda x, w, b: aten.addmm.default(b, x, w), ((4, 6),), ((6, 5), (5,))),
+        Case(lambda x, w, b: aten.addmm.default(b, x, w), ((4, 6),), ((6, 5), (1,))),
+        Case(lambda x, w, b: aten.addmm.default(b, x, w), ((4, 6),), ((6, 5), (4, 5))),
+        Case(lambda x, w, b: aten.addmm.default(b, x, w, beta=2, alpha=3), ((4, 6),), ((6, 5), (5,))),
+        Case(lambda w, x, b: aten.addmm.default(b, x, w), ((6, 5),), ((4, 6), (5,))),
+        Case(lambda b, x, w: aten.addmm.default(b, x, w), ((5,), (4, 6)), ((6, 5),)),
+        Case(lambda b, x, w: aten.addmm.default(b, x, w), ((5,), (4, 6), (6, 5))),
+    ],
+    aten.matmul.default: [
+        Case(aten.matmul.default, (SEQUENCE,), ((6, 5),)),
+        Case(aten.matmul.default, (SEQUENCE,), ((2, 6, 5),)),
+        Case(aten.matmul.default, (SEQUENCE,), ((6,),)),
+        Case(aten.matmul.default, ((6,),), ((6, 5),)),
+        Case(lambda x, w: aten.matmul.default(w, x), (SEQUENCE,), ((5, 4),)),
+        Case(lambda x, w: aten.matmul.default(w, x), (SEQUENCE,), ((2, 5, 4),)),
+        Case(lambda x, w: aten.matmul.default(w, x), ((4, 6),), ((5, 4),)),
+        Case(lambda x, w: aten.matmul.default(w, x), ((4,),), ((5, 4),)),
+        Case(aten.matmul.default, ((2, 3, 4, 5), (2, 3, 5, 6))),
+        Case(aten.matmul.default, ((3, 4, 5), (2, 3, 5, 6))),
+        Case(aten.matmul.default, ((2, 3, 4, 5), (5, 6))),
+        Case(aten.matmul.default, ((4, 5), (2, 5, 6))),
+        Case(aten.matmul.default, ((5,), (2, 5, 6))),
+        Case(lambda x: aten.matmul.default(x, x), ((2, 4, 4),)),
+    ],
+    aten.mm.default: [
+        Case(aten.mm.default, ((4, 6),), ((6, 5),)),
+        Case(lambda x, w: aten.mm.default(w, x), ((4, 6),), ((5, 4),)),
+        Case(aten.mm.default, ((4, 6), (6, 5))),
+    ],
+    aten.bmm.default: [
+        Case(aten.bmm.default, ((2, 4, 5), (2, 5, 6))),
+        Case(aten.bmm.default, ((2, 4, 5),), ((2, 5, 6),)),
+        Case(lambda x, w: aten.bmm.default(w, x), ((2, 5, 6),), ((2, 4, 5),)),
+    ],
+    aten.einsum.default: [
+        Case(lambda x, w, e=e: aten.einsum.default(e, [x, w]), (x,), (w,))
+        for e, x, w in (
+            ("bsi,io->bso", SEQUENCE, (6, 5)),
+            ("...i,oi->...o", SEQUENCE, (5, 6)),
+            ("... i, i o -> ... o", SEQUENCE, (6, 5)),
+            ("i...,io->o...", (6, 4, 2), (6, 6)),
+            ("...i,...io->...o", SEQUENCE, (4, 6, 5)),
+            ("b...i,b...io->b...o", SEQUENCE, (2, 4, 6, 5)),
+            ("bsi,io->bos", SEQUENCE, (6, 5)),
+            ("bsi,io->bo", SEQUENCE, (6, 5)),
+            ("bsi,so->bio", SEQUENCE, (4, 5)),
+            ("bsi,ii->bsi", SEQUENCE, (6, 6)),
+            ("...i,io->o", SEQUENCE, (6, 5)),
+        )
+    ]
+    + [
+        Case(lambda x, y: aten.einsum.default("bij,bjk->bik", [x, y]), ((2, 4, 6), (2, 6, 5))),
+        Case(lambda w, x: aten.einsum.default("bsi,io->bso", [x, w]), ((6, 5),), (SEQUENCE,)),
+        Case(lambda x, w: aten.einsum.default("oi,bsi->bso", [w, x]), (SEQUENCE,), ((5, 6),)),
+    ],
+    aten.conv1d.default: convolutions(aten.conv1d.default, 1)[::3],
+    aten.conv2d.default: convolutions(aten.conv2d.default, 2),
+    aten.conv3d.default: convolutions(aten.conv3d.default, 3)[::3],
+    aten.conv1d.padding: named_padding(aten.conv1d.padding, 1),
+    aten.conv2d.padding: named_padding(aten.conv2d.padding, 2),
+    aten.conv3d.padding: named_padding(aten.conv3d.padding, 3),
+    aten.conv_transpose1d.default: convolutions(aten.conv_transpose1d.default, 1, transposed=True)[::3],
+    aten.conv_transpose2d.input: convolutions(aten.conv_transpose2d.input, 2, transposed=True),
+    aten.conv_transpose3d.input: convolutions(aten.conv_transpose3d.input, 3, transposed=True)[::3],
+    # the rest
+    aten.embedding.default: [
+        Case(lambda x, w: aten.embedding.default(w, x.round().abs().to(torch.int64) % 7), (SEQUENCE,), ((7, 5),)),
+        Case(lambda w: aten.embedding.default(w, torch.tensor([[1, 3], [0, 1]])), ((4, 6),)),
+    ],
+    aten.layer_norm.default: [
+        Case(lambda x, w, b: aten.layer_norm.default(x, [6], w, b), (SEQUENCE,), ((6,), (6,))),
+        Case(lambda x: aten.layer_norm.default(x, [6]), (SEQUENCE,)),
+        Case(lambda x, w: aten.layer_norm.default(x, [6], w, w), (SEQUENCE,), ((6,),)),
+        Case(lambda x: aten.layer_norm.default(x, [4, 6]), (SEQUENCE,)),
+        Case(lambda x, w, b: aten.layer_norm.default(x, [6], w, b), (SEQUENCE, (6,)), ((6,),)),
+    ],
+    aten.rms_norm.default: [
+        Case(lambda x, w: aten.rms_norm.default(x, [6], w), (SEQUENCE,), ((6,),)),
+        Case(lambda x: aten.rms_norm.default(x, [6]), (SEQUENCE,)),
+        Case(lambda w, x: aten.rms_norm.default(x, [6], w), ((6,), SEQUENCE)),
+    ],
+    aten.scaled_dot_product_attention.default: attention(),
+}
