@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..nn._running_norm import check_count, check_fraction, check_positive
 from ..ops._layout import accumulation_dtype
-from .swap import LastDimBatchNorm, Swap, SwapReport, Where, _selector
+from .swap import Swap, SwapReport, Where, _selector
 
 
 class AdaptingNorm(nn.Module):
@@ -37,7 +37,7 @@ class AdaptingNorm(nn.Module):
 
     @property
     def channel_dim(self) -> int:
-        return -1 if isinstance(self.norm, LastDimBatchNorm) else 1
+        return getattr(self.norm, "channel_dim", 1)
 
     def _instances(self, x: Tensor) -> Tensor:
         """``x`` as [samples, channels, positions], in a dtype for statistics."""

@@ -22,6 +22,8 @@ _FOREIGN = re.compile(r"(Layer_?Norm|RMS_?Norm)(2d)?$", re.IGNORECASE)
 class LastDimBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of [..., C] over all dimensions but the last; parameters and buffers of BatchNorm1d."""
 
+    channel_dim = -1
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 

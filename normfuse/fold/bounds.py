@@ -33,12 +33,14 @@ _RISING = {
     *(aten.to.dtype, aten.dropout.default, aten.split.Tensor, aten.chunk.default, aten.alias.default),
     *(aten.constant_pad_nd.default, aten.pad.default, aten.detach.default, operator.getitem),
 }
-# Functions that fall until here and rise from here on.
+_SLOPED = {aten.leaky_relu.default, aten.elu.default}  # which rise only where no slope is negative
+# Functions that fall until here and rise from here on; GELU in its form with tanh has another valley.
 _VALLEYS = {
     aten.gelu.default: -0.7517915246935645,
     aten.silu.default: -1.2784645427610738,
     aten.hardswish.default: -1.5,
 }
+_TANH_GELU_VALLEY = -0.7524614220710162
 _PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.matmul.default}
 _PRODUCTS |= {aten.conv1d.padding, aten.conv2d.padding, aten.mm.default}
 
@@ -92,13 +94,17 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
     if not uncertain:
         return target(*args, **kwargs)
     x = args[0] if isinstance(args[0], Interval) else None
-    if target in _RISING:
+    falls = target in _SLOPED and any(
+        isinstance(slope, int | float) and slope < 0 for slope in (*args[1:], *kwargs.values())
+    )
+    if target in _RISING and not falls:
         low, high = at(0), at(1)
         if isinstance(low, Tensor):
             return Interval(low, high)
         return [Interval(*pair) for pair in zip(low, high, strict=True)]
     if target in _VALLEYS:
-        return _valley(x, lambda v: target(v, *args[1:], **kwargs), _VALLEYS[target])
+        bottom = _TANH_GELU_VALLEY if kwargs.get("approximate") == "tanh" else _VALLEYS[target]
+        return _valley(x, lambda v: target(v, *args[1:], **kwargs), bottom)
     if target in _PRODUCTS and x is not None and not isinstance(args[1], Interval):
         centre, radius = (x.upper + x.lower) / 2, (x.upper - x.lower) / 2
         rest = list(args[2:])

@@ -32,14 +32,18 @@ def norm_bounds(
         The two bounds.
 
     Raises:
-        TypeError: ``norm`` computes something from each input. ValueError: ``clean`` is missing in training.
+        TypeError: ``norm`` computes something from each input, or is of a class derived from a BatchNorm with a
+            forward of its own. ValueError: ``clean`` is missing in training.
     """
-    if not isinstance(norm, (ChannelNorm, _BatchNorm)) or (isinstance(norm, PowerNorm) and norm.group_num):
+    channel_dim = getattr(norm, "channel_dim", 1)
+    # A class derived from a BatchNorm may do anything besides, an activation for instance.
+    known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or hasattr(norm, "channel_dim")
+    affine = isinstance(norm, ChannelNorm) or (isinstance(norm, _BatchNorm) and known)
+    if not affine or (isinstance(norm, PowerNorm) and norm.group_num):
         raise TypeError(
-            f"{type(norm).__name__} computes something from each input, so it is no affine map with constant "
-            "coefficients; give a norm with running statistics (PowerNorm with group_num=None)"
+            f"{type(norm).__name__} computes more than an affine map with constant coefficients, or may; give a norm "
+            "with running statistics (PowerNorm with group_num=None)"
         )
-    channel_dim = norm.channel_dim if isinstance(norm, ChannelNorm) else 1
     centred = isinstance(norm, (_BatchNorm, MaskedBatchNorm))
     if norm.training or (isinstance(norm, _BatchNorm) and norm.running_mean is None):
         if clean is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normfuse.convert import LastDimBatchNorm
 from normfuse.fold import fold, interval_bounds
 from normfuse.nn import (
     MaskedBatchNorm,
@@ -27,6 +28,7 @@ NORMS = {
     "rep batch": lambda: RepBatchNorm(C),
     "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1),
     "torch": lambda: nn.BatchNorm1d(C),
+    "torch, channels last": lambda: LastDimBatchNorm(C),
 }
 
 
@@ -145,12 +147,41 @@ def test_bounds_have_gradients() -> None:
 
 def test_refusals() -> None:
     x = torch.randn(2, C)
-    with pytest.raises(TypeError, match="LayerNorm computes something from each input"):
+    with pytest.raises(TypeError, match="LayerNorm computes more than an affine map"):
         norm_bounds(nn.LayerNorm(C), x, x)
-    with pytest.raises(TypeError, match="PowerNorm computes something from each input"):
+    with pytest.raises(TypeError, match="PowerNorm computes more than an affine map"):
         norm_bounds(PowerNorm(C).eval(), x, x)
     with pytest.raises(ValueError, match="is in training: give clean"):
         norm_bounds(UnifiedNorm(C), x, x)
     program = torch.export.export(nn.Sequential(nn.Linear(C, C), nn.Softmax(-1)).eval(), (x,))
     with pytest.raises(ValueError, match=r"softmax.* of an interval has no bounds here"):
         interval_bounds(program, x, x)
+
+
+class ActivatedBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_a_derived_norm_that_may_do_more_is_refused_and_channels_last_are_found() -> None:
+    with pytest.raises(TypeError, match="ActivatedBatchNorm computes more than an affine map"):
+        norm_bounds(ActivatedBatchNorm(C).eval(), torch.zeros(2, C), torch.ones(2, C))
+    norm = trained(LastDimBatchNorm(C))
+    x = torch.randn(2, C, C).double()  # as many positions as channels: nothing but the values tells them apart
+    torch.testing.assert_close(norm_bounds(norm, x, x)[0], norm(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Hardswish()])
+def test_the_lowest_value_of_a_valley_is_found(function: nn.Module) -> None:
+    lower, upper = torch.tensor([[-2.0]]).double(), torch.tensor([[0.5]]).double()
+    low, high = interval_bounds(torch.export.export(function, (lower,)), lower, upper)
+    results = function(torch.linspace(-2.0, 0.5, 2_000_001, dtype=torch.float64))
+    # Between two of the points the function is lower by at most half its curvature (below 1) times their distance².
+    assert results.min() - 1e-12 <= low.item() <= results.min() and high.item() == results.max()
+
+
+@pytest.mark.parametrize("function", [nn.LeakyReLU(-0.5), nn.ELU(-1.0)])
+def test_a_function_that_falls_has_no_bounds(function: nn.Module) -> None:
+    x = torch.zeros(1, C)
+    with pytest.raises(ValueError, match="of an interval has no bounds here"):
+        interval_bounds(torch.export.export(function, (x,)), x, x)
