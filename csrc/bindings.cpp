@@ -111,7 +111,9 @@ struct Input {
   Tensor vector() const { return torch::stable::new_empty(x, {shape.channels}, acc); }
 };
 
-void parallel(int64_t tasks, const TaskRange& body) { torch::stable::parallel_for(0, tasks, 1, body); }
+void parallel(int64_t tasks, int64_t grain, const TaskRange& body) {
+  torch::stable::parallel_for(0, tasks, grain, body);
+}
 
 template <class Args>
 struct Kernel {

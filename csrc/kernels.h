@@ -131,10 +131,11 @@ struct RowNormBackward {
   void* grad_bias;    // acc [channels]
 };
 
-// On the host. The caller brings the threads: parallel(tasks, body) calls body(begin, end) on ranges that
-// cover [0, tasks) once. Results do not depend on how the tasks are split.
+// On the host. The caller brings the threads: parallel(tasks, grain, body) calls body(begin, end) on ranges that
+// cover [0, tasks) once; with no more tasks than grain, once and in the calling thread. Results do not depend on how the
+// tasks are split.
 using TaskRange = std::function<void(int64_t begin, int64_t end)>;
-using Parallel = void (*)(int64_t tasks, const TaskRange& body);
+using Parallel = void (*)(int64_t tasks, int64_t grain, const TaskRange& body);
 
 void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
 void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);

@@ -9,23 +9,56 @@
 
 #include "../host_types.h"
 #include "../kernels.h"
+#include "rows.h"
 
 namespace normfuse::cpu {
 
+constexpr int64_t kThreadElements = 32768;  // what a thread should get at least: some ten microseconds of work
+
 struct RowBlocks {
-  static constexpr int64_t kElements = 8192;  // per block: its rows stay in a core's cache
   int64_t rows;
+  int64_t channels;
   int64_t size;
   int64_t count;
 
+  // Few blocks, so that their sums take little memory, of at most so many rows that sums in float32 stay accurate.
   explicit RowBlocks(const Matrix& shape)
       : rows(shape.rows),
-        size(std::clamp<int64_t>(kElements / std::max<int64_t>(shape.channels, 1), 32, 128)),
+        channels(shape.channels),
+        size(std::clamp<int64_t>(std::max((shape.rows + 127) / 128, 8192 / shape.channels), 32, 1024)),
         count((shape.rows + size - 1) / size) {}
 
   int64_t first(int64_t block) const { return block * size; }
   int64_t length(int64_t block) const { return std::min(size, rows - first(block)); }
+
+  // Calls body(block) for every block. A thread takes consecutive blocks.
+  template <class Body>
+  void each(Parallel parallel, const Body& body) const {
+    parallel(count, grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) body(b);
+    });
+  }
+
+  // The same, with a thread's last block first: it finds in its cache what each() has just read.
+  template <class Body>
+  void each_backwards(Parallel parallel, const Body& body) const {
+    parallel(count, grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t b = end - 1; b >= begin; --b) body(b);
+    });
+  }
+
+  // As many blocks as are worth waking a thread for.
+  int64_t grain() const { return std::max<int64_t>(1, kThreadElements / (size * channels)); }
 };
+
+// sums += the same channels of every block
+template <class Acc>
+NORMFUSE_CLONES static void add_blocks(const Acc* partials, int64_t blocks, int64_t stride, double* sums, int64_t n) {
+  for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c) sums[c] += partials[b * stride + c];
+  }
+}
 
 template <class Acc>
 class ColumnSums {
@@ -41,17 +74,13 @@ class ColumnSums {
   }
 
   std::vector<Acc> total(Parallel parallel) const {
-    constexpr int64_t kWidth = 256;
     std::vector<Acc> result(channels_);
-    parallel((channels_ + kWidth - 1) / kWidth, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kWidth, width = std::min(end * kWidth, channels_) - first;
-      std::vector<double> sums(width, 0.0);
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const Acc* partial = &partials_[block * channels_ + first];
-        for (int64_t c = 0; c < width; ++c) sums[c] += partial[c];
-      }
-      for (int64_t c = 0; c < width; ++c) result[first + c] = Acc(sums[c]);
-    });
+    parallel(channels_, std::max<int64_t>(64, kThreadElements / std::max<int64_t>(blocks_, 1)),
+             [&](int64_t begin, int64_t end) {
+               std::vector<double> sums(end - begin, 0.0);
+               add_blocks(&partials_[begin], blocks_, channels_, sums.data(), end - begin);
+               for (int64_t c = begin; c < end; ++c) result[c] = Acc(sums[c - begin]);
+             });
     return result;
   }
 

@@ -2,7 +2,7 @@
 //   forward   s; sums of xs^2; y = xs scale + shift. Reads x and writes y; in warm-up a second pass writes y.
 //   backward  sums of dy and dy xs; per group dot = mean of (slope dy - pull xs) xs; dx = s (slope dy - xs (pull + dot)).
 //             Reads dy and x, writes dx.
-// Each row is read from memory once: its group scale, sums and result are loops over a row that is in the first cache.
+// Rows are read from memory once: their group scales, sums and results are loops over rows in the first cache.
 #include <vector>
 
 #include "blocks.h"
@@ -22,6 +22,10 @@ struct Groups {
       : count(std::max<int64_t>(group_num, 1)), width(channels / count), scaled(group_num > 0) {}
 };
 
+// With the group scaling a row needs a sum over itself before anything else. Rows take these sums in turns of a few that
+// stay in the first cache: the processor does not wait for the end of one sum before it begins the next.
+constexpr int64_t kTurn = 4;
+
 template <class T>
 NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> eps, AccOf<T>* row_scale) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
@@ -30,48 +34,60 @@ NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T
 }
 
 template <class T>
-NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows, Groups groups,
+NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows, int64_t n, Groups groups,
                                  const AccOf<T>* row_scale, AccOf<T>* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (pad_mask && pad_mask[r]) continue;
+  for_tiles(rows, pad_mask, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+    if (!groups.scaled) return add_tile_squares<count>(x + r * n, stride * n, NoFactors(), sums, n);
     for (int64_t g = 0; g < groups.count; ++g) {
-      const int64_t i = r * groups.count + g;
-      add_squares(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), sums + g * groups.width,
-                  groups.width);
+      const int64_t c = g * groups.width;
+      const Factors<AccOf<T>, count> by(row_scale + r * groups.count + g, stride * groups.count);
+      add_tile_squares<count>(x + r * n + c, stride * n, by, sums + c, groups.width);
     }
-  }
+  });
 }
 
-template <class T>
-NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
-                                  const AccOf<T>* scale, const AccOf<T>* shift, RowOutput<T> y) {
+// y and, if kFirst, the factors of the rows and the sums of xs^2
+template <bool kFirst, class T>
+NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, int64_t n, Groups groups, AccOf<T> eps, AccOf<T>* row_scale,
+                                  const AccOf<T>* scale, const AccOf<T>* shift, AccOf<T>* sums, RowOutput<T> y) {
   for (int64_t r = 0; r < rows; ++r) {
+    if (kFirst && groups.scaled && r % kTurn == 0)
+      scale_rows(x + r * n, std::min(kTurn, rows - r), groups, eps, row_scale + r * groups.count);
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t i = r * groups.count + g, c = g * groups.width;
-      write_affine(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c, y.row(r) + c,
-                   groups.width);
+      write_affine<kFirst>(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
+                           y.row(r) + c, sums + c, groups.width);
     }
     y.finish(r);
   }
 }
 
+// dots: of each row and group the mean of (slope dy - pull xs) xs
 template <class T>
-NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
-                                   const AccOf<T>* slope, const AccOf<T>* pull, AccOf<T>* sums_dy, AccOf<T>* sums_dyx,
-                                   RowOutput<T> dx) {
+NORMFUSE_CLONES void dot_rows(const T* dy, const T* x, int64_t rows, Groups groups, const AccOf<T>* row_scale,
+                              const AccOf<T>* slope, const AccOf<T>* pull, AccOf<T>* dots) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
+  for (int64_t i = 0; i < rows * groups.count; ++i) {
+    const int64_t at = i * groups.width, c = i % groups.count * groups.width;
+    dots[i] = inv_width * row_dot(dy + at, x + at, row_scale[i], slope + c, pull + c, groups.width);
+  }
+}
+
+template <class T>
+NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, int64_t n, Groups groups,
+                                   const AccOf<T>* row_scale, const AccOf<T>* slope, const AccOf<T>* pull,
+                                   AccOf<T>* sums_dy, AccOf<T>* sums_dyx, RowOutput<T> dx) {
+  std::vector<AccOf<T>> dots(groups.scaled ? kTurn * groups.count : 0);
   for (int64_t r = 0; r < rows; ++r) {
+    if (groups.scaled && r % kTurn == 0)
+      dot_rows(dy + r * n, x + r * n, std::min(kTurn, rows - r), groups, row_scale + r * groups.count, slope, pull,
+               dots.data());
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t i = r * groups.count + g, at = i * groups.width, c = g * groups.width;
-      AccOf<T> s = 1, dot = 0;
-      if (groups.scaled) {
-        s = row_scale[i];
-        dot = inv_width *
-              add_gradients_dot(dy + at, x + at, s, slope + c, pull + c, sums_dy + c, sums_dyx + c, groups.width);
-      } else {
-        add_gradients(dy + at, x + at, sums_dy + c, sums_dyx + c, groups.width);
-      }
-      write_gradient(dy + at, x + at, s, dot, slope + c, pull + c, dx.row(r) + c, groups.width);
+      const AccOf<T> s = groups.scaled ? row_scale[i] : AccOf<T>(1);
+      const AccOf<T> dot = groups.scaled ? dots[r % kTurn * groups.count + g] : AccOf<T>(0);
+      write_gradient<true>(dy + at, x + at, s, dot, slope + c, pull + c, dx.row(r) + c, sums_dy + c, sums_dyx + c,
+                           groups.width);
     }
     dx.finish(r);
   }
@@ -83,7 +99,7 @@ void forward(const PowerForward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const Groups groups(n, a.group_num);
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   Acc *row_scale = static_cast<Acc*>(a.row_scale), *phi = static_cast<Acc*>(a.running_phi);
@@ -94,16 +110,17 @@ void forward(const PowerForward& a, Parallel parallel) {
   for (int64_t c = 0; c < n; ++c) scale[c] = weight[c] * inverse_sqrt(phi[c] + Acc(a.eps));
 
   ColumnSums<Acc> all(blocks, n), valid(blocks, a.pad_mask ? n : 0);
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t r = blocks.first(b), rows = blocks.length(b);
-      const T* from = x + r * n;
-      Acc* s = row_scale + r * a.group_num;
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t r = blocks.first(b), rows = blocks.length(b);
+    const T* from = x + r * n;
+    Acc *s = row_scale + r * a.group_num, *sums = all.start(b);
+    if (warm) {
+      apply_affine<true, T>(from, rows, n, groups, Acc(a.eps), s, scale.data(), bias, sums, {y + r * n, n, stream});
+    } else {
       if (groups.scaled) scale_rows(from, rows, groups, Acc(a.eps), s);
-      sum_squares(from, nullptr, rows, groups, s, all.start(b));
-      if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, groups, s, valid.start(b));
-      if (warm) apply_affine<T>(from, rows, groups, s, scale.data(), bias, {y + r * n, n, stream});
+      sum_squares(from, nullptr, rows, n, groups, s, sums);
     }
+    if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, n, groups, s, valid.start(b));
   });
 
   const std::vector<Acc> sum_all = all.total(parallel), sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
@@ -118,12 +135,10 @@ void forward(const PowerForward& a, Parallel parallel) {
     scale[c] = weight[c] * inv_used[c];
   }
   if (warm) return;
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = end - 1; b >= begin; --b) {
-      const int64_t r = blocks.first(b);
-      apply_affine<T>(x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, scale.data(), bias,
-                      {y + r * n, n, stream});
-    }
+  blocks.each_backwards(parallel, [&](int64_t b) {
+    const int64_t r = blocks.first(b);
+    apply_affine<false, T>(x + r * n, blocks.length(b), n, groups, Acc(a.eps), row_scale + r * a.group_num,
+                           scale.data(), bias, nullptr, {y + r * n, n, stream});
   });
 }
 
@@ -133,7 +148,7 @@ void backward(const PowerBackward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const Groups groups(n, a.group_num);
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
   const Acc *weight = static_cast<const Acc*>(a.weight), *inv_used = static_cast<const Acc*>(a.stats);
   const Acc *inv_batch = inv_used + n, *mean_x2 = inv_batch + n, *row_scale = static_cast<const Acc*>(a.row_scale);
@@ -147,13 +162,10 @@ void backward(const PowerBackward& a, Parallel parallel) {
   }
 
   ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t r = blocks.first(b);
-      backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), groups, row_scale + r * a.group_num, slope.data(),
-                       pull.data(), sums_dy.start(b), sums_dyx.start(b),
-                       {static_cast<T*>(a.grad_x) + r * n, n, stream});
-    }
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t r = blocks.first(b);
+    backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), n, groups, row_scale + r * a.group_num, slope.data(),
+                     pull.data(), sums_dy.start(b), sums_dyx.start(b), {static_cast<T*>(a.grad_x) + r * n, n, stream});
   });
 
   const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);

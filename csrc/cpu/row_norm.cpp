@@ -157,9 +157,9 @@ void forward(const RowNormForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const VectorOr<Acc> weight(a.weight, n, Acc(1)), bias(a.bias, n, Acc(0));
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+  parallel(blocks.count, blocks.grain(), [&](int64_t begin, int64_t end) {
     std::vector<Acc> copy(std::is_same_v<T, Acc> ? 0 : n);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t r = blocks.first(b), at = r * n;
@@ -176,10 +176,10 @@ void backward(const RowNormBackward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const VectorOr<Acc> weight(a.weight, n, Acc(1));
   ColumnSums<Acc> sums_dyz(blocks, n), sums_dy(blocks, n);
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
+  parallel(blocks.count, blocks.grain(), [&](int64_t begin, int64_t end) {
     std::vector<Acc> copies(std::is_same_v<T, Acc> ? 0 : 2 * n);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t r = blocks.first(b), at = r * n;

@@ -14,15 +14,17 @@ namespace {
 
 template <class T>
 NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows, int64_t n, AccOf<T>* sums) {
-  for (int64_t r = 0; r < rows; ++r)
-    if (!pad_mask || !pad_mask[r]) add_squares(x + r * n, AccOf<T>(1), sums, n);
+  for_tiles(rows, pad_mask, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+    add_tile_squares<count>(x + r * n, stride * n, NoFactors(), sums, n);
+  });
 }
 
 template <class T>
 NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, int64_t rows, int64_t n,
                                   RowOutput<T> y) {
+  AccOf<T>* const no_sums = nullptr;
   for (int64_t r = 0; r < rows; ++r) {
-    write_affine(x + r * n, AccOf<T>(1), scale, shift, y.row(r), n);
+    write_affine<false>(x + r * n, AccOf<T>(1), scale, shift, y.row(r), no_sums, n);
     y.finish(r);
   }
 }
@@ -30,14 +32,17 @@ NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf
 template <class T>
 NORMFUSE_CLONES void sum_gradients(const T* dy, const T* x, int64_t rows, int64_t n, AccOf<T>* sums_dy,
                                    AccOf<T>* sums_dyx) {
-  for (int64_t r = 0; r < rows; ++r) add_gradients(dy + r * n, x + r * n, sums_dy, sums_dyx, n);
+  for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+    add_tile_gradients<count>(dy + r * n, x + r * n, stride * n, sums_dy, sums_dyx, n);
+  });
 }
 
 template <class T>
 NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull, int64_t rows,
                                     int64_t n, RowOutput<T> dx) {
+  AccOf<T>* const no_sums = nullptr;
   for (int64_t r = 0; r < rows; ++r) {
-    write_gradient(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx.row(r), n);
+    write_gradient<false>(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx.row(r), no_sums, no_sums, n);
     dx.finish(r);
   }
 }
@@ -77,15 +82,13 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const T* x = static_cast<const T*>(a.x);
 
   ColumnSums<Acc> squares(blocks, n);
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = blocks.first(b);
-      sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n, squares.start(b));
-    }
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b);
+    sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n, squares.start(b));
   });
   const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
   std::vector<Acc> q = squares.total(parallel), scale(n), shift(n);
@@ -105,12 +108,10 @@ void forward(const UnifiedForward& a, Parallel parallel) {
     scale[c] = static_cast<const Acc*>(a.weight)[c] * stats.inv_std;
   }
 
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = end - 1; b >= begin; --b) {
-      const int64_t first = blocks.first(b) * n;
-      apply_affine<T>(x + first, scale.data(), static_cast<const Acc*>(a.bias), blocks.length(b), n,
-                      {static_cast<T*>(a.y) + first, n, stream});
-    }
+  blocks.each_backwards(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b) * n;
+    apply_affine<T>(x + first, scale.data(), static_cast<const Acc*>(a.bias), blocks.length(b), n,
+                    {static_cast<T*>(a.y) + first, n, stream});
   });
 }
 
@@ -119,15 +120,13 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
-  const bool stream = exceeds_cache(a.shape.rows * n * sizeof(T));
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
 
   ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = blocks.first(b) * n;
-      sum_gradients(dy + first, x + first, blocks.length(b), n, sums_dy.start(b), sums_dyx.start(b));
-    }
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b) * n;
+    sum_gradients(dy + first, x + first, blocks.length(b), n, sums_dy.start(b), sums_dyx.start(b));
   });
   const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);
   std::vector<Acc> slope(n), pull(n);
@@ -146,12 +145,10 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
     static_cast<Acc*>(a.grad_bias)[c] = sum_dy[c];
   }
 
-  parallel(blocks.count, [&](int64_t begin, int64_t end) {
-    for (int64_t b = end - 1; b >= begin; --b) {
-      const int64_t first = blocks.first(b) * n;
-      apply_gradient<T>(dy + first, x + first, slope.data(), pull.data(), blocks.length(b), n,
-                        {static_cast<T*>(a.grad_x) + first, n, stream});
-    }
+  blocks.each_backwards(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b) * n;
+    apply_gradient<T>(dy + first, x + first, slope.data(), pull.data(), blocks.length(b), n,
+                      {static_cast<T*>(a.grad_x) + first, n, stream});
   });
 }
 
