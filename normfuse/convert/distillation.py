@@ -82,6 +82,7 @@ class Distillation:
         output_loss: OutputLoss | None = None,
         valid_mask: str = "attention_mask",
     ) -> None:
+        self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
         self.hidden_weight = hidden_weight
         self.output_weight = output_weight
@@ -170,7 +171,6 @@ class Distillation:
 
 def distill(
     distillation: Distillation,
-    student: nn.Module,
     loader: Iterable[Any],
     *,
     steps: int,
@@ -182,14 +182,13 @@ def distill(
     autocast: torch.dtype | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Train ``student`` for some optimiser steps on nothing but its distillation loss.
+    """Train the student for some optimiser steps on nothing but its distillation loss.
 
     Everything that a run depends on is in the hands of the caller, who stores it to resume: the student's, the
     optimiser's and the scheduler's ``state_dict`` and the position in the data.
 
     Args:
-        distillation: made from ``student`` and its teacher.
-        student: trained in place; its mode is restored.
+        distillation: of the student, which is trained in place and whose mode is restored.
         loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
             arguments; begun anew when it ends.
         steps: number of optimiser steps.
@@ -207,6 +206,7 @@ def distill(
         ValueError: ``steps`` is not positive or ``loader`` is empty.
     """
     check_count("steps", steps, 1)
+    student = distillation.student
     modes = {module: module.training for module in student.modules()}
     student.train(dropout)
     frozen = {module.static for module in student.modules() if isinstance(module, ProgressiveNorm) and module.frozen}

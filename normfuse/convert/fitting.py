@@ -15,7 +15,7 @@ from ..ops._layout import to_rows
 from ..ops.power_norm import group_scaling
 
 _CONSTANT = 1e-8  # share of the mean variance over channels below which a channel counts as constant
-_SLOPE_OF_CONSTANTS = 1e-2  # of the median slope: adds its square, 1e-4, of a usual channel's variance
+_SLOPE_OF_CONSTANTS = 0.1  # of the median slope: adds its square, 0.01, of a usual channel's variance
 
 
 class _Moments:

@@ -96,10 +96,10 @@ def test_the_loss_is_zero_as_long_as_the_student_is_the_original():
 
 
 def test_the_loop_lowers_the_loss_and_ends_with_static_norms():
-    student, _, conversion, distillation, optimizer = setup(schedule=80)
+    _, _, conversion, distillation, optimizer = setup(schedule=80)
     seen = []
     losses = distill(
-        distillation, student, batches(), steps=160, optimizer=optimizer, conversion=conversion,
+        distillation, batches(), steps=160, optimizer=optimizer, conversion=conversion,
         after_step=lambda step, loss: seen.append((step, loss)),
     )  # fmt: skip
     assert losses.shape == (160,) and [step for step, _ in seen] == list(range(1, 161)) and conversion.share == 0
@@ -153,7 +153,7 @@ def test_dropout_is_off_unless_asked_for_and_modes_are_restored(dropout):
     student.norms[0].register_forward_pre_hook(
         lambda module, _: modes.append((module.training, module.static.training))
     )
-    distill(distillation, student, batches(1), steps=1, optimizer=optimizer, dropout=dropout)
+    distill(distillation, batches(1), steps=1, optimizer=optimizer, dropout=dropout)
     assert modes == [dropout, (True, False)]
     assert not any(module.training for module in student.modules())
 
@@ -165,7 +165,7 @@ def test_running_statistics_move_in_the_loop():
     conversion = progressive(student, to="unified", schedule=2)
     distillation = Distillation(student, teacher, at=["norms.0"])
     optimizer = torch.optim.Adam(student.parameters())
-    distill(distillation, student, batches(), steps=3, optimizer=optimizer, conversion=conversion)
+    distill(distillation, batches(), steps=3, optimizer=optimizer, conversion=conversion)
     assert isinstance(student.norms[0].static, UnifiedNorm) and student.norms[0].static.iters.item() == 3
 
 
@@ -178,9 +178,7 @@ def test_resuming_is_bit_exact():
             for part, state in zip(parts, stored, strict=True):
                 part.load_state_dict(state)
             data = data[3:] + data[:3]
-        distill(
-            distillation, student, data, steps=steps, optimizer=optimizer, scheduler=scheduler, conversion=conversion
-        )
+        distill(distillation, data, steps=steps, optimizer=optimizer, scheduler=scheduler, conversion=conversion)
         return [copy.deepcopy(part.state_dict()) for part in parts]
 
     through = run(8)
@@ -189,9 +187,9 @@ def test_resuming_is_bit_exact():
 
 
 def test_autocast():
-    student, _, conversion, distillation, optimizer = setup()
+    _, _, conversion, distillation, optimizer = setup()
     conversion.step(16)
-    losses = distill(distillation, student, batches(), steps=2, optimizer=optimizer, autocast=torch.bfloat16)
+    losses = distill(distillation, batches(), steps=2, optimizer=optimizer, autocast=torch.bfloat16)
     assert losses.isfinite().all() and losses.dtype == torch.float32
 
 
@@ -200,6 +198,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="at names 'nothing', which the student of class Encoder does not have"):
         Distillation(student, teacher, at=["nothing"])
     with pytest.raises(ValueError, match="steps=0 is not allowed"):
-        distill(distillation, student, batches(), steps=0, optimizer=optimizer)
+        distill(distillation, batches(), steps=0, optimizer=optimizer)
     with pytest.raises(ValueError, match="loader gave no batch"):
-        distill(distillation, student, [], steps=1, optimizer=optimizer)
+        distill(distillation, [], steps=1, optimizer=optimizer)

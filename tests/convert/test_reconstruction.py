@@ -117,11 +117,11 @@ def test_a_channel_that_is_constant_at_the_teacher(pair):
     reconstruct(conversion, teacher, batches(), writer)
     conversion.step()
     got = student(**batches(1)[0])[..., 2]
-    # A hundredth of a usual channel's slope stays, so that folding need not divide by 0.
-    torch.testing.assert_close(got, torch.full_like(got, 0.7), rtol=0, atol=0.05)
+    # A tenth of a usual channel's slope stays, so that folding need not divide by 0.
+    assert (got - 0.7).square().mean() < 0.2**2
     static = conversion.norms["blocks.1.norm"].static
     slopes = (static.weight * (static.running_var + static.eps).rsqrt() + static.alpha).abs()
-    assert slopes[2] == slopes.min() and slopes[2] > 1e-3 * slopes.max()
+    assert slopes[2] == slopes.min() and slopes[2] > 0.01 * slopes.max()
 
 
 def test_refusals(pair):
