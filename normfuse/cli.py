@@ -76,6 +76,9 @@ Trust = Annotated[
 NoCopy = Annotated[
     bool, typer.Option("--no-copy", help="Never store a shared weight twice; its norm stays in the graph then.")
 ]
+RemoveDead = Annotated[
+    bool, typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it.")
+]
 Target = Annotated[
     str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
 ]
@@ -110,6 +113,7 @@ def export(
     input: Input = [],  # noqa: B006
     trust: Trust = False,
     no_copy: NoCopy = False,
+    remove_dead: RemoveDead = False,
     target: Target = "portable",
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
@@ -129,6 +133,7 @@ def export(
                 rtol=rtol,
                 atol=atol,
                 copy_shared=not no_copy,
+                remove_dead=remove_dead,
                 target=target,
                 no_shape=no_shape,
                 progress=stages,

@@ -110,6 +110,10 @@ def print_report(console: Console, report: FoldReport) -> None:
         console.print(table)
     if hidden:
         console.print(f"… and {hidden} more, all folded (--report has them)", highlight=False)
+    for removed in report.removed:
+        what = f"{removed.channels} of {removed.num_features} channels taken out of {_joined(removed.weights)}"
+        line = f"{removed.name}: {what if removed.channels else f'constant channels stay ({removed.reason})'}"
+        console.print(escape(line), highlight=False)
     folded = len(report.norms) - len(report.remaining)
     copied = f", {readable_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
     console.print(

@@ -83,6 +83,15 @@ def test_export_prints_its_stages_and_a_table_and_writes_both_files(encoder):
     assert [d.dim_param for d in inputs[0].type.tensor_type.shape.dim] == ["batch", "seq"]
 
 
+def test_export_takes_dead_channels_out_if_asked(tmp_path):
+    save_perceptron(tmp_path / "model.pt", **{"norm.weight": 0.0})
+    done = normfuse("export", "model.pt", "--out", "model.onnx", "--remove-dead", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "norm: 1 of 4 channels taken out of inner.weight, head.weight" in done.stdout
+    sizes = [numpy_helper.to_array(i).size for i in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert max(sizes) == 12  # 4 x 3 and 3 x 3 are left of 4 x 4 and 4 x 3
+
+
 def test_verify_repeats_the_proof_and_fails_on_another_file(encoder, tmp_path):
     folder, _ = encoder
     done = normfuse("verify", "model.pt", "model.onnx", "--rounds", 3, cwd=folder)

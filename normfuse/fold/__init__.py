@@ -2,6 +2,17 @@
 
 from .api import fold, fuse
 from .bounds import Interval, interval_bounds
-from .report import FoldError, FoldReport, NormRecord
+from .dead import remove_dead_channels
+from .report import FoldError, FoldReport, NormRecord, RemovedChannels
 
-__all__ = ["FoldError", "FoldReport", "Interval", "NormRecord", "fold", "fuse", "interval_bounds"]
+__all__ = [
+    "FoldError",
+    "FoldReport",
+    "Interval",
+    "NormRecord",
+    "RemovedChannels",
+    "fold",
+    "fuse",
+    "interval_bounds",
+    "remove_dead_channels",
+]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from .dead import remove_dead_channels
 from .engine import Folding
 from .program import Program
 from .records import collect_records
@@ -21,6 +22,7 @@ def fold(
     copy_shared: bool = True,
     carry_biases: bool = False,
     max_scale_range: float = 2.0**40,
+    remove_dead: bool = False,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
@@ -35,6 +37,8 @@ def fold(
         max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
             places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
             leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
+        remove_dead: whether channels that hold a constant, because a norm's gain is zero there, leave the weights
+            around them; see :func:`normfuse.fold.remove_dead_channels` for where that is done.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
@@ -42,9 +46,13 @@ def fold(
     Raises:
         FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
     """
-    opened = Program(program)
+    opened, removed = Program(program), []
+    operations, size = opened.operations(), opened.bytes()
+    if remove_dead:
+        program, removed = remove_dead_channels(program)
+        opened = Program(program)
     folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases, max_scale_range=max_scale_range)
-    report = FoldReport(nodes_before=opened.operations(), bytes_before=opened.bytes())
+    report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     folding.relate()
     folding.solve()
     settle_shifts(folding)

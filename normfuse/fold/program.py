@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +36,7 @@ _SMOOTH = {
 }
 # Entries of a weight that are rewritten at once: 8 MB in float64, which the allocator reuses and caches hold.
 BLOCK_ENTRIES = 1 << 20
+_FOLDED = re.compile(r"(_folded(_\d+)?)+$")  # what :meth:`Program.add_parameter` adds to a name
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 
@@ -108,7 +110,7 @@ class Program:
     def name(self, node: Node) -> str:
         """The name of the parameter a constant comes from (the first, when it is computed from several)."""
         sources = list(self._sources(node))
-        return self._targets[sources[0].name] if sources else node.name
+        return _FOLDED.sub("", self._targets[sources[0].name]) if sources else node.name
 
     def computed(self, node: Node) -> bool:
         """Whether arithmetic makes the value from parameters, and not only another view of one."""

@@ -30,11 +30,31 @@ class NormRecord:
 
 
 @dataclass
+class RemovedChannels:
+    """Channels that held a constant and left the weights around them (see :func:`remove_dead_channels`).
+
+    Attributes:
+        name: path of the norm that made them constant.
+        channels: how many went.
+        num_features: how many there were.
+        weights: names of the weights that became smaller.
+        reason: why all of them stayed, if they did.
+    """
+
+    name: str
+    channels: int
+    num_features: int
+    weights: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
 class FoldReport:
     """Every decision of one call of :func:`normfuse.fold`.
 
     Attributes:
         norms: one record per norm, in the order of the program.
+        removed: one record per place with constant channels, if asked to remove them.
         nodes_before, nodes_after: number of operations in the graph.
         bytes_before, bytes_after: size of the parameters and constants.
         bytes_copied: bytes added because a weight used at several places had to be stored more than once.
@@ -43,6 +63,7 @@ class FoldReport:
     """
 
     norms: list[NormRecord] = field(default_factory=list)
+    removed: list[RemovedChannels] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
     bytes_before: int = 0

@@ -91,6 +91,7 @@ def export(
     rtol: float | None = None,
     atol: float = 0.0,
     copy_shared: bool = True,
+    remove_dead: bool = False,
     target: str = "portable",
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -110,6 +111,7 @@ def export(
             float16.
         copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
             them.
+        remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU) or
             ``cuda``; all use standard operations only. A shaped graph that fails verification is replaced by the
             graph as it is, and ``notes`` say so.
@@ -139,7 +141,7 @@ def export(
         checkpoint, program = _traced(model, progress)
         notes: list[str] = []
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
-        options = {"copy_shared": copy_shared, "max_scale_range": MAX_SCALE_RANGE[dtype]}
+        options = {"copy_shared": copy_shared, "max_scale_range": MAX_SCALE_RANGE[dtype], "remove_dead": remove_dead}
         forms = _forms(checkpoint, program, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         staged = staging / path.name

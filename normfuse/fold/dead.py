@@ -1,0 +1,225 @@
+"""Channels that hold a constant, because a norm's gain is zero there, leave the weights on both sides.
+
+A channel written by a weight operation and read by weight operations only is *dead* if every one of them finds the same
+number in it whatever the input is: after a gain of zero it holds the norm's bias β, and what follows element by element
+maps that number to another, v. The reader's ``W x`` then has the constant part ``W[:, c] v``, which goes into its bias;
+row c of the writer, entry c of what stands between, and column c of the reader are not needed any more. The result is
+exact up to rounding. Zero padding in a reading convolution shows it another number at the borders: there, v must be 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from .arrays import CannotCarry, collapse_equal, keep_axis, varying
+from .engine import Folding
+from .program import Program
+from .report import RemovedChannels
+from .rules.base import Use, argument, is_float
+from .rules.carry import AveragePool, Identity, Maximum, Mean
+from .rules.weights import Convolution, Linear, TransposedConvolution
+
+aten = torch.ops.aten
+# Rearrangements that name no sizes: these would no longer be right.
+_WITHOUT_SIZES = {
+    *(aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
+    *(aten.movedim.int, aten.movedim.intlist),
+}
+
+
+class _Channels(NamedTuple):
+    """What a value holds of the writer's channels, as arrays over its axes (see :mod:`normfuse.fold.arrays`)."""
+
+    index: np.ndarray  # which channel
+    constant: np.ndarray  # whether its number is the same whatever the input is
+    number: np.ndarray  # that number, else 0
+
+
+class _Stop(Exception):
+    """The values cannot be followed to weights; says why."""
+
+
+def remove_dead_channels(program: ExportedProgram) -> tuple[ExportedProgram, list[RemovedChannels]]:
+    """Take channels that hold a constant out of the weights around them.
+
+    Writers and readers are linear layers and ungrouped convolutions whose weights nothing else reads. Between them may
+    stand norms with constant statistics and other constant affine maps, activations and whatever else works element by
+    element, dropout, pooling, permutations and flattening. Channels of a residual stream, of heads, and of gated
+    products stay. At least one channel stays.
+
+    Args:
+        program: an exported program in evaluation mode, before any decomposition and folding. It is not changed.
+
+    Returns:
+        The program without those channels, equal to `program` up to rounding, and one record for every place where
+        channels are constant, with the reason where they stay.
+    """
+    opened = Program(program)
+    folding = Folding(opened, copy_shared=True, carry_biases=False, max_scale_range=np.inf)
+    folding.relate()
+    records = []
+    for node in list(opened.graph.nodes):
+        if _is_plain_weight(node, folding):
+            found = _remove_behind(node, folding)
+            records += [found] if found is not None else []
+    return opened.finish(), records
+
+
+def _is_plain_weight(node: Node, fold: Folding) -> bool:
+    rule = fold.rule_of.get(node)
+    if isinstance(rule, Convolution):
+        return not isinstance(rule, TransposedConvolution) and argument(node, "groups") == 1
+    return isinstance(rule, Linear)
+
+
+def _remove_behind(writer: Node, fold: Folding) -> RemovedChannels | None:
+    """Remove the dead channels of one writer's result."""
+    rule = fold.rule_of[writer]
+    rank, axis = writer.meta["val"].dim(), rule.output_axis(writer)
+    size = int(writer.meta["val"].shape[axis])
+    if size == 1:
+        return None  # and one stays
+    shape = [1] * rank
+    shape[axis] = size
+    index = np.arange(size).reshape(shape)
+    inside = {writer: _Channels(index, np.zeros(shape, bool), np.zeros(shape))}
+    norms: list[str] = []
+    try:
+        readers = _follow(writer, inside, norms, fold)
+        dead = np.logical_and.reduce([_not_needed(reader, inside, size, fold) for reader in readers])
+    except _Stop as stop:
+        return RemovedChannels(norms[0], 0, size, [], str(stop)) if norms else None
+    dead[:1] &= not dead.all()
+    if not dead.any():
+        reason = "a padded convolution shows its readers another number at the borders"
+        return RemovedChannels(norms[0], 0, size, [], reason) if norms else None
+    weights = _shrink(writer, inside, readers, dead, fold)
+    return RemovedChannels(norms[0] if norms else fold.path(writer), int(dead.sum()), size, weights)
+
+
+def _follow(writer: Node, inside: dict[Node, _Channels], norms: list[str], fold: Folding) -> list[Node]:
+    """Fill `inside` with the values between the writer and its readers, and `norms` with the names of those that make
+    constants; returns the readers."""
+    readers = []
+    for node in fold.program.graph.nodes:
+        operands = [operand for operand in node.all_input_nodes if operand in inside]
+        if not operands:
+            continue
+        if node.op == "output":
+            raise _Stop("the model's output is among its readers")
+        if len(operands) > 1:
+            raise _Stop(f"{fold.describe(node)} brings several values together")
+        (operand,) = operands
+        channels = inside[operand]
+        if not fold.reads_values(node):
+            if node.target is aten.sym_size.int and node.args[1] % channels.index.ndim not in varying(channels.index):
+                continue
+            raise _Stop(f"{fold.describe(node)} depends on the number of channels")
+        if _is_plain_weight(node, fold):
+            if fold.program.shared(argument(node, "weight")):
+                raise _Stop(f"the weight of {fold.describe(node)} is read at another place, too")
+            readers.append(node)
+            continue
+        inside[node] = _behind(node, operand, channels, fold)
+        if inside[node].constant.sum() > channels.constant.sum():
+            norms.append(fold.path(node))
+    if fold.program.shared(argument(writer, "weight")):
+        raise _Stop(f"the weight of {fold.describe(writer)} is read at another place, too")
+    if not readers:
+        raise _Stop("nothing reads its result")
+    return readers
+
+
+def _behind(node: Node, operand: Node, channels: _Channels, fold: Folding) -> _Channels:
+    """What an operation between two weights leaves of the channels."""
+    rule, (index, constant, number) = fold.rule_of.get(node), channels
+    if node in fold.affine:
+        _, a, b = fold.affine[node]
+        if np.broadcast_shapes(index.shape, a.shape, b.shape) == index.shape and len(varying(index)) <= 1:
+            constant = constant | (a == 0)
+            return _Channels(index, constant, np.where(constant, np.where(a == 0, 0.0, a) * number + b, 0.0))
+    elif _is_elementwise(node):
+        value = torch.from_numpy(number)
+        args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
+        return _Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
+    elif isinstance(rule, Identity | AveragePool | Maximum | Mean) or node.target in _WITHOUT_SIZES:
+        if rule.use(node, operand, number, fold) is not Use.PASS:
+            constant = constant & (number == 0)
+        try:
+            return _Channels(
+                *(rule.carry(node, operand, part, collapse_equal, fold) for part in (index, constant, number))
+            )
+        except CannotCarry:
+            pass
+    raise _Stop(f"{fold.describe(node)} is among its readers")
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether an operation maps every number of its one operand to another, always in the same way."""
+    if not isinstance(node.target, torch._ops.OpOverload) or len(node.all_input_nodes) != 1 or not is_float(node):
+        return False
+    tags = node.target.tags
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def _laid_out(reader: Node, inside: dict[Node, _Channels], fold: Folding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index, constancy and number of the channel that each column of a reader's weight reads."""
+    operand, axis = argument(reader, "input"), fold.rule_of[reader].input_axis(reader)
+    size = int(operand.meta["val"].shape[axis])
+    try:
+        return tuple(keep_axis(part, axis, size, collapse_equal) for part in inside[operand])
+    except CannotCarry as error:
+        raise _Stop(f"{fold.describe(reader)} reads the channels along another axis") from error
+
+
+def _not_needed(reader: Node, inside: dict[Node, _Channels], size: int, fold: Folding) -> np.ndarray:
+    """Which channels one reader can do without."""
+    operand, rule = argument(reader, "input"), fold.rule_of[reader]
+    index, constant, number = _laid_out(reader, inside, fold)
+    if rule.use(reader, operand, inside[operand].number, fold) is not Use.ABSORB:
+        constant = constant & (number == 0)
+    needed = np.zeros(size, bool)
+    needed[index[~constant]] = True
+    return ~needed
+
+
+def _shrink(
+    writer: Node, inside: dict[Node, _Channels], readers: list[Node], dead: np.ndarray, fold: Folding
+) -> list[str]:
+    """Cut the dead channels out of every constant; returns the names of the weights."""
+    program = fold.program
+
+    def cut(node: Node, constant: Node, axis: int, index: np.ndarray) -> None:
+        value = program.constant(constant).index_select(axis, torch.from_numpy(np.flatnonzero(~dead[index])))
+        node.replace_input_with(constant, program.add_parameter(program.name(constant), value, constant))
+
+    names = [program.name(argument(node, "weight")) for node in (writer, *readers)]
+    for reader in readers:
+        rule, (index, _, number) = fold.rule_of[reader], _laid_out(reader, inside, fold)
+        _, weight, bias = rule.operands(reader)
+        shift = torch.from_numpy(np.where(dead[index], number, 0.0))
+        if shift.any():
+            constant = rule.through(reader, weight, shift, fold)
+            rule.set_bias(reader, weight, bias, constant + (program.constant(bias) if bias else 0.0), fold)
+        cut(reader, weight, 1, index)
+    for constant in fold.rule_of[writer].operands(writer)[1:]:
+        if constant is not None:
+            cut(writer, constant, 0, inside[writer].index.ravel())
+    for node, channels in inside.items():
+        (along,) = varying(channels.index)
+        for constant in () if node is writer else node.all_input_nodes:
+            first = node.target is aten.batch_norm.default  # its vectors are not laid out as the input is
+            axis = 0 if first else constant.meta["val"].dim() - channels.index.ndim + along
+            if program.is_constant(constant) and axis >= 0 and constant.meta["val"].shape[axis] != 1:
+                cut(node, constant, axis, channels.index.ravel())
+        value, shape = node.meta["val"], list(node.meta["val"].shape)
+        shape[along] = int((~dead[channels.index]).sum())
+        with value.fake_mode:
+            node.meta["val"] = value.new_empty(shape)
+    return names
