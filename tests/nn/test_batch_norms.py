@@ -205,6 +205,17 @@ def test_estimated_statistics(masked):
     torch.testing.assert_close(grad, slope.detach().expand_as(x))  # nothing through the statistics
 
 
+def test_the_steps_of_the_statistics_are_sound_operations():
+    mean, var = torch.randn(2, C), torch.rand(2, C)
+    arguments = (mean, var, torch.tensor([[3], [4]]), torch.zeros(C), torch.ones(C), torch.tensor(0), 0.1)
+    torch.library.opcheck(torch.ops.normfuse.batch_norm_statistics, arguments)
+    window, t = torch.rand(4, C), torch.tensor([7])
+    torch.library.opcheck(
+        torch.ops.normfuse.moving_average_norm_statistics, (mean[0].square(), var[0], window, t, 2, 1e-5, 0.9)
+    )
+    torch.library.opcheck(torch.ops.normfuse.moving_average_norm_gradient_statistics, (mean[0], t, window, 2))
+
+
 @pytest.mark.parametrize(("kind", "options"), [(UnifiedNorm, {}), (PowerNorm, {"group_num": None})])
 def test_ghost_batches_of_unified_and_power_norm_are_steps(kind, options):
     ghost = kind(C, ghost_size=2, warmup_iters=3, **options)

@@ -5,10 +5,14 @@ import torch
 from torch import nn
 
 from normfuse.nn import (
+    AdaptiveInstanceNorm,
     BatchChannelNorm,
+    Derf,
     DomainSplitNorm,
     DyT,
+    LearnableRegionNorm,
     MovingAverageBatchNorm,
+    RegionNorm,
     RepBatchNorm,
     TimeDependentLayerNorm,
     UnifiedNorm,
@@ -68,3 +72,28 @@ def test_a_mixed_model_is_verified_and_only_what_is_computed_from_inputs_stays(t
     stays = {kind: result.graph.nodes.get(kind, 0) for kind in ("GroupNormalization", "LayerNormalization", "Tanh")}
     assert stays == dict.fromkeys(stays, 1)
     assert result.graph.nodes["Gemm"] + result.graph.nodes.get("MatMul", 0) == 4  # no σ is computed in the file
+
+
+class Computed(nn.Module):
+    """Every norm that is exported as what it is: regions of a mask and of the features, a style, erf."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (3, width, width))
+        self.region, self.learnable, self.style = RegionNorm(width), LearnableRegionNorm(), AdaptiveInstanceNorm()
+        self.derf, self.head = Derf(width), nn.Linear(width, 2)
+
+    def forward(self, image, hole, style):
+        x = self.region(self.convs[0](image), hole)
+        x = self.learnable(self.convs[1](x))
+        x = self.style(self.convs[2](x), style)
+        return self.head(self.derf(x.movedim(1, -1)))
+
+
+def test_what_is_computed_from_inputs_is_exported_as_it_is(tmp_path):
+    model = Computed()
+    nn.init.normal_(model.region.weight), nn.init.normal_(model.region.bias)
+    hole = torch.rand(2, 1, 5, 6) < 0.5
+    example = (torch.randn(2, 3, 5, 6), hole, torch.randn(2, 4, 7, 3))
+    result = export(model.eval(), tmp_path / "computed.onnx", example_inputs=example)
+    assert result.proof.worst("ONNX file") < 1e-4 and result.graph.nodes["Erf"] == 1
