@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import cast, check_input, gain_and_shift, mean_or, to_rows
+from ..ops._layout import cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
 from ..ops._recompute import statistics_of_this_run
 from ..ops.batch_norm import affine_by_statistics
 from ._running_norm import check_count, check_fraction
@@ -40,14 +40,12 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         if not torch.compiler.is_compiling():
             running = statistics_of_this_run(running)
         running_mean, running_var, steps = running
-        rows = to_rows(x, self.channel_dim).to(running_mean.dtype)
-        deviation, count = rows - running_mean, rows.shape[0]
-        if pad_mask is not None:
-            keep = torch.logical_not(pad_mask.reshape(-1, 1))
-            deviation, count = torch.where(keep, deviation, 0.0), keep.sum()
+        dims = other_dims(x, self.channel_dim)
+        deviation = x.to(running_mean.dtype) - per_channel(running_mean, x, self.channel_dim)
+        deviation, count = masked(deviation, pad_mask, self.channel_dim)
         zero = torch.zeros_like(running_mean)
-        change = mean_or(deviation.sum(0), count, zero)
-        var = mean_or(deviation.square().sum(0), count, running_var)
+        change = mean_or(deviation.sum(dims), count, zero)
+        var = mean_or(deviation.square().sum(dims), count, running_var)
         usable = change.isfinite() & var.isfinite()
         running_mean.add_(torch.where(usable, change, zero), alpha=self.momentum)
         running_var.add_(torch.where(usable, var - running_var, zero), alpha=self.momentum)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import region_norm
-from ..ops._layout import cast
-from ..ops.region_norm import POOLS, region_mask
+from ..ops.region_norm import POOLS
 from ._running_norm import check_choice, check_count, check_positive
 
 
@@ -51,11 +50,8 @@ class RegionNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        inside = region_mask(x, mask)
-        y = region_norm(x, inside, eps=self.eps, pool=self.pool)
-        weight, bias = (cast(parameter, x.dtype)[..., None, None] for parameter in (self.weight, self.bias))
-        shift = bias.sum(0) if self.shift_everywhere else torch.where(inside, bias[1], bias[0])
-        return torch.addcmul(shift, y, 1 + torch.where(inside, weight[1], weight[0]))
+        bias = self.bias.sum(0).expand(2, -1) if self.shift_everywhere else self.bias
+        return region_norm(x, mask, 1 + self.weight, bias, eps=self.eps, pool=self.pool)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, pool={self.pool!r}, shift_everywhere={self.shift_everywhere}"

@@ -86,6 +86,22 @@ def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
 
 
+def other_dims(x: Tensor, channel_dim: int) -> list[int]:
+    """Every dimension of ``x`` but that of the channels."""
+    return [dim for dim in range(x.dim()) if dim != channel_dim % x.dim()]
+
+
+def masked(values: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor | int]:
+    """``values`` with zeros in place of padding, and the number of valid rows.
+
+    Selecting instead of multiplying keeps a NaN in a padded row out of later sums.
+    """
+    if pad_mask is None:
+        return values, values.numel() // max(values.shape[channel_dim], 1)
+    keep = torch.logical_not(pad_mask)
+    return torch.where(keep.unsqueeze(channel_dim % values.dim()), values, 0.0), keep.sum()
+
+
 def gain_and_shift(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` and ``bias`` in the dtype of ``like`` [C], ones and zeros where there are none."""
     weight = torch.ones_like(like) if weight is None else cast(weight, like.dtype)

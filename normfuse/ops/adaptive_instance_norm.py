@@ -8,11 +8,19 @@ from torch import Tensor
 from ._layout import accumulation_dtype, cast
 
 
+def _centred(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations [B, C, rest], mean and ``sqrt(var + eps)`` [B, C, 1] of each sample and channel."""
+    values = cast(x, accumulation_dtype(x.dtype)).flatten(2)
+    mean = values.mean(2, keepdim=True)
+    deviation = values - mean
+    length = torch.linalg.vector_norm(deviation, dim=2, keepdim=True)
+    return deviation, mean, torch.sqrt(length.square() / (values.shape[2] - int(unbiased)) + eps)
+
+
 def instance_statistics(x: Tensor, *, eps: float = 1e-5, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and ``sqrt(var + eps)`` of each sample and channel of ``x`` [B, C, ...], both [B, C], float32 or wider."""
-    values = cast(x, accumulation_dtype(x.dtype)).flatten(2)
-    var, mean = torch.var_mean(values, dim=2, correction=int(unbiased))
-    return mean, torch.sqrt(var + eps)
+    _, mean, std = _centred(x, eps, unbiased)
+    return mean.squeeze(2), std.squeeze(2)
 
 
 def adaptive_instance_norm(
@@ -36,10 +44,13 @@ def adaptive_instance_norm(
     Returns:
         A tensor of the shape and dtype of ``x``.
     """
-    mean, std = instance_statistics(x, eps=eps, unbiased=unbiased)
-    trailing = (1,) * (x.dim() - 2)
-    mean, std, style_mean, style_std = (v.reshape(*v.shape, *trailing) for v in (mean, std, style_mean, style_std))
-    y = torch.addcmul(style_mean, (cast(x, mean.dtype) - mean) / std, style_std)
+    deviation, _, std = _centred(x, eps, unbiased)
+    style_mean, style_std = style_mean[..., None], style_std[..., None]
+    if style_std.dim() < 3:  # one style for all: on its own, its part is a map with constants, which folds
+        y = torch.addcmul(style_mean, deviation / std, style_std)
+    else:
+        y = torch.addcmul(style_mean, deviation, style_std / std)
+    y = y.unflatten(2, x.shape[2:]) if x.dim() > 3 else y
     if not (isinstance(alpha, (int, float)) and alpha == 1):
         y = torch.lerp(cast(x, y.dtype), y, alpha)
     return cast(y, x.dtype)

@@ -92,6 +92,23 @@ class _NormaliseByBatch(torch.autograd.Function):
         return grad_x, None, along.sum((0, 1)), grad_sum.sum((0, 1)), None
 
 
+class _Statistics(torch.autograd.Function):
+    """Mean and variance [C] of ``x`` [R, C], which a kernel has found already, with their gradients."""
+
+    @staticmethod
+    def forward(ctx, x, mean, var):
+        ctx.save_for_backward(x, mean)
+        return mean.clone(), var.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_mean, grad_var):
+        x, mean = ctx.saved_tensors
+        slope = 2 * grad_var / x.shape[0]
+        constant = grad_mean / x.shape[0] - mean * slope
+        return torch.addcmul(constant, x.to(mean.dtype), slope).to(x.dtype), None, None
+
+
 def normalise_by_batch(
     x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, BatchStatistics]:
@@ -194,13 +211,23 @@ def batch_norm(
     weight, bias = gain_and_shift(weight, bias, state.running_mean)
     if not training:
         return affine_by_statistics(x, weight, bias, state.running_mean, state.running_var, eps, channel_dim)
-    plain = pad_mask is None and momentum is not None and (ghost_sizes is None or len(ghost_sizes) == 1)
-    if plain and x.numel() > x.shape[channel_dim] and not torch.compiler.is_compiling():
+    sizes = [x.shape[0]] if ghost_sizes is None else ghost_sizes
+    rows = x.numel() // max(x.shape[0] * x.shape[channel_dim], 1)  # of a sample
+    plain = pad_mask is None and momentum is not None and min(sizes) * rows > 1
+    if plain and not torch.compiler.is_compiling():
         running_mean, running_var, steps = statistics_of_this_run(tuple(state))
-        steps.add_(1)
-        rows = to_rows(x, channel_dim)
-        y = torch.nn.functional.batch_norm(rows, running_mean, running_var, weight, bias, True, momentum, eps)
-        return from_rows(y, x, channel_dim)
+        steps.add_(len(sizes))
+        second = channel_dim % x.dim() == 1  # where PyTorch wants the channels
+        found = []
+        for part in (x,) if len(sizes) == 1 else x.split(sizes):
+            values = part if second else to_rows(part, channel_dim)
+            moved = running_mean.clone(), running_var.clone()
+            y = torch.nn.functional.batch_norm(values, *moved, weight, bias, True, momentum, eps)
+            usable = moved[0].isfinite() & moved[1].isfinite()
+            for running, new in zip((running_mean, running_var), moved, strict=True):
+                running.copy_(torch.where(usable, new, running))
+            found.append(y if second else from_rows(y, part, channel_dim))
+        return found[0] if len(found) == 1 else torch.cat(found)
     y, statistics = batch_norm_with_statistics(x, weight, bias, pad_mask, eps, channel_dim, ghost_sizes)
     batch_statistics_step(statistics, state, momentum)
     return y
@@ -212,6 +239,13 @@ def batch_norm_with_statistics(
 ) -> tuple[Tensor, BatchStatistics]:  # fmt: skip
     """Training forward that moves nothing: the result, and the statistics of each ghost batch with their gradients."""
     rows = to_rows(x, channel_dim)
+    whole = pad_mask is None and (ghost_sizes is None or len(ghost_sizes) == 1)
+    if whole and rows.shape[0] > 1 and not torch.compiler.is_compiling():
+        y, mean, inv_std = torch.native_batch_norm(rows, weight, bias, None, None, True, 0.0, eps)
+        mean, var = _Statistics.apply(rows, mean, (inv_std.square().reciprocal() - eps).clamp(min=0))
+        return from_rows(y, x, channel_dim), BatchStatistics(
+            mean[None], var[None], mean.new_full((1, 1), rows.shape[0])
+        )
     mask = None if pad_mask is None else pad_mask.reshape(-1)
     sizes = [x.shape[0]] if ghost_sizes is None else ghost_sizes
     # Equal ghost batches at once, the last, which may be longer, on its own.

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._layout import as_they_are, cast, check_input, from_rows, gain_and_shift, mean_square, per_channel, to_rows
+from ._layout import cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
-from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS, _backward_on_rows
+from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
 
 
 class MovingAverageNormState(NamedTuple):
@@ -85,29 +85,35 @@ def _(mean_gz, *others):
 class _MovingAverageNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim):
-        rows = to_rows(x, channel_dim)
-        values = rows.to(weight.dtype)
-        q = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), state.running_var)
+        values, dims = x.to(weight.dtype), other_dims(x, channel_dim)
+        square, count = masked(values.square(), pad_mask, channel_dim)
+        q = mean_or(square.sum(dims), count, state.running_var)
         moved = state.running_var, state.buffer_x2, state.iters
         if torch.compiler.is_compiling():
             stats, step = _move_forward(q, *moved, warmup_iters, eps, momentum)
         else:
             stats, step = move_forward_statistics(q, *statistics_of_this_run(moved), warmup_iters, eps, momentum)
-        ctx.save_for_backward(rows, weight, stats, step)
+        ctx.save_for_backward(x, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
         ctx.buffer_gz, ctx.warmup_iters, ctx.channel_dim = state.buffer_gz, warmup_iters, channel_dim
-        y = torch.addcmul(bias, values, weight * stats[1] * stats[0]).to(x.dtype)
-        return from_rows(y, x, channel_dim)
+        scale = per_channel(weight * stats[1] * stats[0], x, channel_dim)
+        return torch.addcmul(per_channel(bias, x, channel_dim), values, scale).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        rows, weight, stats, step = ctx.saved_tensors
-        grad_rows, grad_weight, grad_bias, _ = _backward_on_rows(
-            as_they_are, _move_gradient, to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, ctx.buffer_gz,
-            ctx.warmup_iters,
-        )  # fmt: skip
-        return from_rows(grad_rows, grad_y, ctx.channel_dim), None, grad_weight, grad_bias, *[None] * 5
+        x, weight, (inv_std, ratio), step = ctx.saved_tensors
+        dims, count = other_dims(x, ctx.channel_dim), x.numel() // max(x.shape[ctx.channel_dim], 1)
+        dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
+        # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
+        grad_weight = (dy * values).sum(dims) * inv_std * ratio
+        mean_gz = grad_weight * weight / max(count, 1)
+        multiple = _move_gradient(mean_gz, step, ctx.buffer_gz, ctx.warmup_iters)
+        along, across = (
+            per_channel(v, x, ctx.channel_dim) for v in (weight * ratio * inv_std, -multiple * inv_std.square())
+        )
+        grad_x = torch.addcmul(dy * along, values, across).to(x.dtype)
+        return grad_x, None, grad_weight, dy.sum(dims), *[None] * 5
 
 
 def moving_average_norm(

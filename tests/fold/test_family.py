@@ -185,7 +185,7 @@ def test_a_fixed_style_folds_and_a_given_one_does_not() -> None:
     norm = AdaptiveInstanceNorm().fix(torch.randn(1, C, 4, 4))
     program, report = folded(trained(Image(norm)), image())
     assert report.norms[0].absorbed_by == ["second.weight", "second.bias"]
-    assert "addcmul" not in kinds(program) and "var_mean" in kinds(program)
+    assert "addcmul" not in kinds(program) and "linalg_vector_norm" in kinds(program)
     program, _ = folded(trained(Image(AdaptiveInstanceNorm())), image(torch.randn(2, C, 3, 3).double()))
     assert "addcmul" in kinds(program)
 
@@ -220,4 +220,4 @@ def test_region_norms_are_exported_as_they_are(learnable: bool) -> None:
     mask = () if learnable else ((torch.rand(2, 1, 5, 7) < 0.5),)
     model = trained(Image(norm))
     program, _ = folded(model, image(*mask))
-    assert kinds(program).count("rsqrt") == 2 and "addcmul" in kinds(program)
+    assert kinds(program).count("rsqrt") == 1 and kinds(program).count("matmul") >= 4

@@ -128,11 +128,12 @@ def test_an_empty_batch_moves_no_statistic(kind, shape):
     assert hidden.isfinite().all() and torch.equal(norm.running_var, before["running_var"])
 
 
-def test_a_batch_that_is_not_finite_moves_only_the_other_channels():
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_that_is_not_finite_moves_only_the_other_channels(masked):
     norm = MaskedBatchNorm(C, ghost_size=2)
     x = torch.randn(4, C)
     x[1, 2] = float("inf")
-    norm(x)
+    norm(x, torch.zeros(4, dtype=torch.bool) if masked else None)
     assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
     assert (norm.running_mean != 0).all()  # channel 2 moved with the second ghost batch
 
