@@ -1,6 +1,7 @@
 """Changes to a live model."""
 
 from .adaptation import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm, adapt, freeze
+from .around import reparametrize, split_domains
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error
 from .only_norms import DeadChannels, freeze_to_norms, remove_dead_channels
@@ -32,6 +33,8 @@ __all__ = [
     "reconstruct",
     "relative_error",
     "remove_dead_channels",
+    "reparametrize",
+    "split_domains",
     "swap_norms",
     "trainer_callback",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ..nn import MaskedBatchNorm, RepBatchNorm
 from ..nn._running_norm import check_count, check_fraction, check_positive
 from ..ops._layout import accumulation_dtype
 from .swap import Swap, SwapReport, Where, _selector
@@ -240,6 +241,11 @@ class UnMixBatchNorm(AdaptingNorm):
         return f"components={self.means.shape[0]}, momentum={self.momentum}, temperature={self.temperature}"
 
 
+def _is_batch_norm(module: nn.Module) -> bool:
+    # Not RepBatchNorm: its shortcut takes the input as it is, which rescaling would change.
+    return isinstance(module, (_BatchNorm, MaskedBatchNorm)) and not isinstance(module, RepBatchNorm)
+
+
 _METHODS: dict[str, type[AdaptingNorm]] = {
     "alpha": AlphaBatchNorm,
     "decay": DecayingBatchNorm,
@@ -255,7 +261,8 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
     (``"unmix"``) it meets, and stands still otherwise.
 
     Args:
-        model: contains BatchNorms of PyTorch, or of classes derived from them, with running statistics.
+        model: contains BatchNorms of PyTorch or :class:`normfuse.nn.MaskedBatchNorm`, or of classes derived from them
+            (but no RepBatchNorm), with running statistics. They are called without a padding mask.
         method: ``"alpha"`` (:class:`AlphaBatchNorm`), ``"decay"`` (:class:`DecayingBatchNorm`) or ``"unmix"``
             (:class:`UnMixBatchNorm`).
         where: which norms, as for :func:`swap_norms`; None: all.
@@ -274,9 +281,9 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
         raise ValueError(f"method={method!r} is unknown; give one of {', '.join(map(repr, _METHODS))}")
     if any(isinstance(module, AdaptingNorm) for module in model.modules()):
         raise ValueError("model adapts already; call freeze(model) first, or load it anew")
-    if isinstance(model, _BatchNorm):
+    if _is_batch_norm(model):
         raise ValueError("model is itself a norm; give the module that contains it")
-    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)]
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if _is_batch_norm(m)]
     selected = _selector(where)
     chosen = [(name, norm) for name, norm in places if selected(name, norm)]
     report = SwapReport(kept=[name for name, norm in places if not selected(name, norm)])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import PowerNorm, RepBatchNorm, UnifiedNorm
-from ..nn._running_norm import RunningNorm
+from ..nn import Derf, DyT, MaskedBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
+from ..nn._running_norm import ChannelNorm
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
 # Other libraries write norms of their own, without a base class; their names all end like this.
@@ -51,14 +51,16 @@ class SwapReport:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, RunningNorm)):
+    if isinstance(module, RepBatchNorm):
+        return False  # no other norm has a place for its shortcut
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, ChannelNorm, DyT, Derf)):
         return True
     leaf = next(module.children(), None) is None
     return leaf and _FOREIGN.search(type(module).__name__) is not None
 
 
 def _channels(name: str, norm: nn.Module) -> int:
-    if isinstance(norm, (_BatchNorm, RunningNorm)):
+    if isinstance(norm, (_BatchNorm, ChannelNorm, DyT, Derf)):
         return norm.num_features
     shape = getattr(norm, "normalized_shape", None)
     if shape is None and isinstance(getattr(norm, "weight", None), Tensor):
@@ -72,7 +74,7 @@ def _channels(name: str, norm: nn.Module) -> int:
 
 
 def _channel_dim(norm: nn.Module) -> int:
-    if isinstance(norm, RunningNorm):
+    if isinstance(norm, ChannelNorm):
         return norm.channel_dim
     first = isinstance(norm, _BatchNorm) and not isinstance(norm, LastDimBatchNorm)
     return 1 if first or type(norm).__name__.lower().endswith("2d") else -1
@@ -103,13 +105,25 @@ def _make_dynamic(make: type[nn.Module]) -> Callable[..., nn.Module]:
     return build
 
 
+def _make_activation(make: type[nn.Module]) -> Callable[..., nn.Module]:
+    def build(channels: int, *, channel_dim: int, affine: bool, eps: float = 0.0, **options: Any) -> nn.Module:
+        if channel_dim != -1:
+            raise ValueError(f"{make.__name__} works on channels last only; leave this norm out with `where`")
+        return make(channels, **options)
+
+    return build
+
+
 _TARGETS: dict[str, Callable[..., nn.Module]] = {
     "unified": UnifiedNorm,
     "power": PowerNorm,
     "batch": _make_batch,
+    "masked_batch": MaskedBatchNorm,
     "rep_batch": RepBatchNorm,
     "layer": _make_dynamic(nn.LayerNorm),
     "rms": _make_dynamic(nn.RMSNorm),
+    "dyt": _make_activation(DyT),
+    "derf": _make_activation(Derf),
 }
 
 
@@ -148,9 +162,13 @@ def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallb
         if isinstance(value, Tensor) and target is not None:
             target.copy_(value.reshape(-1))
             target.requires_grad_(value.requires_grad)
-    statistic = {"unified": "running_var", "power": "running_phi"}.get(to)
-    if statistic and isinstance(old, _BatchNorm) and old.running_var is not None and not getattr(new, "group_num", 0):
-        new.get_buffer(statistic).copy_(old.running_var + old.running_mean**2)  # the mean of x²
+    if isinstance(old, (_BatchNorm, MaskedBatchNorm)) and old.running_var is not None:
+        statistic = {"unified": "running_var", "power": "running_phi"}.get(to)
+        if statistic and not getattr(new, "group_num", 0):
+            new.get_buffer(statistic).copy_(old.running_var + old.running_mean**2)  # the mean of x²
+        elif isinstance(new, (_BatchNorm, MaskedBatchNorm)):
+            new.running_mean.copy_(old.running_mean)
+            new.running_var.copy_(old.running_var)
     return new.train(old.training)
 
 
@@ -181,14 +199,17 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = None, **options: Any) -> SwapReport:
     """Exchange norms of ``model`` in place; weight and bias, eps, device, dtype and mode stay.
 
-    Found are LayerNorm, RMSNorm, BatchNorm, the norms of this package, and modules without children whose class
-    name ends in "LayerNorm" or "RMSNorm", as in transformers and timm. A norm that the model uses at several
-    places stays one norm. The new norms' statistics start fresh (from a BatchNorm: at its mean of x²): train, or
-    run :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser afterwards.
+    Found are LayerNorm, RMSNorm, BatchNorm, this package's norms over one dimension of channels (not RepBatchNorm,
+    whose shortcut has no place elsewhere), and modules without children whose class name ends in "LayerNorm" or
+    "RMSNorm", as in transformers and timm. A norm that the model uses at several places stays one norm. The new norms'
+    statistics start fresh (from one BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²):
+    train, or run :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser
+    afterwards.
 
     Args:
         model: a module that contains norms.
-        to: "unified", "power", "batch" (channels last), "rep_batch", "layer" or "rms".
+        to: "unified", "power", "batch" (channels last), "masked_batch", "rep_batch", "layer", "rms", "dyt" or
+            "derf".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.
         options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's

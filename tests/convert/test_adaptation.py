@@ -10,6 +10,7 @@ from torch import nn
 
 from normfuse import fold
 from normfuse.convert import LastDimBatchNorm, UnMixBatchNorm, adapt, freeze
+from normfuse.nn import MaskedBatchNorm, RepBatchNorm
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64, some hundred roundings
 C = 5
@@ -258,3 +259,21 @@ def test_an_unknown_option_and_what_cannot_be_frozen():
     with pytest.raises(ValueError, match=re.escape("0: UnMix-TNS computes statistics from each sample")):
         freeze(model)
     assert isinstance(model[0], UnMixBatchNorm)
+
+
+@pytest.mark.parametrize("method", ["alpha", "decay"])
+def test_masked_batch_norms_adapt_as_torchs_do(method):
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    ours = copy.deepcopy(theirs)
+    ours[1] = MaskedBatchNorm(4, channel_dim=1).eval()
+    ours[1].load_state_dict(theirs[1].state_dict())
+    for model in (theirs, ours):
+        adapt(model, method)
+        model(torch.arange(48.0).reshape(2, 2, 3, 4))
+        freeze(model)
+    assert type(ours[1]) is MaskedBatchNorm
+    x = torch.randn(2, 2, 3, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="selects nothing"):
+        adapt(nn.Sequential(RepBatchNorm(4)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from normfuse.convert import LastDimBatchNorm, swap_norms
-from normfuse.nn import PowerNorm, UnifiedNorm
+from normfuse.nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 
 C = 8
 
@@ -151,3 +151,35 @@ def test_a_bias_that_has_no_place_is_not_lost():
     with pytest.raises(ValueError, match="RMSNorm has no bias to take over"):
         swap_norms(net, to="rms")
     assert isinstance(net[0], nn.LayerNorm)
+
+
+@pytest.mark.parametrize(
+    ("old", "to", "new"),
+    [
+        (lambda: MaskedBatchNorm(C, channel_dim=1), "unified", UnifiedNorm),
+        (lambda: MovingAverageBatchNorm(C), "masked_batch", MaskedBatchNorm),
+        (lambda: nn.BatchNorm2d(C), "masked_batch", MaskedBatchNorm),
+        (lambda: DyT(C), "layer", nn.LayerNorm),
+        (lambda: nn.LayerNorm(C), "dyt", DyT),
+        (lambda: UnifiedNorm(C), "derf", Derf),
+    ],
+)
+def test_the_whole_family_is_found_and_can_be_put_in(old, to, new):
+    net = nn.Sequential(old(), RepBatchNorm(C))
+    nn.init.normal_(net[0].weight)
+    gain, channel_dim = net[0].weight.detach().clone(), getattr(net[0], "channel_dim", -1)
+    report = swap_norms(net, to=to)
+    assert type(net[0]) is new and type(net[1]) is RepBatchNorm and len(report.swaps) == 1
+    assert torch.equal(net[0].weight, gain)
+    if to == "unified":
+        assert net[0].channel_dim == channel_dim == 1
+
+
+def test_from_one_batch_norm_to_another_the_function_stays():
+    net = nn.Sequential(nn.BatchNorm2d(C))
+    for _ in range(3):
+        net(torch.randn(4, C, 2, 2) * 3 + 1)
+    x = torch.randn(2, C, 3, 3)
+    expected = net.eval()(x)
+    swap_norms(net, to="masked_batch")
+    torch.testing.assert_close(net(x), expected)
