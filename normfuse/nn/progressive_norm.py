@@ -24,6 +24,8 @@ class ProgressiveNorm(nn.Module):
         begin, end: the steps between which λ falls, 0 <= begin < end.
         frozen: keep ``static`` in evaluation mode while training, so that its statistics stay as they were calibrated;
             gain and shift learn.
+        evaluate_static: evaluate the static norm alone whatever λ is, as the authors of PRepBN do, who train from the
+            start this way. Otherwise evaluation mixes as training does.
 
     Attributes:
         step: int64 buffer, optimiser steps counted so far.
@@ -32,11 +34,18 @@ class ProgressiveNorm(nn.Module):
 
     Raises:
         TypeError, ValueError: a step is not allowed.
-        RuntimeError: the forward is traced for export while λ > 0.
+        RuntimeError: the forward is traced for export while evaluation still needs the original.
     """
 
     def __init__(
-        self, original: nn.Module, static: ChannelNorm, *, begin: int = 0, end: int, frozen: bool = False
+        self,
+        original: nn.Module,
+        static: ChannelNorm,
+        *,
+        begin: int = 0,
+        end: int,
+        frozen: bool = False,
+        evaluate_static: bool = False,
     ) -> None:
         super().__init__()
         check_count("begin", begin, 0)
@@ -46,6 +55,7 @@ class ProgressiveNorm(nn.Module):
         self.begin = begin
         self.end = end
         self.frozen = frozen
+        self.evaluate_static = evaluate_static
         self.pad_mask: Tensor | None = None
         device = next(static.buffers()).device
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
@@ -74,13 +84,13 @@ class ProgressiveNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if not self.training and (self.share == 0 or self.evaluate_static):
+            return self.static(x)
         if self.share > 0 and torch.compiler.is_exporting():
             raise RuntimeError(
                 f"a ProgressiveNorm is still {self.share:.1%} {type(self.original).__name__} (step {self._step} of "
                 f"{self.end}); train on until the conversion is done, call its finish(), then export"
             )
-        if self.share == 0 and not self.training:
-            return self.static(x)
         original = self.original(x)
         static = self.static(x, self.mask_for(x) if pad_mask is None else pad_mask).to(original.dtype)
         return torch.lerp(static, original, self._share.to(original.dtype))
@@ -98,4 +108,5 @@ class ProgressiveNorm(nn.Module):
         self._set_step(int(self.step))
 
     def extra_repr(self) -> str:
-        return f"share={self.share:.3g}, step={self._step}, begin={self.begin}, end={self.end}, frozen={self.frozen}"
+        shown = f"share={self.share:.3g}, step={self._step}, begin={self.begin}, end={self.end}, frozen={self.frozen}"
+        return shown + (", evaluate_static=True" if self.evaluate_static else "")

@@ -157,7 +157,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "from a LayerNorm model to a static one",
             "2405.11582",
             True,
-            NOTHING + ", once λ is 0",
+            NOTHING + ", once λ is 0 (or with `evaluate_static`)",
             lambda c: ProgressiveNorm(nn.LayerNorm(c), RepBatchNorm(c), end=100),
         ),
         NormEntry(

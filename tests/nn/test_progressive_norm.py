@@ -131,3 +131,18 @@ def test_compiled_steps_equal_eager_ones():
 def test_refusals(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+def test_evaluation_can_use_the_static_norm_alone_whatever_the_share():
+    """As the authors of PRepBN evaluate and export."""
+    norm = ProgressiveNorm(nn.LayerNorm(4), RepBatchNorm(4), end=10, evaluate_static=True)
+    for _ in range(3):
+        norm(torch.randn(8, 4))
+        norm.advance()
+    x = torch.randn(5, 4)
+    mixed = norm(x)
+    norm.eval()
+    assert 0 < norm.share < 1 and torch.equal(norm(x), norm.static(x)) and not torch.allclose(mixed, norm(x))
+    program = torch.export.export(norm, (x,))
+    torch.testing.assert_close(program.module()(x), norm.static(x))
+    assert "evaluate_static=True" in repr(norm)
