@@ -105,3 +105,42 @@ def test_the_benchmark_writes_the_page(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "norm_costs.py"), "--rounds", "1", "--batch", "2"]
     subprocess.run([*command, "--results", str(results), "--page", str(file)], check=True, capture_output=True)
     assert file.read_text() == page(json.loads(results.read_text()))
+
+
+LAYERS = [entry for entry in NORMS if entry.layout != "weight"]
+
+
+def inputs_of(entry, batch, dtype):
+    shape = (batch, C, 5, 3) if entry.layout == "image" else (batch, 7, C)
+    x = torch.randn(shape).to(dtype)
+    return x, *entry.others(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
+def test_every_dtype_trains_and_keeps_its_dtype(entry, dtype):
+    norm, wide = entry.make(C), entry.make(C).double()
+    norm.load_state_dict(wide.state_dict())
+    norm.to(dtype)
+    x, *others = inputs_of(entry, 4, dtype)
+    x.requires_grad_()
+    y = norm(x, *others)
+    assert y.dtype == dtype and y.shape == x.shape
+    y.square().sum().backward()
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+    expected = wide(x.detach().double(), *(o.double() if o.is_floating_point() else o for o in others))
+    # Statistics are wide; input, result and what compositions hold in between are rounded to the dtype.
+    tolerance = 16 * torch.finfo(dtype).eps * expected.abs().amax().item()
+    assert (y.double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
+def test_an_empty_batch_is_no_accident(entry):
+    norm = entry.make(C)
+    before = {name: value.clone() for name, value in norm.named_buffers() if value.is_floating_point()}
+    x, *others = inputs_of(entry, 0, torch.float32)
+    for training in (True, False):
+        assert norm.train(training)(x, *others).shape == x.shape
+    for name, value in norm.named_buffers():
+        if name in before and "buffer" not in name:
+            assert torch.equal(value, before[name]), name
