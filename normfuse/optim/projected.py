@@ -190,26 +190,36 @@ class AdamP(_Projected):
         steps, means, squares = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
         (beta1, beta2), compiling = group["betas"], torch.compiler.is_compiling()
         torch._foreach_add_(steps, 1)
+        updates = self._workspace(params, 0)
         if compiling:  # one operation after another, for the compiler to bring together
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         else:
             # PyTorch's fused Adam moves both means and takes its step, here from 0 and of length 1: minus the update.
-            updates = self._workspace(params, 0)
             torch._foreach_zero_(updates)
             torch._fused_adam_(
                 updates, grads, means, squares, [], steps, lr=1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
                 eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
-            if not group["nesterov"]:
-                return updates
-        roots = torch._foreach_sqrt(squares)
-        counts = torch.stack(steps).to(torch.promote_types(params[0].dtype, torch.float32))
-        torch._foreach_div_(roots, list((1 - beta2**counts).sqrt().to(params[0].dtype).unbind()))
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_mul_(roots, list((beta1**counts - 1).to(params[0].dtype).unbind()))
-        return torch._foreach_div(torch._foreach_lerp(means, grads, 1 - beta1) if group["nesterov"] else means, roots)
+        if not (compiling or group["nesterov"]):
+            return updates
+        # The divisor of the first mean: (1 - beta1^t) * (sqrt(squares / (1 - beta2^t)) + eps).
+        divisors, dtype = self._workspace(params, 1), params[0].dtype
+        counts = torch.stack(steps).to(torch.promote_types(dtype, torch.float32))
+        bias1, bias2 = 1 - beta1**counts, 1 - beta2**counts
+        torch._foreach_copy_(divisors, squares)
+        torch._foreach_sqrt_(divisors)
+        torch._foreach_mul_(divisors, list((bias1 / bias2.sqrt()).to(dtype).unbind()))
+        torch._foreach_add_(divisors, list((group["eps"] * bias1).to(dtype).unbind()))
+        if compiling:
+            torch._foreach_copy_(updates, means)
+            torch._foreach_neg_(updates)
+            torch._foreach_div_(updates, divisors)
+        if group["nesterov"]:
+            torch._foreach_mul_(updates, beta1)
+            torch._foreach_addcdiv_(updates, grads, divisors, value=beta1 - 1)
+        return updates
 
 
 class SGDP(_Projected):
