@@ -44,13 +44,13 @@ struct Input {
   const Tensor& x;
 
   explicit Input(const Tensor& x) : x(x) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(),
-                    "normfuse: x must be a contiguous [rows, channels] matrix; it has ", x.dim(),
-                    " dimensions. Use x.reshape(-1, channels).contiguous().");
-    STD_TORCH_CHECK(x.size(1) > 0, "normfuse: x has no channels (size(1) is 0).");
+    STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(),
+                    "normfuse: x must be contiguous of shape [..., channels]. Use x.contiguous().");
+    const int64_t channels = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(channels > 0, "normfuse: x has no channels (its last size is 0).");
     const ScalarType type = x.scalar_type();
     acc = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    shape = {x.size(0), x.size(1), DType::kFloat32};
+    shape = {x.numel() / channels, channels, DType::kFloat32};
     if (type == ScalarType::Double)
       shape.dtype = DType::kFloat64;
     else if (type == ScalarType::BFloat16)
@@ -62,11 +62,14 @@ struct Input {
                       "; float32, bfloat16, float16 and float64 are supported.");
   }
 
-  const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows, int64_t columns) const {
+  void check_type(const char* name, const Tensor& t, ScalarType type) const {
     STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cpu() == x.is_cpu(), "normfuse: ", name,
                     " must be on the device of x.");
     STD_TORCH_CHECK(t.scalar_type() == type, "normfuse: ", name, " is ", name_of(t.scalar_type()), "; with x of ",
                     name_of(x.scalar_type()), " it must be ", name_of(type), ".");
+  }
+  const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows, int64_t columns) const {
+    check_type(name, t, type);
     const bool vector = rows < 0;
     STD_TORCH_CHECK(t.is_contiguous() && t.dim() == (vector ? 1 : 2) && t.size(t.dim() - 1) == columns &&
                         (vector || t.size(0) == rows),
@@ -80,8 +83,12 @@ struct Input {
   void* stack(const char* name, const Tensor& t, int64_t rows) const {
     return check(name, t, acc, rows, shape.channels).mutable_data_ptr();
   }
-  void* matrix(const char* name, const Tensor& t) const {
-    return check(name, t, x.scalar_type(), shape.rows, shape.channels).mutable_data_ptr();
+  void* like_x(const char* name, const Tensor& t) const {
+    check_type(name, t, x.scalar_type());
+    bool same = t.is_contiguous() && t.dim() == x.dim();
+    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+    STD_TORCH_CHECK(same, "normfuse: ", name, " must be contiguous and of the shape of x.");
+    return t.mutable_data_ptr();
   }
   int64_t* integers(const char* name, const Tensor& t, int64_t size) const {
     return static_cast<int64_t*>(check(name, t, ScalarType::Long, -1, size).mutable_data_ptr());
@@ -102,7 +109,7 @@ struct Input {
     return group_num;
   }
 
-  Tensor like_x() const {
+  Tensor new_like_x() const {
     Tensor result = torch::stable::empty_like(x);
     if (x.is_cpu()) prefer_huge_pages(result.mutable_data_ptr(), x.numel() * element_size(x.scalar_type()));
     return result;
@@ -160,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tenso
                                                    Tensor skip_counter, int64_t warmup_iters, bool outlier_filtration,
                                                    double eps, double momentum) {
   const Input in(x);
-  Tensor y = in.like_x(), stats = in.vectors(2), step = torch::stable::new_empty(x, {2}, ScalarType::Long);
+  Tensor y = in.new_like_x(), stats = in.vectors(2), step = torch::stable::new_empty(x, {2}, ScalarType::Long);
   UnifiedForward a{};
   a.shape = in.shape;
   a.x = x.const_data_ptr();
@@ -187,10 +194,10 @@ std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Ten
                                                     Tensor ema_gz, Tensor buffer_gz, int64_t warmup_iters,
                                                     double momentum) {
   const Input in(x);
-  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   UnifiedBackward a{};
   a.shape = in.shape;
-  a.grad_y = in.matrix("grad_y", grad_y);
+  a.grad_y = in.like_x("grad_y", grad_y);
   a.x = x.const_data_ptr();
   a.weight = in.vector("weight", weight);
   a.stats = in.stack("stats", stats, 2);
@@ -211,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor>
                                                  Tensor running_phi, Tensor iters, int64_t warmup_iters,
                                                  int64_t group_num, double eps, double alpha_fwd) {
   const Input in(x);
-  Tensor y = in.like_x(), stats = in.vectors(3);
+  Tensor y = in.new_like_x(), stats = in.vectors(3);
   PowerForward a{};
   a.shape = in.shape;
   a.x = x.const_data_ptr();
@@ -237,10 +244,10 @@ std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tenso
                                                   Tensor row_scale, Tensor ema_gz, int64_t group_num, double alpha_bkw,
                                                   bool paper) {
   const Input in(x);
-  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   PowerBackward a{};
   a.shape = in.shape;
-  a.grad_y = in.matrix("grad_y", grad_y);
+  a.grad_y = in.like_x("grad_y", grad_y);
   a.x = x.const_data_ptr();
   a.weight = in.vector("weight", weight);
   a.stats = in.stack("stats", stats, 3);
@@ -270,14 +277,14 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_forward(Tensor x, std::optional<Tens
   RowNormForward a{};
   a.shape = in.shape;
   a.x = x.const_data_ptr();
-  a.residual = residual ? in.matrix("residual", *residual) : nullptr;
+  a.residual = residual ? in.like_x("residual", *residual) : nullptr;
   a.weight = weight ? in.vector("weight", *weight) : nullptr;
   a.bias = bias ? in.vector("bias", *bias) : nullptr;
   a.kind = row_norm_of(kind);
   a.eps = eps;
   const bool mean = a.kind != RowNorm::kRms;
-  Tensor y = in.like_x(), stats = torch::stable::new_empty(x, {mean ? 2 : 1, in.shape.rows}, in.acc);
-  Tensor s = residual ? in.like_x() : torch::stable::new_empty(x, {0}, x.scalar_type());
+  Tensor y = in.new_like_x(), stats = torch::stable::new_empty(x, {mean ? 2 : 1, in.shape.rows}, in.acc);
+  Tensor s = residual ? in.new_like_x() : torch::stable::new_empty(x, {0}, x.scalar_type());
   a.y = y.mutable_data_ptr();
   a.s = residual ? s.mutable_data_ptr() : nullptr;
   a.inv_std = stats.mutable_data_ptr();
@@ -289,11 +296,11 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_forward(Tensor x, std::optional<Tens
 std::tuple<Tensor, Tensor, Tensor> row_norm_backward(Tensor grad_y, std::optional<Tensor> grad_s, Tensor s,
                                                      std::optional<Tensor> weight, Tensor stats, int64_t kind) {
   const Input in(s);
-  Tensor grad_x = in.like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   RowNormBackward a{};
   a.shape = in.shape;
-  a.grad_y = in.matrix("grad_y", grad_y);
-  a.grad_s = grad_s ? in.matrix("grad_s", *grad_s) : nullptr;
+  a.grad_y = in.like_x("grad_y", grad_y);
+  a.grad_s = grad_s ? in.like_x("grad_s", *grad_s) : nullptr;
   a.s = s.const_data_ptr();
   a.weight = weight ? in.vector("weight", *weight) : nullptr;
   a.kind = row_norm_of(kind);

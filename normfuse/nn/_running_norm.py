@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..ops._layout import accumulation_dtype
+from ..ops._recompute import State
 
 
 def check_count(name: str, value: int, minimum: int) -> None:
@@ -173,6 +174,11 @@ class RunningNorm(ChannelNorm):
             self.register_buffer(name, counter, persistent=False)
             if counter is not None:
                 self._start_values[name] = 0.0
+
+    def _state(self, kind: type[State]) -> State:
+        """The statistics in the form that the operation takes, whose fields have the buffers' names."""
+        buffers = self._buffers  # eight attributes of a module take as long as a small kernel
+        return kind(*[buffers[name] for name in kind._fields])
 
     def group_to_share_with(self) -> ProcessGroup | None:
         """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""

@@ -96,7 +96,7 @@ class PowerNorm(RunningNorm):
             x,
             self.weight,
             self.bias,
-            PowerNormState(self.running_phi, self.ema_gz, self.iters, self.skipped_forwards, self.skipped_backwards),
+            self._state(PowerNormState),
             training=self.training,
             pad_mask=pad_mask,
             group_num=self.group_num,

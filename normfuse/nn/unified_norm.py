@@ -96,15 +96,11 @@ class UnifiedNorm(RunningNorm):
         )
 
     def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
-        state = UnifiedNormState(
-            self.running_var, self.ema_gz, self.buffer_x2, self.buffer_gz, self.iters, self.skip_counter,
-            self.skipped_forwards, self.skipped_backwards,
-        )  # fmt: skip
         return unified_norm(
             x,
             self.weight,
             self.bias,
-            state,
+            self._state(UnifiedNormState),
             training=self.training,
             pad_mask=pad_mask,
             warmup_iters=self.warmup_iters,

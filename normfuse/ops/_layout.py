@@ -80,6 +80,21 @@ def from_rows(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
     return rows.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
 
 
+def channels_last(x: Tensor, channel_dim: int) -> Tensor:
+    """Contiguous ``x`` with its channels in the last dimension; itself where it is that already."""
+    return (x if channel_dim in (-1, x.dim() - 1) else x.movedim(channel_dim, -1)).contiguous()
+
+
+def channels_back(x: Tensor, channel_dim: int) -> Tensor:
+    """Inverse of :func:`channels_last`."""
+    return x if channel_dim in (-1, x.dim() - 1) else x.movedim(-1, channel_dim)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """The [R, C] matrix of a contiguous ``x`` [..., C], in the dtype of sums and statistics."""
+    return x.to(accumulation_dtype(x.dtype)).reshape(-1, x.shape[-1])
+
+
 def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """View of a [C] vector that broadcasts against ``x`` along ``channel_dim``."""
     trailing = x.dim() - 1 - channel_dim % x.dim()

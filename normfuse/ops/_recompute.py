@@ -19,12 +19,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FunctionType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Statistics = tuple[Tensor, ...]
+State = TypeVar("State", bound=NamedTuple)
 _ATTRIBUTE = "_normfuse_first_runs"
 _COMPILED = "CompiledFunctionBackward"
 _FORWARDS: set[torch._ops.OpOverload] = set()
@@ -121,6 +123,19 @@ def statistics_of_this_run(statistics: Statistics) -> Statistics:
         for region in regions:
             _of(region).before.append(before)
     return statistics if backward == -1 else tuple(tensor.clone() for tensor in before or statistics)
+
+
+def state_of_this_run(state: State, forward_statistics: tuple[str, ...]) -> State:
+    """The ``state`` that a training forward is to work on: :func:`statistics_of_this_run` of what a forward moves."""
+    if torch.compiler.is_compiling():  # asks at run time
+        return state
+    # The usual case first: this is in the way of every step.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled() and not hooked and torch._C._current_graph_task_id() == -1:
+        return state
+    names = forward_statistics + (() if state.skipped_forwards is None else ("skipped_forwards",))
+    own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
+    return state._replace(**dict(zip(names, own, strict=True)))
 
 
 def register_forward(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,19 +23,19 @@ from torch.nn.functional import rms_norm
 
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
-    accumulation_dtype,
     as_they_are,
     cast,
+    channels_back,
+    channels_last,
     check_input,
-    from_rows,
     gain_and_shift,
     mean_or,
     mean_square,
     per_channel,
-    to_rows,
+    rows_of,
 )
 from ._nonfinite import remember, undo_unless
-from ._recompute import register_forward, statistics_of_this_run
+from ._recompute import register_forward, state_of_this_run
 from ._registry import library, register_operation
 
 
@@ -110,31 +111,31 @@ def _forward_on_rows(
     mean: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
     running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, alpha_fwd: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    values, row_scale = group_scaling(x.to(accumulation_dtype(x.dtype)), group_num, eps)
+    values, row_scale = group_scaling(rows_of(x), group_num, eps)
     q = mean(values, pad_mask, running_phi)
     mean_all = mean_square(values, None, empty=torch.zeros_like(running_phi))
     moved = move(q, running_phi, iters, warmup_iters, eps, alpha_fwd)
     y = weight * (values * moved[0]) + bias
-    return y.to(x.dtype), torch.cat([moved, mean_all[None]]), row_scale
+    return y.to(x.dtype).view(x.shape), torch.cat([moved, mean_all[None]]), row_scale
 
 
 def _backward_on_rows(
     reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, row_scale: Tensor,
     ema_gz: Tensor, group_num: int, alpha_bkw: float, paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    acc = accumulation_dtype(x.dtype)
     inv_used, inv_batch = stats[0], stats[1]
-    dy = grad_y.to(acc)
-    values = scale_groups(x.to(acc), row_scale) if group_num else x.to(acc)
+    dy, values = rows_of(grad_y), rows_of(x)
+    if group_num:
+        values = scale_groups(values, row_scale)
     z = values * inv_used
     a = dy * weight - (1 - alpha_bkw) * ema_gz * z
-    sums = reduce((a * z).sum(0), x.shape[0])
+    sums = reduce((a * z).sum(0), z.shape[0])
     # The gradient does not wait for these sums: where they come from other ranks, it hides the way.
     grad = group_scaling_gradient(a * (inv_used if paper else inv_batch), values, row_scale, group_num)
     grad_weight, grad_bias = (dy * z).sum(0), dy.sum(0)
     mean_az = mean_or(*sums, torch.zeros_like(ema_gz))
     move(mean_az, ema_gz)
-    return grad.to(x.dtype), grad_weight, grad_bias, mean_az
+    return grad.to(x.dtype).view(x.shape), grad_weight, grad_bias, mean_az
 
 
 def power_norm_forward_reference(
@@ -149,9 +150,9 @@ def power_norm_forward_reference(
     eps: float,
     alpha_fwd: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward in plain PyTorch on a [R, C] matrix; updates ``running_phi`` and ``iters`` in place.
+    """Training forward in plain PyTorch for x [..., C] and pad_mask [R], R rows; moves ``running_phi`` and ``iters``.
 
-    Returns ``y`` [R, C] in x's dtype; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps),
+    Returns ``y`` like x; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps),
     mean over all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the
     group scaling ([0] when ``group_num`` is 0, which switches it off).
     """
@@ -172,9 +173,9 @@ def power_norm_backward_reference(
     alpha_bkw: float,
     paper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The approximate gradient in plain PyTorch on [R, C] matrices; updates ``ema_gz`` in place.
+    """The approximate gradient in plain PyTorch for grad_y and x [..., C]; updates ``ema_gz`` in place.
 
-    Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C] and ``grad_bias`` [C].
+    Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
     return _backward_on_rows(
         as_they_are, move_gradient_statistics, grad_y, x, weight, stats, row_scale, ema_gz, group_num, alpha_bkw,
@@ -200,8 +201,8 @@ _move_gradient = register_operation(
 @torch.library.register_fake("normfuse::power_norm_forward")
 @torch.library.register_fake("normfuse::power_norm_forward_once")
 def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
-    row_scale = running_phi.new_empty((x.shape[0], group_num) if group_num else (0,))
-    return torch.empty_like(x), running_phi.new_empty(3, x.shape[1]), row_scale
+    row_scale = running_phi.new_empty((prod(x.shape[:-1]), group_num) if group_num else (0,))
+    return torch.empty_like(x), running_phi.new_empty(3, x.shape[-1]), row_scale
 
 
 @torch.library.register_fake("normfuse::power_norm_statistics")
@@ -221,53 +222,52 @@ def _(grad_y, x, weight, *others):
 
 
 class _PowerNorm(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x as rows, four [C] vectors and the row factors for backward."""
+    """Autograd of the two operations. Keeps x, four [C] vectors and the row factors for backward."""
 
     @staticmethod
     def forward(
         ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper,
         channel_dim, group,
     ):  # fmt: skip
-        rows = to_rows(x, channel_dim)
-        rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
+        last = channels_last(x, channel_dim)
+        mask = None if pad_mask is None else pad_mask.reshape(-1)
         moved = state.running_phi, state.iters
         before = remember(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
-        y, stats, row_scale = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
+        y, stats, row_scale = forward(last, mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
         undo_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(rows, weight, stats, row_scale)
+        ctx.save_for_backward(last, weight, stats, row_scale)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
         ctx.group_num, ctx.alpha_bkw, ctx.paper, ctx.channel_dim = group_num, alpha_bkw, paper, channel_dim
         ctx.group = group
-        return from_rows(y, x, channel_dim)
+        return channels_back(y, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        rows, weight, stats, row_scale = ctx.saved_tensors
+        x, weight, stats, row_scale = ctx.saved_tensors
         before = remember(ctx.skipped, (ctx.ema_gz,))
         arguments = (
-            to_rows(grad_y, ctx.channel_dim), rows, weight, stats, row_scale, ctx.ema_gz, ctx.group_num,
+            channels_last(grad_y, ctx.channel_dim), x, weight, stats, row_scale, ctx.ema_gz, ctx.group_num,
             ctx.alpha_bkw, ctx.paper,
         )  # fmt: skip
         if ctx.group is not None:
-            grad_rows, grad_weight, grad_bias, mean_az = _backward_on_rows(
+            grad_x, grad_weight, grad_bias, mean_az = _backward_on_rows(
                 partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
             sound = mean_az.isfinite  # not of this rank's sums: all ranks must agree
         else:
-            grad_rows, grad_weight, grad_bias = _backward(*arguments)
+            grad_x, grad_weight, grad_bias = _backward(*arguments)
 
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
         undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
-        grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 9
+        return channels_back(grad_x, ctx.channel_dim), None, grad_weight, grad_bias, *[None] * 9
 
 
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
@@ -335,10 +335,7 @@ def power_norm(
     if not training:
         return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
     paper = backward == "paper"
-    if not torch.compiler.is_compiling():
-        names = _FORWARD_STATISTICS + (() if state.skipped_forwards is None else ("skipped_forwards",))
-        own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
-        state = state._replace(**dict(zip(names, own, strict=True)))
+    state = state_of_this_run(state, _FORWARD_STATISTICS)
     return _PowerNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
         process_group,

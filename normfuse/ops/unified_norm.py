@@ -21,19 +21,19 @@ from torch.distributed import ProcessGroup
 
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
-    accumulation_dtype,
     as_they_are,
     cast,
+    channels_back,
+    channels_last,
     check_input,
-    from_rows,
     gain_and_shift,
     mean_or,
     mean_square,
     per_channel,
-    to_rows,
+    rows_of,
 )
 from ._nonfinite import remember, undo_unless
-from ._recompute import register_forward, statistics_of_this_run
+from ._recompute import register_forward, state_of_this_run
 from ._registry import library, register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
@@ -128,23 +128,21 @@ def _forward_on_rows(
     mean_square: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
     running_var: Tensor, *others: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    values = x.to(accumulation_dtype(x.dtype))
+    values = rows_of(x)
     q = mean_square(values, pad_mask, running_var)
     stats, step = move(q, running_var, *others)
-    return (weight * (values * stats[0]) + bias).to(x.dtype), stats, step
+    return (weight * (values * stats[0]) + bias).to(x.dtype).view(x.shape), stats, step
 
 
 def _backward_on_rows(
     reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(x.dtype)
     inv_std, ratio = stats[0], stats[1]
-    dy = grad_y.to(acc)
-    z = x.to(acc) * inv_std
+    dy, z = rows_of(grad_y), rows_of(x) * inv_std
     g = dy * weight * ratio
-    mean_gz = mean_or(*reduce((g * z).sum(0), x.shape[0]), torch.zeros_like(inv_std))
+    mean_gz = mean_or(*reduce((g * z).sum(0), z.shape[0]), torch.zeros_like(inv_std))
     grad_x = (g - move(mean_gz, *others) * z) * inv_std
-    return grad_x.to(x.dtype), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
+    return grad_x.to(x.dtype).view(x.shape), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
 
 
 def unified_norm_forward_reference(
@@ -161,9 +159,9 @@ def unified_norm_forward_reference(
     eps: float,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward in plain PyTorch on a [R, C] matrix; updates the last four tensors in place.
+    """Training forward in plain PyTorch for x [..., C] of R rows and pad_mask [R]; moves the last four tensors.
 
-    Returns ``y`` [R, C] in x's dtype, and what :func:`move_forward_statistics` returns.
+    Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
     """
     return _forward_on_rows(
         mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_var, buffer_x2, iters,
@@ -182,9 +180,9 @@ def unified_norm_backward_reference(
     warmup_iters: int,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The paper's backward formulas in plain PyTorch on [R, C] matrices.
+    """The paper's backward formulas in plain PyTorch for grad_y and x [..., C].
 
-    Updates ``ema_gz`` and ``buffer_gz`` in place. Returns ``grad_x`` [R, C] in x's dtype, ``grad_weight`` [C]
+    Updates ``ema_gz`` and ``buffer_gz`` in place. Returns ``grad_x`` like x, ``grad_weight`` [C]
     and ``grad_bias`` [C].
     """
     return _backward_on_rows(
@@ -212,7 +210,7 @@ _move_gradient = register_operation(
 @torch.library.register_fake("normfuse::unified_norm_forward")
 @torch.library.register_fake("normfuse::unified_norm_forward_once")
 def _(x, pad_mask, weight, bias, running_var, *others):
-    stats = running_var.new_empty(2, x.shape[1])
+    stats = running_var.new_empty(2, x.shape[-1])
     return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
 
 
@@ -233,49 +231,57 @@ def _(grad_y, x, weight, *others):
 
 
 class _UnifiedNorm(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x as rows, three [C] vectors and two numbers for backward."""
+    """Autograd of the two operations. Keeps x, three [C] vectors and two numbers for backward."""
 
     @staticmethod
     def forward(
         ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim, group
     ):
-        rows = to_rows(x, channel_dim)
-        rows_mask = None if pad_mask is None else pad_mask.reshape(-1)
+        last = channels_last(x, channel_dim)
+        mask = None if pad_mask is None else pad_mask.reshape(-1)
         moved = state.running_var, state.buffer_x2, state.iters, state.skip_counter
         before = remember(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
-        y, stats, step = forward(rows, rows_mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
+        y, stats, step = forward(last, mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
         undo_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(rows, weight, stats, step)
+        ctx.save_for_backward(last, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
         ctx.warmup_iters, ctx.momentum, ctx.channel_dim, ctx.group = warmup_iters, momentum, channel_dim, group
-        return from_rows(y, x, channel_dim)
+        return channels_back(y, channel_dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        rows, weight, stats, step = ctx.saved_tensors
+        x, weight, stats, step = ctx.saved_tensors
         moved = ctx.ema_gz, ctx.buffer_gz
         before = remember(ctx.skipped, moved)
-        arguments = to_rows(grad_y, ctx.channel_dim), rows, weight, stats, step, *moved, ctx.warmup_iters, ctx.momentum
+        arguments = (
+            channels_last(grad_y, ctx.channel_dim),
+            x,
+            weight,
+            stats,
+            step,
+            *moved,
+            ctx.warmup_iters,
+            ctx.momentum,
+        )
         if ctx.group is not None:
-            grad_rows, grad_weight, grad_bias, mean_gz = _backward_on_rows(
+            grad_x, grad_weight, grad_bias, mean_gz = _backward_on_rows(
                 partial(sum_in_group, ctx.group), _move_gradient, *arguments
             )
             sound = mean_gz.isfinite  # not of this rank's sums: all ranks must agree
         else:
-            grad_rows, grad_weight, grad_bias = _backward(*arguments)
+            grad_x, grad_weight, grad_bias = _backward(*arguments)
 
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
         undo_unless(sound, ctx.skipped, moved, before)
-        grad_x = from_rows(grad_rows, grad_y, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 7
+        return channels_back(grad_x, ctx.channel_dim), None, grad_weight, grad_bias, *[None] * 7
 
 
 def unified_norm(
@@ -330,10 +336,7 @@ def unified_norm(
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype)
-    if not torch.compiler.is_compiling():
-        names = _FORWARD_STATISTICS + (() if state.skipped_forwards is None else ("skipped_forwards",))
-        own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
-        state = state._replace(**dict(zip(names, own, strict=True)))
+    state = state_of_this_run(state, _FORWARD_STATISTICS)
     return _UnifiedNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim,
         process_group,
