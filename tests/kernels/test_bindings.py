@@ -57,3 +57,13 @@ def test_groups_divide_the_channels(groups):
     arguments = (torch.ones(ROWS, CHANNELS), None, ones, ones, ones.clone(), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=f"group_num is {groups}; it must divide the 8 channels, or be 0"):
         torch.ops.normfuse.power_norm_forward(*arguments, 5, groups, 1e-5, 0.9)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(ROWS * CHANNELS), torch.ones(ROWS // 2, 2, CHANNELS), torch.ones(1, CHANNELS)]
+)
+def test_the_gradient_has_the_shape_of_x(wrong):
+    x, ones, window = torch.ones(ROWS, CHANNELS), torch.ones(CHANNELS), torch.ones(WINDOW, CHANNELS)
+    _, stats, step = unified_forward()
+    with pytest.raises(RuntimeError, match="grad_y must be contiguous and of the shape of x"):
+        torch.ops.normfuse.unified_norm_backward(wrong, x, ones, stats, step, ones.clone(), window, 5, 0.9)

@@ -163,9 +163,35 @@ def test_power_norm(shape, dtype, mask, groups, iters):
         assert_near("grad_bias", db, db_ref, dy.abs().sum(0), terms, acc)
 
 
+@pytest.mark.parametrize("shape", [(12, 5), (3, 4, 5), (2, 1, 6, 5), (0, 4, 5)], ids=str)
+@pytest.mark.parametrize("mask", ["none", "some"])
+def test_leading_dimensions_are_rows(shape, mask):
+    """Bit for bit what the [rows, channels] matrix gives, from the kernels and the references."""
+    rows = torch.Size(shape[:-1]).numel()
+    unified, power = UnifiedCase(rows, 5, torch.float32, mask), PowerCase(rows, 5, torch.float32, mask, 1)
+    operations = torch.ops.normfuse
+    for case, forward, backward in (
+        (unified, operations.unified_norm_forward, operations.unified_norm_backward),
+        (power, operations.power_norm_forward, operations.power_norm_backward),
+        (unified, unified_norm_forward_reference, unified_norm_backward_reference),
+        (power, power_norm_forward_reference, power_norm_backward_reference),
+    ):
+        y, *saved = forward(*case.forward_arguments())
+        dx, *gradients = backward(*case.backward_arguments(*saved))
+        matrices = case.x, case.dy
+        case.x, case.dy = (matrix.reshape(shape) for matrix in matrices)
+        shaped_y, *shaped_saved = forward(*case.forward_arguments())
+        shaped_dx, *shaped_gradients = backward(*case.backward_arguments(*saved))
+        case.x, case.dy = matrices
+        assert shaped_y.shape == shaped_dx.shape == shape
+        assert torch.equal(shaped_y.reshape(rows, 5), y) and torch.equal(shaped_dx.reshape(rows, 5), dx)
+        assert all(torch.equal(a, b) for a, b in zip(shaped_saved + shaped_gradients, saved + gradients, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_unified_norm(dtype):
     case = UnifiedCase(6, 5, dtype, "some")
+    case.x, case.dy = case.x.view(2, 3, 5), case.dy.view(2, 3, 5)
     arguments = case.forward_arguments(filtration=True)
     torch.library.opcheck(torch.ops.normfuse.unified_norm_forward, arguments)
     _, stats, step = torch.ops.normfuse.unified_norm_forward(*case.forward_arguments())
@@ -176,6 +202,7 @@ def test_opcheck_unified_norm(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_power_norm(dtype, groups):
     case = PowerCase(6, 4, dtype, "some", groups)
+    case.x, case.dy = case.x.view(2, 3, 4), case.dy.view(2, 3, 4)
     torch.library.opcheck(torch.ops.normfuse.power_norm_forward, case.forward_arguments())
     _, stats, row_scale = torch.ops.normfuse.power_norm_forward(*case.forward_arguments())
     arguments = case.backward_arguments(stats, row_scale)
