@@ -27,6 +27,7 @@ from normfuse.nn import (
     choose_domain,
     weight_standardization,
 )
+from normfuse.ops import region_norm
 
 DOUBLE = {"dtype": torch.float64}
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # a thousand roundings of numbers of size one in float64
@@ -206,11 +207,12 @@ def test_region_norm(pool, shift_everywhere):
     assert (RegionNorm(2).weight == 0).all() and (RegionNorm(2).bias == 0).all()
 
 
-def test_region_norm_has_the_exact_gradient():
-    norm = randomised(RegionNorm(2, eps=1e-2, **DOUBLE))
+@pytest.mark.parametrize("pool", ["sample", "batch"])
+def test_region_norm_has_the_exact_gradient(pool):
     mask = torch.rand(2, 1, 3, 3) < 0.5
-    x = torch.randn(2, 2, 3, 3, **DOUBLE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: norm(x, mask), x)
+    inputs = [torch.randn(shape, **DOUBLE, requires_grad=True) for shape in ((2, 2, 3, 3), (2, 2), (2, 2))]
+    assert torch.autograd.gradcheck(lambda x, w, b: region_norm(x, mask, w, b, eps=1e-2, pool=pool), inputs)
+    norm = RegionNorm(2, pool=pool, **DOUBLE)
     assert norm(torch.empty(0, 2, 3, 3, **DOUBLE), mask[:0]).shape == (0, 2, 3, 3)
 
 
