@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..fold.program import Program
+from ..fold.dead import Dead, columns_of, find_dead, open_for_removal, weights_of
+from ..fold.engine import Folding
+from ..fold.rules.base import argument
 from ..nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import ChannelNorm, check_choice
 from .swap import _is_norm
 
-aten = torch.ops.aten
 INITS = ("keep", "one", "uniform")
 _DYNAMIC = (nn.GroupNorm, _InstanceNorm, DyT, Derf)
 _STATIC = (_BatchNorm, MaskedBatchNorm, MovingAverageBatchNorm, UnifiedNorm, PowerNorm)
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POINTWISE = {
-    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default),
-    *(aten.leaky_relu.default, aten.elu.default, aten.hardswish.default, aten.hardtanh.default, aten.mish.default),
-    *(aten.softplus.default, aten.relu6.default, aten.dropout.default, aten.batch_norm.default, aten.addcmul.default),
-    *(aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default),
-}
 
 
 @torch.no_grad()
@@ -63,7 +57,7 @@ def freeze_to_norms(
         if init != "keep":
             start = torch.ones(norm.weight.shape)
             norm.weight.copy_(start if init == "one" else torch.rand(start.shape, generator=generator))
-            if norm.bias is not None:
+            if isinstance(getattr(norm, "bias", None), Tensor):  # an RMSNorm has none
                 norm.bias.zero_()
     if also is not None:
         names[also].requires_grad_(True)
@@ -75,18 +69,21 @@ class DeadChannels:
     """What :func:`remove_dead_channels` did.
 
     Attributes:
-        removed: norm → (layer before, layer behind, indices of the channels when they were removed).
+        removed: norm → (layer before, layers behind, indices of the channels when they were removed); of several norms
+            in a row the first.
         kept: norm with dead channels → why they stay.
         parameters_before, parameters_after: numbers of parameters of the model.
     """
 
-    removed: dict[str, tuple[str, str, list[int]]] = field(default_factory=dict)
+    removed: dict[str, tuple[str, tuple[str, ...], list[int]]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     parameters_before: int = 0
     parameters_after: int = 0
 
     def __str__(self) -> str:
-        lines = [f"{n}: {len(c)} channels between {a} and {b} removed" for n, (a, b, c) in self.removed.items()]
+        lines = [
+            f"{n}: {len(c)} channels between {a} and {', '.join(b)} removed" for n, (a, b, c) in self.removed.items()
+        ]
         lines += [f"{norm}: kept, {why}" for norm, why in self.kept.items()]
         return "\n".join([*lines, f"parameters: {self.parameters_before} -> {self.parameters_after}"])
 
@@ -101,15 +98,17 @@ def remove_dead_channels(
 ) -> DeadChannels:
     """Take the channels out of the model that a static norm multiplies by (nearly) zero.
 
-    Between two linear layers or convolutions with nothing but norms and pointwise functions between them, a channel
-    whose gain is zero carries a constant: it goes into the bias of the layer behind, and the channel goes from both
-    layers and from what lies between. With gains of zero the function stays what it was.
+    Such a channel carries a constant, which goes into the biases of the layers that read it; the channel goes from all
+    layers and norms that hold it. Found is what :func:`normfuse.fold.remove_dead_channels` finds in the exported
+    program, if modules of their own hold it: Linear and convolutions that are called once, and the static norms.
 
     Args:
         model: changed in place; parameters are replaced by smaller ones, so create optimisers afterwards.
         example_inputs, kwargs: to trace the model with, in evaluation mode.
-        threshold: a channel is dead where its deviation behind the norm, ``|gain|`` for a BatchNorm, is at most that.
-            Above 0 the function changes by what is removed.
+        threshold: a channel is dead where the norm's ``|gain|`` is at most that. A normalised channel has a mean square
+            of at most 1 over data with the norm's statistics, so behind the norm a removed channel changes by at most
+            its gain in the root of the mean square; with 0 the function stays what it was. A
+            :class:`normfuse.nn.RepBatchNorm` has a shortcut besides its gain and loses nothing.
 
     Returns:
         A :class:`DeadChannels`; ``print`` it. A norm whose dead channels cannot go is named there with the reason.
@@ -119,30 +118,31 @@ def remove_dead_channels(
     """
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is not allowed; give a number of at least 0")
-    training = model.training
+    before, training = _count(model), model.training
+    gains = {m: m.weight.clone() for m in model.modules() if _multiplies(m)}
+    small = {norm: gain.abs() <= threshold for norm, gain in gains.items()}
+    removed, kept, shrunk = {}, {}, set()
     try:
+        for norm, where in small.items():
+            norm.weight.masked_fill_(where, 0.0)
         program = torch.export.export(model.eval(), example_inputs, kwargs)
+        folding = open_for_removal(program)
+        for writer in weights_of(folding):
+            found = find_dead(writer, folding)
+            why = _why_not(found, model, folding) if isinstance(found, Dead) else found and found.reason
+            if why:
+                kept[found.norm if isinstance(found, Dead) else found.name] = why
+            elif found:
+                layers = [folding.path(node) for node in (writer, *found.readers)]
+                shrunk |= _shrink(found, model, folding, gains)
+                removed[found.norm] = (layers[0], tuple(layers[1:]), found.dead.nonzero()[0].tolist())
     finally:
         model.train(training)
-    before, removed, kept = _count(model), {}, {}
-    opened, shrunk, again = Program(program), set(), False
+        for norm, gain in gains.items():
+            norm.weight.copy_(gain)
     for name, norm in model.named_modules():
-        dead = _dead(norm, threshold)
-        if dead is None or not dead.any():
-            continue
-        if norm in shrunk:  # a norm beside it has lost channels already: the program shows it as it was
-            again = True
-            continue
-        done = _remove(name, norm, dead, model, opened)
-        if isinstance(done, str):
-            kept[name] = done
-            continue
-        layers, norms = done
-        removed[name] = (*layers, dead.nonzero().flatten().tolist())
-        shrunk.update(norms)
-    if again:
-        rest = remove_dead_channels(model, example_inputs, threshold=threshold, kwargs=kwargs)
-        removed, kept = removed | rest.removed, kept | rest.kept
+        if norm in small and small[norm].any() and norm not in shrunk:
+            kept.setdefault(name, "it does not stand between linear layers or ungrouped convolutions alone")
     return DeadChannels(removed, kept, before, _count(model))
 
 
@@ -150,126 +150,83 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _dead(norm: nn.Module, threshold: float) -> Tensor | None:
-    """Which channels vary by at most ``threshold`` behind a static norm, bool [C]; None for everything else."""
-    if not isinstance(norm, _STATIC) or norm.weight is None or getattr(norm, "group_num", 0):
-        return None
-    strength = norm.weight.abs()
-    if isinstance(norm, RepBatchNorm):
-        strength = (norm.weight + norm.alpha * torch.sqrt(norm.running_var + norm.eps)).abs()
-    return strength <= threshold
+def _multiplies(norm: nn.Module) -> bool:
+    """Whether the gain of a norm is all that its channels are multiplied by, but for constants that are not zero."""
+    plain = isinstance(norm, _STATIC) and not isinstance(norm, RepBatchNorm) and not getattr(norm, "group_num", 0)
+    return plain and norm.weight is not None
 
 
-def _remove(
-    name: str, norm: nn.Module, dead: Tensor, model: nn.Module, program: Program
-) -> tuple[tuple[str, str], list[nn.Module]] | str:
-    """Remove the channels; the names of the layers around and the norms between, or why nothing was removed."""
-    nodes = [n for n in program.graph.nodes if _path(n) == name and not program.is_constant(n)]
-    nodes = [n for n in nodes if n.target in _POINTWISE]
-    if len(nodes) != 1:
-        return "the model uses the norm at several places, or not at all"
-    before, why = _follow(nodes[0], lambda n: _data_inputs(n, program), "its input", program)
-    if before is None:
-        return why
-    behind, why = _follow(nodes[0], lambda n: list(n.users), "its result", program)
-    if behind is None:
-        return why
-    layers = [model.get_submodule(_path(node)) for node in (before[-1], behind[-1])]
-    for layer, node in zip(layers, (before[-1], behind[-1]), strict=True):
-        if type(layer) not in _WEIGHTED or getattr(layer, "groups", 1) != 1:
-            return f"{_path(node)} is a {type(layer).__name__} that is no plain linear layer or ungrouped convolution"
-        if (
-            sum(parameter is layer.weight for module in model.modules() for parameter in module._parameters.values())
-            > 1
-        ):
-            return f"the weight of {_path(node)} is used at several places"
-    constant = _constant(norm, nodes[0], behind[:-1], program)
-    first, second = layers
-    padding = getattr(second, "padding", ())
-    padded = padding == "same" or any(amount for amount in padding if padding != "valid")
-    if padded and constant[dead].any():
-        return f"{_path(behind[-1])} pads with zeros, where the channels' constants are not zero"
-    keep = ~dead
-    keep[0] |= not keep.any()  # a layer without channels is none
-    between = [model.get_submodule(_path(n)) for n in (*before[:-1], nodes[0], *behind[:-1])]
-    norms = list(dict.fromkeys(m for m in between if isinstance(m, _STATIC)))
-    _shrink(first, second, norms, keep, constant)
-    dead.copy_(~keep)
-    return (_path(before[-1]), _path(behind[-1])), norms
+def _why_not(found: Dead, model: nn.Module, fold: Folding) -> str:
+    """Why the model's modules cannot lose these channels; empty if they can."""
+    held = set()
+    for node in (found.writer, *found.readers):
+        path = fold.module(node)[0]
+        layer, names = model.get_submodule(path), fold.program.names(argument(node, "weight"))
+        if type(layer) not in _WEIGHTED or names != [f"{path}.weight"]:
+            return f"{fold.describe(node)} is no call of a plain linear layer or convolution"
+        held |= {f"{path}.weight", f"{path}.bias"}
+    for node in found.inside:
+        constants = [c for c in node.all_input_nodes if fold.program.is_constant(c) and c.meta["val"].numel() > 1]
+        if node is not found.writer and constants:
+            path = fold.module(node)[0]
+            if not isinstance(model.get_submodule(path), _STATIC):
+                return f"{fold.describe(node)} has constants of its own for these channels"
+            held |= {f"{path}.{name}" for name in model.get_submodule(path).state_dict()}
+    inside = {found.writer, *found.readers, *found.inside}
+    for node in fold.program.graph.nodes:
+        constants = [] if node in inside or fold.program.is_constant(node) else node.all_input_nodes
+        for constant in filter(fold.program.is_constant, constants):
+            for name in held.intersection(fold.program.names(constant)):
+                return f"{name} is read at another place, too"
+    return ""
 
 
-def _path(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return list(stack.values())[-1][0] if stack else ""
+def _shrink(found: Dead, model: nn.Module, fold: Folding, gains: dict[nn.Module, Tensor]) -> set[nn.Module]:
+    """Cut the channels out of layers and norms, and of the gains that are to come back; returns the norms."""
+    for reader in found.readers:
+        layer = model.get_submodule(fold.path(reader))
+        index, _, number = columns_of(reader, found.inside, fold)
+        lost = found.dead[index]
+        taps = layer.weight.double()
+        extra = (taps.flatten(2).sum(2) if taps.dim() > 2 else taps) @ _like(np.where(lost, number, 0.0), taps)
+        if extra.any():
+            bias = torch.zeros_like(extra) if layer.bias is None else layer.bias.double()
+            layer.bias = _parameter((bias + extra).to(layer.weight.dtype), layer.bias)
+        layer.weight = _parameter(layer.weight[:, _like(~lost, taps)], layer.weight)
+        _count_channels(layer, "in", 1)
+    layer = model.get_submodule(fold.path(found.writer))
+    keep = torch.from_numpy(~found.dead).to(layer.weight.device)
+    layer.weight = _parameter(layer.weight[keep], layer.weight)
+    if layer.bias is not None:
+        layer.bias = _parameter(layer.bias[keep], layer.bias)
+    _count_channels(layer, "out", 0)
+    norms = set()
+    for node, channels in found.inside.items():
+        norm = model.get_submodule(fold.module(node)[0])
+        if isinstance(norm, _STATIC) and norm not in norms:  # one norm can take several operations
+            _shrink_norm(norm, _like(~found.dead[channels.index.ravel()], layer.weight), gains)
+            norms.add(norm)
+    return norms
 
 
-def _data_inputs(node: Node, program: Program) -> list[Node]:
-    return [operand for operand in node.all_input_nodes if not program.is_constant(operand)]
+def _shrink_norm(norm: nn.Module, keep: Tensor, gains: dict[nn.Module, Tensor]) -> None:
+    for label, parameter in list(norm._parameters.items()):
+        if parameter is not None and parameter.dim():
+            setattr(norm, label, _parameter(parameter[keep], parameter))
+    for label, buffer in list(norm._buffers.items()):
+        if buffer is not None and buffer.dim() and buffer.is_floating_point():
+            setattr(norm, label, buffer[..., keep].clone())
+    norm.num_features = int(keep.sum())
+    if norm in gains:
+        gains[norm] = gains[norm][keep]
 
 
-def _follow(
-    node: Node, step: Callable[[Node], list[Node]], what: str, program: Program
-) -> tuple[list[Node] | None, str]:
-    """The operations from a norm's up to and with the first that has a weight."""
-    found = []
-    while True:
-        neighbours = step(node)
-        if len(neighbours) != 1 or len(_data_inputs(neighbours[0], program)) > 1:
-            return None, f"{what} meets other values"
-        (node,) = neighbours
-        found.append(node)
-        if node.op != "call_function":
-            return None, f"{what} is the model's {'output' if node.op == 'output' else 'input'}"
-        name = node.target.__name__.partition(".")[0]
-        if name in ("linear", "conv1d", "conv2d", "conv3d"):
-            if what == "its input" and len(node.users) != 1:
-                return None, f"{what} meets other values"
-            return found, ""
-        if node.target not in _POINTWISE or len(node.users) != 1:
-            return None, f"{what} passes {name}, which is not computed channel by channel"
+def _count_channels(layer: nn.Module, side: str, axis: int) -> None:
+    setattr(layer, f"{side}_features" if isinstance(layer, nn.Linear) else f"{side}_channels", layer.weight.shape[axis])
 
 
-def _constant(norm: nn.Module, node: Node, behind: list[Node], program: Program) -> Tensor:
-    """What each channel carries in front of the next weight when the norm's input is at its mean, float64 [C]."""
-    mean = getattr(norm, "running_mean", None)
-    value = torch.zeros_like(norm.weight) if mean is None else mean
-    rank = node.meta["val"].dim()
-    last = isinstance(norm, ChannelNorm) and norm.channel_dim % rank == rank - 1
-    shape = [1] * rank
-    shape[rank - 1 if last else min(1, rank - 1)] = -1
-    value, held = value.double().reshape(shape), {}
-    for current in (node, *behind):
-        source = held.get(_data_inputs(current, program)[0], value)
-
-        def resolve(argument: Any, source: Tensor = source) -> Any:
-            return program.constant(argument) if program.is_constant(argument) else source
-
-        arguments = torch.fx.map_arg(current.args, resolve)
-        held[current] = current.target(*arguments, **torch.fx.map_arg(current.kwargs, resolve))
-    return held[behind[-1] if behind else node].flatten()
-
-
-def _shrink(first: nn.Module, second: nn.Module, norms: list[nn.Module], keep: Tensor, constant: Tensor) -> None:
-    taps = second.weight.double().flatten(2).sum(2) if second.weight.dim() > 2 else second.weight.double()
-    extra = taps[:, ~keep] @ constant[~keep]
-    if extra.any():
-        bias = torch.zeros_like(extra) if second.bias is None else second.bias.double()
-        second.bias = _parameter((bias + extra).to(second.weight.dtype), second.bias)
-    first.weight = _parameter(first.weight[keep], first.weight)
-    if first.bias is not None:
-        first.bias = _parameter(first.bias[keep], first.bias)
-    second.weight = _parameter(second.weight[:, keep], second.weight)
-    left = int(keep.sum())
-    for layer, kind in ((first, "out"), (second, "in")):
-        setattr(layer, f"{kind}_features" if isinstance(layer, nn.Linear) else f"{kind}_channels", left)
-    for norm in norms:
-        for label, parameter in list(norm._parameters.items()):
-            if parameter is not None and parameter.dim():
-                setattr(norm, label, _parameter(parameter[keep], parameter))
-        for label, buffer in list(norm._buffers.items()):
-            if buffer is not None and buffer.dim() and buffer.is_floating_point():
-                setattr(norm, label, buffer[..., keep].clone())
-        norm.num_features = left
+def _like(values: np.ndarray, tensor: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(tensor.device)
 
 
 def _parameter(value: Tensor, like: nn.Parameter | None) -> nn.Parameter:

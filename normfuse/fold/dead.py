@@ -33,12 +33,30 @@ _WITHOUT_SIZES = {
 }
 
 
-class _Channels(NamedTuple):
+class Channels(NamedTuple):
     """What a value holds of the writer's channels, as arrays over its axes (see :mod:`normfuse.fold.arrays`)."""
 
     index: np.ndarray  # which channel
     constant: np.ndarray  # whether its number is the same whatever the input is
     number: np.ndarray  # that number, else 0
+
+
+class Dead(NamedTuple):
+    """Dead channels between two weights.
+
+    Attributes:
+        norm: path of the first norm that made a channel constant.
+        writer: the operation whose result has the channels.
+        readers: the operations whose weights read them.
+        inside: what the writer's result and every value up to the readers hold of them.
+        dead: which channels are not needed, bool.
+    """
+
+    norm: str
+    writer: Node
+    readers: list[Node]
+    inside: dict[Node, Channels]
+    dead: np.ndarray
 
 
 class _Stop(Exception):
@@ -60,15 +78,27 @@ def remove_dead_channels(program: ExportedProgram) -> tuple[ExportedProgram, lis
         The program without those channels, equal to `program` up to rounding, and one record for every place where
         channels are constant, with the reason where they stay.
     """
-    opened = Program(program)
-    folding = Folding(opened, copy_shared=True, carry_biases=False, max_scale_range=np.inf)
-    folding.relate()
+    folding = open_for_removal(program)
     records = []
-    for node in list(opened.graph.nodes):
-        if _is_plain_weight(node, folding):
-            found = _remove_behind(node, folding)
-            records += [found] if found is not None else []
-    return opened.finish(), records
+    for writer in weights_of(folding):
+        found = find_dead(writer, folding)
+        if isinstance(found, Dead):
+            names = _shrink(found, folding)
+            found = RemovedChannels(found.norm, int(found.dead.sum()), found.dead.size, names)
+        records += [found] if found is not None else []
+    return folding.program.finish(), records
+
+
+def open_for_removal(program: ExportedProgram) -> Folding:
+    """The program with the rules of its operations."""
+    folding = Folding(Program(program), copy_shared=True, carry_biases=False, max_scale_range=np.inf)
+    folding.relate()
+    return folding
+
+
+def weights_of(fold: Folding) -> list[Node]:
+    """The linear layers and ungrouped convolutions, in the order of the program."""
+    return [node for node in fold.program.graph.nodes if _is_plain_weight(node, fold)]
 
 
 def _is_plain_weight(node: Node, fold: Folding) -> bool:
@@ -78,32 +108,28 @@ def _is_plain_weight(node: Node, fold: Folding) -> bool:
     return isinstance(rule, Linear)
 
 
-def _remove_behind(writer: Node, fold: Folding) -> RemovedChannels | None:
-    """Remove the dead channels of one writer's result."""
-    rule = fold.rule_of[writer]
-    rank, axis = writer.meta["val"].dim(), rule.output_axis(writer)
+def find_dead(writer: Node, fold: Folding) -> Dead | RemovedChannels | None:
+    """The dead channels of one writer's result, a record of why constant ones stay, or None if there are none."""
+    rank, axis = writer.meta["val"].dim(), fold.rule_of[writer].output_axis(writer)
     size = int(writer.meta["val"].shape[axis])
     if size == 1:
         return None  # and one stays
     shape = [1] * rank
     shape[axis] = size
-    index = np.arange(size).reshape(shape)
-    inside = {writer: _Channels(index, np.zeros(shape, bool), np.zeros(shape))}
+    inside = {writer: Channels(np.arange(size).reshape(shape), np.zeros(shape, bool), np.zeros(shape))}
     norms: list[str] = []
     try:
         readers = _follow(writer, inside, norms, fold)
         dead = np.logical_and.reduce([_not_needed(reader, inside, size, fold) for reader in readers])
+        if not dead.any():
+            raise _Stop("a padded convolution shows its readers another number at the borders")
     except _Stop as stop:
         return RemovedChannels(norms[0], 0, size, [], str(stop)) if norms else None
     dead[:1] &= not dead.all()
-    if not dead.any():
-        reason = "a padded convolution shows its readers another number at the borders"
-        return RemovedChannels(norms[0], 0, size, [], reason) if norms else None
-    weights = _shrink(writer, inside, readers, dead, fold)
-    return RemovedChannels(norms[0] if norms else fold.path(writer), int(dead.sum()), size, weights)
+    return Dead(norms[0], writer, readers, inside, dead)
 
 
-def _follow(writer: Node, inside: dict[Node, _Channels], norms: list[str], fold: Folding) -> list[Node]:
+def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], fold: Folding) -> list[Node]:
     """Fill `inside` with the values between the writer and its readers, and `norms` with the names of those that make
     constants; returns the readers."""
     readers = []
@@ -136,23 +162,23 @@ def _follow(writer: Node, inside: dict[Node, _Channels], norms: list[str], fold:
     return readers
 
 
-def _behind(node: Node, operand: Node, channels: _Channels, fold: Folding) -> _Channels:
+def _behind(node: Node, operand: Node, channels: Channels, fold: Folding) -> Channels:
     """What an operation between two weights leaves of the channels."""
     rule, (index, constant, number) = fold.rule_of.get(node), channels
     if node in fold.affine:
         _, a, b = fold.affine[node]
         if np.broadcast_shapes(index.shape, a.shape, b.shape) == index.shape and len(varying(index)) <= 1:
             constant = constant | (a == 0)
-            return _Channels(index, constant, np.where(constant, np.where(a == 0, 0.0, a) * number + b, 0.0))
+            return Channels(index, constant, np.where(constant, np.where(a == 0, 0.0, a) * number + b, 0.0))
     elif _is_elementwise(node):
         value = torch.from_numpy(number)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
-        return _Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
+        return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
     elif isinstance(rule, Identity | AveragePool | Maximum | Mean) or node.target in _WITHOUT_SIZES:
         if rule.use(node, operand, number, fold) is not Use.PASS:
             constant = constant & (number == 0)
         try:
-            return _Channels(
+            return Channels(
                 *(rule.carry(node, operand, part, collapse_equal, fold) for part in (index, constant, number))
             )
         except CannotCarry:
@@ -168,7 +194,7 @@ def _is_elementwise(node: Node) -> bool:
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-def _laid_out(reader: Node, inside: dict[Node, _Channels], fold: Folding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def columns_of(reader: Node, inside: dict[Node, Channels], fold: Folding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index, constancy and number of the channel that each column of a reader's weight reads."""
     operand, axis = argument(reader, "input"), fold.rule_of[reader].input_axis(reader)
     size = int(operand.meta["val"].shape[axis])
@@ -178,10 +204,10 @@ def _laid_out(reader: Node, inside: dict[Node, _Channels], fold: Folding) -> tup
         raise _Stop(f"{fold.describe(reader)} reads the channels along another axis") from error
 
 
-def _not_needed(reader: Node, inside: dict[Node, _Channels], size: int, fold: Folding) -> np.ndarray:
+def _not_needed(reader: Node, inside: dict[Node, Channels], size: int, fold: Folding) -> np.ndarray:
     """Which channels one reader can do without."""
     operand, rule = argument(reader, "input"), fold.rule_of[reader]
-    index, constant, number = _laid_out(reader, inside, fold)
+    index, constant, number = columns_of(reader, inside, fold)
     if rule.use(reader, operand, inside[operand].number, fold) is not Use.ABSORB:
         constant = constant & (number == 0)
     needed = np.zeros(size, bool)
@@ -189,10 +215,9 @@ def _not_needed(reader: Node, inside: dict[Node, _Channels], size: int, fold: Fo
     return ~needed
 
 
-def _shrink(
-    writer: Node, inside: dict[Node, _Channels], readers: list[Node], dead: np.ndarray, fold: Folding
-) -> list[str]:
+def _shrink(found: Dead, fold: Folding) -> list[str]:
     """Cut the dead channels out of every constant; returns the names of the weights."""
+    _, writer, readers, inside, dead = found
     program = fold.program
 
     def cut(node: Node, constant: Node, axis: int, index: np.ndarray) -> None:
@@ -201,7 +226,7 @@ def _shrink(
 
     names = [program.name(argument(node, "weight")) for node in (writer, *readers)]
     for reader in readers:
-        rule, (index, _, number) = fold.rule_of[reader], _laid_out(reader, inside, fold)
+        rule, (index, _, number) = fold.rule_of[reader], columns_of(reader, inside, fold)
         _, weight, bias = rule.operands(reader)
         shift = torch.from_numpy(np.where(dead[index], number, 0.0))
         if shift.any():

@@ -109,8 +109,11 @@ class Program:
 
     def name(self, node: Node) -> str:
         """The name of the parameter a constant comes from (the first, when it is computed from several)."""
-        sources = list(self._sources(node))
-        return _FOLDED.sub("", self._targets[sources[0].name]) if sources else node.name
+        return next(iter(self.names(node)), node.name)
+
+    def names(self, node: Node) -> list[str]:
+        """The names of all parameters and buffers a constant comes from."""
+        return [_FOLDED.sub("", self._targets[source.name]) for source in self._sources(node)]
 
     def computed(self, node: Node) -> bool:
         """Whether arithmetic makes the value from parameters, and not only another view of one."""

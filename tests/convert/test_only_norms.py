@@ -54,14 +54,15 @@ def test_only_norms_and_the_output_layer_learn():
     assert changed == set(names)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), MaskedBatchNorm(4), DyT(4)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4), MaskedBatchNorm(4), DyT(4)])
 def test_every_kind_of_norm_counts(norm):
     nn.init.constant_(norm.weight, 3.0)
     model = nn.Sequential(nn.Linear(4, 4), norm)
-    assert [n for n in freeze_to_norms(model) if "alpha" not in n] == ["1.weight", "1.bias"]
+    learning = ["1.weight"] if isinstance(norm, nn.RMSNorm) else ["1.weight", "1.bias"]
+    assert [n for n in freeze_to_norms(model) if "alpha" not in n] == learning
     assert (norm.weight == 3).all()
     freeze_to_norms(model, init="one")
-    assert (norm.weight == 1).all() and (norm.bias == 0).all()
+    assert (norm.weight == 1).all() and all((p == 0).all() for n, p in norm.named_parameters() if n == "bias")
 
 
 def test_dead_channels_go_and_the_function_stays():
@@ -76,9 +77,9 @@ def test_dead_channels_go_and_the_function_stays():
     report = remove_dead_channels(model, (x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
     assert report.removed == {
-        "1": ("0", "3", [0, 3]),
-        "4": ("3", "6", [1, 2, 5]),
-        "10": ("8", "11", [4]),
+        "1": ("0", ("3",), [0, 3]),
+        "4": ("3", ("6",), [1, 2, 5]),
+        "10": ("8", ("11",), [4]),
     }
     assert not report.kept and model[3].weight.shape == (3, 4, 3, 3) and model[6].bias is not None
     assert model[10].buffer_x2.shape == (4, 5) and model[10].num_features == 5
@@ -90,18 +91,16 @@ def test_dead_channels_go_and_the_function_stays():
     model.train()(x).sum().backward()
 
 
-@pytest.mark.parametrize("make", [MaskedBatchNorm, RepBatchNorm, lambda c: PowerNorm(c, group_num=None),
+@pytest.mark.parametrize("make", [MaskedBatchNorm, lambda c: PowerNorm(c, group_num=None),
                                   lambda c: MovingAverageBatchNorm(c, channel_dim=-1)])  # fmt: skip
 def test_every_static_norm_can_lose_channels(make):
     model = trained(nn.Sequential(nn.Linear(3, C), nn.SiLU(), make(C), nn.Linear(C, 2, bias=False)))
     with torch.no_grad():
-        norm = model[2]
-        var = norm.running_phi if hasattr(norm, "running_phi") else norm.running_var
-        norm.weight[1] = -norm.alpha * (var[1] + norm.eps).sqrt() if hasattr(norm, "alpha") else 0.0
+        model[2].weight[1] = 0.0
     x = torch.randn(4, 5, 3).double()
     expected = model(x)
     report = remove_dead_channels(model, (x,), threshold=1e-12)
-    assert report.removed == {"2": ("0", "3", [1])}
+    assert report.removed == {"2": ("0", ("3",), [1])}
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -125,48 +124,97 @@ def test_two_norms_between_the_same_layers_both_lose_theirs():
     x = torch.randn(4, 3).double()
     expected = model(x)
     report = remove_dead_channels(model, (x,))
-    assert report.removed == {"1": ("0", "4", [1, 2]), "3": ("0", "4", [2])} and model[4].in_features == 3
+    assert report.removed == {"1": ("0", ("4",), [1, 2, 4])} and not report.kept and model[4].in_features == 3
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
-class Blocked(nn.Module):
-    """Channels that cannot go, one reason each."""
+class Images(nn.Module):
+    """A channel that two layers read, and one behind pooling."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv1d(C, C, 3, padding=1), nn.Conv1d(C, C, 3, padding=1)
-        self.grouped, self.last = nn.Conv1d(C, C, 1, groups=2), nn.Linear(C, 2)
-        self.padded, self.residual, self.groups, self.out, self.mixed, self.twice = (
-            nn.BatchNorm1d(C) for _ in range(6)
-        )
+        self.first, self.norm1 = nn.Conv2d(3, C, 3), nn.BatchNorm2d(C)
+        self.left, self.right = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+        self.wide, self.norm2, self.head = nn.Conv2d(C, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 2)
 
     def forward(self, x):
-        x = self.second(self.padded(self.first(x)))
-        x = x + self.residual(x)
-        x = self.groups(self.grouped(x))
-        x = self.mixed(self.second(x)).softmax(1)
-        x = self.twice(self.twice(self.first(x)))
-        return self.out(x)
+        x = torch.relu(self.norm1(self.first(x)))
+        x = self.left(x) + self.right(torch.sigmoid(x))
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(self.norm2(self.wide(x)).tanh(), 1), 1))
 
 
-def test_channels_that_cannot_go_are_named_with_the_reason():
-    model = trained(Blocked())
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            nn.init.zeros_(module.weight)
-            nn.init.ones_(module.bias)
-    before = copy.deepcopy(model.state_dict())
-    report = remove_dead_channels(model, (torch.randn(2, C, 4).double(),))
+def test_channels_go_from_every_reader_and_through_pooling():
+    model = trained(Images())
+    with torch.no_grad():
+        model.norm1.weight[[2, 3]] = 0.0
+        model.norm2.weight[:5] = 0.0
+    x = torch.randn(2, 3, 8, 8).double()
+    expected = model(x)
+    report = remove_dead_channels(model, (x,))
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert report.removed == {
+        "norm1": ("first", ("left", "right"), [2, 3]),
+        "norm2": ("wide", ("head",), [0, 1, 2, 3, 4]),
+    }
+    assert model.left.in_channels == model.right.in_channels == 4 and model.head.in_features == 3 and not report.kept
+
+
+class Between(nn.Module):
+    """A dead channel between two layers, which are used in some way."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.write, self.norm, self.read, self.function = nn.Linear(C, C), nn.BatchNorm1d(C), nn.Linear(C, C), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: m.read(m.read(m.norm(m.write(x)))), "the weight of linear in read is read at another place, too"),
+        (
+            lambda m, x: m.read(m.norm(m.write(m.write(x)))),
+            "the weight of linear in write is read at another place, too",
+        ),
+        (lambda m, x: m.read(m.norm(m.write(x))) + m.write.weight.sum(), "the weight of linear in write is read at"),
+        (lambda m, x: m.read(m.norm(m.write(x))) + m.write.bias, "write.bias is read at another place, too"),
+        (lambda m, x: m.read(m.norm(m.write(x))) + m.norm.bias, "norm.bias is read at another place, too"),
+        (lambda m, x: m.read(m.norm(m.write(x))) + m.norm(x), "norm.weight is read at another place, too"),
+        (lambda m, x: m.read(m.norm(m.write(x)) * m.read.bias), "mul has constants of its own for these channels"),
+        (lambda m, x: nn.functional.linear(m.norm(m.write(x)), m.read.weight), "linear is no call of a plain linear"),
+        (lambda m, x: m.read(x + m.norm(m.write(x))), "add is among its readers"),
+        (lambda m, x: m.norm(m.write(x)), "the model's output is among its readers"),
+        (lambda m, x: m.read(m.norm(x)), "it does not stand between linear layers or ungrouped convolutions alone"),
+    ],
+)
+def test_channels_that_cannot_go_are_named_with_the_reason(function, reason):
+    model = trained(Between(function))
+    with torch.no_grad():
+        model.norm.weight[1] = 1e-4
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(4, C).double()
+    report = remove_dead_channels(model, (x,), threshold=1e-3)
     assert not report.removed and report.parameters_after == report.parameters_before
-    assert "pads with zeros" in report.kept["padded"]
-    assert report.kept["residual"] == "its input meets other values"
-    assert "grouped is a Conv1d that is no plain" in report.kept["groups"]
-    assert report.kept["mixed"] == "its result passes softmax, which is not computed channel by channel"
-    assert report.kept["twice"] == "the model uses the norm at several places, or not at all"
-    assert (
-        report.kept["out"] == "its input is the model's output" or "meets" in report.kept["out"] or report.kept["out"]
-    )
+    assert report.kept["norm"].startswith(reason)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_padded_convolution_behind_a_constant_and_a_shortcut_keep_their_channels():
+    model = trained(nn.Sequential(nn.Conv1d(C, C, 1), nn.BatchNorm1d(C), nn.Conv1d(C, C, 3, padding=1)))
+    with torch.no_grad():
+        model[1].weight[[1, 2]] = 0.0
+        model[1].bias[1] = 0.0
+    x = torch.randn(2, C, 4).double()
+    expected = model(x)
+    assert remove_dead_channels(model, (x,)).removed == {"1": ("0", ("2",), [1])}
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert "a padded convolution shows" in remove_dead_channels(model, (x,)).kept["1"]
+    shortcut = trained(nn.Sequential(nn.Linear(3, C), RepBatchNorm(C), nn.Linear(C, 2)))
+    with torch.no_grad():
+        shortcut[1].weight.zero_()
+    report = remove_dead_channels(shortcut, (torch.randn(2, 3).double(),))
+    assert not report.removed and not report.kept
 
 
 @pytest.mark.parametrize(
