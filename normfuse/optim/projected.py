@@ -37,6 +37,8 @@ class _Projected(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
         self._forget()
 
     def _workspace(self, params: list[Tensor], number: int) -> list[Tensor]:
@@ -69,6 +71,8 @@ class _Projected(Optimizer):
                     )
             for alike, matrix in _batches(params):
                 grads = [p.grad for p in alike]
+                if group["maximize"]:
+                    grads = torch._foreach_neg(grads)
                 updates, decay = self._updates(alike, grads, group), self._decay(group)
                 if matrix:
                     torch._foreach_mul_(alike, self._factors(alike, grads, updates, group, decay))
@@ -155,6 +159,7 @@ class AdamP(_Projected):
         delta: threshold of the cosine, times the root of the number of entries.
         wd_ratio: factor on weight decay where an update is projected.
         nesterov: use the next step's running mean of the gradient.
+        maximize: climb instead of descending.
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
@@ -171,12 +176,13 @@ class AdamP(_Projected):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
         nesterov: bool = False,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             params,
             {
                 "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "delta": delta,
-                "wd_ratio": wd_ratio, "nesterov": nesterov,
+                "wd_ratio": wd_ratio, "nesterov": nesterov, "maximize": maximize,
             },
         )  # fmt: skip
 
@@ -235,6 +241,7 @@ class SGDP(_Projected):
         eps: added to lengths.
         delta: threshold of the cosine, times the root of the number of entries.
         wd_ratio: factor on weight decay where an update is projected.
+        maximize: climb instead of descending.
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
@@ -252,12 +259,13 @@ class SGDP(_Projected):
         eps: float = 1e-8,
         delta: float = 0.1,
         wd_ratio: float = 0.1,
+        maximize: bool = False,
     ) -> None:
         super().__init__(
             params,
             {
                 "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-                "nesterov": nesterov, "eps": eps, "delta": delta, "wd_ratio": wd_ratio,
+                "nesterov": nesterov, "eps": eps, "delta": delta, "wd_ratio": wd_ratio, "maximize": maximize,
             },
         )  # fmt: skip
 

@@ -108,6 +108,19 @@ def test_steps_are_the_papers(kind):
     assert spec.seen == {"channel", "layer", "none"}
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_climbing_is_descending_along_negative_gradients(kind):
+    make, options = OPTIMIZERS[kind]
+    params, others = parameters(), parameters()
+    up, down = make(params, maximize=True, **options), make(others, **options)
+    for number in range(4):
+        grads = gradients(params, number)
+        step(up, params, grads)
+        step(down, others, [-g for g in grads])
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(params, parameters(), strict=True) if p.numel())
+
+
 def test_without_projection_it_is_adamw():
     params, others = parameters(), parameters()
     ours = AdamP(params, lr=0.02, weight_decay=0.1, delta=0.0)
