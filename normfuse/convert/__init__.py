@@ -8,7 +8,7 @@ from .only_norms import DeadChannels, freeze_to_norms, remove_dead_channels
 from .placement import Placed, place
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
-from .swap import LastDimBatchNorm, Swap, SwapReport, swap_norms
+from .swap import Swap, SwapReport, swap_norms
 
 __all__ = [
     "AlphaBatchNorm",
@@ -16,7 +16,6 @@ __all__ = [
     "DeadChannels",
     "DecayingBatchNorm",
     "Distillation",
-    "LastDimBatchNorm",
     "Placed",
     "Schedule",
     "Swap",

@@ -19,15 +19,6 @@ Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Modu
 _FOREIGN = re.compile(r"(Layer_?Norm|RMS_?Norm)(2d)?$", re.IGNORECASE)
 
 
-class LastDimBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of [..., C] over all dimensions but the last; parameters and buffers of BatchNorm1d."""
-
-    channel_dim = -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-
-
 @dataclass(frozen=True)
 class Swap:
     """One exchanged norm: its name in the model, the classes before and after, and its number of channels."""
@@ -76,8 +67,7 @@ def _channels(name: str, norm: nn.Module) -> int:
 def _channel_dim(norm: nn.Module) -> int:
     if isinstance(norm, ChannelNorm):
         return norm.channel_dim
-    first = isinstance(norm, _BatchNorm) and not isinstance(norm, LastDimBatchNorm)
-    return 1 if first or type(norm).__name__.lower().endswith("2d") else -1
+    return 1 if isinstance(norm, _BatchNorm) or type(norm).__name__.lower().endswith("2d") else -1
 
 
 def _eps(norm: nn.Module) -> float | None:
@@ -86,14 +76,6 @@ def _eps(norm: nn.Module) -> float | None:
         if isinstance(value, float):
             return value
     return None
-
-
-def _make_batch(channels: int, *, channel_dim: int, device: Any, dtype: Any, **options: Any) -> nn.Module:
-    if channel_dim == -1:
-        return LastDimBatchNorm(channels, device=device, dtype=dtype, **options)
-    raise ValueError(
-        'to="batch" needs channels last; a BatchNorm or a norm over channels first has no reason to change'
-    )
 
 
 def _make_dynamic(make: type[nn.Module]) -> Callable[..., nn.Module]:
@@ -117,8 +99,7 @@ def _make_activation(make: type[nn.Module]) -> Callable[..., nn.Module]:
 _TARGETS: dict[str, Callable[..., nn.Module]] = {
     "unified": UnifiedNorm,
     "power": PowerNorm,
-    "batch": _make_batch,
-    "masked_batch": MaskedBatchNorm,
+    "batch": MaskedBatchNorm,
     "rep_batch": RepBatchNorm,
     "layer": _make_dynamic(nn.LayerNorm),
     "rms": _make_dynamic(nn.RMSNorm),
@@ -166,7 +147,7 @@ def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallb
         statistic = {"unified": "running_var", "power": "running_phi"}.get(to)
         if statistic and not getattr(new, "group_num", 0):
             new.get_buffer(statistic).copy_(old.running_var + old.running_mean**2)  # the mean of x²
-        elif isinstance(new, (_BatchNorm, MaskedBatchNorm)):
+        elif isinstance(new, MaskedBatchNorm):
             new.running_mean.copy_(old.running_mean)
             new.running_var.copy_(old.running_var)
     return new.train(old.training)
@@ -208,7 +189,7 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
 
     Args:
         model: a module that contains norms.
-        to: "unified", "power", "batch" (channels last), "masked_batch", "rep_batch", "layer", "rms", "dyt" or
+        to: "unified", "power", "batch" (:class:`normfuse.nn.MaskedBatchNorm`), "rep_batch", "layer", "rms", "dyt" or
             "derf".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normfuse import fold
-from normfuse.convert import LastDimBatchNorm, UnMixBatchNorm, adapt, freeze
+from normfuse.convert import UnMixBatchNorm, adapt, freeze
 from normfuse.nn import MaskedBatchNorm, RepBatchNorm
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64, some hundred roundings
@@ -28,7 +28,7 @@ LAYOUTS = {
     "sequence": (nn.BatchNorm1d, (6, C, 4)),
     "image": (nn.BatchNorm2d, (6, C, 3, 2)),
     "activated": (ActivatedBatchNorm, (6, C, 3, 2)),
-    "channels last": (LastDimBatchNorm, (6, 4, C)),
+    "channels last": (MaskedBatchNorm, (6, 4, C)),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.convert import LastDimBatchNorm, swap_norms
+from normfuse.convert import swap_norms
 from normfuse.nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 
 C = 8
@@ -100,7 +100,7 @@ def test_where(where, swapped):
     assert [name for name, m in net.named_modules() if isinstance(m, PowerNorm)] == swapped
 
 
-@pytest.mark.parametrize(("to", "kind"), [("layer", nn.LayerNorm), ("rms", nn.RMSNorm), ("batch", LastDimBatchNorm)])
+@pytest.mark.parametrize(("to", "kind"), [("layer", nn.LayerNorm), ("rms", nn.RMSNorm), ("batch", MaskedBatchNorm)])
 def test_other_targets_and_back(to, kind):
     net = nn.Sequential(nn.LayerNorm(C, eps=1e-4, bias=to != "rms"))
     nn.init.normal_(net[0].weight)
@@ -133,7 +133,6 @@ def test_a_shared_norm_stays_shared():
         (lambda: nn.LayerNorm(C), {}, "model is itself a norm"),
         (lambda: nn.Sequential(nn.LayerNorm((2, C))), {}, r"0, a LayerNorm, normalises over the shape \(2, 8\)"),
         (lambda: nn.Sequential(nn.BatchNorm2d(C)), {"to": "layer"}, "0: LayerNorm works on channels last only"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(C)), {"to": "batch"}, '0: to="batch" needs channels last'),
         (lambda: nn.Sequential(nn.LayerNorm(C)), {"momentum": 2.0}, r"0: momentum=2\.0 is not allowed"),
     ],
 )
@@ -157,8 +156,8 @@ def test_a_bias_that_has_no_place_is_not_lost():
     ("old", "to", "new"),
     [
         (lambda: MaskedBatchNorm(C, channel_dim=1), "unified", UnifiedNorm),
-        (lambda: MovingAverageBatchNorm(C), "masked_batch", MaskedBatchNorm),
-        (lambda: nn.BatchNorm2d(C), "masked_batch", MaskedBatchNorm),
+        (lambda: MovingAverageBatchNorm(C), "batch", MaskedBatchNorm),
+        (lambda: nn.BatchNorm2d(C), "batch", MaskedBatchNorm),
         (lambda: DyT(C), "layer", nn.LayerNorm),
         (lambda: nn.LayerNorm(C), "dyt", DyT),
         (lambda: UnifiedNorm(C), "derf", Derf),
@@ -181,5 +180,5 @@ def test_from_one_batch_norm_to_another_the_function_stays():
         net(torch.randn(4, C, 2, 2) * 3 + 1)
     x = torch.randn(2, C, 3, 3)
     expected = net.eval()(x)
-    swap_norms(net, to="masked_batch")
+    swap_norms(net, to="batch")
     torch.testing.assert_close(net(x), expected)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.convert import LastDimBatchNorm
 from normfuse.fold import fold, interval_bounds
 from normfuse.nn import (
     MaskedBatchNorm,
@@ -28,7 +27,6 @@ NORMS = {
     "rep batch": lambda: RepBatchNorm(C),
     "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1),
     "torch": lambda: nn.BatchNorm1d(C),
-    "torch, channels last": lambda: LastDimBatchNorm(C),
 }
 
 
@@ -166,7 +164,7 @@ class ActivatedBatchNorm(nn.BatchNorm1d):
 def test_a_derived_norm_that_may_do_more_is_refused_and_channels_last_are_found() -> None:
     with pytest.raises(TypeError, match="ActivatedBatchNorm computes more than an affine map"):
         norm_bounds(ActivatedBatchNorm(C).eval(), torch.zeros(2, C), torch.ones(2, C))
-    norm = trained(LastDimBatchNorm(C))
+    norm = trained(MaskedBatchNorm(C))
     x = torch.randn(2, C, C).double()  # as many positions as channels: nothing but the values tells them apart
     torch.testing.assert_close(norm_bounds(norm, x, x)[0], norm(x), rtol=1e-12, atol=1e-12)
 
