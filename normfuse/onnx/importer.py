@@ -18,6 +18,7 @@ from torch import nn
 
 from normfuse.checkpoint import Checkpoint, Dimension, InputSpec, parse_input
 from normfuse.checkpoint import inputs as specs
+from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.exporter import ExportResult, check_target, export, move
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.operations import OPERATIONS, Untranslated
@@ -164,7 +165,10 @@ def fold_file(
     check_target(path)
     progress(f"read {source}")
     summarize(source)
-    model = ir.load(source)
+    try:
+        model = ir.external_data.load_to_model(ir.load(source))
+    except (OSError, ValueError) as error:
+        raise GraphError(f"the weights of {source} cannot be read: {one_line(error)}") from error
     names = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     for value in model.graph.inputs:
         value.name = _identifier(str(value.name), "input")

@@ -7,6 +7,7 @@ are tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if any(isinstance(size, torch.SymInt) for size in (value if isinstance(value, list) else [value])):
-        raise Untranslated("a size that is only known at run time becomes data")
+        parts = [torch.full((), size, dtype=torch.int64) for size in sizes(value)]
+        return torch.stack(parts) if isinstance(value, list) else parts[0]
     return torch.tensor(value)
 
 
@@ -61,7 +63,7 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 for _kind, _function in {
     "Abs": torch.abs, "Erf": torch.erf, "Exp": torch.exp, "Neg": torch.neg, "Not": torch.logical_not,
     "Reciprocal": torch.reciprocal, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Sqrt": torch.sqrt,
-    "Tanh": torch.tanh, "HardSwish": F.hardswish, "Softplus": F.softplus, "Log": torch.log,
+    "Tanh": torch.tanh, "HardSwish": F.hardswish, "Softplus": F.softplus, "Log": torch.log, "IsNaN": torch.isnan,
 }.items():  # fmt: skip
     OPERATIONS[_kind] = _unary(_function)
 
@@ -96,8 +98,32 @@ def _divide(a: Any, b: Any) -> Any:
 for _kind, _function in {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _divide, "Equal": operator.eq,
     "Less": operator.lt, "Greater": operator.gt, "And": operator.and_, "Or": operator.or_,
+    "LessOrEqual": operator.le, "GreaterOrEqual": operator.ge,
 }.items():  # fmt: skip
     OPERATIONS[_kind] = _binary(_function)
+
+
+@operation("Max", "Min")
+def _extreme(node: ir.Node, *values: Any) -> Any:
+    if all(is_sizes(value) for value in values):
+        choose = torch.sym_max if node.op_type == "Max" else torch.sym_min
+    else:
+        values = tuple(tensor(value) for value in values)
+        choose = torch.maximum if node.op_type == "Max" else torch.minimum
+    return functools.reduce(lambda a, b: _binary(choose)(node, a, b), values)
+
+
+@operation("Range")
+def _range(node: ir.Node, start: Any, limit: Any, delta: Any) -> Tensor:
+    return torch.arange(*(sizes(value)[0] for value in (start, limit, delta)))
+
+
+@operation("HardSigmoid")
+def _hard_sigmoid(node: ir.Node, x: Tensor) -> Tensor:
+    alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+    if beta == 0.5 and math.isclose(alpha, 1 / 6, rel_tol=1e-6):
+        return F.hardsigmoid(x)
+    return torch.clamp(alpha * x + beta, 0.0, 1.0)
 
 
 @operation("Pow")
@@ -235,7 +261,8 @@ def _attention(node: ir.Node, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 @operation("Shape")
 def _shape(node: ir.Node, x: Tensor) -> list[int]:
-    return list(tensor(x).shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)])
+    shape = x.shape if isinstance(x, Tensor) else [len(x)] if isinstance(x, list) else []
+    return list(shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)])
 
 
 @operation("Cast")
@@ -246,6 +273,13 @@ def _cast(node: ir.Node, x: Any) -> Any:
             return tensor(x).to(_torch_dtype(kind))
         return x
     return x.to(_torch_dtype(kind))
+
+
+@operation("CastLike")
+def _cast_like(node: ir.Node, x: Any, like: Any) -> Any:
+    if isinstance(like, Tensor):
+        return tensor(x).to(like.dtype)
+    return int(x) if isinstance(x, float) and not isinstance(like, float) else x
 
 
 def _torch_dtype(kind: ir.DataType) -> torch.dtype:
@@ -278,7 +312,10 @@ def _flatten(node: ir.Node, x: Tensor) -> Tensor:
 
 
 @operation("Expand")
-def _expand(node: ir.Node, x: Tensor, shape: Any) -> Tensor:
+def _expand(node: ir.Node, x: Any, shape: Any) -> Any:
+    if isinstance(x, list) and len(sizes(shape)) == 1 and isinstance(sizes(shape)[0], int):
+        return x * (sizes(shape)[0] if len(x) == 1 else 1)
+    x = tensor(x)
     target, missing = sizes(shape), len(sizes(shape)) - x.dim()
     own = [1] * missing + list(x.shape)
     return x.expand(
@@ -360,6 +397,18 @@ def _gather(node: ir.Node, x: Any, indices: Any) -> Any:
     if axis == 0 and x.dim() == 2 and node.inputs[0].is_initializer():
         return F.embedding(index, x)
     return x.index_select(axis, index.reshape(-1)).reshape([*x.shape[:axis], *index.shape, *x.shape[axis:][1:]])
+
+
+@operation("GatherElements")
+def _gather_elements(node: ir.Node, x: Tensor, indices: Any) -> Tensor:
+    return torch.gather(x, node.attributes.get_int("axis", 0), tensor(indices))
+
+
+@operation("GatherND")
+def _gather_nd(node: ir.Node, x: Tensor, indices: Any) -> Tensor:
+    if node.attributes.get_int("batch_dims", 0):
+        raise Untranslated("a GatherND with batch_dims")
+    return x[tensor(indices).unbind(-1)]
 
 
 @operation("ReduceMean", "ReduceSum", "ReduceMax")

@@ -76,6 +76,9 @@ BODIES = {
     "Gather one": "i = Constant <value_int: int = 1> () y = Gather <axis: int = 1> (x, i)",
     "Gather some": "y = Gather <axis: int = 1> (x, some)",
     "Expand": "r = Unsqueeze (x, axis) y = Expand (r, wide)",
+    "Expand a number": "n = Constant <value_float: float = 1.5> () e = Expand (n, wide3) y = Mul (e, x)",
+    "Expand sizes": "e = Expand (wide3, axis) y = Expand (x, e)",
+    "Expand integers": "e = Expand (three, two) c = CastLike (e, w) l = ReduceMax (c) y = Mul (x, l)",
     "Reshape zero": "y = Reshape (x, zeros)",
     "sizes at run time": "s = Shape (x) b = Slice (s, zero, two) l = Slice (s, two, three) d = Div (l, two) "
                          "p = Mul (b, b) q = Div (p, b) t = Concat <axis: int = 0> (q, d, two) y = Reshape (x, t)",
@@ -83,13 +86,30 @@ BODIES = {
                     "r = Constant <value_ints: ints = [-1]> () t = Concat <axis: int = 0> (u, r) y = Reshape (x, t)",
     "shapes as older exporters expand": "n = ConstantOfShape <value: tensor = int64[1] {1}> (three) "
                          "m1 = Mul (n, minus) e = Equal (wide3, m1) t = Where (e, n, wide3) y = Expand (x, t)",
+    "IsNaN": "n = IsNaN (x) y = Where (n, w, x)",
+    "GreaterOrEqual LessOrEqual": "g = GreaterOrEqual (x, w) l = LessOrEqual (x, w) b = And (g, l) y = Where (b, w, x)",
+    "Max": "y = Max (x, w, w)",
+    "Min": "y = Min (x, w)",
+    "HardSigmoid": "y = HardSigmoid (x)",
+    "HardSigmoid of MobileNet": "y = HardSigmoid <alpha: float = 0.16666667, beta: float = 0.5> (x)",
+    "Range": "a = Constant <value_int: int = 1> () b = Constant <value_int: int = 9> () "
+             "c = Constant <value_int: int = 2> () r = Range (a, b, c) f = Cast <to: int = 1> (r) y = Mul (x, f)",
+    "CastLike": "i = Cast <to: int = 7> (x) y = CastLike (i, w)",
+    "CastLike of numbers": "a = Constant <value_float: float = 1.0> () s = Shape <start: int = 2> (x) z = Squeeze (s) "
+                           "b = CastLike (a, z) r = Range (b, z, b) c = CastLike (r, x) "
+                           "p = Concat <axis: int = 0> (c, q) y = Mul (x, p)",
+    "GatherElements": "y = GatherElements <axis: int = 1> (x, elements)",
+    "GatherND": "y = GatherND (x, some)",
+    "sizes as data": "s = Shape (x) l = Max (s, two) c = Cast <to: int = 1> (l) q = Sqrt (c) r = ReduceSum (q) "
+                     "n = Shape (s) m = Cast <to: int = 1> (n) p = Mul (r, m) y = Mul (x, p)",
     "Cast": "c = Cast <to: int = 11> (x) y = Cast <to: int = 1> (c)",
     "Dropout": "y = Dropout (x)",
 }  # fmt: skip
 CONSTANTS = {
     "w": draw(4), "m": draw(4, 4), "rows": [-1, 4], "axis": [1], "lengths": [1, 3], "two": [2], "three": [3],
     "zero": [0],
-    "some": [[1, 0], [2, 2]], "wide": [2, 5, 3, 4], "zeros": [0, -1], "minus": [-1], "wide3": [2, 3, 4],
+    "q": draw(1), "elements": [[[1, 0, 2, 2]]] * 2, "some": [[1, 0], [1, 2]],
+    "wide": [2, 5, 3, 4], "zeros": [0, -1], "minus": [-1], "wide3": [2, 3, 4],
 }  # fmt: skip
 
 
@@ -185,6 +205,21 @@ def test_a_convolution_network_loses_its_norm_and_its_affine(tmp_path):
     assert [graph.input[0].name, graph.output[0].name] == ["input.1", "27"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
+
+
+def test_weights_beside_the_file_are_read(tmp_path):
+    proto = onnx.load(images(tmp_path))
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
+    fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "in.weights", "out.onnx"]
+    x = draw(3, 3, 8, 8)
+    before, after = (run(str(tmp_path / name), {"input.1": x})[0] for name in ("in.onnx", "out.onnx"))
+    assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
+    (tmp_path / "out.onnx").unlink()
+    (tmp_path / "in.weights").unlink()
+    with pytest.raises(GraphError, match=r"in\.weights"):
+        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
 
 
 STREAM = (
