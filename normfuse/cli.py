@@ -79,6 +79,13 @@ NoCopy = Annotated[
 RemoveDead = Annotated[
     bool, typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it.")
 ]
+KeepDynamicNorms = Annotated[
+    bool,
+    typer.Option(
+        "--keep-dynamic-norms",
+        help="Leave LayerNorm, RMSNorm and GroupNorm as they are: no gain folded, no LayerNorm turned into RMSNorm.",
+    ),
+]
 Target = Annotated[
     str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
 ]
@@ -114,6 +121,7 @@ def export(
     trust: Trust = False,
     no_copy: NoCopy = False,
     remove_dead: RemoveDead = False,
+    keep_dynamic_norms: KeepDynamicNorms = False,
     target: Target = "portable",
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
@@ -134,6 +142,7 @@ def export(
                 atol=atol,
                 copy_shared=not no_copy,
                 remove_dead=remove_dead,
+                keep_dynamic_norms=keep_dynamic_norms,
                 target=target,
                 no_shape=no_shape,
                 progress=stages,
@@ -154,6 +163,7 @@ def fold(
     report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None,
     input: Input = [],  # noqa: B006
     no_copy: NoCopy = False,
+    keep_dynamic_norms: KeepDynamicNorms = False,
     target: Target = "portable",
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
@@ -171,6 +181,7 @@ def fold(
                 rtol=rtol,
                 atol=atol,
                 copy_shared=not no_copy,
+                keep_dynamic_norms=keep_dynamic_norms,
                 target=target,
                 no_shape=no_shape,
                 progress=stages,
@@ -189,6 +200,7 @@ def inspect(
     input: Input = [],  # noqa: B006
     trust: Trust = False,
     no_copy: NoCopy = False,
+    keep_dynamic_norms: KeepDynamicNorms = False,
 ) -> None:
     """Print what would be folded into what; writes nothing."""
     console = make_console()
@@ -196,7 +208,9 @@ def inspect(
         with Stages(console) as stages:
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
-            loaded, _, report = fold_checkpoint(loaded, copy_shared=not no_copy, progress=stages)
+            loaded, _, report = fold_checkpoint(
+                loaded, copy_shared=not no_copy, keep_dynamic_norms=keep_dynamic_norms, progress=stages
+            )
         console.print(f"inputs: {escape(', '.join(map(str, loaded.inputs)))}", highlight=False)
         print_report(console, report)
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from normfuse.checkpoint.archive import some_of
-from normfuse.fold import FoldReport, NormRecord
+from normfuse.fold import DynamicNormRecord, FoldReport, NormRecord
 from normfuse.onnx import ExportResult
 
 _SHOWN_NORMS = 24
 _TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
 _PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
+
+Record = TypeVar("Record", NormRecord, DynamicNormRecord)
 
 
 class Stages:
@@ -95,7 +98,7 @@ def print_result(console: Console, result: ExportResult) -> None:
 
 def print_report(console: Console, report: FoldReport) -> None:
     """A row for each norm (the folded ones of many are left out), and the sums."""
-    rows, hidden = _abridged(report.norms)
+    rows, hidden = _abridged(report.norms, lambda record: record.status != "folded")
     if console.width < _TABLE_WIDTH:
         for record in rows:
             into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
@@ -114,14 +117,53 @@ def print_report(console: Console, report: FoldReport) -> None:
         what = f"{removed.channels} of {removed.num_features} channels taken out of {_joined(removed.weights)}"
         line = f"{removed.name}: {what if removed.channels else f'constant channels stay ({removed.reason})'}"
         console.print(escape(line), highlight=False)
+    _print_dynamic(console, report.dynamic)
     folded = len(report.norms) - len(report.remaining)
     copied = f", {readable_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
     console.print(
-        f"{folded} of {len(report.norms)} norms folded; program: {report.nodes_before} → "
+        f"{f'{folded} of {len(report.norms)} norms folded; ' if report.norms else ''}program: {report.nodes_before} → "
         f"{report.nodes_after} "
         f"operations, {readable_size(report.bytes_before)} → {readable_size(report.bytes_after)}{copied}",
         highlight=False,
     )
+
+
+def _print_dynamic(console: Console, records: Sequence[DynamicNormRecord]) -> None:
+    """The norms that compute their statistics from each input: what is left of them."""
+    if not records:
+        return
+    rows, hidden = _abridged(records, lambda record: bool(record.reasons))
+    if console.width < _TABLE_WIDTH:
+        for record in rows:
+            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
+            line = f"{record.name} ({record.kind}): {record.core}, gain {record.gain}, shift {record.shift}{into}"
+            why = _first_reason(record)
+            console.print(escape(f"{line} ({why})" if why else line), highlight=False)
+    else:
+        reasons = any(record.reasons for record in rows)
+        table = make_table("norm", "kind", "core", "gain", "shift", "into", *(["why it stayed"] if reasons else []))
+        for record in rows:
+            into = _joined(record.absorbed_by)
+            cells = [record.name, record.kind, record.core, record.gain, record.shift, into, _first_reason(record)]
+            table.add_row(*map(escape, cells[: len(table.columns)]))
+        console.print(table)
+    if hidden:
+        console.print(f"… and {hidden} more of which nothing but the core is left", highlight=False)
+    cores = Counter(record.core for record in records)
+    gains, shifts = (
+        Counter(fate for fate in fates if fate != "none")
+        for fates in zip(*((record.gain, record.shift) for record in records), strict=True)
+    )
+    console.print(
+        f"statistics from each input: {', '.join(f'{count} {core}' for core, count in cores.items())}; "
+        f"{gains['folded']} of {gains.total()} gains and {shifts['folded']} of {shifts.total()} shifts folded",
+        highlight=False,
+    )
+
+
+def _first_reason(record: DynamicNormRecord) -> str:
+    """What stayed, and why: one reason is enough here, since a gain that stays holds the rest."""
+    return next((f"{what}: {why}" for what, why in record.reasons.items()), "")
 
 
 def _style(record: NormRecord) -> str:
@@ -141,13 +183,12 @@ def _joined(weights: Sequence[str]) -> str:
     return some_of(names, 2)
 
 
-def _abridged(records: Sequence[NormRecord]) -> tuple[list[NormRecord], int]:
-    """At most ``_SHOWN_NORMS`` records, those that stayed before those that vanished; and how many are left
-    out."""
+def _abridged(records: Sequence[Record], stays: Callable[[Record], bool]) -> tuple[list[Record], int]:
+    """At most ``_SHOWN_NORMS`` records, those of which something stays before others; and how many are left out."""
     if len(records) <= _SHOWN_NORMS:
         return list(records), 0
-    stayed = [index for index, record in enumerate(records) if record.status != "folded"]
-    gone = [index for index, record in enumerate(records) if record.status == "folded"]
+    stayed = [index for index, record in enumerate(records) if stays(record)]
+    gone = [index for index, record in enumerate(records) if not stays(record)]
     kept = sorted(stayed + gone[: max(0, _SHOWN_NORMS - len(stayed))])
     return [records[index] for index in kept], len(records) - len(kept)
 

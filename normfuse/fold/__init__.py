@@ -3,9 +3,10 @@
 from .api import fold, fuse
 from .bounds import Interval, interval_bounds
 from .dead import remove_dead_channels
-from .report import FoldError, FoldReport, NormRecord, RemovedChannels
+from .report import DynamicNormRecord, FoldError, FoldReport, NormRecord, RemovedChannels
 
 __all__ = [
+    "DynamicNormRecord",
     "FoldError",
     "FoldReport",
     "Interval",

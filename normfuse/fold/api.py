@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from .centre import centre_streams
 from .dead import remove_dead_channels
 from .engine import Folding
 from .program import Program
-from .records import collect_records
+from .records import collect_dynamic, collect_records
 from .report import FoldReport
 from .settle import settle_shifts
+from .written_out import restore_norms
 
 
 def fold(
@@ -23,8 +25,12 @@ def fold(
     carry_biases: bool = False,
     max_scale_range: float = 2.0**40,
     remove_dead: bool = False,
+    keep_dynamic_norms: bool = False,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
+
+    Of norms that compute their statistics from each input the core stays: gains and shifts go into the weights behind
+    them, and a LayerNorm becomes an RMSNorm where all that writes its input can subtract the mean beforehand.
 
     Args:
         program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
@@ -39,6 +45,7 @@ def fold(
             leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
         remove_dead: whether channels that hold a constant, because a norm's gain is zero there, leave the weights
             around them; see :func:`normfuse.fold.remove_dead_channels` for where that is done.
+        keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
@@ -51,17 +58,30 @@ def fold(
     if remove_dead:
         program, removed = remove_dead_channels(program)
         opened = Program(program)
-    folding = Folding(opened, copy_shared=copy_shared, carry_biases=carry_biases, max_scale_range=max_scale_range)
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
+    if not keep_dynamic_norms:
+        restore_norms(opened)
+    folding = Folding(
+        opened,
+        copy_shared=copy_shared,
+        carry_biases=carry_biases,
+        max_scale_range=max_scale_range,
+        keep_dynamic_norms=keep_dynamic_norms,
+    )
     folding.relate()
     folding.solve()
     settle_shifts(folding)
-    records = collect_records(folding)
+    if not keep_dynamic_norms:
+        centre_streams(folding)
+    records, dynamic = collect_records(folding), collect_dynamic(folding)
     folding.rewrite()
-    for record, around in records:
+    for record, around in (*records, *dynamic):
         names = [name for node in around for name in folding.absorbed.get(node, ())]
         record.absorbed_by = list(dict.fromkeys(names))
-        report.norms.append(record)
+    report.norms = [record for record, _ in records]
+    report.dynamic = [record for record, _ in dynamic]
+    writers = [folding.absorbed.get(n, [opened.name(n)] if n in folding.leaves else []) for n in folding.centred]
+    report.centred = list(dict.fromkeys(name for names in writers for name in names))
     if folding.stored:
         used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
         report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
@@ -77,6 +97,8 @@ def fuse(
     example_inputs: tuple[torch.Tensor, ...],
     dynamic_shapes: Any = None,
     kwargs: dict[str, Any] | None = None,
+    *,
+    keep_dynamic_norms: bool = False,
 ) -> torch.nn.Module:
     """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
 
@@ -85,6 +107,7 @@ def fuse(
         example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
         dynamic_shapes: as for :func:`torch.export.export`.
         kwargs: keyword inputs to export with.
+        keep_dynamic_norms: see :func:`fold`.
 
     Raises:
         FoldError: see :func:`fold`.
@@ -94,4 +117,4 @@ def fuse(
         program = torch.export.export(model.eval(), example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
     finally:
         model.train(training)
-    return fold(program)[0].module()
+    return fold(program, keep_dynamic_norms=keep_dynamic_norms)[0].module()

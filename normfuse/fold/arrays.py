@@ -111,3 +111,60 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range
 def _example(size: Size) -> int:
     hint = size if isinstance(size, int) else size.node.hint
     return 1 if hint is None else int(hint)
+
+
+class GroupMeans:
+    """The means of groups of a tensor's entries, which are subtracted from it; the tensor comes in pieces.
+
+    Args:
+        groups: of the tensor's rank. Along the axes where it has more than one entry it numbers the groups; -1 is no
+            group. Along the others, every position has means of its own.
+    """
+
+    def __init__(self, groups: np.ndarray) -> None:
+        self._axes = varying(groups)
+        numbers = torch.from_numpy(groups.ravel().copy())
+        self._count = int(numbers.max()) + 2
+        self._numbers = torch.where(numbers < 0, self._count - 1, numbers)  # the last group's mean counts as zero
+        self._sums: torch.Tensor | None = None
+        #: Whether groups go across the first axis, so that `add` has to see every piece before `subtract`.
+        self.across_rows = 0 in self._axes
+
+    def add(self, part: torch.Tensor, rows: slice) -> None:
+        """Count in the piece of the tensor that holds these rows of its first axis."""
+        entries, numbers = self._entries(part, rows)
+        if self._sums is None:
+            self._sums = entries.new_zeros(self._count, entries.shape[1])
+        self._sums.index_add_(0, numbers, entries)
+
+    def subtract(self, part: torch.Tensor, rows: slice) -> None:
+        """Subtract the means from a piece, in place."""
+        if not self.across_rows:
+            self._sums = None
+            self.add(part, rows)
+        assert self._sums is not None
+        sizes = torch.bincount(self._numbers, minlength=self._count).clamp(min=1)
+        means = self._sums / sizes[:, None]
+        means[-1] = 0.0
+        entries, numbers = self._entries(part, rows)
+        moved = (entries - means[numbers]).reshape(part.movedim(self._axes, self._front).shape)
+        part.copy_(moved.movedim(self._front, self._axes))
+
+    @property
+    def _front(self) -> tuple[int, ...]:
+        return tuple(range(len(self._axes)))
+
+    def _entries(self, part: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """A piece as [entries that are grouped, positions], and the group of each entry."""
+        entries = part.movedim(self._axes, self._front).flatten(0, max(len(self._axes) - 1, 0))
+        return entries.reshape(len(entries), -1), self._numbers[rows] if self.across_rows else self._numbers
+
+
+def subtract_means(tensor: torch.Tensor, groups: np.ndarray) -> torch.Tensor:
+    """A tensor less the mean of each group of its entries, see :class:`GroupMeans`."""
+    shape = torch.broadcast_shapes(tensor.shape, groups.shape)
+    result = tensor.expand(shape).clone()
+    means = GroupMeans(groups)
+    means.add(result, slice(None))
+    means.subtract(result, slice(None))
+    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from .arrays import CannotCarry, collapse_equal, keep_axis, same_size, take_first
+from .arrays import CannotCarry, GroupMeans, collapse_equal, keep_axis, same_size, subtract_means, take_first
+from .gains import assign_zero_gains, demand_gains
 from .program import Program, largest_entry, piece
 from .report import FoldError
 from .rules import Rule, find_rule
@@ -37,12 +39,26 @@ class Folding:
         demands: the affine maps that ask for a ratio.
         kept: affine maps that stay, with the reason.
         stored: scale variables that go into weights.
+        dynamic: the norms that compute their statistics from each input.
+        kept_gain, kept_shift: those whose gain or shift stays in them, with the reason.
+        without_mean: LayerNorms whose input is made to have a mean of zero; they become RMSNorms.
+        with_mean: LayerNorms that stay, with the reason.
+        centred: values whose writers subtract a mean over channels: which channels belong together (-1: none).
     """
 
-    def __init__(self, program: Program, *, copy_shared: bool, carry_biases: bool, max_scale_range: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        copy_shared: bool,
+        carry_biases: bool,
+        max_scale_range: float,
+        keep_dynamic_norms: bool = False,
+    ) -> None:
         self.program = program
         self.copy_shared = copy_shared
         self.carry_biases = carry_biases
+        self.keep_dynamic_norms = keep_dynamic_norms
         self.max_scale_range = max_scale_range
         self.scales = Scales(max_scale_range)
         self.rule_of: dict[Node, Rule] = {}
@@ -56,6 +72,12 @@ class Folding:
         self.chosen: dict[Node, np.ndarray] = {}
         self.spilled: dict[Node, list[Node]] = {}
         self.absorbed: dict[Node, list[str]] = {}
+        self.dynamic: list[Node] = []
+        self.kept_gain: dict[Node, str] = {}
+        self.kept_shift: dict[Node, str] = {}
+        self.without_mean: set[Node] = set()
+        self.with_mean: dict[Node, str] = {}
+        self.centred: dict[Node, np.ndarray] = {}
         self.weight_growth = 1.0
         self._replacements: list[tuple[Node, Node]] = []
         self._biases: list[tuple[Node, Node]] = []
@@ -87,8 +109,10 @@ class Folding:
                 with_zeros.add(node)
             elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
                 self.kept[node] = self._why_not(node, outcome)
+        if not self.keep_dynamic_norms:
+            demand_gains(self)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
-        tolerant = tolerant_values(self) if with_zeros else set()
+        tolerant = tolerant_values(self)
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
             values = a * self.scales[self.scale(operand)]
@@ -96,6 +120,8 @@ class Folding:
                 self.scales.assign(self.scale(node), values)
             else:
                 self.kept[node] = "a scale is zero, and not only weights read the result"
+        if not self.keep_dynamic_norms:
+            assign_zero_gains(self, tolerant)
         for node, (_, _, b) in self.affine.items():
             if not np.isfinite(b).all():
                 self._refuse_not_finite(node)
@@ -113,7 +139,10 @@ class Folding:
             replaced[node] = added
         for node, users in self.spilled.items():
             value = replaced.get(node, node)
-            added = self.add(value, self.shift_of[node] / self.scales[self.scale(node)], after=value)
+            shift = self.shift_of[node] / self.scales[self.scale(node)]
+            if node in self.centred:
+                shift = subtract_means(torch.from_numpy(shift), self.centred[node]).numpy()
+            added = self.add(value, shift, after=value)
             for user in users:
                 self.program.redirect(value, added, [user])
         for node, by in self._replacements:
@@ -156,10 +185,12 @@ class Folding:
         self.scales.equate(index, first)
         return first
 
-    def free_last_axis(self, node: Node) -> None:
-        """Give the result of a weight operation free scales along its last axis."""
+    def free_axis(self, node: Node, axis: int) -> None:
+        """Give the result of a weight operation free scales along one axis."""
         value = node.meta["val"]
-        self.scale_of[node] = self.scales.fresh((1,) * (value.dim() - 1) + (int(value.shape[-1]),))
+        shape = [1] * value.dim()
+        shape[axis] = int(value.shape[axis])
+        self.scale_of[node] = self.scales.fresh(tuple(shape))
         self.stored.append(self.scale_of[node])
 
     def usable_weight(self, node: object) -> bool:
@@ -210,20 +241,39 @@ class Folding:
         """Numbers along one axis as a float64 vector."""
         return torch.from_numpy(np.array(keep_axis(numbers, axis, size, collapse_equal)))
 
-    def scale_weight(self, node: Node, weight: Node, *factors: torch.Tensor, minus: torch.Tensor | None = None) -> None:
-        """Let an operation read ``(weight - minus) * factors``, stored in the weight's dtype.
+    def scale_weight(
+        self,
+        node: Node,
+        weight: Node,
+        *factors: torch.Tensor,
+        minus: torch.Tensor | None = None,
+        centre: np.ndarray | None = None,
+    ) -> None:
+        """Let an operation read ``(weight - minus) * factors`` less its means, stored in the weight's dtype.
 
-        Factors and `minus` are laid against the weight: on each axis of its size or of size one.
+        Factors, `minus` and the groups of which `centre` subtracts the mean (see :func:`subtract_means`) are laid
+        against the weight: on each axis of its size or of size one.
         """
+
+        def blocks() -> Iterator[tuple[slice, float, torch.Tensor]]:
+            for rows, block in self.program.blocks(weight):
+                new = block - piece(minus, rows) if minus is not None else block.clone()
+                for factor in factors:
+                    new.mul_(piece(factor, rows))
+                yield rows, largest_entry(block), new
+
         name, old_largest, new_largest = self.program.name(weight), 0.0, 0.0
         stored = torch.empty(weight.meta["val"].shape, dtype=weight.meta["val"].dtype)
-        for rows, block in self.program.blocks(weight):
-            old_largest = max(old_largest, largest_entry(block))
-            new = block - piece(minus, rows) if minus is not None else block.clone()
-            for factor in factors:
-                new.mul_(piece(factor, rows))
+        means = None
+        if centre is not None:  # where groups span blocks, all of them are seen before the first is written
+            means = GroupMeans(centre)
+            for rows, _, new in blocks() if means.across_rows else ():
+                means.add(new, rows)
+        for rows, largest, new in blocks():
+            if means is not None:
+                means.subtract(new, rows)
             stored[rows] = new
-            new_largest = max(new_largest, largest_entry(new))
+            old_largest, new_largest = max(old_largest, largest), max(new_largest, largest_entry(new))
         node.replace_input_with(weight, self.program.add_parameter(name, stored, weight))
         self.absorbed.setdefault(node, []).append(name)
         if old_largest > 0:
@@ -232,7 +282,7 @@ class Folding:
     def create_weight(self, node: Node, argument: str, value: torch.Tensor) -> None:
         """Give an operation a weight it did not have, in the dtype of its input."""
         name = f"{self.path(node)}.{argument}"
-        self._set_argument(node, argument, self.program.add_parameter(name, value, node.args[0]))
+        self.set_argument(node, argument, self.program.add_parameter(name, value, node.args[0]))
         self.absorbed.setdefault(node, []).append(name)
 
     def set_bias(
@@ -242,10 +292,10 @@ class Folding:
         optional = any(e.name == argument and "Optional" in str(e.type) for e in node.target._schema.arguments)
         if optional and not value.any():
             if bias is not None:
-                self._set_argument(node, argument, None)
+                self.set_argument(node, argument, None)
             return
         name = self.program.name(bias) if bias is not None else name
-        self._set_argument(node, argument, self.program.add_parameter(name, value, bias or like))
+        self.set_argument(node, argument, self.program.add_parameter(name, value, bias or like))
         self.absorbed.setdefault(node, []).append(name)
 
     def append_add(self, node: Node, value: np.ndarray, *, name: str, like: Node) -> None:
@@ -278,7 +328,8 @@ class Folding:
             value = value[0]
         return self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)
 
-    def _set_argument(self, node: Node, name: str, value: Node | None) -> None:
+    def set_argument(self, node: Node, name: str, value: Node | None) -> None:
+        """Replace an argument of an ATen operation, given by its schema's name."""
         entries = node.target._schema.arguments
         position = [entry.name for entry in entries].index(name)
         if name in node.kwargs:
@@ -291,10 +342,12 @@ class Folding:
 
     def _rewrite_leaf(self, leaf: Node) -> None:
         scale, shift = self.scales[self.scale(leaf)], self.shift_of[leaf]
-        if (scale == 1).all() and not shift.any():
+        if (scale == 1).all() and not shift.any() and leaf not in self.centred:
             return
         old = self.program.constant(leaf)
         new = (old - torch.from_numpy(shift)) / torch.from_numpy(scale)
+        if leaf in self.centred:
+            new = subtract_means(new, self.centred[leaf])
         node = self.program.add_parameter(self.program.name(leaf), new, leaf)
         for user in list(leaf.users):
             rule = self.rule_of.get(user)

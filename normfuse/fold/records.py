@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from .engine import Folding
-from .report import NormRecord
+from .report import DynamicNormRecord, NormRecord
 from .rules import OPAQUE
-from .rules.base import is_float
+from .settle import sources_of_shift
+
+aten = torch.ops.aten
+_CORES = {
+    aten.layer_norm.default: "LayerNorm",
+    aten.rms_norm.default: "RMSNorm",
+    aten.group_norm.default: "GroupNorm",
+}
 
 
 def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
-    spilling = {source for node in folding.spilled for source in _sources_of_shift(node, folding)}
+    spilling = {source for node in folding.spilled for source in sources_of_shift(node, folding)}
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
     for node, (_, a, _) in folding.affine.items():
         path, kind = folding.module(node)
@@ -34,26 +42,45 @@ def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
     return list(records.values())
 
 
-def _sources_of_shift(node: Node, folding: Folding) -> Iterable[Node]:
-    """The affine maps from which the shift of a value may have come."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or current not in folding.rule_of:
-            continue
-        seen.add(current)
-        if current in folding.affine and folding.affine[current].b.any():
-            yield current
-        pending += [o for o in current.all_input_nodes if is_float(o) and np.any(folding.shift_of.get(o, 0))]
+def collect_dynamic(folding: Folding) -> list[tuple[DynamicNormRecord, list[Node]]]:
+    """One record per norm that computes its statistics from its input, with the operations that read it."""
+    records = []
+    for node in folding.dynamic:
+        rule = folding.rule_of[node]
+        gain, shift = rule.gain(node, folding), rule.shift(node, folding)
+        gone = np.array_equal(folding.scales[folding.scale(node)], gain)
+        rest = (shift - folding.shift_of[node]).any()
+        path, kind = folding.module(node)
+        core = _CORES[node.target]
+        record = DynamicNormRecord(
+            name=path or node.name,
+            kind=kind if folding.is_norm(node) else core,
+            core="RMSNorm" if node in folding.without_mean else core,
+            gain=_fate(bool((gain != 1).any()), gone),
+            shift=_fate(bool(shift.any()), not rest),
+        )
+        reasons = {
+            "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
+            "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
+            "mean": folding.with_mean.get(node, ""),
+        }
+        if not folding.keep_dynamic_norms:
+            record.reasons = {what: why for what, why in reasons.items() if why}
+        records.append((record, list(_operations_around(node, folding, backward=False))))
+    return records
 
 
-def _operations_around(node: Node, folding: Folding) -> Iterable[Node]:
-    """The operations that read a norm's result and those that write its input.
+def _fate(present: bool, gone: bool) -> str:
+    return "kept" if not gone else "folded" if present else "none"
+
+
+def _operations_around(node: Node, folding: Folding, *, backward: bool = True) -> Iterable[Node]:
+    """The operations that read a norm's result and, if asked for, those that write its input.
 
     They are looked for through operations without weights, but through one that brings several values together only
     once: behind it begins the rest of the residual stream.
     """
-    pending, found = [(node, True, False), (node, False, False)], []
+    pending, found = [(node, True, False), *([(node, False, False)] if backward else [])], []
     while pending:
         current, forward, met = pending.pop()
         for neighbour in current.users if forward else current.all_input_nodes:

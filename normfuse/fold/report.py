@@ -49,12 +49,37 @@ class RemovedChannels:
 
 
 @dataclass
+class DynamicNormRecord:
+    """What became of a norm that computes its statistics from each input: its core stays.
+
+    Attributes:
+        name: path of the module, e.g. ``blocks.0.norm1``.
+        kind: class of the module, or the operation's name.
+        core: what is left: ``RMSNorm``, ``LayerNorm`` or ``GroupNorm``.
+        gain, shift: ``folded`` (into weights), ``kept`` (inside the norm's operation) or ``none`` (there was none).
+        absorbed_by: names of the weights that read its result and were changed.
+        reasons: why something stayed: under ``gain``, ``shift``, and ``mean`` for a LayerNorm that is no RMSNorm.
+            Empty as well if all was to be kept.
+    """
+
+    name: str
+    kind: str
+    core: str
+    gain: str
+    shift: str
+    absorbed_by: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class FoldReport:
     """Every decision of one call of :func:`normfuse.fold`.
 
     Attributes:
         norms: one record per norm, in the order of the program.
         removed: one record per place with constant channels, if asked to remove them.
+        dynamic: one record per norm that computes its statistics from each input, in the order of the program.
+        centred: names of the weights that subtract their mean, so that LayerNorms could become RMSNorms.
         nodes_before, nodes_after: number of operations in the graph.
         bytes_before, bytes_after: size of the parameters and constants.
         bytes_copied: bytes added because a weight used at several places had to be stored more than once.
@@ -64,6 +89,8 @@ class FoldReport:
 
     norms: list[NormRecord] = field(default_factory=list)
     removed: list[RemovedChannels] = field(default_factory=list)
+    dynamic: list[DynamicNormRecord] = field(default_factory=list)
+    centred: list[str] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
     bytes_before: int = 0

@@ -15,7 +15,9 @@ import numpy as np
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal
+from .gains import choose_shifts, keep_shift
 from .rules import Use
+from .rules.base import is_float
 from .rules.carry import Carry
 from .rules.combine import Sum
 from .rules.weights import Embedding, Weighted
@@ -34,6 +36,23 @@ class _Route:
 
 def settle_shifts(fold: Folding) -> None:
     """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``."""
+    while True:
+        for settled in (fold.shift_of, fold.chosen, fold.spilled):
+            settled.clear()
+        if not fold.keep_dynamic_norms:
+            choose_shifts(fold)
+        travelling = set(fold.chosen)
+        _carry_shifts(fold)
+        # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
+        back = travelling & {source for node in fold.spilled for source in sources_of_shift(node, fold)}
+        if not back:
+            return
+        for node in back:
+            keep_shift(node, fold)
+
+
+def _carry_shifts(fold: Folding) -> None:
+    """One pass over the program, in its order."""
     order = {node: position for position, node in enumerate(fold.program.graph.nodes)}
     tolerant = tolerant_values(fold)
     for leaf in fold.leaves:
@@ -52,6 +71,19 @@ def settle_shifts(fold: Folding) -> None:
             continue
         if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
             fold.spilled[node] = _stopping(node, fold)
+
+
+def sources_of_shift(node: Node, fold: Folding) -> Iterator[Node]:
+    """The operations from which the shift of a value may have come: affine maps, and what chooses a shift."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or current not in fold.rule_of:
+            continue
+        seen.add(current)
+        if current in fold.chosen or (current in fold.affine and fold.affine[current].b.any()):
+            yield current
+        pending += [o for o in current.all_input_nodes if is_float(o) and np.any(fold.shift_of.get(o, 0))]
 
 
 def tolerant_values(fold: Folding) -> set[Node]:

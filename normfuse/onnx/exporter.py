@@ -92,6 +92,7 @@ def export(
     atol: float = 0.0,
     copy_shared: bool = True,
     remove_dead: bool = False,
+    keep_dynamic_norms: bool = False,
     target: str = "portable",
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -112,6 +113,8 @@ def export(
         copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
             them.
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
+        keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
+            mean, see :func:`normfuse.fold`.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU) or
             ``cuda``; all use standard operations only. A shaped graph that fails verification is replaced by the
             graph as it is, and ``notes`` say so.
@@ -141,7 +144,12 @@ def export(
         checkpoint, program = _traced(model, progress)
         notes: list[str] = []
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
-        options = {"copy_shared": copy_shared, "max_scale_range": MAX_SCALE_RANGE[dtype], "remove_dead": remove_dead}
+        options = {
+            "copy_shared": copy_shared,
+            "remove_dead": remove_dead,
+            "keep_dynamic_norms": keep_dynamic_norms,
+            "max_scale_range": MAX_SCALE_RANGE[dtype],
+        }
         forms = _forms(checkpoint, program, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         staged = staging / path.name
@@ -220,7 +228,11 @@ def _shape(steps: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> 
 
 
 def fold_checkpoint(
-    checkpoint: Checkpoint, *, copy_shared: bool = True, progress: Callable[[str], None] = lambda stage: None
+    checkpoint: Checkpoint,
+    *,
+    copy_shared: bool = True,
+    keep_dynamic_norms: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Checkpoint, torch.export.ExportedProgram, FoldReport]:
     """Traces a checkpoint's module with torch.export and folds the program.
 
@@ -229,7 +241,7 @@ def fold_checkpoint(
     """
     checkpoint, program = _traced(checkpoint, progress)
     progress("fold the norms")
-    folded, report = fold(program, copy_shared=copy_shared)
+    folded, report = fold(program, copy_shared=copy_shared, keep_dynamic_norms=keep_dynamic_norms)
     return checkpoint, folded, report
 
 

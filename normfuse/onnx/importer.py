@@ -155,7 +155,8 @@ def fold_file(
         inputs: what the inputs look like, if the file says too little: ``"tokens:int64[batch,seq<=512]<30000"``.
         rtol, atol: allowed difference, as in :func:`normfuse.onnx.export`.
         progress: called with the name of each stage when it begins.
-        options: ``opset``, ``dtype``, ``copy_shared``, ``target``, ``no_shape`` of :func:`normfuse.onnx.export`.
+        options: ``opset``, ``dtype``, ``copy_shared``, ``keep_dynamic_norms``, ``target``, ``no_shape`` of
+            :func:`normfuse.onnx.export`.
 
     Raises:
         GraphError: the file cannot be read, or holds an operation that has no translation here.

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.onnx.masks import expand_attention_masks
+from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 
 OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
 DTYPES = ("float32", "float16")
@@ -67,15 +68,24 @@ def write(
     with quiet():
         try:
             exported = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, output_names=output_names(program), verbose=False
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                output_names=output_names(program),
+                verbose=False,
+                custom_translation_table=translations(),
             )
         except Exception as error:  # the exporter wraps whatever a translation raises
             raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
         model = exported.model
+        adopt(model)
         expand_attention_masks(model)
         _name_dimensions(model, program, inputs)
         if shape is not None:
             shape(model)
+        if opset < RMS_NORM_SINCE:
+            spell_out(model)
         RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
         if dtype == "float16":

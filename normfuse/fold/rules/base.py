@@ -32,6 +32,8 @@ class Rule:
 
     #: Whether constant operands are coefficients of the operation, not values that flow through it.
     owns_constants = False
+    #: Whether it is linear and treats all channels alike, so that what is the same in all of them stays so.
+    alike = False
 
     def matches(self, node: Node, fold: Folding) -> bool:
         """Whether the rule covers this use of the operation; otherwise the operation is :class:`Opaque`."""

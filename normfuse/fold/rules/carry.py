@@ -25,6 +25,8 @@ aten = torch.ops.aten
 class Carry(Rule):
     """One operand's channels, rearranged by :meth:`arrange`."""
 
+    alike = True
+
     def operand(self, node: Node) -> Node:
         return node.args[0]
 
@@ -300,6 +302,8 @@ class IndexSelect(Carry):
 class Homogeneous(Carry):
     """``f(s * x) = s * f(x)`` for positive s: a positive scale passes, a shift does not."""
 
+    alike = False
+
     def relate(self, node: Node, fold: Folding) -> None:
         super().relate(node, fold)
         fold.scales.require_positive(fold.scale_of[node])
@@ -317,6 +321,8 @@ class Homogeneous(Carry):
 @rule_for(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.amax.default)
 class Maximum(Carry):
     """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""
+
+    alike = False
 
     def relate(self, node: Node, fold: Folding) -> None:
         super().relate(node, fold)

@@ -21,6 +21,8 @@ aten = torch.ops.aten
 class Sum(Rule):
     """``y = x1 ± x2``: both operands and the result share one scale; ``t_y = t_1 ± t_2``."""
 
+    alike = True
+
     def matches(self, node: Node, fold: Folding) -> bool:
         same_dtype = all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args[:2])
         return same_dtype and node.kwargs.get("alpha", 1) == 1
@@ -53,6 +55,8 @@ class Sum(Rule):
 @rule_for(aten.neg.default)
 class Negation(Rule):
     """``y = -x``: the scale stays, the shift changes sign."""
+
+    alike = True
 
     def matches(self, node: Node, fold: Folding) -> bool:
         return is_float(node)
@@ -156,6 +160,8 @@ class Stack(Rule):
 class ZeroFill(Rule):
     """Zeros at computed positions: the scale passes, a shift does not."""
 
+    alike = True
+
     def matches(self, node: Node, fold: Folding) -> bool:
         operand = node.args[0]
         return node.args[2] == 0 and is_float(operand) and operand.meta["val"].dim() == node.meta["val"].dim()
@@ -170,6 +176,8 @@ class Gate(Rule):
 
     ``(s * f + t) * m = s * (f * m) + t * m``, and ``t * m`` is no constant.
     """
+
+    alike = True
 
     def matches(self, node: Node, fold: Folding) -> bool:
         return all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args[:2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..arrays import CannotCarry, collapse_equal, varying
+from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, varying
 from ..program import piece
 from .base import Rule, Use, argument, is_float, rule_for
 
@@ -36,6 +36,8 @@ class Weighted(Rule):
     owns_constants = True
     #: Names of the arguments in the operation's schema.
     names = ("input", "weight", "bias")
+    #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
+    has_bias = True
 
     def matches(self, node: Node, fold: Folding) -> bool:
         operand, weight, bias = self.operands(node)
@@ -108,17 +110,23 @@ class Weighted(Rule):
             for numbers in (fold.scales[fold.scale(node)], fold.shift_of[node])
         )
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
-        if fold.program.computed(weight) and not rescaled:
+        centre = fold.centred.get(node)
+        if fold.program.computed(weight) and not rescaled and centre is None:
             fold.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
-        if not rescaled and not t_x.any() and not t_y.any():
+        if not rescaled and not t_x.any() and not t_y.any() and centre is None:
             return
         constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
         if t_x.any():
             constant = constant + self.through(node, weight, t_x, fold)
         constant = (constant - t_y) / s_y
-        if rescaled:
+        if centre is not None:
+            centre = centre.ravel()
+            constant = subtract_means(constant, centre)
+            centre = along_axis(centre, self.weight_axis(node), weight.meta["val"].dim())
+        if rescaled or centre is not None:
             shape = weight.meta["val"].shape
-            fold.scale_weight(node, weight, self.rows(node, shape, 1.0 / s_y), self.columns(node, shape, s_x))
+            factors = (self.rows(node, shape, 1.0 / s_y), self.columns(node, shape, s_x)) if rescaled else ()
+            fold.scale_weight(node, weight, *factors, centre=centre)
         self.set_bias(node, weight, bias, constant, fold)
 
     def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
@@ -134,6 +142,14 @@ class Weighted(Rule):
 
     def outputs_first(self, node: Node) -> bool:
         """Whether the weight's first axis holds the output channels, or else its last."""
+        return True
+
+    def weight_axis(self, node: Node) -> int:
+        """The weight's axis that holds the output channels."""
+        return 0 if self.outputs_first(node) else 1
+
+    def can_centre(self, node: Node) -> bool:
+        """Whether the weight can produce its result less means over output channels."""
         return True
 
     def through(self, node: Node, weight: Node, shift: Tensor, fold: Folding) -> Tensor:
@@ -177,6 +193,8 @@ class Addmm(Product):
 class Matmul(Product):
     """``y = x W`` with W[in, out]; a bias that folding creates follows as an Add."""
 
+    has_bias = False
+
     def operands(self, node: Node) -> tuple[Node, Node, None]:
         return node.args[0], node.args[1], None
 
@@ -192,6 +210,8 @@ class Matmul(Product):
 @rule_for(aten.matmul.default)
 class LeftMatmul(Weighted):
     """``y = W x`` with W[out, in] over the last axis but one; a bias that folding creates follows as an Add."""
+
+    has_bias = False
 
     def operands(self, node: Node) -> tuple[Node, Node, None]:
         return node.args[1], node.args[0], None
@@ -280,6 +300,9 @@ class Convolution(Weighted):
     def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         return _per_group(numbers, shape, argument(node, "groups"))
 
+    def can_centre(self, node: Node) -> bool:
+        return argument(node, "groups") == 1  # other groups of the convolution read other inputs
+
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 class TransposedConvolution(Convolution):
@@ -293,6 +316,9 @@ class TransposedConvolution(Convolution):
 
     def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
         return _over_kernel(numbers, shape)
+
+    def weight_axis(self, node: Node) -> int:
+        return 1
 
 
 @rule_for(aten.embedding.default)
@@ -308,7 +334,7 @@ class Embedding(Rule):
         return True
 
     def relate(self, node: Node, fold: Folding) -> None:
-        fold.free_last_axis(node)
+        fold.free_axis(node, node.meta["val"].dim() - 1)
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         return fold.chosen_shift(node)
@@ -318,51 +344,10 @@ class Embedding(Rule):
         size = int(node.meta["val"].shape[-1])
         s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
         t_y = fold.vector(fold.shift_of[node], -1, size)
-        if (s_y != 1).any() or t_y.any():
-            fold.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :])
-
-
-@rule_for(aten.layer_norm.default, aten.rms_norm.default)
-class TokenNorm(Rule):
-    """LayerNorm and RMSNorm: the statistics need the input as it is; the gain and shift behind them are free.
-
-    ``weight' = weight / s_y`` and, for LayerNorm, ``bias' = (bias - t_y) / s_y``.
-    """
-
-    owns_constants = True
-
-    def chooses_shift(self, node: Node, fold: Folding) -> bool:
-        return node.target is aten.layer_norm.default
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        constants = (argument(node, "weight"), argument(node, "bias"))
-        return (
-            len(argument(node, "normalized_shape")) == 1
-            and is_float(node.args[0])
-            and all(c is None or (fold.usable_weight(c)) for c in constants)
-        )
-
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.pin(node.args[0], f"the statistics of {fold.describe(node)}")
-        fold.free_last_axis(node)
-
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.chosen_shift(node)
-
-    def rewrite(self, node: Node, fold: Folding) -> None:
-        size = int(node.meta["val"].shape[-1])
-        s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
-        t_y = fold.vector(fold.shift_of[node], -1, size)
-        if (s_y == 1).all() and not t_y.any():
-            return
-        weight, bias = argument(node, "weight"), argument(node, "bias")
-        if weight is not None:
-            fold.scale_weight(node, weight, 1.0 / s_y)
-        else:
-            fold.create_weight(node, "weight", 1.0 / s_y)
-        if node.target is aten.layer_norm.default:
-            shift = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
-            fold.set_bias(node, "bias", bias, (shift - t_y) / s_y, name=f"{fold.path(node)}.bias", like=node.args[0])
+        centre = fold.centred.get(node)
+        if (s_y != 1).any() or t_y.any() or centre is not None:
+            centre = None if centre is None else centre.reshape(1, -1)
+            fold.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
 
 
 def _over_kernel(numbers: Tensor, shape: torch.Size) -> Tensor:

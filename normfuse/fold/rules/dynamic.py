@@ -1,0 +1,96 @@
+"""Norms that compute their statistics from each input: a core that stays, and a gain and a shift that can go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..arrays import along_axis
+from .base import Rule, argument, is_float, rule_for
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
+class DynamicNorm(Rule):
+    """``y = gain * core(x) + shift``, over the last axis (LayerNorm, RMSNorm) or axis 1 (GroupNorm).
+
+    The core measures x against a fixed eps, so x stays as it is. With ``y = s_y * f_y + t_y``:
+
+        gain'  = gain / s_y
+        shift' = (shift - t_y) / s_y
+
+    Any ``s_y`` can be had, and any ``t_y`` where there is a shift. Wanted are ``s_y = gain`` (a ratio to the core,
+    demanded after all others, because a gain inside the operation costs nothing) and ``t_y = shift``: then the
+    weights behind take both, and the core is all that is left.
+    """
+
+    owns_constants = True
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        constants = (argument(node, "weight"), argument(node, "bias"))
+        one_axis = node.target is aten.group_norm.default or len(argument(node, "normalized_shape")) == 1
+        return one_axis and is_float(node.args[0]) and all(c is None or fold.usable_weight(c) for c in constants)
+
+    def axis(self, node: Node) -> int:
+        return 1 if node.target is aten.group_norm.default else node.meta["val"].dim() - 1
+
+    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+        return node.target is not aten.rms_norm.default
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.pin(node.args[0], f"the statistics of {fold.describe(node)}")
+        fold.free_axis(node, self.axis(node))
+        fold.dynamic.append(node)
+
+    def gain(self, node: Node, fold: Folding) -> np.ndarray:
+        """The gain along the result's channels; ones where there is none."""
+        return self._constant(node, "weight", 1.0, fold)
+
+    def shift(self, node: Node, fold: Folding) -> np.ndarray:
+        """The shift along the result's channels; zeros where there is none."""
+        return self._constant(node, "bias", 0.0, fold)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.chosen_shift(node)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        gain, shift = self.gain(node, fold), self.shift(node, fold)
+        s_y, t_y = fold.scales[fold.scale(node)], fold.shift_of[node]
+        weight = argument(node, "weight")
+        if np.array_equal(s_y, gain):
+            if weight is not None:
+                fold.set_argument(node, "weight", None)
+        elif weight is None:
+            fold.create_weight(node, "weight", self._vector(node, gain / s_y, fold))
+        elif (s_y != 1).any():
+            fold.scale_weight(node, weight, 1.0 / self._vector(node, s_y, fold))
+        if self.chooses_shift(node, fold) and (t_y.any() or (s_y != 1).any()):
+            rest = shift - t_y
+            assert not rest[np.broadcast_to(s_y == 0, rest.shape)].any(), (
+                "a scale is zero only where all weights take shifts"
+            )
+            rest = np.divide(rest, s_y, out=np.zeros_like(rest), where=s_y != 0)
+            bias = argument(node, "bias")
+            name = f"{fold.path(node)}.bias"
+            fold.set_bias(node, "bias", bias, self._vector(node, rest, fold), name=name, like=node.args[0])
+        if node in fold.without_mean:
+            shape, eps = argument(node, "normalized_shape"), argument(node, "eps")
+            args = (node.args[0], shape, argument(node, "weight"), eps)
+            node.target, node.args, node.kwargs = aten.rms_norm.default, args, {}
+
+    def _vector(self, node: Node, numbers: np.ndarray, fold: Folding) -> Tensor:
+        axis = self.axis(node)
+        return fold.vector(numbers, axis, int(node.meta["val"].shape[axis]))
+
+    def _constant(self, node: Node, name: str, default: float, fold: Folding) -> np.ndarray:
+        value, axis, result = argument(node, name), self.axis(node), node.meta["val"]
+        vector = np.full(int(result.shape[axis]), default) if value is None else fold.program.constant(value).numpy()
+        return along_axis(vector, axis, result.dim())
