@@ -94,7 +94,7 @@ class _Stream:
             for reader in value.users:
                 if reader.op == "output":
                     raise _Refused("the model's output is the stream itself, mean included")
-                if reader in self.fold.rule_of and self.fold.computes(reader):
+                if reader in self.fold.rule_of and self.fold.reads_values(reader):
                     self._read(reader, value, self.groups[value])
 
     def _visit(self, value: Node, groups: np.ndarray) -> None:

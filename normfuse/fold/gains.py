@@ -36,8 +36,8 @@ def assign_zero_gains(fold: Folding, tolerant: set[Node]) -> None:
         gain, scale = _rule(node, fold).gain(node, fold), fold.scale(node)
         if node in fold.kept_gain or gain.all():
             continue
-        if fold.scales.alone(scale) and node in tolerant and not who_stops(node, fold):
-            fold.scales.assign(scale, np.broadcast_to(gain, scale.shape))
+        if node in tolerant and fold.scales.accepts(scale, gain) and not who_stops(node, fold):
+            fold.scales.assign(scale, gain)
         else:
             fold.kept_gain[node] = "it is zero in places, and not only weights read the result"
 
@@ -68,10 +68,10 @@ def who_stops(node: Node, fold: Folding) -> str:
         for user in current.users:
             if user.op == "output":
                 return "the model's output cannot take a shift"
-            if user in seen or user not in fold.rule_of or not fold.computes(user):
+            if user in seen or user not in fold.rule_of or not fold.reads_values(user):
                 continue
             rule = fold.rule_of[user]
-            use = rule.use(user, current, None, fold)
+            use = rule.use(user, current, fold.any_shift(current), fold)
             if use is Use.STOP:
                 return f"{fold.describe(user)} cannot take a shift"
             if isinstance(rule, Weighted) and not rule.has_bias:
