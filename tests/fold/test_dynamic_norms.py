@@ -91,7 +91,6 @@ def test_a_weight_without_a_bias_of_its_own_leaves_the_shift_in_the_norm() -> No
 REFUSALS = {
     "gelu": (F.gelu, "gelu"),
     "softmax": (lambda x: x.softmax(-1), "softmax"),
-    "its own input": (lambda x: x * x.mean(-1, keepdim=True), "mul"),
 }
 
 
