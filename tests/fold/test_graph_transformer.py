@@ -101,6 +101,13 @@ def test_every_norm_of_nodes_and_edges_vanishes(kind: str) -> None:
         torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-11, atol=1e-11)
 
 
+def test_at_its_authors_size_every_norm_vanishes() -> None:
+    model = look_trained(GraphTransformer(nn.BatchNorm1d, depth=10, width=64, heads=8))
+    program, report = folded(model, packed(14, 40), SHAPES)
+    assert_nothing_left(program, report)
+    assert len(report.norms) == 10 * 4 - 2
+
+
 def test_the_file_agrees_with_the_model(tmp_path) -> None:
     model = look_trained(GraphTransformer(nn.BatchNorm1d))
     result = export(model, tmp_path / "graph.onnx", example_inputs=packed(14, 40, torch.float32))
