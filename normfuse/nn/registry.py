@@ -109,7 +109,7 @@ def _entries() -> tuple[NormEntry, ...]:
         NormEntry(
             "PowerNorm",
             "the same behind an RMS normalisation of each token",
-            "as in its authors' program; training is steadier",
+            "as in its authors' program",
             "2003.07845",
             False,
             "an RMS normalisation",
