@@ -1,0 +1,1 @@
+"""Architectures of timm and transformers, small and with random weights, through export, folding and verification."""

@@ -1,0 +1,247 @@
+"""What is in the zoo: how to build each model, and what folding is expected to leave of its norms."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+IMAGE, WORDS, LENGTH = 32, 40, 7
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What becomes of the norms, as they are and exchanged for static ones; each as (how many, of how many).
+
+    Attributes:
+        rms: LayerNorms that become RMSNorms.
+        gains: gains of norms with statistics of each input that fold.
+        static: BatchNorms that fold without a rest.
+        swapped: static norms that fold without a rest when every LayerNorm and RMSNorm is exchanged; None where a
+            model has none to exchange.
+    """
+
+    rms: tuple[int, int] = (0, 0)
+    gains: tuple[int, int] = (0, 0)
+    static: tuple[int, int] = (0, 0)
+    swapped: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture.
+
+    Attributes:
+        name: what its authors call it.
+        library: where it comes from.
+        build: makes the model.
+        inputs: makes its positional inputs for a batch size.
+        dynamic: which dimensions vary, per input.
+        expected: what folding leaves; None where nobody has counted yet, so that only exactness is checked.
+        quick: whether the everyday tests run it.
+    """
+
+    name: str
+    library: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    dynamic: tuple[Any, ...]
+    expected: Expected | None = None
+    quick: bool = False
+
+
+class Plain(nn.Module):
+    """A model of transformers as a function of tensors: positional inputs by name, one tensor out."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], output: str, **options: Any) -> None:
+        super().__init__()
+        self.model, self.names, self.output, self.options = model, names, output, options
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        result = self.model(**dict(zip(self.names, inputs, strict=True)), **self.options)
+        return getattr(result, self.output)
+
+
+class Words(Plain):
+    """One input of token numbers."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+class Values(Plain):
+    """One input of pixels or features."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values)
+
+
+class Encoder(Values):
+    """The encoder of a model that has two."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], output: str, **options: Any) -> None:
+        super().__init__(model.get_encoder(), names, output, **options)
+
+
+class Pairs(Plain):
+    """Token numbers for an encoder and a decoder."""
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids, decoder_input_ids)
+
+
+def images(size: int = IMAGE) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),)
+
+
+def features() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0)),)
+
+
+def words(count: int = 1) -> Callable[[], tuple[Tensor, ...]]:
+    def make() -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randint(3, WORDS, (2, LENGTH), generator=generator) for _ in range(count))
+
+    return make
+
+
+BATCH = ({0: Dim("batch")},)
+SEQUENCE = ({0: Dim("batch"), 1: Dim("length", min=2, max=16)},)
+
+
+def timm(name: str, model: str, size: int = IMAGE, **options: Any) -> Callable[..., Entry]:
+    """An entry for a model of timm, made small by `options`."""
+
+    def build() -> nn.Module:
+        return importlib.import_module("timm").create_model(model, pretrained=False, num_classes=5, **options)
+
+    return lambda **known: Entry(name, "timm", build, images(size), BATCH, **known)
+
+
+def timm_class(name: str, module: str, cls: str, **options: Any) -> Callable[..., Entry]:
+    """An entry for a class of timm whose registered models cannot be made small by options."""
+
+    def build() -> nn.Module:
+        found = importlib.import_module(f"timm.models.{module}")
+        given = {key: getattr(found, value[1:]) if str(value)[0] == "$" else value for key, value in options.items()}
+        return getattr(found, cls)(num_classes=5, **given)
+
+    return lambda **known: Entry(name, "timm", build, images(), BATCH, **known)
+
+
+def transformer(
+    name: str, cls: str, config: str, kind: type[Plain], output: str, dynamic: Any = SEQUENCE, **options: Any
+) -> Callable[..., Entry]:
+    """An entry for a class of transformers."""
+    names = {
+        Words: ("input_ids",),
+        Values: ("pixel_values",),
+        Encoder: ("input_features",),
+        Pairs: ("input_ids", "decoder_input_ids"),
+    }[kind]
+
+    def build() -> nn.Module:
+        library = importlib.import_module("transformers")
+        made = getattr(library, config)(**options)
+        model = getattr(library, cls)(made)
+        known = {"use_cache": False} if hasattr(made, "use_cache") and kind in (Words, Pairs) else {}
+        return kind(model, names, output, **known)
+
+    inputs = {Words: words(), Values: images(), Encoder: features, Pairs: words(2)}[kind]
+    dynamic = (SEQUENCE[0],) * len(names) if dynamic is SEQUENCE else dynamic
+    return lambda **known: Entry(name, "transformers", build, inputs, dynamic, **known)
+
+
+SMALL = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+SEQ2SEQ = {
+    "vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+DEBERTA = {**SMALL, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+DISTIL = {"vocab_size": WORDS, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 32}
+LLAMA = {**SMALL, "num_key_value_heads": 1}
+WHISPER = {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 16}
+del WHISPER["max_position_embeddings"]
+CLIP = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+VIT = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": IMAGE, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20)}
+POOL = {
+    "norm_layers": "$GroupNorm1",
+    "downsample_norm": None,
+    "mlp_act": nn.GELU,
+    "mlp_bias": True,
+    "use_mlp_head": False,
+}
+LM, LAST = "logits", "last_hidden_state"
+
+ZOO: tuple[Entry, ...] = (
+    timm("ViT", "vit_tiny_patch16_224", **VIT)(quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))),
+    timm("ViT, norms on queries and keys", "vit_tiny_patch16_224", **VIT, qk_norm=True)(
+        expected=Expected(rms=(5, 9), gains=(5, 9), swapped=(5, 9))
+    ),
+    timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", **VIT)(),
+    timm("BEiT", "beit_base_patch16_224", **VIT)(),
+    timm("EVA-02", "eva02_tiny_patch14_224", **VIT)(),
+    timm("CaiT", "cait_xxs24_224", **VIT)(),
+    timm("XCiT", "xcit_nano_12_p16_224", **VIT)(),
+    timm("Swin", "swin_tiny_patch4_window7_224", **SWIN)(),
+    timm("Swin V2", "swinv2_tiny_window8_256", **SWIN)(),
+    timm("MaxViT", "maxvit_pico_rw_256", 64, img_size=64, embed_dim=(32, 32), depths=(1, 1), stem_width=8)(
+        expected=Expected(rms=(0, 9), gains=(9, 9), static=(7, 7), swapped=(16, 16))
+    ),
+    timm_class("MLP-Mixer", "mlp_mixer", "MlpMixer", img_size=IMAGE, patch_size=8, embed_dim=32, num_blocks=2)(),
+    timm_class("PoolFormer", "metaformer", "MetaFormer", **STAGES, **POOL, layer_scale_init_values=1e-5)(),
+    timm("ConvNeXt", "convnext_atto", **STAGES)(),
+    timm("ConvNeXt V2", "convnextv2_atto", **STAGES)(),
+    timm("LeViT", "levit_128s", 64, img_size=64, embed_dim=(16, 32), num_heads=(2, 2), depth=(1, 1), key_dim=8)(
+        expected=Expected(static=(19, 19))
+    ),
+    timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(),
+    timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(),
+    transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(),
+    transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, **SMALL)(),
+    transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(),
+    transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(),
+    transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(),
+    transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(),
+    transformer("GPT-2", "GPT2LMHeadModel", "GPT2Config", Words, LM, **GPT2)(
+        quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
+    ),
+    transformer("OPT", "OPTForCausalLM", "OPTConfig", Words, LM, **SMALL, ffn_dim=48, word_embed_proj_dim=32)(
+        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
+    ),
+    transformer("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", Words, LM, **SMALL)(),
+    transformer("Llama", "LlamaForCausalLM", "LlamaConfig", Words, LM, **LLAMA)(
+        quick=True, expected=Expected(gains=(5, 5), swapped=(5, 5))
+    ),
+    transformer("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", Words, LM, **LLAMA, head_dim=16)(),
+    transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, **LLAMA, head_dim=16)(),
+    transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, **T5, decoder_start_token_id=0)(),
+    transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, **SEQ2SEQ)(),
+    transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, BATCH, **WHISPER)(),
+    transformer("CLIP, text", "CLIPTextModel", "CLIPTextConfig", Words, LAST, **SMALL)(),
+    transformer(
+        "CLIP, images",
+        "CLIPVisionModel",
+        "CLIPVisionConfig",
+        Values,
+        "pooler_output",
+        BATCH,
+        **CLIP,
+        image_size=32,
+        patch_size=8,
+    )(),
+)
