@@ -16,14 +16,16 @@ from .runs import Outcome, built, declare_torchvision, run, swapped
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# What becomes of which architecture
 
-Written by `python -m tests.zoo.report` ({date}; timm and transformers of requirements/ecosystem.txt): models with random
-weights, 32 channels or fewer and two layers, folded in float64 against the program as it was, and exported in float32 and
+Written by `python -m tests.zoo.report` ({date}; timm and transformers of requirements/ecosystem.txt): models with
+random weights, a few channels and layers, folded in float64 against the program as it was, and exported in float32 and
 verified in ONNX Runtime. Errors are relative to the output's largest value. "Swapped" has Unified Norms in the place of
 every LayerNorm and RMSNorm.
 
-| architecture | from | LayerNorms that became RMSNorm | gains folded | BatchNorms folded | swapped: norms folded | float64 | float32 | why something stayed |
-|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = (
+    "architecture", "from", "LayerNorm → RMSNorm", "gains folded", "BatchNorms folded", "swapped: folded", "float64",
+    "float32", "why something stayed",
+)  # fmt: skip
 
 
 def row(entry: Entry) -> str:
@@ -65,7 +67,8 @@ def main() -> None:
     given = options.parse_args()
     warnings.filterwarnings("ignore")
     library = declare_torchvision()
-    given.out.write_text(HEAD.format(date=datetime.date.today()) + "".join(map(row, ZOO)))
+    table = [" | ".join(("", *COLUMNS, "")).strip() + "\n", "|---" * len(COLUMNS) + "|\n", *map(row, ZOO)]
+    given.out.write_text(HEAD.format(date=datetime.date.today()) + "".join(table))
     del library
 
 
