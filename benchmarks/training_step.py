@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +50,7 @@ L2_FLUSH = 256 * 2**20  # bytes: more than the L2 cache of any GPU the kernels a
 class Candidate:
     """A training step: what to call, what it learns, and who computes its operation (None: torch alone)."""
 
-    step: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+    step: Callable[..., Tensor | tuple[Tensor, Tensor]]
     parameters: tuple[Tensor, ...]
     operation: ModuleType | None = None
     implementation: tuple[Callable, Callable] | None = None
@@ -77,9 +77,10 @@ def ours(kind: str, make: Callable[[], nn.Module], compiled: bool) -> dict[str, 
     return found
 
 
-def with_residual(norm: Callable, residual: Tensor, parameters: tuple[Tensor, ...]) -> Candidate:
+def with_residual(norm: Candidate, residual: Tensor) -> Candidate:
     """A step that adds ``residual`` first and hands the sum on, as the skip around a block does."""
-    return Candidate(lambda x: norm(x, residual), (residual, *parameters))
+    parameters = (residual, *norm.parameters)
+    return replace(norm, step=lambda x: norm.step(x, residual=residual), parameters=parameters)
 
 
 def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, Candidate]:
@@ -97,7 +98,7 @@ def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool
         return F.layer_norm(s, (channels,), weight, bias), s
 
     layer, rms = LayerNorm(channels, device=device, dtype=dtype), RMSNorm(channels, device=device, dtype=dtype)
-    return {
+    norms = {
         "layer_norm": Candidate(lambda x: F.layer_norm(x, (channels,), weight, bias), (weight, bias)),
         "rms_norm": Candidate(lambda x: F.rms_norm(x, (channels,), weight), (weight,)),
         "batch_norm": Candidate(batch_norm, (weight, bias)),
@@ -105,9 +106,11 @@ def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool
         **ours("power", lambda: PowerNorm(channels, group_num=None, warmup_iters=0, device=device), compiled),
         "our layer_norm": Candidate(layer, tuple(layer.parameters())),
         "our rms_norm": Candidate(rms, tuple(rms.parameters())),
-        "add, layer_norm": with_residual(add_then_layer_norm, residual, (weight, bias)),
-        "our layer_norm, residual": with_residual(layer, residual, tuple(layer.parameters())),
     }
+    sums = {"add, layer_norm": with_residual(Candidate(add_then_layer_norm, (weight, bias)), residual)}
+    for name in ("our layer_norm", "unified", "power"):
+        sums[f"{name}, residual"] = with_residual(norms[name], residual)
+    return norms | sums
 
 
 class Stopwatch:

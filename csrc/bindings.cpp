@@ -90,6 +90,15 @@ struct Input {
     STD_TORCH_CHECK(same, "normfuse: ", name, " must be contiguous and of the shape of x.");
     return t.mutable_data_ptr();
   }
+  void* like_x(const char* name, const std::optional<Tensor>& t) const { return t ? like_x(name, *t) : nullptr; }
+  void* vector(const char* name, const std::optional<Tensor>& t) const { return t ? vector(name, *t) : nullptr; }
+  // A residual, and where its sum with x goes: both or neither.
+  void sum(const std::optional<Tensor>& residual, const std::optional<Tensor>& s, const void** from, void** to) const {
+    STD_TORCH_CHECK(residual.has_value() == s.has_value(),
+                    "normfuse: residual and s, where x + residual is written, come together.");
+    *from = like_x("residual", residual);
+    *to = like_x("s", s);
+  }
   int64_t* integers(const char* name, const Tensor& t, int64_t size) const {
     return static_cast<int64_t*>(check(name, t, ScalarType::Long, -1, size).mutable_data_ptr());
   }
@@ -165,7 +174,8 @@ void run(typename Kernel<Args>::Host host, typename Kernel<Args>::Device device,
 std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
                                                    Tensor running_var, Tensor buffer_x2, Tensor iters,
                                                    Tensor skip_counter, int64_t warmup_iters, bool outlier_filtration,
-                                                   double eps, double momentum) {
+                                                   double eps, double momentum, std::optional<Tensor> residual,
+                                                   std::optional<Tensor> s) {
   const Input in(x);
   Tensor y = in.new_like_x(), stats = in.vectors(2), step = torch::stable::new_empty(x, {2}, ScalarType::Long);
   UnifiedForward a{};
@@ -186,13 +196,14 @@ std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tenso
   a.y = y.mutable_data_ptr();
   a.stats = stats.mutable_data_ptr();
   a.step = static_cast<int64_t*>(step.mutable_data_ptr());
+  in.sum(residual, s, &a.residual, &a.s);
   run(&unified_forward_cpu, NORMFUSE_DEVICE(unified_forward_cuda), a, in);
   return {y, stats, step};
 }
 
 std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step,
                                                     Tensor ema_gz, Tensor buffer_gz, int64_t warmup_iters,
-                                                    double momentum) {
+                                                    double momentum, std::optional<Tensor> grad_s) {
   const Input in(x);
   Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   UnifiedBackward a{};
@@ -210,13 +221,15 @@ std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Ten
   a.grad_x = grad_x.mutable_data_ptr();
   a.grad_weight = grad_weight.mutable_data_ptr();
   a.grad_bias = grad_bias.mutable_data_ptr();
+  a.grad_s = in.like_x("grad_s", grad_s);
   run(&unified_backward_cpu, NORMFUSE_DEVICE(unified_backward_cuda), a, in);
   return {grad_x, grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
                                                  Tensor running_phi, Tensor iters, int64_t warmup_iters,
-                                                 int64_t group_num, double eps, double alpha_fwd) {
+                                                 int64_t group_num, double eps, double alpha_fwd,
+                                                 std::optional<Tensor> residual, std::optional<Tensor> s) {
   const Input in(x);
   Tensor y = in.new_like_x(), stats = in.vectors(3);
   PowerForward a{};
@@ -236,13 +249,14 @@ std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor>
   a.y = y.mutable_data_ptr();
   a.stats = stats.mutable_data_ptr();
   a.row_scale = row_scale.mutable_data_ptr();
+  in.sum(residual, s, &a.residual, &a.s);
   run(&power_forward_cpu, NORMFUSE_DEVICE(power_forward_cuda), a, in, group_num);
   return {y, stats, row_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats,
                                                   Tensor row_scale, Tensor ema_gz, int64_t group_num, double alpha_bkw,
-                                                  bool paper) {
+                                                  bool paper, std::optional<Tensor> grad_s) {
   const Input in(x);
   Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   PowerBackward a{};
@@ -260,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> power_backward(Tensor grad_y, Tensor x, Tenso
   a.grad_x = grad_x.mutable_data_ptr();
   a.grad_weight = grad_weight.mutable_data_ptr();
   a.grad_bias = grad_bias.mutable_data_ptr();
+  a.grad_s = in.like_x("grad_s", grad_s);
   run(&power_backward_cpu, NORMFUSE_DEVICE(power_backward_cuda), a, in, group_num);
   return {grad_x, grad_weight, grad_bias};
 }
@@ -277,9 +292,9 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_forward(Tensor x, std::optional<Tens
   RowNormForward a{};
   a.shape = in.shape;
   a.x = x.const_data_ptr();
-  a.residual = residual ? in.like_x("residual", *residual) : nullptr;
-  a.weight = weight ? in.vector("weight", *weight) : nullptr;
-  a.bias = bias ? in.vector("bias", *bias) : nullptr;
+  a.residual = in.like_x("residual", residual);
+  a.weight = in.vector("weight", weight);
+  a.bias = in.vector("bias", bias);
   a.kind = row_norm_of(kind);
   a.eps = eps;
   const bool mean = a.kind != RowNorm::kRms;
@@ -300,9 +315,9 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(Tensor grad_y, std::optiona
   RowNormBackward a{};
   a.shape = in.shape;
   a.grad_y = in.like_x("grad_y", grad_y);
-  a.grad_s = grad_s ? in.like_x("grad_s", *grad_s) : nullptr;
+  a.grad_s = in.like_x("grad_s", grad_s);
   a.s = s.const_data_ptr();
-  a.weight = weight ? in.vector("weight", *weight) : nullptr;
+  a.weight = in.vector("weight", weight);
   a.kind = row_norm_of(kind);
   const bool mean = a.kind != RowNorm::kRms;
   a.inv_std = in.check("stats", stats, in.acc, mean ? 2 : 1, in.shape.rows).const_data_ptr();
@@ -322,20 +337,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
       "unified_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_var, "
       "Tensor(b!) buffer_x2, Tensor(c!) iters, Tensor(d!) skip_counter, int warmup_iters, bool "
       "outlier_filtration, "
-      "float eps, float momentum) -> (Tensor y, Tensor stats, Tensor step)");
+      "float eps, float momentum, Tensor? residual=None, Tensor(e!)? s=None) -> (Tensor y, Tensor stats, Tensor step)");
   m.def(
       "unified_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step, Tensor(a!) "
       "ema_gz, "
-      "Tensor(b!) buffer_gz, int warmup_iters, float momentum) -> (Tensor grad_x, Tensor grad_weight, Tensor "
+      "Tensor(b!) buffer_gz, int warmup_iters, float momentum, Tensor? grad_s=None) -> (Tensor grad_x, Tensor "
+      "grad_weight, Tensor "
       "grad_bias)");
   m.def(
       "power_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_phi, "
-      "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float alpha_fwd) "
+      "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float alpha_fwd, Tensor? residual=None, "
+      "Tensor(c!)? s=None) "
       "-> (Tensor y, Tensor stats, Tensor row_scale)");
   m.def(
       "power_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, "
       "Tensor(a!) ema_gz, "
-      "int group_num, float alpha_bkw, bool paper) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "int group_num, float alpha_bkw, bool paper, Tensor? grad_s=None) -> (Tensor grad_x, Tensor grad_weight, Tensor "
+      "grad_bias)");
   m.def(
       "row_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int kind, float eps) "
       "-> (Tensor y, Tensor s, Tensor stats)");

@@ -38,6 +38,9 @@ struct UnifiedForward {
   void* y;        // like x
   void* stats;    // acc [2, channels]: 1/sqrt(var + eps), r
   int64_t* step;  // [2]: t, skip
+  // s = x + residual is normalised instead of x, and written; both null: x is
+  const void* residual;  // like x
+  void* s;               // like x
 };
 
 struct UnifiedBackward {
@@ -54,9 +57,10 @@ struct UnifiedBackward {
   void* ema_gz;     // acc [channels]
   void* buffer_gz;  // acc [window, channels]
   // results
-  void* grad_x;       // like x
-  void* grad_weight;  // acc [channels]
-  void* grad_bias;    // acc [channels]
+  void* grad_x;        // like x
+  void* grad_weight;   // acc [channels]
+  void* grad_bias;     // acc [channels]
+  const void* grad_s;  // like x, added to grad_x; null: none
 };
 
 struct PowerForward {
@@ -77,6 +81,9 @@ struct PowerForward {
   void* stats;      // acc [3, channels]: 1/sqrt of what z used, 1/sqrt(q + eps), mean over all rows of scaled x
                     // squared
   void* row_scale;  // acc [rows, group_num]
+  // s = x + residual is normalised instead of x, and written; both null: x is
+  const void* residual;  // like x
+  void* s;               // like x
 };
 
 struct PowerBackward {
@@ -92,9 +99,10 @@ struct PowerBackward {
   // state, moved in place
   void* ema_gz;  // acc [channels]
   // results
-  void* grad_x;       // like x
-  void* grad_weight;  // acc [channels]
-  void* grad_bias;    // acc [channels]
+  void* grad_x;        // like x
+  void* grad_weight;   // acc [channels]
+  void* grad_bias;     // acc [channels]
+  const void* grad_s;  // like x, added to grad_x; null: none
 };
 
 // LayerNorm and its relatives, with an optional residual added first: s = x + residual, y = w (s - m) inv_std + b

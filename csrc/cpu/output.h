@@ -1,9 +1,12 @@
-// Writes the rows of a result. A result too large to be found in the cache again is streamed past it: an
+// Writes the rows of a result, and adds to them what is to be added: a 16-bit row has then been rounded, as PyTorch
+// rounds one gradient before it adds another. A result too large to be found in the cache again is streamed past it: an
 // ordinary store first reads the line it replaces, which costs a memory-bound kernel a third of its time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "residual.h"
 
 namespace normfuse::cpu {
 
@@ -20,7 +23,8 @@ void finish_streaming();
 template <class T>
 class RowOutput {
  public:
-  RowOutput(T* data, int64_t width, bool stream) : data_(data), width_(width) {
+  RowOutput(T* data, int64_t width, bool stream, const T* addend = nullptr)
+      : data_(data), width_(width), addend_(addend) {
     const bool lines = reinterpret_cast<uintptr_t>(data) % kLine == 0 && width * sizeof(T) % kLine == 0;
     if (stream && lines) row_.resize(width);
   }
@@ -29,6 +33,7 @@ class RowOutput {
   T* row(int64_t r) { return row_.empty() ? data_ + r * width_ : row_.data(); }
 
   void finish(int64_t r) {
+    if (addend_) add_numbers(row(r), addend_ + r * width_, row(r), width_);
     if (!row_.empty()) stream_lines(data_ + r * width_, row_.data(), width_ * sizeof(T) / kLine);
   }
 
@@ -39,6 +44,7 @@ class RowOutput {
  private:
   T* data_;
   int64_t width_;
+  const T* addend_;
   std::vector<T> row_;
 };
 

@@ -1,4 +1,5 @@
-// Power Norm on the host. xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps), or x itself.
+// Power Norm on the host. With a residual, x + residual stands for x, and the gradient of that sum is added to dx.
+// xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps), or x itself.
 //   forward   s; sums of xs^2; y = xs scale + shift. Reads x and writes y; in warm-up a second pass writes y.
 //   backward  sums of dy and dy xs; per group dot = mean of (slope dy - pull xs) xs; dx = s (slope dy - xs (pull + dot)).
 //             Reads dy and x, writes dx.
@@ -100,7 +101,7 @@ void forward(const PowerForward& a, Parallel parallel) {
   const int64_t n = a.shape.channels;
   const Groups groups(n, a.group_num);
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
-  const T* x = static_cast<const T*>(a.x);
+  const T* x = summed<T>(a);
   T* y = static_cast<T*>(a.y);
   Acc *row_scale = static_cast<Acc*>(a.row_scale), *phi = static_cast<Acc*>(a.running_phi);
   const Acc *weight = static_cast<const Acc*>(a.weight), *bias = static_cast<const Acc*>(a.bias);
@@ -111,16 +112,19 @@ void forward(const PowerForward& a, Parallel parallel) {
 
   ColumnSums<Acc> all(blocks, n), valid(blocks, a.pad_mask ? n : 0);
   blocks.each(parallel, [&](int64_t b) {
-    const int64_t r = blocks.first(b), rows = blocks.length(b);
-    const T* from = x + r * n;
-    Acc *s = row_scale + r * a.group_num, *sums = all.start(b);
-    if (warm) {
-      apply_affine<true, T>(from, rows, n, groups, Acc(a.eps), s, scale.data(), bias, sums, {y + r * n, n, stream});
-    } else {
-      if (groups.scaled) scale_rows(from, rows, groups, Acc(a.eps), s);
-      sum_squares(from, nullptr, rows, n, groups, s, sums);
-    }
-    if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, n, groups, s, valid.start(b));
+    Acc *sums_all = all.start(b), *sums_valid = a.pad_mask ? valid.start(b) : nullptr;
+    each_piece<T>(a, blocks.first(b), blocks.length(b), [&](int64_t r, int64_t rows) {
+      const T* from = x + r * n;
+      Acc* s = row_scale + r * a.group_num;
+      if (warm) {
+        apply_affine<true, T>(from, rows, n, groups, Acc(a.eps), s, scale.data(), bias, sums_all,
+                              {y + r * n, n, stream});
+      } else {
+        if (groups.scaled) scale_rows(from, rows, groups, Acc(a.eps), s);
+        sum_squares(from, nullptr, rows, n, groups, s, sums_all);
+      }
+      if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, n, groups, s, sums_valid);
+    });
   });
 
   const std::vector<Acc> sum_all = all.total(parallel), sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
@@ -165,7 +169,8 @@ void backward(const PowerBackward& a, Parallel parallel) {
   blocks.each(parallel, [&](int64_t b) {
     const int64_t r = blocks.first(b);
     backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), n, groups, row_scale + r * a.group_num, slope.data(),
-                     pull.data(), sums_dy.start(b), sums_dyx.start(b), {static_cast<T*>(a.grad_x) + r * n, n, stream});
+                     pull.data(), sums_dy.start(b), sums_dyx.start(b),
+                     {static_cast<T*>(a.grad_x) + r * n, n, stream, rows_of<T>(a.grad_s, r * n)});
   });
 
   const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);

@@ -26,12 +26,6 @@ NORMFUSE_ROW_LOOP const Acc* widen_row(const T* __restrict row, Acc* __restrict 
   }
 }
 
-template <class T>
-NORMFUSE_ROW_LOOP void add_rows(const T* __restrict x, const T* __restrict residual, T* __restrict s, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c) narrow(widen(x[c]) + widen(residual[c]), &s[c]);
-}
-
 template <class Acc>
 NORMFUSE_ROW_LOOP Acc row_sum(const Acc* __restrict s, int64_t n) {
   Acc sum = 0;
@@ -66,7 +60,7 @@ NORMFUSE_CLONES void forward_rows(const ForwardRows<T>& a, int64_t rows, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = a.x + r * n;
     if (a.residual) {
-      add_rows(from, a.residual + r * n, a.s + r * n, n);
+      add_numbers(from, a.residual + r * n, a.s + r * n, n);
       from = a.s + r * n;
     }
     const Acc* s = widen_row(from, a.copy, n);
@@ -142,15 +136,6 @@ class VectorOr {
   const Acc* given_;
   std::vector<Acc> filled_;
 };
-
-template <class T>
-const T* rows_of(const void* matrix, int64_t first) {
-  return matrix ? static_cast<const T*>(matrix) + first : nullptr;
-}
-template <class T>
-T* rows_of(void* matrix, int64_t first) {
-  return matrix ? static_cast<T*>(matrix) + first : nullptr;
-}
 
 template <class T>
 void forward(const RowNormForward& a, Parallel parallel) {

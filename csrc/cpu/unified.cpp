@@ -1,7 +1,8 @@
 // Unified Norm on the host.
-//   forward   q = mean over valid rows of x^2, then y = x scale + shift. Reads x, and x again with the last block
+//   forward   s = x + residual where there is one, which stands for x then;
+//             q = mean over valid rows of x^2, then y = x scale + shift. Reads x, and x again with the last block
 //             first while that is cached; writes y.
-//   backward  sums of dy and dy x, then dx = slope dy - pull x. Reads dy and x twice in the same way; writes dx.
+//   backward  sums of dy and dy x, then dx = slope dy - pull x (+ the gradient of s). Reads dy and x twice in the same way; writes dx.
 #include <vector>
 
 #include "blocks.h"
@@ -83,12 +84,14 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
-  const T* x = static_cast<const T*>(a.x);
+  const T* x = summed<T>(a);
 
   ColumnSums<Acc> squares(blocks, n);
   blocks.each(parallel, [&](int64_t b) {
-    const int64_t first = blocks.first(b);
-    sum_squares(x + first * n, a.pad_mask ? a.pad_mask + first : nullptr, blocks.length(b), n, squares.start(b));
+    Acc* sums = squares.start(b);
+    each_piece<T>(a, blocks.first(b), blocks.length(b), [&](int64_t r, int64_t rows) {
+      sum_squares(x + r * n, a.pad_mask ? a.pad_mask + r : nullptr, rows, n, sums);
+    });
   });
   const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
   std::vector<Acc> q = squares.total(parallel), scale(n), shift(n);
@@ -148,7 +151,7 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   blocks.each_backwards(parallel, [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
     apply_gradient<T>(dy + first, x + first, slope.data(), pull.data(), blocks.length(b), n,
-                      {static_cast<T*>(a.grad_x) + first, n, stream});
+                      {static_cast<T*>(a.grad_x) + first, n, stream, rows_of<T>(a.grad_s, first)});
   });
 }
 

@@ -38,16 +38,40 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
+// As one word, because the compiler splits a struct.
+template <class T, int V>
+__device__ __forceinline__ uint4 word_of(const Pack<T, V>& pack) {
+  static_assert(sizeof(pack) == sizeof(uint4));
+  uint4 word;
+  memcpy(&word, &pack, sizeof(word));
+  return word;
+}
+
+// Evicted first, to keep in L2 what is read again.
 template <class T, int V>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
-  if constexpr (V == 1) {
+  if constexpr (V == 1)
     *to = pack.v[0];
-  } else {  // as one word, because the compiler splits a struct; evicted first, to keep in L2 what is read again
-    static_assert(sizeof(pack) == sizeof(uint4));
-    uint4 word;
-    memcpy(&word, &pack, sizeof(word));
-    __stcs(reinterpret_cast<uint4*>(to), word);
-  }
+  else
+    __stcs(reinterpret_cast<uint4*>(to), word_of(pack));
+}
+
+// For a result that is read again.
+template <class T, int V>
+__device__ __forceinline__ void keep_pack(T* to, const Pack<T, V>& pack) {
+  if constexpr (V == 1)
+    *to = pack.v[0];
+  else
+    *reinterpret_cast<uint4*>(to) = word_of(pack);
+}
+
+// a + b, rounded to the element type.
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> add_packs(const Pack<T, V>& a, const Pack<T, V>& b) {
+  Pack<T, V> sum;
+#pragma unroll
+  for (int i = 0; i < V; ++i) narrow(widen(a.v[i]) + widen(b.v[i]), &sum.v[i]);
+  return sum;
 }
 
 // Per tile of channels, zero at the launch.
@@ -94,6 +118,14 @@ bool can_pack(int64_t group_width, std::initializer_list<const void*> matrices) 
   return aligned;
 }
 
+// The arguments for the kernels after the one that wrote s = x + residual.
+template <class Forward>
+Forward with_sum(Forward args) {
+  if (args.residual) args.x = args.s;
+  args.residual = nullptr;
+  return args;
+}
+
 // Calls run(T{}) with the element type that dtype names.
 template <class Run>
 int with_element_type(DType dtype, const Run& run) {
@@ -134,32 +166,68 @@ struct Place {
     store_pack(matrix + row * channels + column, pack);
   }
 
-  // use(row, packs) on every row of this thread; the loads of kUnroll rows are issued together.
-  template <int kMatrices, class Use>
+  __device__ __forceinline__ void keep(T* matrix, int64_t row, const Pack<T, V>& pack) const {
+    keep_pack(matrix + row * channels + column, pack);
+  }
+
+  // use(row, s) on every row of this thread, with s = x + residual, which is written, or without a residual x.
+  template <class Use>
+  __device__ __forceinline__ void walk_sum(const void* x, const void* residual, void* s, const Use& use) const {
+    if (residual) {
+      const T* const operands[] = {static_cast<const T*>(x), static_cast<const T*>(residual)};
+      walk<kUnroll / 2>(operands, [&](int64_t row, const Pack<T, V>(&in)[2]) {
+        const Pack<T, V> sum = add_packs(in[0], in[1]);
+        keep(static_cast<T*>(s), row, sum);
+        use(row, sum);
+      });
+    } else {
+      walk({static_cast<const T*>(x)}, [&](int64_t row, const Pack<T, V>(&in)[1]) { use(row, in[0]); });
+    }
+  }
+
+  // use(row, packs) on every row of this thread; the loads of kRows rows, as registers allow, are issued together.
+  template <int kRows = kUnroll, int kMatrices, class Use>
   __device__ __forceinline__ void walk(const T* const (&matrices)[kMatrices], const Use& use) const {
     if (!inside) return;
-    for (int64_t begin = first; begin < rows; begin += kUnroll * stride) visit(begin, matrices, use);
+    for (int64_t begin = first; begin < rows; begin += kRows * stride) visit<kRows>(begin, matrices, use);
   }
   // The same rows from the last to the first: what was read last is still in the L2 cache.
-  template <int kMatrices, class Use>
+  template <int kRows = kUnroll, int kMatrices, class Use>
   __device__ __forceinline__ void walk_back(const T* const (&matrices)[kMatrices], const Use& use) const {
     if (!inside || first >= rows) return;
-    const int64_t jump = kUnroll * stride;
+    const int64_t jump = kRows * stride;
     for (int64_t begin = first + (rows - 1 - first) / jump * jump; begin >= 0; begin -= jump)
-      visit(begin, matrices, use);
+      visit<kRows>(begin, matrices, use);
+  }
+
+  // use(row, dy, x, ds) on every row of this thread; ds is null where s has no gradient of its own.
+  template <bool kBack, class Use>
+  __device__ __forceinline__ void walk_gradients(const void* dy, const void* x, const void* ds, const Use& use) const {
+    const T* const operands[] = {static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(ds)};
+    const T* const without[] = {operands[0], operands[1]};
+    const auto use_three = [&](int64_t row, const Pack<T, V>(&in)[3]) { use(row, in[0], in[1], &in[2]); };
+    const auto use_two = [&](int64_t row, const Pack<T, V>(&in)[2]) { use(row, in[0], in[1], nullptr); };
+    if (kBack && ds)
+      walk_back<kUnroll / 2>(operands, use_three);
+    else if (ds)
+      walk<kUnroll / 2>(operands, use_three);
+    else if (kBack)
+      walk_back(without, use_two);
+    else
+      walk(without, use_two);
   }
 
  private:
-  template <int kMatrices, class Use>
+  template <int kRows, int kMatrices, class Use>
   __device__ __forceinline__ void visit(int64_t begin, const T* const (&matrices)[kMatrices], const Use& use) const {
-    Pack<T, V> packs[kUnroll][kMatrices];
+    Pack<T, V> packs[kRows][kMatrices];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
+    for (int k = 0; k < kRows; ++k)
       if (begin + k * stride < rows)
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) packs[k][m] = load(matrices[m], begin + k * stride);
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
+    for (int k = 0; k < kRows; ++k)
       if (begin + k * stride < rows) use(begin + k * stride, packs[k]);
   }
 };

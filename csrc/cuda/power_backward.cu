@@ -1,6 +1,7 @@
 // Power Norm, backward. xs = s x as in the forward; d = slope dy - pull xs is the gradient of xs.
 //   power_gradient          dx = s (d - dot xs); sums of dy and dy xs; per channel dw = sum(dy z), db = sum(dy), ema_gz.
 //                           Reads dy and x, writes dx.
+// With a residual the gradient of the sum arrives as well, ds, and is added to dx by whichever kernel writes it.
 // dot = mean of d xs per row and group, or 0. Slope and pull come from the state before this step, so without group
 // scaling one pass is all there is. With it, where a row of a group fits on chip, three kernels stand in:
 //   power_prepare_gradient           slope and pull per channel
@@ -8,7 +9,7 @@
 //   power_gradient_step     adds the sums; dw, db, ema_gz
 // Where it does not fit, or is too narrow for a warp, power_gradient stays, with a pass before it:
 //   power_row_dot           dot, a warp per row and group. Reads dy and x.
-// Tensors moved: 3; 5 where power_row_dot runs.
+// Tensors moved: 3; 5 where power_row_dot runs; one more with ds.
 #include "teams.cuh"
 
 namespace normfuse {
@@ -72,18 +73,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     slope[i] = k.slope;
     pull[i] = k.pull;
   }
-  place.walk({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)}, [&](int64_t row, const Pack<T, V>(&in)[2]) {
-    const Acc s = scale_of(row), dot = dot_of(row);
-    Pack<T, V> out;
+  place.template walk_gradients<false>(
+      a.grad_y, a.x, a.grad_s, [&](int64_t row, const Pack<T, V>& dys, const Pack<T, V>& x, const Pack<T, V>* ds) {
+        const Acc s = scale_of(row), dot = dot_of(row);
+        Pack<T, V> out;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const Acc dy = widen(in[0].v[i]), xs = widen(in[1].v[i]) * s;
-      sums[0][i] += dy;
-      sums[1][i] += dy * xs;
-      narrow(s * (slope[i] * dy - (pull[i] + dot) * xs), &out.v[i]);
-    }
-    place.store(static_cast<T*>(a.grad_x), row, out);
-  });
+        for (int i = 0; i < V; ++i) {
+          const Acc dy = widen(dys.v[i]), xs = widen(x.v[i]) * s;
+          sums[0][i] += dy;
+          sums[1][i] += dy * xs;
+          const Acc dx = s * (slope[i] * dy - (pull[i] + dot) * xs);
+          narrow(ds ? dx + widen(ds->v[i]) : dx, &out.v[i]);
+        }
+        place.store(static_cast<T*>(a.grad_x), row, out);
+      });
   finish_columns(sums, n, static_cast<Acc*>(workspace.partial), workspace.tiles,
                  [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, c, sum); });
 }
@@ -126,11 +129,13 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
     dot[0] /= Acc(width);
     team.each([&](int p, int64_t c) {
       const auto slope = load_vector<V>(slopes, c, Acc(0)), pull = load_vector<V>(pulls, c, Acc(0));
-      Pack<T, V> out;
+      Pack<T, V> ds, out;
+      if (a.grad_s) ds = load_pack<T, V>(static_cast<const T*>(a.grad_s) + row * a.shape.channels + c);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const Acc x = widen(xs[p].v[i]) * s;
-        narrow(s * (slope.v[i] * widen(dys[p].v[i]) - (pull.v[i] + dot[0]) * x), &out.v[i]);
+        const Acc dx = s * (slope.v[i] * widen(dys[p].v[i]) - (pull.v[i] + dot[0]) * x);
+        narrow(a.grad_s ? dx + widen(ds.v[i]) : dx, &out.v[i]);
       }
       team.store(a.grad_x, row, c, out);
     });
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     power_gradient_step(PowerBackward a, Workspace workspace, int64_t row_blocks) {
   add_partial<2>(static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
                  [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, c, sum); });
@@ -175,7 +180,7 @@ int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream
   const int64_t width = args.shape.channels / (args.group_num > 0 ? args.group_num : 1);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(width, {args.grad_y, args.x, args.grad_x})
+    return cuda::can_pack<T>(width, {args.grad_y, args.x, args.grad_s, args.grad_x})
                ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
                : cuda::launch<T, 1>(args, w, stream);
   });

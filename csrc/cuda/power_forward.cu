@@ -1,4 +1,5 @@
-// Power Norm, forward. xs = s x, with s = 1/sqrt(mean of the group's x^2 + eps) per row and group, or 1.
+// Power Norm, forward. xs = s x, with s = 1/sqrt(mean of the group's x^2 + eps) per row and group, or 1. With a
+// residual, x + residual stands for x in what follows; whichever kernel reads it first writes it too.
 //   power_sums          sums of xs^2 over all and over the valid rows, the step on each channel; after warm-up also
 //                       y = w xs / sqrt(phi) + b. Reads x; after warm-up writes y: one pass is all there is.
 //   power_apply         in warm-up y = w xs / sqrt(q + eps) + b. Reads x backwards, from L2 first, and writes y.
@@ -8,7 +9,7 @@
 //   power_step          adds the sums, the step on each channel
 // Where it does not fit, or is too narrow for a warp, power_sums stays, with a pass before it:
 //   power_row_scale     s, a warp per row and group. Reads x.
-// Tensors moved: 2 after warm-up, 3 in warm-up; one more where power_row_scale runs.
+// Tensors moved: 2 after warm-up, 3 in warm-up; one more where power_row_scale runs; two more with a residual.
 // Whether it is warm-up is decided on the device. The counter moves in power_apply, when nobody reads it any more.
 #include "teams.cuh"
 
@@ -23,10 +24,20 @@ __global__ void __launch_bounds__(kThreads, kSegmentBlocksPerMultiprocessor) pow
   for_each_segment(a.shape.rows * a.group_num, [&](int64_t segment) {
     const T* x = static_cast<const T*>(a.x) + segment * width;
     Acc sum = 0;
-    walk_segment<T, V>({x}, width, [&](int64_t, const Pack<T, V>(&in)[1]) {
+    const auto add = [&](const Pack<T, V>& x) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) sum += widen(in[0].v[i]) * widen(in[0].v[i]);
-    });
+      for (int i = 0; i < V; ++i) sum += widen(x.v[i]) * widen(x.v[i]);
+    };
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + segment * width;
+      walk_segment<T, V>({x, residual}, width, [&](int64_t c, const Pack<T, V>(&in)[2]) {
+        const auto s = add_packs(in[0], in[1]);
+        keep_pack(static_cast<T*>(a.s) + segment * width + c, s);
+        add(s);
+      });
+    } else {
+      walk_segment<T, V>({x}, width, [&](int64_t, const Pack<T, V>(&in)[1]) { add(in[0]); });
+    }
     sum = add_lanes(sum);
     if (threadIdx.x == 0) static_cast<Acc*>(a.row_scale)[segment] = inverse_sqrt(sum / Acc(width) + Acc(a.eps));
   });
@@ -73,17 +84,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) power_sums
     shift[i] = static_cast<const Acc*>(a.bias)[place.column + i];
   }
   unsigned valid = 0;
-  place.walk({static_cast<const T*>(a.x)}, [&](int64_t row, const Pack<T, V>(&in)[1]) {
+  const auto add = [&](int64_t row, const Pack<T, V>& x) {
     const Acc s = factor(row), counts = a.pad_mask && a.pad_mask[row] ? Acc(0) : Acc(1);
     valid += counts != 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const Acc xs = widen(in[0].v[i]) * s;
+      const Acc xs = widen(x.v[i]) * s;
       sums[0][i] += xs * xs;
       if (counts != 0) sums[1][i] += xs * xs;
     }
-    if (warm) place.store(static_cast<T*>(a.y), row, affine(in[0], s, scale, shift));
-  });
+    if (warm) place.store(static_cast<T*>(a.y), row, affine(x, s, scale, shift));
+  };
+  place.walk_sum(a.x, a.residual, a.s, add);
   TileCounters* tile = workspace.tiles + blockIdx.x;
   if (a.pad_mask && threadIdx.x == 0) atomicAdd(&tile->valid_rows, static_cast<unsigned long long>(valid));
 
@@ -116,6 +128,14 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
   for (int64_t row = team.first; row < team.rows; row += team.stride) {
     typename Rows::Packs x;
     team.load(a.x, row, x);
+    if (a.residual) {
+      typename Rows::Packs residual;
+      team.load(a.residual, row, residual);
+      team.each([&](int p, int64_t c) {
+        x[p] = add_packs(x[p], residual[p]);
+        keep_pack(static_cast<T*>(a.s) + row * a.shape.channels + c, x[p]);
+      });
+    }
     Acc squares[1] = {0};
     team.each([&](int p, int64_t) {
 #pragma unroll
@@ -185,9 +205,10 @@ int launch(const PowerForward& a, const Workspace& workspace, void* stream) {
     if (const int error = clear_counters(workspace, a.shape, stream)) return error;
     if (a.group_num > 0 && rows > 0)
       NF_LAUNCH((power_row_scale<T, V>), segment_grid(rows * a.group_num), columns.block(), stream, a);
-    NF_LAUNCH((power_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+    const PowerForward sums = a.group_num > 0 ? with_sum(a) : a;
+    NF_LAUNCH((power_sums<T, V>), columns.grid(), columns.block(), stream, sums, workspace);
   }
-  NF_LAUNCH((power_apply<T, V>), columns.grid(), columns.block(), stream, a, workspace);
+  NF_LAUNCH((power_apply<T, V>), columns.grid(), columns.block(), stream, with_sum(a), workspace);
   return cudaGetLastError();
 }
 
@@ -199,8 +220,9 @@ int power_forward_cuda(const PowerForward& args, void* workspace, void* stream) 
   const int64_t width = args.shape.channels / (args.group_num > 0 ? args.group_num : 1);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(width, {args.x, args.y, args.bias}) ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-                                                                 : cuda::launch<T, 1>(args, w, stream);
+    return cuda::can_pack<T>(width, {args.x, args.residual, args.bias, args.y, args.s})
+               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
+               : cuda::launch<T, 1>(args, w, stream);
   });
 }
 

@@ -99,7 +99,7 @@ __device__ __forceinline__ void finish_channel(const RowNormBackward& a, int64_t
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     row_norm_columns(RowNormBackward a, Workspace workspace, int64_t row_blocks) {
   add_partial<2>(static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
                  [&](int64_t c, const Acc(&sums)[2]) { finish_channel(a, c, sums); });

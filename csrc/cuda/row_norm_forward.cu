@@ -9,12 +9,6 @@ namespace normfuse {
 namespace cuda {
 namespace {
 
-template <class T, int V>
-__device__ __forceinline__ void add_packs(Pack<T, V>* s, const Pack<T, V>& residual) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) narrow(widen(s->v[i]) + widen(residual.v[i]), &s->v[i]);
-}
-
 template <class Acc>
 __device__ __forceinline__ void store_statistics(const RowNormForward& a, int64_t row, Acc mean, Acc inv_std) {
   static_cast<Acc*>(a.inv_std)[row] = inv_std;
@@ -45,7 +39,7 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
       typename Team<T, V, kWarps>::Packs residual;
       team.load(a.residual, row, residual);
       team.each([&](int p, int64_t c) {
-        add_packs(&s[p], residual[p]);
+        s[p] = add_packs(s[p], residual[p]);
         team.store(a.s, row, c, s[p]);
       });
     }
@@ -87,8 +81,8 @@ __global__ void __launch_bounds__(Team<T, V, 16>::kBlockThreads, Team<T, V, 16>:
     walk([&](int64_t c) {
       auto pack = load_pack<T, V>(x + c);
       if (a.residual) {
-        add_packs(&pack, load_pack<T, V>(static_cast<const T*>(a.residual) + row * n + c));
-        *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(a.s) + row * n + c) = pack;  // read again
+        pack = add_packs(pack, load_pack<T, V>(static_cast<const T*>(a.residual) + row * n + c));
+        keep_pack(static_cast<T*>(a.s) + row * n + c, pack);
       }
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[0] += widen(pack.v[i]);

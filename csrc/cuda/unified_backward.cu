@@ -3,7 +3,8 @@
 //                           dw = r sum(dy z), db = sum(dy). Reads dy and x.
 //   unified_gradient_apply  dx = (w r dy - ema_gz z) / sqrt(var + eps) = slope dy - pull x.
 //                           Reads dy and x backwards, from L2 first, and writes dx.
-// Tensors moved: 5, of which two come from L2 as far as it reaches.
+// With a residual the gradient of s = x + residual arrives as well, and is added to dx.
+// Tensors moved: 5, with the gradient of s 6, of which two come from L2 as far as it reaches.
 #include "columns.cuh"
 
 namespace normfuse {
@@ -51,14 +52,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     slope[i] = vectors[place.column + i];
     pull[i] = vectors[a.shape.channels + place.column + i];
   }
-  place.walk_back({static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x)},
-                  [&](int64_t row, const Pack<T, V>(&in)[2]) {
-                    Pack<T, V> out;
+  place.template walk_gradients<true>(
+      a.grad_y, a.x, a.grad_s, [&](int64_t row, const Pack<T, V>& dy, const Pack<T, V>& x, const Pack<T, V>* ds) {
+        Pack<T, V> out;
 #pragma unroll
-                    for (int i = 0; i < V; ++i)
-                      narrow(slope[i] * widen(in[0].v[i]) - pull[i] * widen(in[1].v[i]), &out.v[i]);
-                    place.store(static_cast<T*>(a.grad_x), row, out);
-                  });
+        for (int i = 0; i < V; ++i) {
+          const Acc dx = slope[i] * widen(dy.v[i]) - pull[i] * widen(x.v[i]);
+          narrow(ds ? dx + widen(ds->v[i]) : dx, &out.v[i]);
+        }
+        place.store(static_cast<T*>(a.grad_x), row, out);
+      });
 }
 
 template <class T, int V>
@@ -77,7 +80,7 @@ int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* st
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(args.shape.channels, {args.grad_y, args.x, args.grad_x})
+    return cuda::can_pack<T>(args.shape.channels, {args.grad_y, args.x, args.grad_s, args.grad_x})
                ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
                : cuda::launch<T, 1>(args, w, stream);
   });

@@ -1,9 +1,9 @@
-// Unified Norm, forward.
+// Unified Norm, forward. With a residual, s = x + residual stands for x in what follows.
 //   unified_sums    q = mean over valid rows of x^2, and without outlier filtration the step on each channel;
-//                   reads x
+//                   reads x (and residual, and writes s)
 //   unified_window  with outlier filtration: the test over all channels, then the step on each; one block
 //   unified_apply   y = w x / sqrt(var + eps) + b; reads x backwards, from L2 first, and writes y
-// Tensors moved: 3, of which one comes from L2 as far as it reaches.
+// Tensors moved: 3, with a residual 5, of which one comes from L2 as far as it reaches.
 // The counters move in unified_apply, when nobody reads them any more.
 #include "columns.cuh"
 
@@ -44,12 +44,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Place<T, V> place(a.shape.rows, n);
   Acc squares[1][V] = {};
   unsigned valid = 0;
-  place.walk({static_cast<const T*>(a.x)}, [&](int64_t row, const Pack<T, V>(&in)[1]) {
+  const auto add = [&](int64_t row, const Pack<T, V>& x) {
     if (a.pad_mask && a.pad_mask[row]) return;
     ++valid;
 #pragma unroll
-    for (int i = 0; i < V; ++i) squares[0][i] += widen(in[0].v[i]) * widen(in[0].v[i]);
-  });
+    for (int i = 0; i < V; ++i) squares[0][i] += widen(x.v[i]) * widen(x.v[i]);
+  };
+  place.walk_sum(a.x, a.residual, a.s, add);
   TileCounters* tile = workspace.tiles + blockIdx.x;
   if (a.pad_mask && threadIdx.x == 0) atomicAdd(&tile->valid_rows, static_cast<unsigned long long>(valid));
 
@@ -144,7 +145,7 @@ int launch(const UnifiedForward& a, const Workspace& workspace, void* stream) {
   if (const int error = clear_counters(workspace, a.shape, stream)) return error;
   NF_LAUNCH((unified_sums<T, V>), columns.grid(), columns.block(), stream, a, workspace);
   if (a.outlier_filtration) NF_LAUNCH((unified_window<AccOf<T>>), dim3(1), dim3(kWindowThreads), stream, a, workspace);
-  NF_LAUNCH((unified_apply<T, V>), columns.grid(), columns.block(), stream, a);
+  NF_LAUNCH((unified_apply<T, V>), columns.grid(), columns.block(), stream, with_sum(a));
   return cudaGetLastError();
 }
 
@@ -155,8 +156,9 @@ int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stre
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   return cuda::with_element_type(args.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::can_pack<T>(args.shape.channels, {args.x, args.y}) ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-                                                                    : cuda::launch<T, 1>(args, w, stream);
+    return cuda::can_pack<T>(args.shape.channels, {args.x, args.residual, args.y, args.s})
+               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
+               : cuda::launch<T, 1>(args, w, stream);
   });
 }
 

@@ -62,7 +62,8 @@ void run(int (*kernel)(const Args&, void*, void*), const Args& args, int64_t gro
 
 py::tuple unified_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
                           py::array running_var, py::array buffer_x2, py::array iters, py::array skip_counter,
-                          int64_t warmup_iters, bool outlier_filtration, double eps, double momentum) {
+                          int64_t warmup_iters, bool outlier_filtration, double eps, double momentum,
+                          std::optional<py::array> residual, std::optional<py::array> s) {
   const Input in(x);
   const int64_t n = in.shape.channels, window = buffer_x2.shape(0);
   py::array y = in.like_x(), stats = in.vectors(2), step(py::dtype::of<int64_t>(), 2);
@@ -82,13 +83,16 @@ py::tuple unified_forward(py::array x, std::optional<py::array> pad_mask, py::ar
                             in.integers(skip_counter, 1),
                             y.mutable_data(),
                             stats.mutable_data(),
-                            in.integers(step, 2)};
+                            in.integers(step, 2),
+                            in.matrix(residual),
+                            in.matrix(s)};
   run(unified_forward_cuda, args);
   return py::make_tuple(y, stats, step);
 }
 
 py::tuple unified_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array step,
-                           py::array ema_gz, py::array buffer_gz, int64_t warmup_iters, double momentum) {
+                           py::array ema_gz, py::array buffer_gz, int64_t warmup_iters, double momentum,
+                           std::optional<py::array> grad_s) {
   const Input in(x);
   const int64_t n = in.shape.channels, window = buffer_gz.shape(0);
   py::array grad_x = in.like_x(), grad_weight(in.acc, n), grad_bias(in.acc, n);
@@ -105,14 +109,15 @@ py::tuple unified_backward(py::array grad_y, py::array x, py::array weight, py::
                              in.acc_data(buffer_gz, window * n),
                              grad_x.mutable_data(),
                              grad_weight.mutable_data(),
-                             grad_bias.mutable_data()};
+                             grad_bias.mutable_data(),
+                             in.matrix(grad_s)};
   run(unified_backward_cuda, args);
   return py::make_tuple(grad_x, grad_weight, grad_bias);
 }
 
 py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
                         py::array running_phi, py::array iters, int64_t warmup_iters, int64_t group_num, double eps,
-                        double alpha_fwd) {
+                        double alpha_fwd, std::optional<py::array> residual, std::optional<py::array> s) {
   const Input in(x);
   const int64_t n = in.shape.channels;
   py::array y = in.like_x(), stats = in.vectors(3), row_scale(in.acc, {in.shape.rows, group_num});
@@ -129,13 +134,16 @@ py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::arra
                           in.integers(iters, 1),
                           y.mutable_data(),
                           stats.mutable_data(),
-                          row_scale.mutable_data()};
+                          row_scale.mutable_data(),
+                          in.matrix(residual),
+                          in.matrix(s)};
   run(power_forward_cuda, args, group_num);
   return py::make_tuple(y, stats, row_scale);
 }
 
 py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array row_scale,
-                         py::array ema_gz, int64_t group_num, double alpha_bkw, bool paper) {
+                         py::array ema_gz, int64_t group_num, double alpha_bkw, bool paper,
+                         std::optional<py::array> grad_s) {
   const Input in(x);
   const int64_t n = in.shape.channels;
   py::array grad_x = in.like_x(), grad_weight(in.acc, n), grad_bias(in.acc, n);
@@ -151,7 +159,8 @@ py::tuple power_backward(py::array grad_y, py::array x, py::array weight, py::ar
                            in.acc_data(ema_gz, n),
                            grad_x.mutable_data(),
                            grad_weight.mutable_data(),
-                           grad_bias.mutable_data()};
+                           grad_bias.mutable_data(),
+                           in.matrix(grad_s)};
   run(power_backward_cuda, args, group_num);
   return py::make_tuple(grad_x, grad_weight, grad_bias);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,13 @@ class ChannelNorm(nn.Module):
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])
 
 
+def normalised_input(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a :class:`RunningNorm` called like this normalises, and its padding mask: for hooks in front of it."""
+    given = {**dict(zip(("x", "pad_mask", "residual"), arguments, strict=False)), **options}
+    x, residual = given["x"], given.get("residual")
+    return x if residual is None else x + residual, given.get("pad_mask")
+
+
 class RunningNorm(ChannelNorm):
     """Base of Unified and Power Norm: passes that are taken back, statistics shared over processes."""
 
@@ -187,14 +195,19 @@ class RunningNorm(ChannelNorm):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, pad_mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         sizes = split_ghosts(x, self.ghost_size) if self.training else [0]
         if len(sizes) == 1:
-            return self._normalise(x, pad_mask)
+            return self._normalise(x, pad_mask, residual)
+        if residual is not None:
+            s = x + residual
+            return self.forward(s, pad_mask), s
         masks = [None] * len(sizes) if pad_mask is None else pad_mask.split(sizes)
-        return torch.cat([self._normalise(part, mask) for part, mask in zip(x.split(sizes), masks, strict=True)])
+        return torch.cat([self._normalise(part, mask, None) for part, mask in zip(x.split(sizes), masks, strict=True)])
 
-    def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def _describe(self, **options: object) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype, sum_squares, to_rows
 from ..ops.power_norm import group_scaling
-from ._running_norm import RunningNorm
+from ._running_norm import RunningNorm, normalised_input
 from .power_norm import PowerNorm
 
 
@@ -25,8 +25,7 @@ class _Sums:
         self.rows = torch.zeros((), dtype=torch.int64, device=norm.ema_gz.device)
 
     def observe(self, norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = arguments[0] if arguments else options["x"]
-        pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+        x, pad_mask = normalised_input(arguments, options)
         values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
         if isinstance(norm, PowerNorm):
             values, _ = group_scaling(values, norm.group_num or 0, norm.eps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops._layout import accumulation_dtype, mean_square, to_rows
 from ..ops._registry import library
 from ..ops.power_norm import group_scaling
-from ._running_norm import RunningNorm
+from ._running_norm import RunningNorm, normalised_input
 from .power_norm import PowerNorm
 
 FIELDS = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
@@ -187,8 +187,7 @@ def _hook(watch: int, name: str, ticket: Tensor) -> Any:
     def hook(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not norm.training:
             return
-        x = arguments[0] if arguments else options["x"]
-        pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+        x, pad_mask = normalised_input(arguments, options)
         statistics = _running(norm), norm.ema_gz, norm.iters, _counters(norm)
         if torch.compiler.is_compiling():
             torch.ops.normfuse.observe(ticket, x.detach(), pad_mask, *statistics, watch, name)

@@ -37,7 +37,9 @@ class UnifiedNorm(RunningNorm):
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
             (float64 in a float64 module).
         pad_mask: the shape of x without its channel dimension, bool, True = padding.
-        Output: like x.
+        residual: like x. ``y, s = norm(x, residual=r)``: s = x + r is what is normalised, in the same pass, and
+            returned for the next skip.
+        Output: like x; two of them with ``residual``.
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
@@ -95,7 +97,7 @@ class UnifiedNorm(RunningNorm):
             dtype,
         )
 
-    def _normalise(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         return unified_norm(
             x,
             self.weight,
@@ -109,6 +111,7 @@ class UnifiedNorm(RunningNorm):
             momentum=self.momentum,
             channel_dim=self.channel_dim,
             process_group=self.group_to_share_with() if self.training else None,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

@@ -66,6 +66,17 @@ def check_input(
         )
 
 
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """Raise unless ``residual``, where there is one, can be added to ``x`` as it is."""
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)} on {residual.device}; it must be like x, "
+            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}: expand or convert it"
+        )
+
+
 def to_rows(x: Tensor, channel_dim: int) -> Tensor:
     """Contiguous [rows, channels] matrix of ``x``; no copy when the channels are last and x is contiguous."""
     if channel_dim % x.dim() != x.dim() - 1:
@@ -142,6 +153,11 @@ def mean_or(total: Tensor, count: Tensor | int, empty: Tensor) -> Tensor:
 def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
     """Mean of x² over the valid rows of a [R, C] matrix; ``empty`` where no row is valid. Never syncs."""
     return mean_or(*sum_squares(x, pad_mask), empty)
+
+
+def add_into(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor:
+    """x + residual, written to ``s``; without a residual ``x`` itself."""
+    return x if residual is None else s.copy_(x + residual)
 
 
 def as_they_are(total: Tensor, count: int) -> tuple[Tensor, int]:

@@ -23,11 +23,13 @@ from torch.nn.functional import rms_norm
 
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
+    add_into,
     as_they_are,
     cast,
     channels_back,
     channels_last,
     check_input,
+    check_residual,
     gain_and_shift,
     mean_or,
     mean_square,
@@ -149,13 +151,17 @@ def power_norm_forward_reference(
     group_num: int,
     eps: float,
     alpha_fwd: float,
+    residual: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch for x [..., C] and pad_mask [R], R rows; moves ``running_phi`` and ``iters``.
 
-    Returns ``y`` like x; ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps),
-    mean over all rows of the squared group-scaled input); ``row_scale`` [R, group_num], the factors of the
-    group scaling ([0] when ``group_num`` is 0, which switches it off).
+    With ``residual`` like x, x + residual is what is normalised, and written to ``s``. Returns ``y`` like x;
+    ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps), mean over all rows of the squared
+    group-scaled input); ``row_scale`` [R, group_num], the factors of the group scaling ([0] when ``group_num`` is
+    0, which switches it off).
     """
+    x = add_into(x, residual, s)
     return _forward_on_rows(
         mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_phi, iters, warmup_iters,
         group_num, eps, alpha_fwd,
@@ -172,19 +178,22 @@ def power_norm_backward_reference(
     group_num: int,
     alpha_bkw: float,
     paper: bool,
+    grad_s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The approximate gradient in plain PyTorch for grad_y and x [..., C]; updates ``ema_gz`` in place.
 
-    Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
+    ``grad_s``, the gradient that x has from elsewhere, is added to its
+    gradient from here. Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
-    return _backward_on_rows(
+    grad_x, grad_weight, grad_bias, _ = _backward_on_rows(
         as_they_are, move_gradient_statistics, grad_y, x, weight, stats, row_scale, ema_gz, group_num, alpha_bkw,
         paper,
-    )[:3]  # fmt: skip
+    )  # fmt: skip
+    return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
 _FORWARD_STATISTICS = ("running_phi", "iters")
-_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=_FORWARD_STATISTICS)
+_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s"))
 _forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
 _backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
@@ -227,28 +236,35 @@ class _PowerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper,
-        channel_dim, group,
+        channel_dim, group, residual,
     ):  # fmt: skip
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
+        s = None if residual is None else torch.empty_like(last)
         moved = state.running_phi, state.iters
         before = remember(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
+            if residual is not None:
+                forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
         y, stats, row_scale = forward(last, mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
         undo_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(last, weight, stats, row_scale)
+        ctx.save_for_backward(last if residual is None else s, weight, stats, row_scale)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
         ctx.group_num, ctx.alpha_bkw, ctx.paper, ctx.channel_dim = group_num, alpha_bkw, paper, channel_dim
         ctx.group = group
-        return channels_back(y, channel_dim)
+        ctx.set_materialize_grads(False)
+        y = channels_back(y, channel_dim)
+        return y if residual is None else (y, channels_back(s, channel_dim))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx, grad_y, grad_s=None):
+        if grad_y is None:  # only s was used: nothing came through the norm
+            return grad_s, *[None] * 12, grad_s
         x, weight, stats, row_scale = ctx.saved_tensors
         before = remember(ctx.skipped, (ctx.ema_gz,))
         arguments = (
@@ -261,13 +277,15 @@ class _PowerNorm(torch.autograd.Function):
             )
             sound = mean_az.isfinite  # not of this rank's sums: all ranks must agree
         else:
-            grad_x, grad_weight, grad_bias = _backward(*arguments)
+            others = () if grad_s is None else (channels_last(grad_s, ctx.channel_dim),)
+            grad_x, grad_weight, grad_bias = _backward(*arguments, *others)
 
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
         undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
-        return channels_back(grad_x, ctx.channel_dim), None, grad_weight, grad_bias, *[None] * 9
+        grad_x = channels_back(grad_x, ctx.channel_dim)
+        return grad_x, None, grad_weight, grad_bias, *[None] * 9, grad_x if ctx.needs_input_grad[13] else None
 
 
 def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
@@ -295,7 +313,8 @@ def power_norm(
     backward: str = "reference",
     channel_dim: int = -1,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Power Normalization of ``x`` over all dimensions but ``channel_dim``.
 
     In training the forward pass updates ``state.running_phi`` and ``iters`` in place, the backward pass
@@ -319,27 +338,36 @@ def power_norm(
         channel_dim: dimension of the channels.
         process_group: take the statistics of a training step over all ranks of this group; every rank must
             then call, also one without rows. None: over this process alone.
+        residual: like ``x``; added to it first, s = x + residual, in the same pass.
 
     Returns:
-        A tensor of the shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``; with ``residual`` the pair of that and s, which is what was
+        normalised. Gradients flow through both.
 
     Raises:
         TypeError: a dtype is not supported or does not match.
-        ValueError: a shape, ``channel_dim``, ``group_num``, ``backward`` or a device does not match.
+        ValueError: a shape, ``channel_dim``, ``group_num``, ``backward`` or a device does not match, or ``residual``
+            is not like ``x``.
     """
     channels = state.running_phi.shape[0]
     check_input(x, channels, channel_dim, pad_mask, state.running_phi)
     check_options(channels, group_num, backward)
+    check_residual(x, residual)
+    fused = training and process_group is None
+    if residual is not None and not fused:
+        x = x + residual
     groups = group_num or 0
     weight, bias = gain_and_shift(weight, bias, state.running_phi)
     if not training:
-        return _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
+        y = _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
+        return y if residual is None else (y, x)
     paper = backward == "paper"
     state = state_of_this_run(state, _FORWARD_STATISTICS)
-    return _PowerNorm.apply(
+    result = _PowerNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
-        process_group,
+        process_group, residual if fused else None,
     )  # fmt: skip
+    return result if residual is None or fused else (result, x)
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layout import accumulation_dtype, cast, check_dtype, to_rows
+from ._layout import accumulation_dtype, cast, check_dtype, check_residual, to_rows
 from ._registry import register_operation
 
 LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
@@ -151,13 +151,7 @@ def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]
             )
         if vector is not None and vector.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {vector.device}: move one with .to(device)")
-    if residual is None:
-        return
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(
-            f"residual is {residual.dtype} of shape {tuple(residual.shape)} on {residual.device}; it must be like x, "
-            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}: expand or convert it"
-        )
+    check_residual(x, residual)
 
 
 def _row_norm(

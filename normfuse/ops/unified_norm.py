@@ -21,11 +21,13 @@ from torch.distributed import ProcessGroup
 
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
+    add_into,
     as_they_are,
     cast,
     channels_back,
     channels_last,
     check_input,
+    check_residual,
     gain_and_shift,
     mean_or,
     mean_square,
@@ -158,11 +160,14 @@ def unified_norm_forward_reference(
     outlier_filtration: bool,
     eps: float,
     momentum: float,
+    residual: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward in plain PyTorch for x [..., C] of R rows and pad_mask [R]; moves the last four tensors.
+    """Training forward in plain PyTorch for x [..., C] of R rows and pad_mask [R]; moves the statistics.
 
-    Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
+    With ``residual`` like x, x + residual is what is normalised, and written to ``s``. Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
     """
+    x = add_into(x, residual, s)
     return _forward_on_rows(
         mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_var, buffer_x2, iters,
         skip_counter, warmup_iters, outlier_filtration, eps, momentum,
@@ -179,20 +184,24 @@ def unified_norm_backward_reference(
     buffer_gz: Tensor,
     warmup_iters: int,
     momentum: float,
+    grad_s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's backward formulas in plain PyTorch for grad_y and x [..., C].
 
-    Updates ``ema_gz`` and ``buffer_gz`` in place. Returns ``grad_x`` like x, ``grad_weight`` [C]
-    and ``grad_bias`` [C].
+    Updates ``ema_gz`` and ``buffer_gz`` in place. ``grad_s``, the gradient that x has from elsewhere, is added to its
+    gradient from here. Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
-    return _backward_on_rows(
+    grad_x, grad_weight, grad_bias, _ = _backward_on_rows(
         as_they_are, move_gradient_statistics, grad_y, x, weight, stats, step, ema_gz, buffer_gz, warmup_iters,
         momentum,
-    )[:3]  # fmt: skip
+    )  # fmt: skip
+    return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
 _FORWARD_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
-_forward = register_operation("unified_norm_forward", unified_norm_forward_reference, mutates=_FORWARD_STATISTICS)
+_forward = register_operation(
+    "unified_norm_forward", unified_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s")
+)
 _forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
 _GRADIENT_STATISTICS = ("ema_gz", "buffer_gz")
 _backward = register_operation("unified_norm_backward", unified_norm_backward_reference, mutates=_GRADIENT_STATISTICS)
@@ -239,23 +248,30 @@ class _UnifiedNorm(torch.autograd.Function):
     ):
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
+        s = None if residual is None else torch.empty_like(last)
         moved = state.running_var, state.buffer_x2, state.iters, state.skip_counter
         before = remember(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
             forward = _forward_once if torch.compiler.is_compiling() else _forward
+            if residual is not None:
+                forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
         y, stats, step = forward(last, mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
         undo_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(last, weight, stats, step)
+        ctx.save_for_backward(last if residual is None else s, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
         ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
         ctx.warmup_iters, ctx.momentum, ctx.channel_dim, ctx.group = warmup_iters, momentum, channel_dim, group
-        return channels_back(y, channel_dim)
+        ctx.set_materialize_grads(False)
+        y = channels_back(y, channel_dim)
+        return y if residual is None else (y, channels_back(s, channel_dim))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx, grad_y, grad_s=None):
+        if grad_y is None:  # only s was used: nothing came through the norm
+            return grad_s, *[None] * 10, grad_s
         x, weight, stats, step = ctx.saved_tensors
         moved = ctx.ema_gz, ctx.buffer_gz
         before = remember(ctx.skipped, moved)
@@ -275,13 +291,15 @@ class _UnifiedNorm(torch.autograd.Function):
             )
             sound = mean_gz.isfinite  # not of this rank's sums: all ranks must agree
         else:
-            grad_x, grad_weight, grad_bias = _backward(*arguments)
+            others = () if grad_s is None else (channels_last(grad_s, ctx.channel_dim),)
+            grad_x, grad_weight, grad_bias = _backward(*arguments, *others)
 
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
         undo_unless(sound, ctx.skipped, moved, before)
-        return channels_back(grad_x, ctx.channel_dim), None, grad_weight, grad_bias, *[None] * 7
+        grad_x = channels_back(grad_x, ctx.channel_dim)
+        return grad_x, None, grad_weight, grad_bias, *[None] * 7, grad_x if ctx.needs_input_grad[11] else None
 
 
 def unified_norm(
@@ -298,7 +316,8 @@ def unified_norm(
     momentum: float = 0.9,
     channel_dim: int = -1,
     process_group: ProcessGroup | None = None,
-) -> Tensor:
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Unified Normalization of ``x`` over all dimensions but ``channel_dim``.
 
     In training the forward pass updates ``state.running_var``, ``buffer_x2``, ``iters`` and ``skip_counter``
@@ -321,23 +340,30 @@ def unified_norm(
         channel_dim: dimension of the channels.
         process_group: take the statistics of a training step over all ranks of this group; every rank must
             then call, also one without rows. None: over this process alone.
+        residual: like ``x``; added to it first, s = x + residual, in the same pass.
 
     Returns:
-        A tensor of the shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``; with ``residual`` the pair of that and s, which is what was
+        normalised. Gradients flow through both.
 
     Raises:
         TypeError: a dtype is not supported or does not match.
-        ValueError: a shape, ``channel_dim`` or a device does not match.
+        ValueError: a shape, ``channel_dim`` or a device does not match, or ``residual`` is not like ``x``.
     """
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
+    check_residual(x, residual)
+    fused = training and process_group is None
+    if residual is not None and not fused:
+        x = x + residual
     acc = state.running_var.dtype
     weight, bias = gain_and_shift(weight, bias, state.running_var)
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
-        return cast(y, x.dtype)
+        return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
     state = state_of_this_run(state, _FORWARD_STATISTICS)
-    return _UnifiedNorm.apply(
+    result = _UnifiedNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim,
-        process_group,
+        process_group, residual if fused else None,
     )  # fmt: skip
+    return result if residual is None or fused else (result, x)

@@ -26,9 +26,11 @@ class Step:
     tensors: dict[str, torch.Tensor]
     iters: torch.Tensor
     skip_counter: torch.Tensor
+    residual: torch.Tensor | None = None
+    ds: torch.Tensor | None = None  # gradient of x + residual
 
     @classmethod
-    def random(cls, kind, rows, channels, dtype=torch.float32, masked=False, iters=20, seed=0):
+    def random(cls, kind, rows, channels, dtype=torch.float32, masked=False, iters=20, seed=0, residual=False):
         generator = torch.Generator().manual_seed(seed)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         spread = 0.5 + torch.rand(channels, generator=generator)  # channels differ
@@ -38,14 +40,23 @@ class Step:
         shapes = {"weight": (channels,), "bias": (channels,)}
         shapes |= {name: (WINDOW, channels) if name.startswith("buffer") else (channels,) for name in STATES[kind]}
         tensors = {name: (0.5 + torch.rand(shape, generator=generator)).to(acc) for name, shape in shapes.items()}
-        return cls(kind, x, dy, pad_mask, tensors, torch.tensor([iters]), torch.tensor([0]))
+        others = [torch.randn(rows, channels, generator=generator).to(dtype) if residual else None for _ in range(2)]
+        return cls(kind, x, dy, pad_mask, tensors, torch.tensor([iters]), torch.tensor([0]), *others)
 
     def in_float64(self) -> "Step":
-        """The same numbers, in float64 and memory of their own."""
+        """The same numbers, in float64 and memory of their own. A residual is added in x's dtype."""
         tensors = {name: value.double().clone() for name, value in self.tensors.items()}
         mask = None if self.pad_mask is None else self.pad_mask.clone()
         counters = (self.iters.clone(), self.skip_counter.clone())
-        return Step(self.kind, self.x.double(), self.dy.double(), mask, tensors, *counters)
+        x, ds = (self.x, None) if self.residual is None else (self.x + self.residual, self.ds.double())
+        step = Step(self.kind, x.double(), self.dy.double(), mask, tensors, *counters, ds=ds)
+        step.residual = None if self.residual is None else torch.zeros_like(step.x)
+        return step
+
+    def _sum(self):
+        """Arguments for the sum with the residual and its place, and what is normalised."""
+        s = None if self.residual is None else torch.full_like(self.x, float("nan"))
+        return (self.residual, s), self.x if s is None else s
 
     def run(self, implementation, **options):
         return (self._run_unified if self.kind == "unified" else self._run_power)(implementation, **options)
@@ -54,27 +65,29 @@ class Step:
         t = self.tensors
         state = (t["running_var"], t["buffer_x2"], self.iters, self.skip_counter)
         options = (warmup_iters, outlier_filtration, 1e-5, momentum)
+        addend, rows = self._sum()
         y, stats, step = implementation(
-            "unified_norm_forward", self.x, self.pad_mask, t["weight"], t["bias"], *state, *options
+            "unified_norm_forward", self.x, self.pad_mask, t["weight"], t["bias"], *state, *options, *addend
         )
         grads = implementation(
             *(
                 "unified_norm_backward",
                 self.dy,
-                self.x,
+                rows,
                 t["weight"],
                 stats,
                 step,
                 t["ema_gz"],
                 t["buffer_gz"],
             ),
-            *(warmup_iters, momentum),
+            *(warmup_iters, momentum, self.ds),
         )
-        return self._results(y, stats, grads) | {"step": step}
+        return self._results(y, stats, grads, rows) | {"step": step}
 
     def _run_power(self, implementation, *, warmup_iters=5, group_num=0, paper=False, alpha_fwd=0.9, alpha_bkw=0.9):
         t = self.tensors
-        options = (warmup_iters, group_num, 1e-5, alpha_fwd)
+        addend, rows = self._sum()
+        options = (warmup_iters, group_num, 1e-5, alpha_fwd, *addend)
         y, stats, row_scale = implementation(
             *(
                 "power_norm_forward",
@@ -88,14 +101,15 @@ class Step:
             *options,
         )
         grads = implementation(
-            *("power_norm_backward", self.dy, self.x, t["weight"], stats, row_scale, t["ema_gz"]),
-            *(group_num, alpha_bkw, paper),
+            *("power_norm_backward", self.dy, rows, t["weight"], stats, row_scale, t["ema_gz"]),
+            *(group_num, alpha_bkw, paper, self.ds),
         )
-        return self._results(y, stats, grads) | {"row_scale": row_scale}
+        return self._results(y, stats, grads, rows) | {"row_scale": row_scale}
 
-    def _results(self, y, stats, grads):
+    def _results(self, y, stats, grads, rows):
         results = {"y": y, "stats": stats, "grad_x": grads[0], "grad_weight": grads[1], "grad_bias": grads[2]}
         results |= {name: self.tensors[name] for name in STATES[self.kind]}
+        results |= {} if self.residual is None else {"s": rows}
         return results | {"iters": self.iters, "skip_counter": self.skip_counter}
 
 

@@ -48,11 +48,27 @@ def test_shapes(emulator, kind, options, dtype):
         check(emulator, Step.random(kind, rows, channels, dtype, masked=channels % 2 == 0), options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
+def test_residual(emulator, kind, options, dtype):
+    for rows, channels in ((0, 8), (33, 7), (37, 136)):
+        check(emulator, Step.random(kind, rows, channels, dtype, masked=True, residual=True), options)
+
+
+@pytest.mark.parametrize("warmup_iters", [5, 100], ids=["running", "warm-up"])
+def test_residual_and_groups(emulator, warmup_iters):
+    """Groups too narrow and too wide to stay on chip, and some that do."""
+    for rows, channels, groups in ((30, 12, 3), (6, 8200, 1), (6, 600, 4)):
+        step = Step.random("power", rows, channels, masked=True, residual=True)
+        check(emulator, step, {"group_num": groups, "warmup_iters": warmup_iters})
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
 def test_schedules(emulator, kind, options, schedule):
     emulator.configure(multiprocessors=3, **schedule)
-    check(emulator, Step.random(kind, 70, 140, masked=True), options)
+    for residual in (False, True):
+        check(emulator, Step.random(kind, 70, 140, masked=True, residual=residual), options)
 
 
 @pytest.mark.parametrize("kind", ["unified", "power"])

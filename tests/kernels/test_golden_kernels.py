@@ -28,10 +28,12 @@ def run_unified(call, kw, x, dy, pad, state):
     buffers = (state["running_var"], state["buffer_x2"], state["iters"], state["skip_counter"])
     y, stats, step = call(
         *("unified_norm_forward", x, pad, state["weight"], state["bias"], *buffers),
-        *(warmup, options["outlier_filtration"], 1e-5, momentum),
+        *(warmup, options["outlier_filtration"], 1e-5, momentum, None, None),
     )
     gradient_state = (state["ema_gz"], state["buffer_gz"])
-    return y, *call("unified_norm_backward", dy, x, state["weight"], stats, step, *gradient_state, warmup, momentum)
+    return y, *call(
+        "unified_norm_backward", dy, x, state["weight"], stats, step, *gradient_state, warmup, momentum, None
+    )
 
 
 def run_power(call, kw, x, dy, pad, state):
@@ -39,11 +41,11 @@ def run_power(call, kw, x, dy, pad, state):
     groups = options["group_num"]
     y, stats, row_scale = call(
         *("power_norm_forward", x, pad, state["weight"], state["bias"], state["running_phi"], state["iters"]),
-        *(options["warmup_iters"], groups, 1e-5, options["alpha_fwd"]),
+        *(options["warmup_iters"], groups, 1e-5, options["alpha_fwd"], None, None),
     )
     return y, *call(
         *("power_norm_backward", dy, x, state["weight"], stats, row_scale, state["ema_gz"]),
-        *(groups, options["alpha_bkw"], False),
+        *(groups, options["alpha_bkw"], False, None),
     )
 
 

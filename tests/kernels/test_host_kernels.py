@@ -11,6 +11,9 @@ pytestmark = pytest.mark.skipif(not _native.available, reason=f"no host kernels:
 CASES = [("unified", {}), ("power", {}), ("power", {"warmup_iters": 100}), ("power", {"group_num": 2})]
 
 
+FLOAT32_TOLERANCE = 40 * 2**-24  # some 40 roundings
+
+
 def host(operation, *arguments):
     return getattr(torch.ops.normfuse, operation)(*arguments)
 
@@ -26,7 +29,7 @@ def threads():
 @pytest.mark.parametrize("channels", [24, 23])  # rows that can be streamed, rows not aligned for it
 def test_many_rows(kind, options, channels):
     """100 000 rows, 9 MB: sums of float32 keep five digits, and the result is larger than what is cached."""
-    step = Step.random(kind, 100_000, channels, masked=True)
+    step = Step.random(kind, 100_000, channels, masked=True, residual=channels == 24)
     if channels % options.get("group_num", 1):
         options = options | {"group_num": 1}
     expected = step.in_float64().run(reference, **options)
@@ -39,11 +42,25 @@ def test_many_rows(kind, options, channels):
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_residual(kind, options, dtype):
+    for rows, channels in ((0, 8), (1, 6), (33, 10), (300, 136)):
+        step = Step.random(kind, rows, channels, dtype, masked=True, residual=True)
+        expected, results = step.in_float64().run(reference, **options), step.run(host, **options)
+        if dtype in (torch.bfloat16, torch.float16):  # dx is rounded once, and the sum with ds again
+            want, rounding = expected["grad_x"], 1.01 * torch.finfo(dtype).eps / 2
+            allowed = rounding * ((want - step.ds.double()).abs() + want.abs()) + FLOAT32_TOLERANCE
+            assert ((results["grad_x"].double() - want).abs() <= allowed).all()
+            expected["grad_x"] = results["grad_x"].double()
+        assert_same_results(results, expected, 1e-13 if dtype == torch.float64 else FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_the_threads(threads, kind, options, dtype):
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(Step.random(kind, 1000, 40, dtype, masked=True).run(host, **options))
+        results.append(Step.random(kind, 1000, 40, dtype, masked=True, residual=True).run(host, **options))
     for other in results[1:]:
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())

@@ -194,8 +194,12 @@ def test_opcheck_unified_norm(dtype):
     case.x, case.dy = case.x.view(2, 3, 5), case.dy.view(2, 3, 5)
     arguments = case.forward_arguments(filtration=True)
     torch.library.opcheck(torch.ops.normfuse.unified_norm_forward, arguments)
+    summed = (torch.randn_like(case.x), torch.empty_like(case.x))
+    torch.library.opcheck(torch.ops.normfuse.unified_norm_forward, (*case.forward_arguments(), *summed))
     _, stats, step = torch.ops.normfuse.unified_norm_forward(*case.forward_arguments())
-    torch.library.opcheck(torch.ops.normfuse.unified_norm_backward, case.backward_arguments(stats, step))
+    for grad_s in (None, torch.randn_like(case.x)):
+        arguments = (*case.backward_arguments(stats, step), grad_s)
+        torch.library.opcheck(torch.ops.normfuse.unified_norm_backward, arguments)
 
 
 @pytest.mark.parametrize("groups", [0, 2])
@@ -203,10 +207,13 @@ def test_opcheck_unified_norm(dtype):
 def test_opcheck_power_norm(dtype, groups):
     case = PowerCase(6, 4, dtype, "some", groups)
     case.x, case.dy = case.x.view(2, 3, 4), case.dy.view(2, 3, 4)
-    torch.library.opcheck(torch.ops.normfuse.power_norm_forward, case.forward_arguments())
+    summed = (torch.randn_like(case.x), torch.empty_like(case.x))
+    for arguments in (case.forward_arguments(), (*case.forward_arguments(), *summed)):
+        torch.library.opcheck(torch.ops.normfuse.power_norm_forward, arguments)
     _, stats, row_scale = torch.ops.normfuse.power_norm_forward(*case.forward_arguments())
-    arguments = case.backward_arguments(stats, row_scale)
-    torch.library.opcheck(torch.ops.normfuse.power_norm_backward, arguments)
+    for grad_s in (None, torch.randn_like(case.x)):
+        arguments = (*case.backward_arguments(stats, row_scale), grad_s)
+        torch.library.opcheck(torch.ops.normfuse.power_norm_backward, arguments)
 
 
 @pytest.mark.parametrize(
@@ -215,10 +222,10 @@ def test_opcheck_power_norm(dtype, groups):
         (
             "unified_norm_forward",
             unified_norm_forward_reference,
-            ("running_var", "buffer_x2", "iters", "skip_counter"),
+            ("running_var", "buffer_x2", "iters", "skip_counter", "s"),
         ),
         ("unified_norm_backward", unified_norm_backward_reference, ("ema_gz", "buffer_gz")),
-        ("power_norm_forward", power_norm_forward_reference, ("running_phi", "iters")),
+        ("power_norm_forward", power_norm_forward_reference, ("running_phi", "iters", "s")),
         ("power_norm_backward", power_norm_backward_reference, ("ema_gz",)),
     ],
 )

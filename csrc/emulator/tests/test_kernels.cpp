@@ -49,17 +49,20 @@ void check_close(const std::vector<T>& a, const std::vector<T>& b, double tolera
 template <class T>
 struct Step {
   Matrix shape;
-  std::vector<T> x, dy, y, dx;
+  bool residual;  // dy and x, which are as good as any, stand for the residual and the gradient of s
+  std::vector<T> x, dy, y, dx, s;
   std::vector<Acc<T>> weight, bias, running, ema, window_x2, window_gz, stats, row_scale, dw, db;
   std::vector<int64_t> iters{7}, skips{0}, step{0, 0};
   std::vector<char> mask;
 
-  Step(int64_t rows, int64_t n, int64_t groups)
+  Step(int64_t rows, int64_t n, int64_t groups, bool residual = false)
       : shape{rows, n, dtype_of(T{})},
+        residual(residual),
         x(random<T>(rows * n, 1)),
         dy(random<T>(rows * n, 2)),
         y(rows * n),
         dx(rows * n),
+        s(x),
         weight(random<Acc<T>>(n, 3)),
         bias(random<Acc<T>>(n, 4)),
         running(random<Acc<T>>(n, 5)),
@@ -93,19 +96,48 @@ struct Step {
             skips.data(),
             y.data(),
             stats.data(),
-            step.data()};
+            step.data(),
+            residual ? dy.data() : nullptr,
+            residual ? s.data() : nullptr};
   }
   UnifiedBackward unified_backward() {
-    return {shape, dy.data(), x.data(),   weight.data(),    stats.data(), step.data(), 3,
-            2,     0.9,       ema.data(), window_gz.data(), dx.data(),    dw.data(),   db.data()};
+    return {shape,
+            dy.data(),
+            s.data(),
+            weight.data(),
+            stats.data(),
+            step.data(),
+            3,
+            2,
+            0.9,
+            ema.data(),
+            window_gz.data(),
+            dx.data(),
+            dw.data(),
+            db.data(),
+            residual ? x.data() : nullptr};
   }
   PowerForward power_forward(int64_t groups, int64_t warmup) {
-    return {shape, x.data(), pad_mask(),     weight.data(), bias.data(), warmup,       groups,
-            1e-5,  0.9,      running.data(), iters.data(),  y.data(),    stats.data(), row_scale.data()};
+    return {shape,
+            x.data(),
+            pad_mask(),
+            weight.data(),
+            bias.data(),
+            warmup,
+            groups,
+            1e-5,
+            0.9,
+            running.data(),
+            iters.data(),
+            y.data(),
+            stats.data(),
+            row_scale.data(),
+            residual ? dy.data() : nullptr,
+            residual ? s.data() : nullptr};
   }
   PowerBackward power_backward(int64_t groups, bool paper) {
-    return {shape, dy.data(), x.data(),   weight.data(), stats.data(), row_scale.data(), groups,
-            0.9,   paper,     ema.data(), dx.data(),     dw.data(),    db.data()};
+    return {shape, dy.data(), s.data(),   weight.data(), stats.data(), row_scale.data(), groups,
+            0.9,   paper,     ema.data(), dx.data(),     dw.data(),    db.data(),        residual ? x.data() : nullptr};
   }
 };
 
@@ -114,6 +146,7 @@ void check_same(const Step<T>& a, const Step<T>& b) {
   const double tolerance = sizeof(T) == 2 ? 0.01 : 1e-4;  // a bfloat16 has 8 bits
   check_close(a.y, b.y, tolerance);
   check_close(a.dx, b.dx, tolerance);
+  check_close(a.s, b.s, tolerance);
   for (const auto field : {&Step<T>::running, &Step<T>::ema, &Step<T>::window_x2, &Step<T>::window_gz, &Step<T>::stats,
                            &Step<T>::row_scale, &Step<T>::dw, &Step<T>::db})
     check_close(a.*field, b.*field, 1e-4);
@@ -121,8 +154,8 @@ void check_same(const Step<T>& a, const Step<T>& b) {
 }
 
 template <class T>
-void check_unified(int64_t rows, int64_t n, bool filter) {
-  Step<T> device(rows, n, 0), host(rows, n, 0);
+void check_unified(int64_t rows, int64_t n, bool filter, bool residual = false) {
+  Step<T> device(rows, n, 0, residual), host(rows, n, 0, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
   unified_forward_cuda(device.unified_forward(filter), workspace.data(), nullptr);
   unified_backward_cuda(device.unified_backward(), workspace.data(), nullptr);
@@ -132,8 +165,8 @@ void check_unified(int64_t rows, int64_t n, bool filter) {
 }
 
 template <class T>
-void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup) {
-  Step<T> device(rows, n, groups), host(rows, n, groups);
+void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup, bool residual = false) {
+  Step<T> device(rows, n, groups, residual), host(rows, n, groups, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, groups), char(0xff));
   power_forward_cuda(device.power_forward(groups, warmup), workspace.data(), nullptr);
   power_backward_cuda(device.power_backward(groups, warmup == 0), workspace.data(), nullptr);
@@ -144,10 +177,10 @@ void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup) {
 
 template <class T>
 void check_row_norm(int64_t rows, int64_t n, RowNorm kind, bool residual) {
-  Step<T> device(rows, n, 0), host(rows, n, 0);
+  Step<T> device(rows, n, 0, residual), host(rows, n, 0, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
   const auto run = [&](Step<T>& step, const auto& forward, const auto& backward) {
-    std::vector<T> s = step.x;
+    std::vector<T>& s = step.s;
     std::vector<Acc<T>> inv_std(rows), mean(rows);
     void* mean_or_null = kind == RowNorm::kRms ? nullptr : mean.data();
     forward(RowNormForward{step.shape, step.x.data(), residual ? step.dy.data() : nullptr, step.weight.data(),
@@ -170,10 +203,10 @@ template <class T>
 void check_type() {
   for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
     check_unified<T>(37, n, false);
-    check_unified<T>(37, n, true);
+    check_unified<T>(37, n, true, true);
     check_power<T>(37, n, 0, 0);
-    check_power<T>(37, n, 1, 0);
-    check_power<T>(37, n, n == 7 ? 7 : 3, 100);
+    check_power<T>(37, n, 1, 0, true);
+    check_power<T>(37, n, n == 7 ? 7 : 3, 100, n == 7);
     check_row_norm<T>(37, n, RowNorm::kLayer, n == 7);
     check_row_norm<T>(37, n, RowNorm::kRms, n == 48);
   }
