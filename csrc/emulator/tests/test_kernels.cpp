@@ -13,7 +13,7 @@ namespace {
 
 using namespace normfuse;
 
-void serial(int64_t tasks, const TaskRange& body) { body(0, tasks); }
+void serial(int64_t tasks, int64_t, const TaskRange& body) { body(0, tasks); }
 
 DType dtype_of(float) { return DType::kFloat32; }
 DType dtype_of(double) { return DType::kFloat64; }
