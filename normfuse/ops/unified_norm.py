@@ -165,7 +165,8 @@ def unified_norm_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch for x [..., C] of R rows and pad_mask [R]; moves the statistics.
 
-    With ``residual`` like x, x + residual is what is normalised, and written to ``s``. Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
+    With ``residual`` like x, x + residual is what is normalised, and written to ``s``. Returns ``y`` like x, and what
+    :func:`move_forward_statistics` returns.
     """
     x = add_into(x, residual, s)
     return _forward_on_rows(
@@ -244,7 +245,19 @@ class _UnifiedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim, group
+        ctx,
+        x,
+        pad_mask,
+        weight,
+        bias,
+        state,
+        warmup_iters,
+        outlier_filtration,
+        eps,
+        momentum,
+        channel_dim,
+        group,
+        residual,
     ):
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
