@@ -192,10 +192,12 @@ ZOO: tuple[Entry, ...] = (
     timm("ViT, norms on queries and keys", "vit_tiny_patch16_224", **VIT, qk_norm=True)(
         expected=Expected(rms=(5, 9), gains=(5, 9), swapped=(5, 9))
     ),
-    timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", **VIT)(),
+    timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", **VIT)(
+        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
+    ),
     timm("BEiT", "beit_base_patch16_224", **VIT)(),
     timm("EVA-02", "eva02_tiny_patch14_224", **VIT)(),
-    timm("CaiT", "cait_xxs24_224", **VIT)(),
+    timm("CaiT", "cait_xxs24_224", **VIT)(expected=Expected(rms=(9, 9), gains=(9, 9), swapped=(9, 9))),
     timm("XCiT", "xcit_nano_12_p16_224", **VIT)(),
     timm("Swin", "swin_tiny_patch4_window7_224", **SWIN)(),
     timm("Swin V2", "swinv2_tiny_window8_256", **SWIN)(),
@@ -211,9 +213,15 @@ ZOO: tuple[Entry, ...] = (
     ),
     timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(),
     timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(),
-    transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(),
-    transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, **SMALL)(),
-    transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(),
+    transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5))
+    ),
+    transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, **SMALL)(
+        expected=Expected(rms=(0, 5), gains=(0, 5), swapped=(5, 5))
+    ),
+    transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5))
+    ),
     transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(),
     transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(),
     transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(),
