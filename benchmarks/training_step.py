@@ -3,8 +3,9 @@
     python benchmarks/training_step.py --device cpu --threads 1
 
 For every shape all candidates run side by side: each round runs every candidate once, in rotated order, and medians
-over the rounds are compared. So a busy moment of the machine meets all candidates alike. Times are given as multiples
-of copying the tensor once, and as ratios of Unified and Power Norm to every other candidate.
+over the rounds are compared. So a busy moment of the machine meets all candidates alike. An untimed call goes first:
+no candidate is to pay for what its predecessor left in the caches and on the heap. Times are given as multiples of
+copying the tensor once, and as ratios of Unified and Power Norm to every other candidate.
 
 Norms are in the state in which training spends its time: past their warm-up steps, windows filled. The reference
 is the plain PyTorch that stands beside each operation, run eagerly and through torch.compile.
@@ -123,6 +124,7 @@ class Stopwatch:
 
     def __call__(self, run: Callable[[], object], calls: int = 1) -> float:
         if not self.cuda:
+            run()
             start = self.clock()
             for _ in range(calls):
                 run()
