@@ -68,8 +68,8 @@ class Plan:
 
 UNARY = (
     "norm norm norm norm batch_norm family linear linear linear no_bias gelu relu attention conv padded_conv "
-    "gate_by_self heads roll_channels add_constant add_position scale mean_back layer_norm rms_norm neg "
-    "matmul_weight padded double masked_attention product_attention einsum per_position rotate choose repeat "
+    "gate_by_self heads roll_channels add_constant add_position scale mean_back layer_norm rms_norm written_rms_norm "
+    "neg matmul_weight padded double masked_attention product_attention einsum per_position rotate choose repeat "
     "pad_channels shuffle unshuffle resize max_pool average_pool grouped_conv transposed_conv glu rotary fill "
     "flat_linear centre absolute positions"
 ).split()
@@ -320,6 +320,10 @@ class Program(nn.Module):
 
     def do_mixture(self, x: Tensor, y: Tensor, n: int) -> Tensor:
         return (x @ x.mT / 4.0) @ y if n % 2 else torch.bmm(x.softmax(1).mT.mT @ x.mT, y)
+
+    def do_written_rms_norm(self, x: Tensor, n: int) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if n == 2 else x
+        return self.rms_weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
 
     def do_add(self, x: Tensor, y: Tensor, n: int) -> Tensor:
         return x + y
