@@ -79,7 +79,7 @@ class Run:
         self.args = args
         torch.manual_seed(args.seed)
         self.original, self.config, tokenizer = load_original()
-        self.text = Text(tokenizer, args.out / "tokens.npz")
+        self.text = Text(tokenizer, args.out / "tokens.npz", args.mixed)
         general = HELD_OUT.read_text(encoding="utf-8").splitlines()
         self.held_out = {"general": self.text.tokenize(general), "documentation": self.text.held_out}
         self.expected = {name: embed(in_pytorch(self.original), rows) for name, rows in self.held_out.items()}
@@ -120,12 +120,13 @@ class Run:
         return self.scheduler.last_epoch
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in ("norm", "steps", "fall", "order", "learning_rate", "seed")}
+        return {name: getattr(self.args, name) for name in ("norm", "order", "learning_rate", "seed")}
 
     def _load(self) -> None:
         stored = torch.load(self.file, weights_only=True)
-        if stored["settings"] != self._settings():
-            raise SystemExit(f"{self.file} was made with {stored['settings']}; use those, or another --out")
+        before = {name: stored["settings"].get(name) for name in self._settings()}
+        if before != self._settings():
+            raise SystemExit(f"{self.file} was made with {before}; use those, or another --out")
         for name in ("student", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(stored[name])
         self.record = stored["record"]
@@ -209,12 +210,13 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run, from the command line unless given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norm", choices=("rep_batch", "unified", "power"), default="rep_batch")
-    parser.add_argument("--steps", type=int, default=4000, help="of the whole training")
+    parser.add_argument("--steps", type=int, default=3000, help="of the whole training; may change between runs")
     parser.add_argument("--hours", type=float, default=math.inf, help="stop after so long; the same command goes on")
     parser.add_argument("--fall", type=float, default=0.02, help="fraction of the steps in which λ falls to 0")
     parser.add_argument("--order", choices=("together", "layers"), default="together", help="in which norms change")
     parser.add_argument("--tokens", type=int, default=512, help="in a batch")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--mixed", type=float, default=0.5, help="share of sentences with half their words replaced")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--output-weight", type=float, default=4.0, help="of the embedding in the loss")
     parser.add_argument("--calibration-batches", type=int, default=25, help="of 2048 tokens")
     parser.add_argument("--bfloat16", action="store_true", help="train under autocast; faster on some processors")
@@ -235,13 +237,15 @@ def main() -> None:
     print(f"model {model_folder()}; {len(run.text.training)} sentences to train on, from step {run.step}")
     for stage in ("fitted", "reconstructed"):
         print(f"{stage:>13}: {described(run.record[stage])}")
+    if run.step < args.steps:
+        run.record.setdefault("commands", []).append(f"{shlex.join(sys.argv)} # from step {run.step}")
     run.train()
     if run.step < args.steps:
         print(f"stopped after {run.step} of {args.steps} steps; the same command goes on")
         return
     kwargs, example = {"config": run.config, "norm": args.norm}, padded(run.held_out["general"][:4])
     served = serve(run.original, run.finished(), kwargs, example, args.out, run.quality, args.rounds)
-    result = {"command": shlex.join(sys.argv), "sentences": len(run.text.training), **run.record, "served": served}
+    result = {"sentences": len(run.text.training), **run.record, "served": served}
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(run.record, served, args.out / "curve.png")
     converted = served["float32"]["converted"]

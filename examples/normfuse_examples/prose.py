@@ -82,10 +82,17 @@ def padded(rows: list[np.ndarray]) -> Batch:
 
 
 class Text:
-    """Tokenised sentences of this machine's documentation; the first ``HELD_OUT`` are held out."""
+    """Tokenised sentences of this machine's documentation; the first ``HELD_OUT`` are held out.
 
-    def __init__(self, tokenizer: Any, file: Path) -> None:
+    Args:
+        tokenizer: of transformers.
+        file: where the tokens are, or will be, kept.
+        share_mixed: how many of the sentences in batches have half their words replaced.
+    """
+
+    def __init__(self, tokenizer: Any, file: Path, share_mixed: float = 0.5) -> None:
         self.tokenizer = tokenizer
+        self.share_mixed = share_mixed
         if not file.exists():
             found = sentences()
             random.Random(0).shuffle(found)
@@ -120,7 +127,7 @@ class Text:
     def batches(self, tokens: int, seed: int, skip: int = 0) -> Iterator[Batch]:
         """Endless batches of about ``tokens`` tokens, of sentences of nearly equal length, from number ``skip``.
 
-        Every other sentence is :meth:`mixed`.
+        A share ``share_mixed`` of the sentences is :meth:`mixed`.
         """
         generator = random.Random(seed)
         number = 0
@@ -135,7 +142,7 @@ class Text:
             groups.append(pool[start:])
             generator.shuffle(groups)
             for group in groups:
-                rows = [self.mixed(row, generator) if generator.random() < 0.5 else row for row in group]
+                rows = [self.mixed(row, generator) if generator.random() < self.share_mixed else row for row in group]
                 if number >= skip:
                     yield padded(rows)
                 number += 1
