@@ -81,6 +81,13 @@ def print_result(console: Console, result: ExportResult) -> None:
     if result.shaping:
         passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
         console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
+    if result.growth:
+        grown = result.growth
+        console.print(
+            f"values inside reach {grown.largest:.3g} on the example inputs ({escape(grown.at)}), {grown.original:.3g} "
+            f"in the model; {result.dtype} holds up to {grown.limit:.0f}",
+            highlight=False,
+        )
     graph, proof = result.graph, result.proof
     console.print(
         f"verified on {len(proof.shapes)} inputs: folded program within "

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,14 @@ from torch import nn
 
 from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
-from normfuse.checkpoint.archive import one_line
+from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.fold import FoldReport, fold
 from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
+from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
 from normfuse.onnx.writer import DTYPES, OPSETS, WriteError, quiet, write
-
-# Between the scales of one channel in different places, see normfuse.fold. Half of float16's bits of exponent are left
-# to the values themselves.
-MAX_SCALE_RANGE = {"float32": 2.0**40, "float16": 2.0**10}
 
 
 class ExportError(ValueError):
@@ -50,7 +47,8 @@ class ExportResult:
         graph: what is in the file.
         target: what the graph was shaped for.
         shaping: how often each shaping pass applied; empty if none was asked for or shaping was given up.
-        notes: decisions on shaping in words, such as why it was given up.
+        notes: decisions on shaping and ranges in words, such as why shaping was given up.
+        growth: how large values become inside, for float16; None for float32.
     """
 
     path: Path
@@ -63,6 +61,7 @@ class ExportResult:
     target: str = "portable"
     shaping: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    growth: Growth | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data: everything, unabridged."""
@@ -77,6 +76,7 @@ class ExportResult:
             "target": self.target,
             "shaping": self.shaping,
             "notes": self.notes,
+            "growth": self.growth and asdict(self.growth),
         }
 
 
@@ -148,9 +148,8 @@ def export(
             "copy_shared": copy_shared,
             "remove_dead": remove_dead,
             "keep_dynamic_norms": keep_dynamic_norms,
-            "max_scale_range": MAX_SCALE_RANGE[dtype],
         }
-        forms = _forms(checkpoint, program, steps, limits, options, progress, notes)
+        forms = _forms(checkpoint, program, dtype, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         staged = staging / path.name
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
@@ -175,7 +174,9 @@ def export(
             graph = summarize(staged)
             move(files, path)
             proof = Proof(form.proof.cases + proof.cases)
-            return ExportResult(path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes)
+            return ExportResult(
+                path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes, form.growth
+            )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
@@ -189,11 +190,13 @@ class _Form:
     report: FoldReport
     proof: Proof
     steps: tuple[str, ...]
+    growth: Growth | None
 
 
 def _forms(
     checkpoint: Checkpoint,
     program: torch.export.ExportedProgram,
+    dtype: str,
     steps: tuple[str, ...],
     limits: Mapping[str, float],
     fold_options: Mapping[str, Any],
@@ -201,19 +204,36 @@ def _forms(
     notes: list[str],
 ) -> list[_Form]:
     """What to write, best first; the last one is not shaped."""
+    own = None
+    if dtype in LARGEST:
+        progress(f"run the example inputs to see whether values fit {dtype}")
+        own = largest_values(program, checkpoint)
     progress("fold the norms")
-    plain = fold(program, **fold_options)
+    try:
+        plain, scale_range, grown, note = fold_in_range(
+            lambda bound: fold(program, max_scale_range=bound, **fold_options), own, checkpoint, dtype
+        )
+    except RangeError as error:
+        raise ExportError(str(error)) from error
+    notes += [note] if note else []
+    if grown and grown.already:
+        notes.append(f"{dtype}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
     progress("verify the folded program")
-    form = _Form(*plain, verify(checkpoint, None, program=plain[0], **limits), ())
+    form = _Form(*plain, verify(checkpoint, None, program=plain[0], **limits), (), grown)
     if not steps:
         return [form]
     shaped = replace(form, steps=steps)
     if "carry_biases" in steps:
         progress("let biases travel")
-        carried, note = carry_biases(program, plain, checkpoint, **fold_options)
+        carried, note = carry_biases(program, plain, checkpoint, max_scale_range=scale_range, **fold_options)
         try:
             if carried is not plain:
-                shaped = _Form(*carried, verify(checkpoint, None, program=carried[0], **limits), steps)
+                grown = None if own is None else growth(carried[0], own, checkpoint, LARGEST[dtype])
+                if grown and grown.beyond:
+                    note = f"biases stay in their branches: travelling, values leave {dtype} at {some_of(grown.beyond)}"
+                else:
+                    proof = verify(checkpoint, None, program=carried[0], **limits)
+                    shaped = _Form(*carried, proof, steps, grown)
         except VerificationError as error:
             note = f"biases stay in their branches: {error}"
         notes.append(note)
