@@ -354,6 +354,11 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x: aten.layer_norm.default(x, [4, 6]), (SEQUENCE,)),
         Case(lambda x, w, b: aten.layer_norm.default(x, [6], w, b), (SEQUENCE, (6,)), ((6,),)),
     ],
+    aten.group_norm.default: [
+        Case(lambda x, w, b: aten.group_norm.default(x, 2, w, b), (IMAGE,), ((6,), (6,))),
+        Case(lambda x: aten.group_norm.default(x, 2), (IMAGE,)),
+        Case(lambda x, w: aten.group_norm.default(x, 1, w), (IMAGE, (6,))),
+    ],
     aten.rms_norm.default: [
         Case(lambda x, w: aten.rms_norm.default(x, [6], w), (SEQUENCE,), ((6,),)),
         Case(lambda x: aten.rms_norm.default(x, [6]), (SEQUENCE,)),

@@ -69,7 +69,7 @@ def test_a_mixed_model_is_verified_and_only_what_is_computed_from_inputs_stays(t
     status = {record.name: record.status for record in result.report.norms}
     folded = ["patches.1.batch_norm", "patches.4", "norms.0", "norms.1.norms.1"]
     assert {name: status[name] for name in folded} == dict.fromkeys(folded, "folded")
-    stays = {kind: result.graph.nodes.get(kind, 0) for kind in ("GroupNormalization", "LayerNormalization", "Tanh")}
+    stays = {kind: result.graph.nodes.get(kind, 0) for kind in ("InstanceNormalization", "LayerNormalization", "Tanh")}
     assert stays == dict.fromkeys(stays, 1)
     assert result.graph.nodes["Gemm"] + result.graph.nodes.get("MatMul", 0) == 4  # no σ is computed in the file
 
