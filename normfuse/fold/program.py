@@ -239,6 +239,10 @@ class Program:
         self.constants = {
             name: value for name, value in self.constants.items() if name in kept or not isinstance(value, torch.Tensor)
         }
+        for node in self.graph.nodes:
+            # A view was traced on a result that lay in memory otherwise than what now takes its place may.
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
         self._count_copies(live)
         self.graph.lint()
         self.graph_module.recompile()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normfuse.fold import FoldError, fold
+from normfuse.nn import UnifiedNorm
 
 from .checks import folded, operations
 
@@ -244,3 +245,18 @@ def test_a_shift_that_one_reader_carries_only_when_it_is_equal_everywhere() -> N
             return F.gelu(y + self.constant), self.head(y.index_select(-1, torch.tensor([0, 2, 3, 5])))
 
     folded(Chosen(), (torch.randn(2, 5, 6, dtype=torch.float64),))
+
+
+def test_a_view_of_what_a_norm_made_contiguous() -> None:
+    """Without the norm the view meets an expanded tensor, which has no such view."""
+
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.head = nn.Linear(6, 6), UnifiedNorm(6), nn.Linear(24, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.linear(x)[:, :1].expand(-1, 4, -1)).view(-1, 24))
+
+    _, report = folded(Expanded(), (torch.randn(5, 3, 6, dtype=torch.float64),))
+    assert not report.remaining
