@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.onnx.layouts import contiguous_reshapes
 from normfuse.onnx.masks import expand_attention_masks
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 
@@ -67,15 +68,16 @@ def write(
     path = Path(path)
     with quiet():
         try:
-            exported = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                output_names=output_names(program),
-                verbose=False,
-                custom_translation_table=translations(),
-            )
+            with contiguous_reshapes(program):
+                exported = torch.onnx.export(
+                    program,
+                    (),
+                    dynamo=True,
+                    opset_version=opset,
+                    output_names=output_names(program),
+                    verbose=False,
+                    custom_translation_table=translations(),
+                )
         except Exception as error:  # the exporter wraps whatever a translation raises
             raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
         model = exported.model

@@ -109,3 +109,28 @@ def test_an_operation_without_translation_is_named_in_one_line(tmp_path):
 def test_an_unknown_dtype_is_refused(program, tmp_path):
     with pytest.raises(WriteError, match="'int8' is not one of float32, float16"):
         write(program, tmp_path / "m.onnx", dtype="int8")
+
+
+class AddedBias(nn.Module):
+    """BEiT, T5: the mask is computed from parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 17 * 17 * 2).view(17, 17, 2))
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        mask = self.bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
+        return mixed.transpose(1, 2).reshape(x.shape[0], 17, 32)
+
+
+def test_reshapes_of_attention_with_a_bias(tmp_path):
+    """torch.onnx makes views of them that do not fit the strides it finds later."""
+    x = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(AddedBias().eval(), (x,), dynamic_shapes=({0: Dim("batch")},))
+    before = str(program)
+    (path,) = write(program, tmp_path / "m.onnx")
+    assert str(program) == before
+    expected = program.module()(x).detach().numpy()
+    np.testing.assert_allclose(run(path, x=x.numpy()), expected, rtol=0, atol=1e-6 * np.abs(expected).max())

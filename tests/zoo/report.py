@@ -53,13 +53,13 @@ class Found:
 
     Attributes:
         counts: see :meth:`tests.zoo.runs.Outcome.counts`; empty for a model without norms to exchange.
-        errors: in float64 and float32; None where torch.onnx refuses the model.
+        errors: in float64 and float32.
         reasons: all that the report of folding gives.
         failure: what was raised, or that it took too long; empty if nothing.
     """
 
     counts: dict[str, list[int]]
-    errors: tuple[float, float | None] = (0.0, 0.0)
+    errors: tuple[float, float] = (0.0, 0.0)
     reasons: tuple[str, ...] = ()
     failure: str = ""
 
@@ -108,7 +108,7 @@ def row(entry: Entry, found: Found, other: Found) -> str:
     cells = [entry.name, entry.library]
     cells += [_of(found.counts.get(key)) for key in ("rms", "gains", "static")] + [_of(other.counts.get("static"))]
     for errors in zip(found.errors, other.errors, strict=True):
-        cells.append("–" if None in errors or found.failure else f"{max(errors):.0e}")
+        cells.append("–" if found.failure or other.failure else f"{max(errors):.0e}")
     cells.append("; ".join(_reasons(entry, found, other)))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -120,10 +120,8 @@ def _of(count: Any) -> str:
 def _reasons(entry: Entry, found: Found, other: Found) -> list[str]:
     """How it failed, else what was found by hand, else the first that folding gives."""
     failures = [f"{what}: {each.failure}" for what, each in ((AS_IS, found), (SWAPPED, other)) if each.failure]
-    if entry.untranslated:
-        failures.append(f"torch.onnx refuses the model, folded or not: “{entry.untranslated} …”")
-    if entry.expected is not None:
-        return failures + [entry.expected.why] * bool(entry.expected.why)
+    if entry.expected is not None and not failures:
+        return [entry.expected.why]
     return failures or [*found.reasons, *other.reasons][:1]
 
 
