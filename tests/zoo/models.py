@@ -192,11 +192,17 @@ POOL = {
     "use_mlp_head": False,
 }
 LM, LAST = "logits", "last_hidden_state"
+POST_NORM = "post-norm: LayerNorms write the stream that LayerNorms read"
 
 ZOO: tuple[Entry, ...] = (
     timm("ViT", "vit_tiny_patch16_224", **VIT)(quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))),
     timm("ViT, norms on queries and keys", "vit_tiny_patch16_224", **VIT, qk_norm=True)(
-        expected=Expected(rms=(5, 9), gains=(5, 9), swapped=(5, 9))
+        expected=Expected(
+            rms=(5, 9),
+            gains=(5, 9),
+            swapped=(5, 9),
+            why="norms on queries and keys: attention takes neither their gain nor their shift",
+        )
     ),
     timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", **VIT)(
         expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
@@ -252,7 +258,15 @@ ZOO: tuple[Entry, ...] = (
             "between two norms stay, the last in front of the last LayerNorm",
         )
     ),
-    timm("ConvNeXt", "convnext_atto", **STAGES)(),
+    timm("ConvNeXt", "convnext_atto", **STAGES)(
+        expected=Expected(
+            rms=(0, 9),
+            gains=(8, 9),
+            swapped=(9, 9),
+            why="depthwise convolutions write the LayerNorms' inputs and read the stream; the stem's norm writes one "
+            "that a LayerNorm reads",
+        )
+    ),
     timm("ConvNeXt V2", "convnextv2_atto", **STAGES)(),
     timm("LeViT", "levit_128s", 64, img_size=64, embed_dim=(16, 32), num_heads=(2, 2), depth=(1, 1), key_dim=8)(
         expected=Expected(static=(19, 19))
@@ -260,16 +274,20 @@ ZOO: tuple[Entry, ...] = (
     timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(),
     timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(),
     transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5))
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
     transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, **SMALL)(
-        expected=Expected(rms=(0, 5), gains=(0, 5), swapped=(5, 5))
+        expected=Expected(
+            rms=(0, 5), gains=(0, 5), swapped=(5, 5), why=f"{POST_NORM}; the last one's result is the output"
+        )
     ),
     transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5))
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
     transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(),
-    transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(),
+    transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
+    ),
     transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(),
     transformer("GPT-2", "GPT2LMHeadModel", "GPT2Config", Words, LM, **GPT2)(
         quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
