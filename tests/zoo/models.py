@@ -271,8 +271,10 @@ ZOO: tuple[Entry, ...] = (
     timm("LeViT", "levit_128s", 64, img_size=64, embed_dim=(16, 32), num_heads=(2, 2), depth=(1, 1), key_dim=8)(
         expected=Expected(static=(19, 19))
     ),
-    timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(),
-    timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(),
+    timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(
+        expected=Expected(rms=(3, 3), gains=(3, 3), static=(5, 5), swapped=(8, 8))
+    ),
+    timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(expected=Expected(static=(13, 13))),
     transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(
         expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
@@ -288,14 +290,18 @@ ZOO: tuple[Entry, ...] = (
     transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(
         expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
-    transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(),
+    transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(
+        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
+    ),
     transformer("GPT-2", "GPT2LMHeadModel", "GPT2Config", Words, LM, **GPT2)(
         quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
     ),
     transformer("OPT", "OPTForCausalLM", "OPTConfig", Words, LM, **SMALL, ffn_dim=48, word_embed_proj_dim=32)(
         expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
     ),
-    transformer("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", Words, LM, **SMALL)(),
+    transformer("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", Words, LM, **SMALL)(
+        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
+    ),
     transformer("Llama", "LlamaForCausalLM", "LlamaConfig", Words, LM, **LLAMA)(
         quick=True, expected=Expected(gains=(5, 5), swapped=(5, 5))
     ),
