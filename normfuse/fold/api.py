@@ -86,6 +86,7 @@ def fold(
         used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
         report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
     report.weight_growth = folding.weight_growth
+    report.settled_early = list(dict.fromkeys(folding.path(node) for node in folding.settled_early))
     folded = opened.finish()
     report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
     report.bytes_copied = opened.bytes_copied

@@ -39,6 +39,7 @@ class Folding:
         demands: the affine maps that ask for a ratio.
         kept: affine maps that stay, with the reason.
         stored: scale variables that go into weights.
+        settled_early: norms whose shift had grown too large to travel further.
         dynamic: the norms that compute their statistics from each input.
         kept_gain, kept_shift: those whose gain or shift stays in them, with the reason.
         without_mean: LayerNorms whose input is made to have a mean of zero; they become RMSNorms.
@@ -71,6 +72,7 @@ class Folding:
         self.leaves: list[Node] = []
         self.chosen: dict[Node, np.ndarray] = {}
         self.spilled: dict[Node, list[Node]] = {}
+        self.settled_early: list[Node] = []
         self.absorbed: dict[Node, list[str]] = {}
         self.dynamic: list[Node] = []
         self.kept_gain: dict[Node, str] = {}

@@ -84,6 +84,8 @@ class FoldReport:
         bytes_before, bytes_after: size of the parameters and constants.
         bytes_copied: bytes added because a weight used at several places had to be stored more than once.
         scale_range: smallest and largest absolute scale that went into a weight.
+        settled_early: norms whose shift went into biases in front of it instead of travelling on, because norms had
+            made it larger than four times the constants it was made of. No operation is added for it.
         weight_growth: largest factor by which the biggest entry of any weight grew.
     """
 
@@ -98,6 +100,7 @@ class FoldReport:
     bytes_copied: int = 0
     scale_range: tuple[float, float] = (1.0, 1.0)
     weight_growth: float = 1.0
+    settled_early: list[str] = field(default_factory=list)
 
     @property
     def remaining(self) -> list[NormRecord]:

@@ -7,6 +7,7 @@ one: its bias pays. Only where none can, the shift is written out as an Add.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from .engine import Folding
 
 
+# A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
+# binary digits. Beyond, norms have amplified it; if the model's own values did not grow alike, it is subtracted later.
+GROWTH = 4.0
+
+
 @dataclass(frozen=True)
 class _Route:
     """A way from a source, whose shift can be chosen, to the value where a shift must vanish."""
@@ -37,7 +43,7 @@ class _Route:
 def settle_shifts(fold: Folding) -> None:
     """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``."""
     while True:
-        for settled in (fold.shift_of, fold.chosen, fold.spilled):
+        for settled in (fold.shift_of, fold.chosen, fold.spilled, fold.settled_early):
             settled.clear()
         if not fold.keep_dynamic_norms:
             choose_shifts(fold)
@@ -55,6 +61,7 @@ def _carry_shifts(fold: Folding) -> None:
     """One pass over the program, in its order."""
     order = {node: position for position, node in enumerate(fold.program.graph.nodes)}
     tolerant = tolerant_values(fold)
+    constants: dict[Node, _Constants] = {}
     for leaf in fold.leaves:
         fold.shift_of[leaf] = fold.no_shift(leaf)
     for node in order:
@@ -68,6 +75,11 @@ def _carry_shifts(fold: Folding) -> None:
         # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply.
         arises = node in fold.affine and node not in fold.kept and node not in tolerant
         if arises and _cancel(node, order, tolerant, fold):
+            continue
+        constants[node] = _constants(node, constants, fold)
+        grown = node in fold.affine and _size(fold.shift_of[node]) > GROWTH * constants[node].size
+        if grown and _rides(node, fold) and _cancel(node, order, tolerant, fold):
+            fold.settled_early.append(node)
             continue
         if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
             fold.spilled[node] = _stopping(node, fold)
@@ -93,6 +105,44 @@ def tolerant_values(fold: Folding) -> set[Node]:
         if node in fold.scale_of and all(_tolerates(user, node, tolerant, fold) for user in node.users):
             tolerant.add(node)
     return tolerant
+
+
+def _size(shift: np.ndarray) -> float:
+    """Root mean square over channels."""
+    return float(np.sqrt(np.mean(np.square(shift))))
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """The size of the constants that a shift is made of, added as if they were independent.
+
+    Those that have passed no affine map yet are multiplied by the first one, as in the model itself; by later ones they
+    become smaller, but never larger. Adding one to the values it belongs to rounds as much in the model as this allows.
+    """
+
+    fresh: float
+    old: float
+
+    @property
+    def size(self) -> float:
+        return math.hypot(self.fresh, self.old)
+
+
+def _constants(node: Node, constants: dict[Node, _Constants], fold: Folding) -> _Constants:
+    arriving = [constants[o] for o in node.all_input_nodes if o in constants and fold.incoming(node, o).any()]
+    fresh, old = math.hypot(*(c.fresh for c in arriving)), math.hypot(*(c.old for c in arriving))
+    if node in fold.affine and node not in fold.kept:
+        operand, a, b = fold.affine[node]
+        before = fold.incoming(node, operand)
+        gain = _size(a * before) / _size(before) if before.any() else 0.0
+        return _Constants(0.0, math.hypot(gain * fresh, min(gain, 1.0) * old, _size(b)))
+    return _Constants(fresh, old) if arriving else _Constants(_size(fold.shift_of[node]), 0.0)
+
+
+def _rides(node: Node, fold: Folding) -> bool:
+    """Whether a value goes into an addition, possibly rearranged."""
+    rules = [(user, fold.rule_of.get(user)) for user in node.users]
+    return any(isinstance(rule, Sum) or (isinstance(rule, Carry) and _rides(user, fold)) for user, rule in rules)
 
 
 def _adds_to_stream(node: Node, fold: Folding) -> bool:

@@ -1,0 +1,91 @@
+"""Shifts that ride along a residual stream must not grow large against the values they ride on."""
+
+import copy
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse.nn
+from normfuse.fold import fold, settle
+
+from .checks import any_gauge, assert_nothing_left, difference, folded
+from .networks import ChannelNorm, Transformer, look_trained
+
+WIDTH, DEPTH = 32, 8
+
+
+class Block(nn.Module):
+    """Post-norm around a branch that takes most of its stream away."""
+
+    def __init__(self, norm, bias: bool) -> None:
+        super().__init__()
+        self.inner, self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=bias), norm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear(self.inner(x)))
+
+
+class Cancelling(nn.Sequential):
+    """``x + W x`` is about a tenth of x, and a norm multiplies it by ten: values stay as large as they are, but a
+    constant that travels with the stream alone becomes ten times larger in each layer."""
+
+    def __init__(self, norm=normfuse.nn.UnifiedNorm, bias: bool = True) -> None:
+        torch.manual_seed(0)
+        blocks = (Block(norm, bias) for _ in range(DEPTH))
+        super().__init__(nn.Linear(6, WIDTH), nn.Sequential(*blocks).requires_grad_(False), nn.Linear(WIDTH, 5))
+        for block in self[1]:
+            block.inner.weight.copy_(torch.eye(WIDTH))
+            block.linear.weight.mul_(0.2).sub_(0.9 * torch.eye(WIDTH))
+            for module in block.norm.modules():
+                if hasattr(module, "bias"):
+                    module.bias.normal_()
+                    getattr(module, "running_phi", getattr(module, "running_var", None)).fill_(0.01)
+        self.eval()
+
+
+def errors(model: nn.Module, **options: bool) -> tuple[float, float, object]:
+    """What float32 costs the model and the folded program, against the model in float64."""
+    x = torch.randn(64, 9, 6)
+    result, report = fold(torch.export.export(model, (x,)), **options)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        pair = [difference(exact, run(x).double()) for run in (model, result.module())]
+    assert_nothing_left(result, report)
+    return *pair, report
+
+
+@pytest.mark.parametrize("norm", [normfuse.nn.UnifiedNorm, ChannelNorm])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("carry_biases", [True, False])
+def test_float32_stays_as_accurate_as_the_model(norm, bias, carry_biases):
+    own, after, _ = errors(Cancelling(norm, bias), carry_biases=carry_biases)
+    assert own < 1e-5 and after < settle.GROWTH * own
+
+
+@pytest.mark.parametrize("carry_biases", [True, False])
+def test_without_the_bound_digits_are_lost_and_with_it_no_operation_is_added(carry_biases):
+    with patch.object(settle, "GROWTH", float("inf")):
+        own, lost, unbounded = errors(Cancelling(), carry_biases=carry_biases)
+    _, kept, report = errors(Cancelling(), carry_biases=carry_biases)
+    assert lost > 1000 * own > 100 * kept / settle.GROWTH
+    assert report.settled_early and not unbounded.settled_early
+    assert set(report.settled_early) <= {f"1.{layer}.norm" for layer in range(DEPTH)}
+    assert report.nodes_after == unbounded.nodes_after
+
+
+@pytest.mark.parametrize("carry_biases", [True, False])
+def test_settling_early_is_exact_for_any_choice_of_the_free_numbers(carry_biases):
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    with any_gauge(3):
+        folded(Cancelling(), (x,), carry_biases=carry_biases)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+def test_biases_of_trained_looking_networks_still_travel(placement):
+    model = look_trained(Transformer("unified", placement, depth=6))
+    _, report = folded(model, (torch.randint(11, (2, 8)),), carry_biases=True)
+    if placement == "pre":
+        assert not report.settled_early
+    assert len(report.settled_early) <= 2
