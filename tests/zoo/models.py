@@ -305,12 +305,27 @@ ZOO: tuple[Entry, ...] = (
     transformer("Llama", "LlamaForCausalLM", "LlamaConfig", Words, LM, **LLAMA)(
         quick=True, expected=Expected(gains=(5, 5), swapped=(5, 5))
     ),
-    transformer("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", Words, LM, **LLAMA, head_dim=16)(),
+    transformer("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", Words, LM, **LLAMA, head_dim=16)(
+        expected=Expected(
+            gains=(5, 9), swapped=(9, 9), why="gains on queries and keys: rotations and attention take none"
+        )
+    ),
     transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, **LLAMA, head_dim=16)(),
-    transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, **T5, decoder_start_token_id=0)(),
+    transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, **T5, decoder_start_token_id=0)(
+        expected=Expected(gains=(12, 12), swapped=(12, 12))
+    ),
     transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, **SEQ2SEQ)(),
-    transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, BATCH, **WHISPER)(),
-    transformer("CLIP, text", "CLIPTextModel", "CLIPTextConfig", Words, LAST, **SMALL)(),
+    transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, BATCH, **WHISPER)(
+        expected=Expected(
+            rms=(0, 5),
+            gains=(4, 5),
+            swapped=(4, 5),
+            why="GELU writes the stream that LayerNorms read; the last one's result is the output",
+        )
+    ),
+    transformer("CLIP, text", "CLIPTextModel", "CLIPTextConfig", Words, LAST, **SMALL)(
+        expected=Expected(rms=(4, 5), gains=(4, 5), swapped=(5, 5), why="the last one's result is the output")
+    ),
     transformer(
         "CLIP, images",
         "CLIPVisionModel",

@@ -64,7 +64,8 @@ def swapped(entry: Entry) -> nn.Module | None:
     """The model with Unified Norms for its LayerNorms and RMSNorms, which look trained; None where it has none."""
     torch.manual_seed(0)
     model = entry.build()
-    if all(isinstance(module, _BatchNorm) or "norm" not in type(module).__name__.lower() for module in model.modules()):
+    norms = [m for m in model.modules() if "norm" in type(m).__name__.lower() and not any(m.children())]
+    if all(isinstance(norm, _BatchNorm) for norm in norms):
         return None
     swap_norms(model, to="unified", where=lambda name, module: not isinstance(module, _BatchNorm))
     return look_trained(model)
