@@ -23,6 +23,7 @@ from normfuse.fold import FoldError
 from normfuse.onnx import (
     BenchError,
     ExportError,
+    ExportResult,
     GraphError,
     VerificationError,
     WriteError,
@@ -128,8 +129,7 @@ def export(
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     console = make_console()
     with _one_line_errors():
-        for file in (out,) if report is None else (out, report):
-            check_target(file)
+        _check_targets(out, report)
         with Stages(console) as stages:
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
@@ -149,8 +149,7 @@ def export(
             )
         print_result(console, result)
         if report is not None:
-            versions = {"normfuse": normfuse.__version__}
-            _write_json(report, {"checkpoint": str(checkpoint), "versions": versions, **result.to_dict()})
+            _write_report(report, result, checkpoint=checkpoint)
 
 
 @app.command()
@@ -170,8 +169,7 @@ def fold(
     """Fold BatchNorms, Mul and Add per channel and LayerNorm gains of an ONNX file, and verify the result."""
     console = make_console()
     with _one_line_errors():
-        for file in (out,) if report is None else (out, report):
-            check_target(file)
+        _check_targets(out, report)
         with Stages(console) as stages:
             result = fold_file(
                 source,
@@ -188,8 +186,7 @@ def fold(
             )
         print_result(console, result)
         if report is not None:
-            versions = {"normfuse": normfuse.__version__}
-            _write_json(report, {"source": str(source), "versions": versions, **result.to_dict()})
+            _write_report(report, result, source=source)
 
 
 @app.command()
@@ -334,6 +331,18 @@ def _one_line_errors() -> Iterator[None]:
             message = f"unexpected {type(error).__name__}: {message} (NORMFUSE_TRACEBACK=1 shows where)"
         print(f"normfuse: error: {message}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def _check_targets(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            check_target(file)
+
+
+def _write_report(path: Path, result: ExportResult, **source: Path) -> None:
+    versions = {"normfuse": normfuse.__version__}
+    read = {name: str(file) for name, file in source.items()}
+    _write_json(path, {**read, "versions": versions, **result.to_dict()})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
