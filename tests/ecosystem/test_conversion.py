@@ -15,18 +15,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 STEPS, BATCH, WORDS, TOKENS = 12, 4, 60, 10
 
 
-@pytest.fixture(autouse=True, scope="module")
-def torchvision_imports():
-    """transformers imports torchvision, whose wheels are for CUDA: schemas of its operations are enough."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        yield
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield
-
-
 def sentences(count=STEPS * BATCH):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, TOKENS + 1, (count, 1), generator=generator)

@@ -20,18 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 STEPS, BATCH, CLASSES = 30, 16, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def torchvision_imports():
-    """timm and transformers import torchvision, whose wheels are for CUDA: schemas of its operations are enough."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        yield
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield
-
-
 class Examples(Dataset):
     """One batch's worth of each class many times over, noise added: ``inputs`` and ``labels``."""
 

@@ -1,0 +1,5 @@
+"""timm and transformers are imported as the zoo does it."""
+
+from zoo.conftest import torchvision_imports
+
+__all__ = ["torchvision_imports"]
