@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import ChannelNorm, check_count
-from ..nn.calibration import run_batch
+from ..nn.calibration import keep_modes, run_batch
 from .progressive import Conversion
 
 OutputLoss = Callable[[Any, Any], Tensor]
@@ -207,15 +207,16 @@ def distill(
     """
     check_count("steps", steps, 1)
     student = distillation.student
-    modes = {module: module.training for module in student.modules()}
-    student.train(dropout)
-    frozen = {module.static for module in student.modules() if isinstance(module, ProgressiveNorm) and module.frozen}
-    for module in student.modules():
-        if isinstance(module, (ProgressiveNorm, ChannelNorm)) and module not in frozen:
-            module.train()
-    device = next(student.parameters()).device
-    losses = []
-    try:
+    with keep_modes(student):
+        student.train(dropout)
+        frozen = {
+            module.static for module in student.modules() if isinstance(module, ProgressiveNorm) and module.frozen
+        }
+        for module in student.modules():
+            if isinstance(module, (ProgressiveNorm, ChannelNorm)) and module not in frozen:
+                module.train()
+        device = next(student.parameters()).device
+        losses = []
         batches = _endless(loader)
         for step in range(1, steps + 1):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -233,9 +234,6 @@ def distill(
             losses.append(loss.detach())
             if after_step is not None:
                 after_step(step, losses[-1])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return torch.stack(losses)
 
 

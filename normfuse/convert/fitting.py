@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm
-from ..nn._running_norm import ChannelNorm
-from ..nn.calibration import run_batch
+from ..nn._running_norm import ChannelNorm, normalised_input
+from ..nn.calibration import keep_modes, run_batch
 from ..ops._layout import to_rows
 from ..ops.power_norm import group_scaling
 
@@ -27,8 +27,7 @@ class _Moments:
         self.rows = torch.zeros((), dtype=torch.int64, device=device)
 
     def observe(self, norm: ProgressiveNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = arguments[0] if arguments else options["x"]
-        pad_mask = arguments[1] if len(arguments) > 1 else options.get("pad_mask")
+        x, pad_mask = normalised_input(arguments, options)
         if pad_mask is None:
             pad_mask = norm.mask_for(x)
         static = norm.static
@@ -55,20 +54,18 @@ def fit_static_norms(
     """See :meth:`normfuse.convert.Conversion.calibrate`."""
     moments = {name: _Moments(norm) for name, norm in norms.items()}
     hooks = [norm.register_forward_pre_hook(moments[name].observe, with_kwargs=True) for name, norm in norms.items()]
-    modes = {module: module.training for module in model.modules()}
     batches = 0
     try:
-        model.eval()
-        for batch in loader:
-            if batches == max_batches:
-                break
-            run_batch(model, batch, None if device is None else torch.device(device))
-            batches += 1
+        with keep_modes(model):
+            model.eval()
+            for batch in loader:
+                if batches == max_batches:
+                    break
+                run_batch(model, batch, None if device is None else torch.device(device))
+                batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if batches == 0:
         raise ValueError("loader gave no batch to calibrate with; give at least one")
     seen = {name: found for name, found in moments.items() if found.rows > 0}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_count
-from ..nn.calibration import run_batch
+from ..nn.calibration import keep_modes, run_batch
 from .fitting import set_affine
 from .progressive import Conversion
 
@@ -75,17 +75,13 @@ def reconstruct(
     for name, norm in conversion.norms.items():
         if getattr(norm.static, "group_num", None):
             raise ValueError(f"{name} scales each position by its group; reconstruct needs group_num=None")
-    modes = {module: module.training for module in model.modules()}
     errors = {}
-    try:
+    with keep_modes(model):
         model.eval()
         expected = _teacher_values(conversion, teacher, batches, target)
         with torch.no_grad(), _static(conversion):
             for name, values in expected.items():
                 errors[name] = _fit(conversion, name, layers[name], values, batches, target, ridge, rounds)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return errors
 
 
@@ -124,16 +120,14 @@ def _teacher_values(
             values.setdefault(name, []).append(output)
 
         hooks.append(teacher.get_submodule(name).register_forward_hook(keep))
-    training = {module: module.training for module in teacher.modules()}
     try:
-        teacher.eval()
-        for batch in batches:
-            run_batch(teacher, batch, device)
+        with keep_modes(teacher):
+            teacher.eval()
+            for batch in batches:
+                run_batch(teacher, batch, device)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     for name in conversion.norms:
         runs = len(values.get(name, ()))
         if runs != len(batches):

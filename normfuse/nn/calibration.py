@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None
         model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
 
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Leave every module of ``model`` in the mode, training or evaluation, in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -85,18 +96,17 @@ def calibrate(
     norms = {name: m for name, m in model.named_modules() if isinstance(m, RunningNorm)}
     if not norms:
         raise ValueError(f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to calibrate")
-    modes = {module: module.training for module in model.modules()}
     before = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in norms.values()}
     sums = {norm: _Sums(norm) for norm in norms.values()}
     hooks = [norm.register_forward_pre_hook(sums[norm].observe, with_kwargs=True) for norm in norms.values()]
     options = {norm: (norm.warmup_iters, norm.synchronised, norm.ghost_size) for norm in norms.values()}
     batches = 0
     try:
-        model.eval()
-        for norm in norms.values():
-            norm.train()
-            norm.warmup_iters, norm.synchronised, norm.ghost_size = max(norm.warmup_iters, 1), False, None
-        with _bar(loader, max_batches) if progress else nullcontext() as bar:
+        with keep_modes(model), _bar(loader, max_batches) if progress else nullcontext() as bar:
+            model.eval()
+            for norm in norms.values():
+                norm.train()
+                norm.warmup_iters, norm.synchronised, norm.ghost_size = max(norm.warmup_iters, 1), False, None
             for batch in loader:
                 if batches == max_batches:
                     break
@@ -111,8 +121,6 @@ def calibrate(
             norm.warmup_iters, norm.synchronised, norm.ghost_size = warmup_iters, synchronised, ghost_size
             for name, value in before[norm].items():
                 norm.get_buffer(name).copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
     alone = all(norm.group_to_share_with() is None for norm in norms.values())
     if batches == 0 and alone:  # another rank may have some
         raise ValueError("loader gave no batch to calibrate with; give at least one")
