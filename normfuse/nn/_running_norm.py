@@ -152,11 +152,16 @@ class ChannelNorm(nn.Module):
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])
 
 
-def normalised_input(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What a :class:`RunningNorm` called like this normalises, and its padding mask: for hooks in front of it."""
+def given_to_norm(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``x``, ``pad_mask`` and ``residual`` of a norm that is called like this: for hooks in front of it."""
     given = {**dict(zip(("x", "pad_mask", "residual"), arguments, strict=False)), **options}
-    x, residual = given["x"], given.get("residual")
-    return x if residual is None else x + residual, given.get("pad_mask")
+    return given["x"], given.get("pad_mask"), given.get("residual")
+
+
+def normalised_input(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a norm that is called like this normalises, the residual included, and its padding mask."""
+    x, pad_mask, residual = given_to_norm(arguments, options)
+    return x if residual is None else x + residual, pad_mask
 
 
 class RunningNorm(ChannelNorm):

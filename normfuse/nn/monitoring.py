@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops._layout import accumulation_dtype, mean_square, to_rows
 from ..ops._registry import library
 from ..ops.power_norm import group_scaling
-from ._running_norm import RunningNorm, normalised_input
+from ._running_norm import RunningNorm, given_to_norm
 from .power_norm import PowerNorm
 
 FIELDS = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
@@ -33,10 +33,11 @@ def _counters(norm: RunningNorm) -> list[Tensor]:
 
 
 def _measure(
-    norm: RunningNorm, x: Tensor, pad_mask: Tensor | None, running: Tensor, ema_gz: Tensor, iters: Tensor,
-    counters: list[Tensor],
+    norm: RunningNorm, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running: Tensor, ema_gz: Tensor,
+    iters: Tensor, counters: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """The numbers of :data:`FIELDS` as one small float64 tensor on the norm's device."""
+    x = x if residual is None else x + residual
     values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
     if isinstance(norm, PowerNorm):
         values, _ = group_scaling(values, norm.group_num or 0, norm.eps)
@@ -58,20 +59,20 @@ _numbers = count()
 # ticket is declared to change, or nothing would keep an operation without results in the graph. Python runs in it,
 # which a captured CUDA graph would not repeat.
 library.define(
-    "observe(Tensor(a!) ticket, Tensor x, Tensor? pad_mask, Tensor running, Tensor ema_gz, Tensor iters, "
-    "Tensor[] counters, int watch, str name) -> ()",
+    "observe(Tensor(a!) ticket, Tensor x, Tensor? pad_mask, Tensor? residual, Tensor running, Tensor ema_gz, "
+    "Tensor iters, Tensor[] counters, int watch, str name) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
 @torch.library.impl(library, "observe", "CompositeExplicitAutograd")
 def _observe(
-    ticket: Tensor, x: Tensor, pad_mask: Tensor | None, running: Tensor, ema_gz: Tensor, iters: Tensor,
-    counters: list[Tensor], watch: int, name: str,
+    ticket: Tensor, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running: Tensor, ema_gz: Tensor,
+    iters: Tensor, counters: list[Tensor], watch: int, name: str,
 ) -> None:  # fmt: skip
     monitor = _WATCHES.get(watch)
     if monitor is not None:
-        monitor.observe(name, x, pad_mask, running, ema_gz, iters, counters)
+        monitor.observe(name, x, pad_mask, residual, running, ema_gz, iters, counters)
 
 
 @torch.library.register_fake("normfuse::observe")
@@ -103,7 +104,7 @@ class Monitor:
             for name, norm in self._norms.items()
         ]
 
-    def observe(self, name: str, x: Tensor, pad_mask: Tensor | None, *statistics: Any) -> None:
+    def observe(self, name: str, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, *statistics: Any) -> None:
         """Record the step that the norm of this name is about to take, if it is one to record."""
         if torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
             return
@@ -112,7 +113,7 @@ class Monitor:
             return
         self._collect(name)
         with torch.no_grad():
-            record = _measure(self._norms[name], x, pad_mask, *statistics)
+            record = _measure(self._norms[name], x, pad_mask, residual, *statistics)
         # On its way while training goes on; it is read when the next record is made, long after it arrived.
         host = torch.empty_like(record, device="cpu", pin_memory=record.is_cuda)
         host.copy_(record, non_blocking=True)
@@ -187,12 +188,13 @@ def _hook(watch: int, name: str, ticket: Tensor) -> Any:
     def hook(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not norm.training:
             return
-        x, pad_mask = normalised_input(arguments, options)
+        x, pad_mask, residual = given_to_norm(arguments, options)
         statistics = _running(norm), norm.ema_gz, norm.iters, _counters(norm)
         if torch.compiler.is_compiling():
-            torch.ops.normfuse.observe(ticket, x.detach(), pad_mask, *statistics, watch, name)
+            residual = None if residual is None else residual.detach()
+            torch.ops.normfuse.observe(ticket, x.detach(), pad_mask, residual, *statistics, watch, name)
         elif watch in _WATCHES:
-            _WATCHES[watch].observe(name, x, pad_mask, *statistics)
+            _WATCHES[watch].observe(name, x, pad_mask, residual, *statistics)
 
     return hook
 

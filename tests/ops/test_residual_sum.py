@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from normfuse.nn import PowerNorm, UnifiedNorm, calibrate, monitor
@@ -183,6 +184,28 @@ def test_what_looks_at_a_norms_input_sees_the_sum(make):
         one(batches[0])
     q = (4 * batches[0]).square().mean() if not getattr(one.norm, "group_num", None) else torch.tensor(1.0)
     assert watch.to_json()["layers"]["norm"]["batch"][0] == pytest.approx(q.item(), rel=1e-3)
+
+
+class Additions(TorchDispatchMode):
+    """Counts additions of tensors of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten.add.Tensor and result.shape == self.shape
+        return result
+
+
+def test_watching_adds_the_residual_only_where_it_records(make):
+    norm, (x, residual) = make(), leaves(5, C)
+    with monitor(norm, every=3):
+        for recorded in (True, False, False, True):
+            with Additions(x.shape) as additions:
+                norm(x, residual=residual)
+            assert additions.count == recorded
 
 
 def test_refusals(make):
