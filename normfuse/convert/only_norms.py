@@ -16,6 +16,7 @@ from ..fold.engine import Folding
 from ..fold.rules.base import argument
 from ..nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import ChannelNorm, check_choice
+from ..nn.calibration import keep_modes
 from .swap import _is_norm
 
 INITS = ("keep", "one", "uniform")
@@ -118,14 +119,15 @@ def remove_dead_channels(
     """
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is not allowed; give a number of at least 0")
-    before, training = _count(model), model.training
+    before = _count(model)
     gains = {m: m.weight.clone() for m in model.modules() if _multiplies(m)}
     small = {norm: gain.abs() <= threshold for norm, gain in gains.items()}
     removed, kept, shrunk = {}, {}, set()
     try:
         for norm, where in small.items():
             norm.weight.masked_fill_(where, 0.0)
-        program = torch.export.export(model.eval(), example_inputs, kwargs)
+        with keep_modes(model):
+            program = torch.export.export(model.eval(), example_inputs, kwargs)
         folding = open_for_removal(program)
         for writer in weights_of(folding):
             found = find_dead(writer, folding)
@@ -137,7 +139,6 @@ def remove_dead_channels(
                 shrunk |= _shrink(found, model, folding, gains)
                 removed[found.norm] = (layers[0], tuple(layers[1:]), found.dead.nonzero()[0].tolist())
     finally:
-        model.train(training)
         for norm, gain in gains.items():
             norm.weight.copy_(gain)
     for name, norm in model.named_modules():

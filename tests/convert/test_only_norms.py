@@ -116,6 +116,13 @@ def test_nearly_dead_channels_go_at_a_threshold_and_one_always_stays():
     assert 0 < (model(x) - expected).abs().max() < 1e-2
 
 
+def test_modes_of_modules_stay_what_they_were():
+    model = trained(nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.Linear(C, 2))).train()
+    model[1].eval()  # frozen
+    remove_dead_channels(model, (torch.randn(9, 3).double(),))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
 def test_two_norms_between_the_same_layers_both_lose_theirs():
     model = trained(nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.Tanh(), UnifiedNorm(C), nn.Linear(C, 2)))
     with torch.no_grad():
