@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..nn import MaskedBatchNorm, RepBatchNorm
 from ..nn._running_norm import check_count, check_fraction, check_positive
 from ..ops._layout import accumulation_dtype
-from .swap import Swap, SwapReport, Where, _selector
+from .swap import Swap, SwapReport, Where, _selector, put
 
 
 class AdaptingNorm(nn.Module):
@@ -302,7 +302,7 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
         report.swaps.append(Swap(name, type(norm).__name__, _METHODS[method].__name__, norm.num_features))
     for name, norm in chosen:
         norm.eval()
-        _put(model, name, adapting[norm])
+        put(model, name, adapting[norm])
     return report
 
 
@@ -330,12 +330,7 @@ def freeze(model: nn.Module) -> SwapReport:
     report = SwapReport()
     for name, module in places:
         module.norm.train(module.training)
-        _put(model, name, module.norm)
+        put(model, name, module.norm)
         after = type(module.norm).__name__
         report.swaps.append(Swap(name, type(module).__name__, after, module.norm.num_features))
     return report
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, label = name.rpartition(".")
-    setattr(model.get_submodule(parent), label, module)
