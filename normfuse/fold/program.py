@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch.export import ExportedProgram, ModuleCallEntry
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from .report import FoldError
@@ -37,7 +38,7 @@ _SMOOTH = {
 # Entries of a weight that are rewritten at once: 8 MB in float64, which the allocator reuses and caches hold.
 BLOCK_ENTRIES = 1 << 20
 _FOLDED = re.compile(r"(_folded(_\d+)?)+$")  # what :meth:`Program.add_parameter` adds to a name
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+_CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
 
 
 class Program:
@@ -47,12 +48,13 @@ class Program:
         if any(_mutates(node) for node in program.graph.nodes):
             program = _restore_batch_norms(program.run_decompositions({}))  # functionalises
         self._original = program
-        self.graph_module = copy.deepcopy(program.graph_module)
-        self.graph = self.graph_module.graph
+        self.graph = copy.deepcopy(program.graph)
         for copied, node in zip(self.graph.nodes, program.graph.nodes, strict=True):
             copied.name = node.name  # a copy renames what shadows a builtin, such as an input called "input"
+            if node.target is aten.detach_.default:
+                copied.target = aten.detach.default
         self.graph.eliminate_dead_code()
-        self.signature = copy.deepcopy(program.graph_signature)
+        self.signature = _copy_signature(program.graph_signature)
         self.state_dict = dict(program.state_dict)
         self.constants = dict(program.constants)
         self.bytes_copied = 0
@@ -95,7 +97,8 @@ class Program:
     def _smooth(self, node: Node) -> bool:
         if node.name in self._targets:
             return True
-        return node.target in (*_SMOOTH, *_CASTS) and all(self._smooth(operand) for operand in node.all_input_nodes)
+        smooth = node.target in _SMOOTH or node.target in _CASTS
+        return smooth and all(self._smooth(operand) for operand in node.all_input_nodes)
 
     def blocks(self, node: Node) -> Iterator[tuple[slice, torch.Tensor]]:
         """The value of a constant in float64, piece by piece along its first axis, so that large weights fit."""
@@ -245,9 +248,9 @@ class Program:
                 node.target = aten.reshape.default
         self._count_copies(live)
         self.graph.lint()
-        self.graph_module.recompile()
-        return ExportedProgram(
-            root=self.graph_module,
+        bodies = {node.target for node in self.graph.nodes if node.op == "get_attr"}  # of torch.no_grad() and the like
+        folded = ExportedProgram(
+            root={name: copy.deepcopy(attrgetter(name)(self._original.graph_module)) for name in bodies},
             graph=self.graph,
             graph_signature=self.signature,
             state_dict=self.state_dict,
@@ -257,6 +260,8 @@ class Program:
             constants=self.constants,
             verifiers=self._original.verifiers,
         )
+        folded.graph_module.meta.update(self._original.graph_module.meta)
+        return folded
 
     def _count_copies(self, live: set[str]) -> None:
         """Bytes of weights that are stored more than once now: the original, where still read, and its variants."""
@@ -281,7 +286,10 @@ def largest_entry(tensor: torch.Tensor) -> float:
 
 
 def _mutates(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    # A torch.tensor(...) in a forward is traced with a detach_, which changes no value.
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.detach_.default:
+        return False
+    return node.target._schema.is_mutable
 
 
 def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:
@@ -313,6 +321,11 @@ def _is_pure_constant(node: Node, constants: set[Node]) -> bool:
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
+    specs = (signature.input_specs, signature.output_specs)
+    return ExportGraphSignature(*([replace(spec, arg=replace(spec.arg)) for spec in side] for side in specs))
 
 
 def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import export
+from torch.export import ExportedProgram, export
 
 from normfuse.fold import program as programs
 from normfuse.fold.program import Program
 
 from .checks import assert_nothing_left, folded
 from .networks import Transformer, look_trained
+
+aten = torch.ops.aten
 
 
 def test_a_large_weight_is_rewritten_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +54,36 @@ def test_inputs_keep_their_names() -> None:
     program = export(Named(), (torch.ones(2), torch.ones(2)))
     closed = Program(program).finish()
     assert closed.graph_signature.user_inputs == program.graph_signature.user_inputs == ("input", "max")
+
+
+def test_a_tensor_made_in_a_forward_is_no_mutation() -> None:
+    class Choice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.index_select(1, torch.tensor([1, 0]))
+
+    program = export(nn.Sequential(nn.BatchNorm1d(2), Choice(), nn.Linear(2, 2)).eval(), (torch.ones(3, 2),))
+    targets = [node.target for node in program.graph.nodes]
+    assert aten.detach_.default in targets  # otherwise this shows nothing
+    with patch.object(ExportedProgram, "run_decompositions", side_effect=AssertionError):
+        opened = Program(program)
+    assert aten.detach.default in (node.target for node in opened.graph.nodes)
+    assert [node.target for node in program.graph.nodes] == targets
+
+
+def test_bodies_of_nested_code_are_copied() -> None:
+    class Frozen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = x * 2
+            return y + x.exp()
+
+    x = torch.randn(2)
+    program = export(Frozen(), (x,))
+    closed = Program(program).finish()
+    bodies = [node.target for node in closed.graph.nodes if node.op == "get_attr"]
+    assert bodies  # otherwise this shows nothing
+    assert all(getattr(closed.graph_module, b) is not getattr(program.graph_module, b) for b in bodies)
+    assert torch.equal(closed.module()(x), Frozen()(x))
 
 
 def test_sizes_count_tied_tensors_once() -> None:

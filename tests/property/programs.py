@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,38 @@ UNARY = (
 BINARY = (
     "add add add sub mul concat_channels concat_positions cross_attention gated join add_first stack weigh mixture"
 ).split()
+# The members of `Program` that an operation uses.
+PARTS = {
+    "norm": "norms",
+    "batch_norm": "batch_norms",
+    "family": "family",
+    "linear": "linears",
+    "no_bias": "linears",
+    "attention": "qkv",
+    "conv": "convs",
+    "padded_conv": "convs",
+    "gate_by_self": "linears",
+    "add_constant": "constant",
+    "add_position": "position",
+    "scale": "constant",
+    "layer_norm": "layer_norm",
+    "rms_norm": "rms_weight",
+    "written_rms_norm": "rms_weight",
+    "matmul_weight": "weight linears",
+    "masked_attention": "qkv",
+    "product_attention": "qkv",
+    "einsum": "weight",
+    "per_position": "per_position",
+    "grouped_conv": "grouped",
+    "transposed_conv": "transposed",
+    "glu": "gate up linears",
+    "rotary": "angles",
+    "flat_linear": "flat",
+    "positions": "per_position",
+    "concat_channels": "wide",
+    "concat_positions": "token",
+    "cross_attention": "linears up",
+}
 
 
 class Program(nn.Module):
@@ -115,34 +148,47 @@ class Program(nn.Module):
                     statistic.copy_(torch.exp(rand(*statistic.shape)) if "mean" not in name else rand(*statistic.shape))
             return module
 
-        self.embed = layer(nn.Embedding(9, width))
-        self.norms = nn.ModuleList(norm() for _ in range(3))
-        self.batch_norms = nn.ModuleList(batch_norm() for _ in range(2))
-        used = {self._member(step.layer) for step in plan.steps if step.kind == "family"}
-        self.family = nn.ModuleDict({str(i): member(FAMILY[i](width)) for i in sorted(used)})
-        self.linears = nn.ModuleList(layer(nn.Linear(width, width, bias=i != 1)) for i in range(3))
-        self.wide = nn.ModuleList(layer(nn.Linear(2 * width, width)) for _ in range(2))
-        self.qkv = layer(nn.Linear(width, 3 * width))
-        self.convs = nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=p)) for p in (0, 1))
-        self.grouped = nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=1, groups=g)) for g in (2, width))
-        self.transposed = layer(nn.ConvTranspose1d(width, width, 3, padding=1, groups=2))
-        self.up, self.gate = layer(nn.Linear(width, width)), layer(nn.Linear(width, width, bias=False))
-        self.flat = layer(nn.Linear(self.LENGTH * width, self.LENGTH * width))
-        self.per_position = nn.Parameter(rand(self.LENGTH, width, width) / width**0.5)
-        self.angles = nn.Parameter(rand(self.LENGTH, width))
+        used = sorted({self._member(step.layer) for step in plan.steps if step.kind == "family"})
+        makers: dict[str, Callable[[], nn.Module | nn.Parameter]] = {
+            "embed": lambda: layer(nn.Embedding(9, width)),
+            "norms": lambda: nn.ModuleList(norm() for _ in range(3)),
+            "batch_norms": lambda: nn.ModuleList(batch_norm() for _ in range(2)),
+            "family": lambda: nn.ModuleDict({str(i): member(FAMILY[i](width)) for i in used}),
+            "linears": lambda: nn.ModuleList(layer(nn.Linear(width, width, bias=i != 1)) for i in range(3)),
+            "wide": lambda: nn.ModuleList(layer(nn.Linear(2 * width, width)) for _ in range(2)),
+            "qkv": lambda: layer(nn.Linear(width, 3 * width)),
+            "convs": lambda: nn.ModuleList(layer(nn.Conv1d(width, width, 3, padding=p)) for p in (0, 1)),
+            "grouped": lambda: nn.ModuleList(layer(nn.Conv1d(width, width, 3, 1, 1, groups=g)) for g in (2, width)),
+            "transposed": lambda: layer(nn.ConvTranspose1d(width, width, 3, padding=1, groups=2)),
+            "up": lambda: layer(nn.Linear(width, width)),
+            "gate": lambda: layer(nn.Linear(width, width, bias=False)),
+            "flat": lambda: layer(nn.Linear(self.LENGTH * width, self.LENGTH * width)),
+            "per_position": lambda: nn.Parameter(rand(self.LENGTH, width, width) / width**0.5),
+            "angles": lambda: nn.Parameter(rand(self.LENGTH, width)),
+            "layer_norm": lambda: layer(nn.LayerNorm(width)),
+            "rms_weight": lambda: nn.Parameter(rand(width)),
+            "position": lambda: nn.Parameter(rand(1, self.LENGTH, width)),
+            "weight": lambda: nn.Parameter(rand(width, width)),
+            "constant": lambda: nn.Parameter(rand(width)),
+            "token": lambda: nn.Parameter(rand(1, 1, width)),
+        }
+        needed = {part for step in plan.steps for part in PARTS.get(step.kind, "").split()}
+        needed |= {"embed"} if plan.source == "tokens" else set()
         self.order = tuple(torch.randperm(width, generator=generator).tolist())
-        self.layer_norm = layer(nn.LayerNorm(width))
-        self.rms_weight = nn.Parameter(rand(width))
-        self.position = nn.Parameter(rand(1, self.LENGTH, width))
-        self.weight = nn.Parameter(rand(width, width))
-        self.constant = nn.Parameter(rand(width))
-        self.token = nn.Parameter(rand(1, 1, width))
+        for name, make in makers.items():
+            if name in needed:
+                setattr(self, name, make())
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        values = self.values(x)
+        return tuple(values[i] for i in self.plan.outputs)
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Every value, in the plan's order."""
         values = [self.embed(x) if self.plan.source == "tokens" else x]
         for step in self.plan.steps:
             values.append(getattr(self, "do_" + step.kind)(*(values[i] for i in step.inputs), step.layer))
-        return tuple(values[i] for i in self.plan.outputs)
+        return values
 
     def do_norm(self, x: Tensor, n: int) -> Tensor:
         return self.norms[n % 3](x)
