@@ -80,14 +80,14 @@ def _draw_layer(axes: Any, name: str, series: dict[str, list[Any]]) -> None:
     axes[0].plot(step, values["batch"], label="batch", linewidth=1)
     axes[0].plot(step, values["running"], label="running", linewidth=1.5)
     axes[0].set_ylabel(name)
-    axes[0].set_title("mean of the quadratic mean", fontsize=9)
+    axes[0].set_title("mean over channels", fontsize=9)
     axes[0].legend(fontsize=7)
     axes[1].fill_between(step, values["ratio_low"], values["ratio_high"], alpha=0.4)
     axes[1].plot(step, values["ratio"], linewidth=1.5)
     axes[1].axhline(1, color="black", linewidth=0.6)
     axes[1].set_title("batch over running: middle and range over channels", fontsize=9)
     axes[2].plot(step, values["gradient"], linewidth=1)
-    axes[2].set_title(f"root mean square of ema_gz; {values['skips'][-1] if step else 0} skips", fontsize=9)
+    axes[2].set_title(f"size of the gradient statistic; {values['skips'][-1] if step else 0} skips", fontsize=9)
     for each in axes[:2]:
         if any(v > 0 for v in values["batch"]):
             each.set_yscale("log")

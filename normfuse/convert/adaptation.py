@@ -25,6 +25,8 @@ class AdaptingNorm(nn.Module):
 
     #: Why the adapted statistics cannot become constants.
     refusal: str | None = None
+    #: Why :func:`normfuse.nn.calibrate` takes no model with it.
+    calibration_refusal = "follows the data that it meets: call normfuse.convert.freeze(model) first"
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import MaskedBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm
+from ..nn import MaskedBatchNorm, ProgressiveNorm, RepBatchNorm
 from ..nn._running_norm import ChannelNorm, normalised_input
 from ..nn.calibration import keep_modes, run_batch
 from ..ops._layout import to_rows
-from ..ops.power_norm import group_scaling
 
 _CONSTANT = 1e-8  # share of the mean variance over channels below which a channel counts as constant
 _SLOPE_OF_CONSTANTS = 0.1  # of the median slope: adds its square, 0.01, of a usual channel's variance
@@ -31,9 +30,8 @@ class _Moments:
         if pad_mask is None:
             pad_mask = norm.mask_for(x)
         static = norm.static
-        u, v = (to_rows(t.detach(), static.channel_dim).double() for t in (x, norm.original(x)))
-        if isinstance(static, PowerNorm):
-            u, _ = group_scaling(u, static.group_num or 0, static.eps)
+        u = static.rows_to_measure(x.detach().double())
+        v = to_rows(norm.original(x).detach().double(), static.channel_dim)
         if pad_mask is not None:
             valid = torch.logical_not(pad_mask).reshape(-1)
             u, v = u[valid], v[valid]
@@ -114,13 +112,7 @@ def set_affine(
     slope = torch.where(constant, _SLOPE_OF_CONSTANTS * slope.abs().median(), slope)
     shift = target - slope * mean
     centred = isinstance(static, MaskedBatchNorm)
-    if centred:
-        static.running_mean.copy_(mean)
-        static.running_var.copy_(var)
-    else:
-        for name in ("running_var", "running_phi", "buffer_x2"):
-            if hasattr(static, name):
-                static.get_buffer(name).copy_(square)
+    static.set_statistics(mean, var)
     if fit:
         own = slope - static.alpha if isinstance(static, RepBatchNorm) else slope
         static.weight.copy_(own * torch.sqrt((var if centred else square) + static.eps))

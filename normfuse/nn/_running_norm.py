@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..ops._layout import accumulation_dtype
+from ..ops._layout import accumulation_dtype, to_rows
 from ..ops._recompute import State
 
 
@@ -83,6 +83,8 @@ class ChannelNorm(nn.Module):
         self.affine = affine
         self.channel_dim = channel_dim
         self.ghost_size = ghost_size
+        self.synchronised = False
+        self.process_group: ProcessGroup | None = None
         if affine:
             self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -105,6 +107,31 @@ class ChannelNorm(nn.Module):
             self._start_values[name] = start
         for name, shape in counters.items():
             self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int64))
+
+    def group_to_share_with(self) -> ProcessGroup | None:
+        """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""
+        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def rows_to_measure(self, x: Tensor) -> Tensor:
+        """The [rows, C] matrix of an input that its statistics are taken of."""
+        return to_rows(x, self.channel_dim)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor, rows: Tensor | None = None) -> None:
+        """Replace the forward statistics by those of given rows.
+
+        Args:
+            mean, var: mean and biased variance [C] of :meth:`rows_to_measure`.
+            rows: how many rows they are of, where statistics that training would keep unbiased are to be that; None:
+                as they are.
+        """
+        square = var + mean.square()
+        for name in ("running_var", "running_phi", "buffer_x2"):
+            if name in self._buffers:
+                self._buffers[name].copy_(square)
 
     def reset_running_stats(self) -> None:
         """Set every statistic and counter back to its value before training."""
@@ -149,7 +176,20 @@ class ChannelNorm(nn.Module):
         shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
         if self.ghost_size is not None:
             shown["ghost_size"] = self.ghost_size
+        if self.synchronised:
+            shown["synchronised"] = True
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])
+
+
+def running_norms(model: nn.Module, purpose: str) -> dict[str, ChannelNorm]:
+    """The norms of ``model`` that keep running statistics, by their path; raises ValueError where there is none."""
+    norms = {name or type(norm).__name__: norm for name, norm in model.named_modules() if isinstance(norm, ChannelNorm)}
+    if not norms:
+        raise ValueError(
+            f"model of class {type(model).__name__} has no norm with running statistics {purpose}, such as UnifiedNorm "
+            "or MaskedBatchNorm; put them in first, for example with normfuse.convert.swap_norms"
+        )
+    return norms
 
 
 def given_to_norm(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -165,13 +205,11 @@ def normalised_input(arguments: tuple[Any, ...], options: dict[str, Any]) -> tup
 
 
 class RunningNorm(ChannelNorm):
-    """Base of Unified and Power Norm: passes that are taken back, statistics shared over processes."""
+    """Base of Unified and Power Norm: residuals, ghost batches, passes that are taken back."""
 
     def __init__(self, num_features: int, *, skip_nonfinite: bool, **options: object) -> None:
         super().__init__(num_features, **options)
         self.skip_nonfinite = skip_nonfinite
-        self.synchronised = False
-        self.process_group: ProcessGroup | None = None
 
     def _register_statistics(
         self,
@@ -193,13 +231,6 @@ class RunningNorm(ChannelNorm):
         buffers = self._buffers  # eight attributes of a module take as long as a small kernel
         return kind(*[buffers[name] for name in kind._fields])
 
-    def group_to_share_with(self) -> ProcessGroup | None:
-        """The processes to share training statistics with, see :func:`normfuse.nn.convert_sync`; None: nobody."""
-        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if self.process_group is None else self.process_group
-        return group if dist.get_world_size(group) > 1 else None
-
     def forward(
         self, x: Tensor, pad_mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -216,5 +247,4 @@ class RunningNorm(ChannelNorm):
         raise NotImplementedError
 
     def _describe(self, **options: object) -> str:
-        marks = [f"{name}=True" for name in ("skip_nonfinite", "synchronised") if getattr(self, name)]
-        return ", ".join([super()._describe(**options), *marks])
+        return super()._describe(**options) + (", skip_nonfinite=True" if self.skip_nonfinite else "")

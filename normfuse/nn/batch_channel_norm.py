@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._group import sum_in_group
 from ..ops._layout import cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
 from ..ops._recompute import statistics_of_this_run
 from ..ops.batch_norm import affine_by_statistics
@@ -26,6 +27,9 @@ class EstimatedBatchNorm(MaskedBatchNorm):
             raise ValueError("ghost_size makes no difference to estimated statistics; leave it out")
         super().__init__(num_features, eps, momentum, **options)
 
+    def set_statistics(self, mean: Tensor, var: Tensor, rows: Tensor | None = None) -> None:
+        super().set_statistics(mean, var)  # its variance is biased in training too
+
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if not self.training:
             return super().forward(x, pad_mask)
@@ -43,9 +47,12 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         dims = other_dims(x, self.channel_dim)
         deviation = x.to(running_mean.dtype) - per_channel(running_mean, x, self.channel_dim)
         deviation, count = masked(deviation, pad_mask, self.channel_dim)
+        sums = torch.cat([deviation.sum(dims), deviation.square().sum(dims)])
+        group = self.group_to_share_with()
+        if group is not None:
+            sums, count = sum_in_group(group, sums, count)
         zero = torch.zeros_like(running_mean)
-        change = mean_or(deviation.sum(dims), count, zero)
-        var = mean_or(deviation.square().sum(dims), count, running_var)
+        change, var = mean_or(sums, count, torch.cat([zero, running_var])).chunk(2)
         usable = change.isfinite() & var.isfinite()
         running_mean.add_(torch.where(usable, change, zero), alpha=self.momentum)
         running_var.add_(torch.where(usable, var - running_var, zero), alpha=self.momentum)

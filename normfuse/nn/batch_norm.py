@@ -70,6 +70,11 @@ class MaskedBatchNorm(ChannelNorm):
         """The statistics, as operations take them."""
         return BatchNormState(self.running_mean, self.running_var, self.num_batches_tracked)
 
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor, rows: Tensor | None = None) -> None:
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var if rows is None else var * (rows / (rows - 1).clamp(min=1)))
+
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         return batch_norm(
             x,
@@ -82,6 +87,7 @@ class MaskedBatchNorm(ChannelNorm):
             eps=self.eps,
             channel_dim=self.channel_dim,
             ghost_sizes=split_ghosts(x, self.ghost_size) if self.training else None,
+            process_group=self.group_to_share_with() if self.training else None,
         )
 
     def extra_repr(self) -> str:
@@ -120,7 +126,9 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
         weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
         sizes = split_ghosts(x, self.ghost_size)
-        y, batch = batch_norm_with_statistics(x, weight, bias, pad_mask, self.eps, self.channel_dim, sizes)
+        y, batch = batch_norm_with_statistics(
+            x, weight, bias, pad_mask, self.eps, self.channel_dim, sizes, self.group_to_share_with()
+        )
         state = batch_statistics_step(batch, self.state, self.momentum)
         self.penalty = self._penalise(batch, state)
         return y

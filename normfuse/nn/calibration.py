@@ -10,30 +10,46 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from ..ops._layout import accumulation_dtype, sum_squares, to_rows
-from ..ops.power_norm import group_scaling
-from ._running_norm import RunningNorm, normalised_input
-from .power_norm import PowerNorm
+from ..ops._layout import masked
+from ._running_norm import ChannelNorm, normalised_input, running_norms
 
 
-class _Sums:
-    """Σx² over the valid rows that one norm has seen, on its device, in float64."""
+class _Moments:
+    """Number, mean and summed squared deviation of the valid rows that one norm has seen, on its device, in float64."""
 
-    def __init__(self, norm: RunningNorm) -> None:
-        self.total = torch.zeros(norm.num_features, dtype=torch.float64, device=norm.ema_gz.device)
-        self.rows = torch.zeros((), dtype=torch.int64, device=norm.ema_gz.device)
+    def __init__(self, norm: ChannelNorm) -> None:
+        device = next(norm.buffers()).device
+        self.rows = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(norm.num_features, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.mean)
 
-    def observe(self, norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def observe(self, norm: ChannelNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         x, pad_mask = normalised_input(arguments, options)
-        values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
-        if isinstance(norm, PowerNorm):
-            values, _ = group_scaling(values, norm.group_num or 0, norm.eps)
-        total, rows = sum_squares(values, None if pad_mask is None else pad_mask.reshape(-1))
-        self.total += total
+        values = norm.rows_to_measure(x.detach().double())
+        pad_mask = None if pad_mask is None else pad_mask.reshape(-1)
+        kept, count = masked(values, pad_mask, -1)
+        rows = torch.as_tensor(count, dtype=torch.float64, device=values.device)
+        mean = kept.sum(0) / rows.clamp(min=1)
+        squares = masked(values - mean, pad_mask, -1)[0].square().sum(0)
+        share = rows / (self.rows + rows).clamp(min=1)
+        self.squares += squares + self.rows * share * (mean - self.mean).square()
+        self.mean += share * (mean - self.mean)
         self.rows += rows
-        # A first step of training: the norm divides by the statistic of this batch, whatever it held before.
-        norm.iters.zero_()
+        # The norm is in evaluation mode and divides by this batch's statistics, as in a first step of training.
+        if rows > 0:
+            norm.set_statistics(mean, squares / rows)
+
+    def share_with(self, group: ProcessGroup) -> None:
+        """Those of all ranks."""
+        total, weighted = self.rows.clone(), self.rows * self.mean
+        for tensor in (total, weighted):
+            dist.all_reduce(tensor, group=group)
+        mean = weighted / total.clamp(min=1)
+        self.squares += self.rows * (self.mean - mean).square()
+        dist.all_reduce(self.squares, group=group)
+        self.rows, self.mean = total, mean
 
 
 def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None:
@@ -68,15 +84,19 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> int:
-    """Set the forward statistics of every Unified and Power Norm from data; weights stay as they are.
+    """Set the forward statistics of every norm that keeps running ones from data; weights stay as they are.
 
-    The quadratic mean over all valid rows of all batches, weighted by rows, becomes ``running_var`` or
-    ``running_phi`` (and every entry of ``buffer_x2``). While it runs, norms divide by the statistic of the
-    batch, as in the first steps of training, and the rest of the model is in evaluation mode (no dropout).
-    Step counters, gradient statistics and the modes of all modules are afterwards what they were before.
-    A norm that never runs keeps its statistics. Norms of :func:`convert_sync` sum over their process group at
-    the end; ranks may have different numbers of batches. Use it after :func:`normfuse.convert.swap_norms`, after
-    loading weights without statistics, or when data has changed.
+    They become those of all valid rows of all batches together: mean and variance in the BatchNorm family (unbiased, as
+    in training; not for EstimatedBatchNorm), the quadratic mean in UnifiedNorm, PowerNorm and MovingAverageBatchNorm
+    (also in every entry of ``buffer_x2``). While it runs, norms use the statistics of the batch, as in the first
+    steps of training, and the model is in evaluation mode (no dropout). Step counters, gradient statistics and the
+    modes of all modules are afterwards what they were before. A norm that never runs keeps its statistics; of a
+    DomainSplitNorm the chosen domain runs, so calibrate once for each :func:`choose_domain`, with that domain's
+    data. Norms of :func:`convert_sync` sum over their process group at the end; ranks may have different numbers of
+    batches.
+
+    Use it after :func:`normfuse.convert.swap_norms`, after loading weights without statistics, or when data has
+    changed. BatchNorms of PyTorch stay as they are: for them there is ``torch.optim.swa_utils.update_bn``.
 
     Args:
         model: changed in place.
@@ -90,23 +110,20 @@ def calibrate(
         The number of batches seen.
 
     Raises:
-        ValueError: there is no norm, no batch, no valid row for a norm, or a statistic that is not finite. The
-            model's statistics are then as before.
+        ValueError: there is no norm, no batch, no valid row for any norm, a statistic that is not finite, or a norm
+            of :func:`normfuse.convert.adapt`. The model's statistics are then as before.
     """
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, RunningNorm)}
-    if not norms:
-        raise ValueError(f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to calibrate")
+    norms = running_norms(model, "to calibrate")
+    for name, module in model.named_modules():
+        if hasattr(module, "calibration_refusal"):
+            raise ValueError(f"{name} ({type(module).__name__}) {module.calibration_refusal}")
     before = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in norms.values()}
-    sums = {norm: _Sums(norm) for norm in norms.values()}
-    hooks = [norm.register_forward_pre_hook(sums[norm].observe, with_kwargs=True) for norm in norms.values()]
-    options = {norm: (norm.warmup_iters, norm.synchronised, norm.ghost_size) for norm in norms.values()}
+    moments = {norm: _Moments(norm) for norm in norms.values()}
+    hooks = [norm.register_forward_pre_hook(moments[norm].observe, with_kwargs=True) for norm in norms.values()]
     batches = 0
     try:
         with keep_modes(model), _bar(loader, max_batches) if progress else nullcontext() as bar:
             model.eval()
-            for norm in norms.values():
-                norm.train()
-                norm.warmup_iters, norm.synchronised, norm.ghost_size = max(norm.warmup_iters, 1), False, None
             for batch in loader:
                 if batches == max_batches:
                     break
@@ -117,14 +134,13 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-        for norm, (warmup_iters, synchronised, ghost_size) in options.items():
-            norm.warmup_iters, norm.synchronised, norm.ghost_size = warmup_iters, synchronised, ghost_size
-            for name, value in before[norm].items():
+        for norm, buffers in before.items():
+            for name, value in buffers.items():
                 norm.get_buffer(name).copy_(value)
     alone = all(norm.group_to_share_with() is None for norm in norms.values())
     if batches == 0 and alone:  # another rank may have some
         raise ValueError("loader gave no batch to calibrate with; give at least one")
-    _commit(norms, sums)
+    _commit(norms, moments)
     return batches
 
 
@@ -137,22 +153,16 @@ def _bar(loader: Iterable[Any], max_batches: int | None) -> Progress:
     return bar
 
 
-def _commit(norms: dict[str, RunningNorm], sums: dict[RunningNorm, _Sums]) -> None:
-    statistics = {}
+def _commit(norms: dict[str, ChannelNorm], moments: dict[ChannelNorm, _Moments]) -> None:
     for name, norm in norms.items():
+        found = moments[norm]
         group = norm.group_to_share_with()
         if group is not None:
-            dist.all_reduce(sums[norm].total, group=group)
-            dist.all_reduce(sums[norm].rows, group=group)
-        rows = sums[norm].rows.item()
-        mean = sums[norm].total / max(rows, 1)
-        if not mean.isfinite().all():
-            raise ValueError(f"the statistic of {name or 'the norm'} is not finite; look at the weights and the data")
-        if rows:
-            statistics[norm] = mean
-    if not statistics:
+            found.share_with(group)
+        if not (found.mean.isfinite() & found.squares.isfinite()).all():
+            raise ValueError(f"the statistic of {name} is not finite; look at the weights and the data")
+    seen = {norm: found for norm, found in moments.items() if found.rows > 0}
+    if not seen:
         raise ValueError("no norm of the model saw a valid row; check pad_mask and that the model calls its norms")
-    for norm, mean in statistics.items():
-        for name in ("running_var", "running_phi", "buffer_x2"):
-            if hasattr(norm, name):
-                norm.get_buffer(name).copy_(mean)
+    for norm, found in seen.items():
+        norm.set_statistics(found.mean, found.squares / found.rows, rows=found.rows)

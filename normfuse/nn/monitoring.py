@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from itertools import count
 from pathlib import Path
@@ -12,42 +13,51 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..ops._layout import accumulation_dtype, mean_square, to_rows
+from ..ops._layout import accumulation_dtype, mean_square
 from ..ops._registry import library
-from ..ops.power_norm import group_scaling
-from ._running_norm import RunningNorm, given_to_norm
-from .power_norm import PowerNorm
+from ._running_norm import ChannelNorm, given_to_norm, running_norms
 
 FIELDS = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
 _SETTLED = 20  # steps until running statistics have left their start value behind: 0.9 ** 20 = 0.12
 _FORMAT = "normfuse-statistics"
 
 
-def _running(norm: RunningNorm) -> Tensor:
-    return norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
+Statistics = tuple[Tensor | None, Tensor, Tensor | None, Tensor, list[Tensor]]
 
 
-def _counters(norm: RunningNorm) -> list[Tensor]:
-    counters = (getattr(norm, name, None) for name in ("skip_counter", "skipped_forwards", "skipped_backwards"))
-    return [counter for counter in counters if counter is not None]
+def _statistics(norm: ChannelNorm) -> Statistics:
+    """Running mean, running variance or quadratic mean, gradient statistic, step counter, counters of skips."""
+
+    def first(*names: str) -> Tensor | None:
+        return next((norm._buffers[name] for name in names if norm._buffers.get(name) is not None), None)
+
+    counters = [first(name) for name in ("skip_counter", "skipped_forwards", "skipped_backwards")]
+    return (
+        first("running_mean"), first("running_var", "running_phi"), first("ema_gz", "buffer_gz"),
+        first("iters", "num_batches_tracked"), [counter for counter in counters if counter is not None],
+    )  # fmt: skip
 
 
 def _measure(
-    norm: RunningNorm, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running: Tensor, ema_gz: Tensor,
-    iters: Tensor, counters: list[Tensor],
+    norm: ChannelNorm, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
+    running: Tensor, gradient: Tensor | None, steps: Tensor, counters: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """The numbers of :data:`FIELDS` as one small float64 tensor on the norm's device."""
     x = x if residual is None else x + residual
-    values = to_rows(x.detach(), norm.channel_dim).to(accumulation_dtype(x.dtype))
-    if isinstance(norm, PowerNorm):
-        values, _ = group_scaling(values, norm.group_num or 0, norm.eps)
+    values = norm.rows_to_measure(x.detach().to(accumulation_dtype(x.dtype)))
+    if running_mean is not None:
+        values = values - running_mean
     q = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), empty=running)
     ratio = (q + norm.eps) / (running + norm.eps)
-    skips = sum(counters, torch.zeros_like(iters))
-    finite = q.isfinite().all() & ema_gz.isfinite().all() & running.isfinite().all()
+    skips = sum((counter.sum() for counter in counters), torch.zeros_like(steps).sum())
+    finite = q.isfinite().all() & running.isfinite().all()
+    size = q.new_full((), math.nan)
+    if gradient is not None:
+        finite = finite & gradient.isfinite().all()
+        size = (gradient if gradient.dim() == 1 else gradient.mean(0)).square().mean().sqrt()  # of a window's mean
     numbers = (
-        iters[0] + 1, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.amin(), ratio.amax(),
-        skips[0], ema_gz.square().mean().sqrt(), finite,
+        steps.sum() + 1, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.amin(), ratio.amax(), skips, size,
+        finite,
     )  # fmt: skip
     return torch.stack([number.to(torch.float64) for number in numbers])
 
@@ -59,20 +69,20 @@ _numbers = count()
 # ticket is declared to change, or nothing would keep an operation without results in the graph. Python runs in it,
 # which a captured CUDA graph would not repeat.
 library.define(
-    "observe(Tensor(a!) ticket, Tensor x, Tensor? pad_mask, Tensor? residual, Tensor running, Tensor ema_gz, "
-    "Tensor iters, Tensor[] counters, int watch, str name) -> ()",
+    "observe(Tensor(a!) ticket, Tensor x, Tensor? pad_mask, Tensor? residual, Tensor? running_mean, Tensor running, "
+    "Tensor? gradient, Tensor steps, Tensor[] counters, int watch, str name) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
 @torch.library.impl(library, "observe", "CompositeExplicitAutograd")
 def _observe(
-    ticket: Tensor, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running: Tensor, ema_gz: Tensor,
-    iters: Tensor, counters: list[Tensor], watch: int, name: str,
+    ticket: Tensor, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
+    running: Tensor, gradient: Tensor | None, steps: Tensor, counters: list[Tensor], watch: int, name: str,
 ) -> None:  # fmt: skip
     monitor = _WATCHES.get(watch)
     if monitor is not None:
-        monitor.observe(name, x, pad_mask, residual, running, ema_gz, iters, counters)
+        monitor.observe(name, x, pad_mask, residual, running_mean, running, gradient, steps, counters)
 
 
 @torch.library.register_fake("normfuse::observe")
@@ -92,15 +102,11 @@ class Monitor:
         self._calls: dict[str, int] = {}
         self._number = next(_numbers)
         _WATCHES[self._number] = self
-        self._norms = {
-            name or type(norm).__name__: norm for name, norm in model.named_modules() if isinstance(norm, RunningNorm)
-        }
-        if not self._norms:
-            raise ValueError(f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to watch")
+        self._norms = running_norms(model, "to watch")
         for name in self._norms:
             self._records[name], self._waiting[name], self._calls[name] = [], [], 0
         self._hooks = [
-            norm.register_forward_pre_hook(_hook(self._number, name, torch.zeros_like(norm.iters)), with_kwargs=True)
+            norm.register_forward_pre_hook(_hook(self._number, name, norm), with_kwargs=True)
             for name, norm in self._norms.items()
         ]
 
@@ -133,7 +139,7 @@ class Monitor:
         elif step > _SETTLED and not 1 / self.drift <= record["ratio"] <= self.drift:
             self._warn(
                 name, "drift",
-                f"{name}: in step {step} the batch's quadratic mean is {record['ratio']:.3g} times the running one "
+                f"{name}: in step {step} the batch's statistic is {record['ratio']:.3g} times the running one "
                 f"(bound: {self.drift:g}); evaluation will differ from training. Lower the learning rate, lengthen "
                 "the warm-up or run calibrate",
             )  # fmt: skip
@@ -147,10 +153,12 @@ class Monitor:
         """The records so far: ``layers`` maps each norm's name to lists of equal length, one for each of
 
         ``step`` (training step of the norm), ``batch`` and ``running`` (mean over channels of the batch's and
-        the running quadratic mean), ``ratio``, ``ratio_low`` and ``ratio_high`` (geometric mean, smallest and
-        largest over channels of the quotient of the two), ``skips`` (outliers and skipped passes so far),
-        ``gradient`` (root mean square of ``ema_gz``) and ``finite``. Numbers that are not finite are null.
-        Waits for the device.
+        the running statistic: the quadratic mean, or in the BatchNorm family the mean squared deviation from the
+        running mean, which a mean that moves away raises too, and the running variance), ``ratio``, ``ratio_low`` and
+        ``ratio_high`` (geometric mean, smallest and largest over channels of the quotient of the two), ``skips``
+        (outliers and skipped passes so far), ``gradient`` (root mean square of ``ema_gz``, or of the mean of MABN's
+        ``buffer_gz``) and ``finite``. Numbers that are not finite, and the gradient statistic of norms without one,
+        are null. Waits for the device.
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -182,14 +190,15 @@ class Monitor:
         self.close()
 
 
-def _hook(watch: int, name: str, ticket: Tensor) -> Any:
+def _hook(watch: int, name: str, watched: ChannelNorm) -> Any:
     """The forward hook of one norm. It holds no monitor, which would keep compiled code from being used again."""
+    ticket = torch.zeros((), dtype=torch.int64, device=_statistics(watched)[1].device)
 
-    def hook(norm: RunningNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def hook(norm: ChannelNorm, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if not norm.training:
             return
         x, pad_mask, residual = given_to_norm(arguments, options)
-        statistics = _running(norm), norm.ema_gz, norm.iters, _counters(norm)
+        statistics = _statistics(norm)
         if torch.compiler.is_compiling():
             residual = None if residual is None else residual.detach()
             torch.ops.normfuse.observe(ticket, x.detach(), pad_mask, residual, *statistics, watch, name)
@@ -208,7 +217,7 @@ def _plain(field: str, value: float) -> float | int | bool | None:
 
 
 def monitor(model: nn.Module, *, every: int = 50, drift: float = 10.0) -> Monitor:
-    """Watch the statistics of every Unified and Power Norm in ``model`` during training.
+    """Watch every norm in ``model`` that keeps running statistics during training.
 
     In every ``every``-th training step a norm's batch statistic is measured (one pass over its input) and sent
     to the host without waiting; other steps cost a counter. Once per layer and kind, a ``RuntimeWarning`` says

@@ -78,6 +78,7 @@ class MovingAverageBatchNorm(ChannelNorm):
             eps=self.eps,
             momentum=self.momentum,
             channel_dim=self.channel_dim,
+            process_group=self.group_to_share_with() if self.training else None,
         )
 
     def extra_repr(self) -> str:

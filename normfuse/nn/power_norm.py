@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import PowerNormState, power_norm
-from ..ops.power_norm import check_options
+from ..ops.power_norm import check_options, group_scaling
 from ._running_norm import RunningNorm, check_count, check_fraction
 
 
@@ -111,6 +111,9 @@ class PowerNorm(RunningNorm):
             process_group=self.group_to_share_with() if self.training else None,
             residual=residual,
         )
+
+    def rows_to_measure(self, x: Tensor) -> Tensor:
+        return group_scaling(super().rows_to_measure(x), self.group_num or 0, self.eps)[0]
 
     def extra_repr(self) -> str:
         return self._describe(

@@ -84,15 +84,17 @@ class ProgressiveNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if pad_mask is None and not torch.compiler.is_exporting():  # comparing shapes would fix dynamic ones
+            pad_mask = self.mask_for(x)
         if not self.training and (self.share == 0 or self.evaluate_static):
-            return self.static(x)
+            return self.static(x, pad_mask)
         if self.share > 0 and torch.compiler.is_exporting():
             raise RuntimeError(
                 f"a ProgressiveNorm is still {self.share:.1%} {type(self.original).__name__} (step {self._step} of "
                 f"{self.end}); train on until the conversion is done, call its finish(), then export"
             )
         original = self.original(x)
-        static = self.static(x, self.mask_for(x) if pad_mask is None else pad_mask).to(original.dtype)
+        static = self.static(x, pad_mask).to(original.dtype)
         return torch.lerp(static, original, self._share.to(original.dtype))
 
     def mask_for(self, x: Tensor) -> Tensor | None:

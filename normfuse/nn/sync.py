@@ -5,18 +5,21 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from ._running_norm import RunningNorm
+from ._running_norm import running_norms
+from .region_norm import RegionNorm
 
 
 def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
-    """Let every Unified and Power Norm in ``model`` take its training statistics over a process group.
+    """Let every norm with running statistics in ``model`` take its training statistics over a process group.
 
     k ranks with rows of their own then give what one process with all rows gives: output, gradient and
     statistics, also where ranks have different numbers of rows, none at all, or padding. A layer and
-    direction costs one collective of C + 1 numbers. In evaluation, and in a group of one, nothing changes.
+    direction costs one collective of about C numbers (2C in the BatchNorm family, which has a mean as well). In
+    evaluation, and in a group of one, nothing changes. A DomainSplitNorm goes domain by domain over the ranks.
 
     Call it before the model is wrapped (DistributedDataParallel, ``fully_shard``) or compiled. Every rank has
-    to run the same norms in the same order.
+    to run the same norms in the same order. BatchNorms of PyTorch stay as they are: for them there is
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
 
     Args:
         model: changed in place.
@@ -26,14 +29,22 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
         ``model``.
 
     Raises:
-        ValueError: there is no Unified or Power Norm in ``model``.
+        ValueError: there is no such norm, or one for which this makes no sense: with ``ghost_size``, or a RegionNorm
+            with ``pool="batch"``. The model is then as before.
     """
-    norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
-    if not norms:
-        raise ValueError(
-            f"model of class {type(model).__name__} has no UnifiedNorm or PowerNorm to synchronise; "
-            "put them in first, for example with normfuse.convert.swap_norms"
-        )
-    for norm in norms:
+    norms = running_norms(model, "to synchronise")
+    for name, norm in norms.items():
+        if norm.ghost_size is not None:
+            raise ValueError(
+                f"{name} ({type(norm).__name__}) has ghost_size={norm.ghost_size}: ghost batches are parts of a rank's "
+                "own batch, so there is nothing to share between ranks; build it without ghost_size"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, RegionNorm) and module.pool == "batch":
+            raise ValueError(
+                f'{name or "model"} (RegionNorm with pool="batch") takes its statistics from the batch in evaluation '
+                'too and has no synchronised form; build it with pool="sample"'
+            )
+    for norm in norms.values():
         norm.synchronised, norm.process_group = True, process_group
     return model

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ._group import moments_in_group
 from ._layout import accumulation_dtype, cast, check_input, from_rows, gain_and_shift, per_channel, to_rows
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
@@ -183,6 +185,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_dim: int = -1,
     ghost_sizes: list[int] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalisation of ``x`` over all dimensions but ``channel_dim``.
 
@@ -200,6 +203,8 @@ def batch_norm(
         eps: added to the variance, inside the square root.
         channel_dim: dimension of the channels.
         ghost_sizes: sizes, along the first dimension, of the parts that are normalised on their own.
+        process_group: take the statistics of a training step over the rows of all ranks of this group; every rank must
+            then call, also one without rows. ``ghost_sizes`` count for nothing then. None: over this process alone.
 
     Returns:
         A tensor of the shape and dtype of ``x``. Its gradient is exact.
@@ -213,7 +218,7 @@ def batch_norm(
         return affine_by_statistics(x, weight, bias, state.running_mean, state.running_var, eps, channel_dim)
     sizes = [x.shape[0]] if ghost_sizes is None else ghost_sizes
     rows = x.numel() // max(x.shape[0] * x.shape[channel_dim], 1)  # of a sample
-    plain = pad_mask is None and momentum is not None and min(sizes) * rows > 1
+    plain = process_group is None and pad_mask is None and momentum is not None and min(sizes) * rows > 1
     if plain and not torch.compiler.is_compiling():
         running_mean, running_var, steps = statistics_of_this_run(tuple(state))
         steps.add_(len(sizes))
@@ -228,17 +233,22 @@ def batch_norm(
                 running.copy_(torch.where(usable, new, running))
             found.append(y if second else from_rows(y, part, channel_dim))
         return found[0] if len(found) == 1 else torch.cat(found)
-    y, statistics = batch_norm_with_statistics(x, weight, bias, pad_mask, eps, channel_dim, ghost_sizes)
+    y, statistics = batch_norm_with_statistics(x, weight, bias, pad_mask, eps, channel_dim, ghost_sizes, process_group)
     batch_statistics_step(statistics, state, momentum)
     return y
 
 
 def batch_norm_with_statistics(
     x: Tensor, weight: Tensor, bias: Tensor, pad_mask: Tensor | None, eps: float, channel_dim: int,
-    ghost_sizes: list[int] | None = None,
+    ghost_sizes: list[int] | None = None, process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, BatchStatistics]:  # fmt: skip
     """Training forward that moves nothing: the result, and the statistics of each ghost batch with their gradients."""
     rows = to_rows(x, channel_dim)
+    if process_group is not None:
+        mask = None if pad_mask is None else pad_mask.reshape(-1)
+        mean, var, count = moments_in_group(process_group, cast(rows, weight.dtype), mask)
+        y = affine_by_statistics(x, weight, bias, mean, var, eps, channel_dim)
+        return y, BatchStatistics(mean[None], var[None], count[None])
     whole = pad_mask is None and (ghost_sizes is None or len(ghost_sizes) == 1)
     if whole and rows.shape[0] > 1 and not torch.compiler.is_compiling():
         y, mean, inv_std = torch.native_batch_norm(rows, weight, bias, None, None, True, 0.0, eps)

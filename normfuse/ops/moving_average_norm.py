@@ -7,12 +7,15 @@ clamped. The backward pass smooths the mean of gradient times output over a wind
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ._layout import cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
+from ._group import sum_in_group
+from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
@@ -84,10 +87,11 @@ def _(mean_gz, *others):
 
 class _MovingAverageNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim):
+    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim, group):
         values, dims = x.to(weight.dtype), other_dims(x, channel_dim)
         square, count = masked(values.square(), pad_mask, channel_dim)
-        q = mean_or(square.sum(dims), count, state.running_var)
+        reduce = as_they_are if group is None else partial(sum_in_group, group)
+        q = mean_or(*reduce(square.sum(dims), count), state.running_var)
         moved = state.running_var, state.buffer_x2, state.iters
         if torch.compiler.is_compiling():
             stats, step = _move_forward(q, *moved, warmup_iters, eps, momentum)
@@ -96,6 +100,7 @@ class _MovingAverageNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
         ctx.buffer_gz, ctx.warmup_iters, ctx.channel_dim = state.buffer_gz, warmup_iters, channel_dim
+        ctx.reduce = reduce
         scale = per_channel(weight * stats[1] * stats[0], x, channel_dim)
         return torch.addcmul(per_channel(bias, x, channel_dim), values, scale).to(x.dtype)
 
@@ -107,13 +112,13 @@ class _MovingAverageNorm(torch.autograd.Function):
         dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
         # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
         grad_weight = (dy * values).sum(dims) * inv_std * ratio
-        mean_gz = grad_weight * weight / max(count, 1)
+        mean_gz = mean_or(*ctx.reduce(grad_weight * weight, count), torch.zeros_like(weight))
         multiple = _move_gradient(mean_gz, step, ctx.buffer_gz, ctx.warmup_iters)
         along, across = (
             per_channel(v, x, ctx.channel_dim) for v in (weight * ratio * inv_std, -multiple * inv_std.square())
         )
         grad_x = torch.addcmul(dy * along, values, across).to(x.dtype)
-        return grad_x, None, grad_weight, dy.sum(dims), *[None] * 5
+        return grad_x, None, grad_weight, dy.sum(dims), *[None] * 6
 
 
 def moving_average_norm(
@@ -128,6 +133,7 @@ def moving_average_norm(
     eps: float = 1e-5,
     momentum: float = 0.98,
     channel_dim: int = -1,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Moving average batch normalisation of ``x`` over all dimensions but ``channel_dim``.
 
@@ -145,6 +151,8 @@ def moving_average_norm(
         eps: added to the quadratic mean, inside the square root.
         momentum: share of the old value in each update of ``running_var``.
         channel_dim: dimension of the channels.
+        process_group: take the statistics of a training step over all ranks of this group; every rank must then call,
+            also one without rows. None: over this process alone.
 
     Raises:
         TypeError, ValueError: a dtype, shape, ``channel_dim`` or device does not match.
@@ -154,4 +162,6 @@ def moving_average_norm(
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         return cast(torch.addcmul(per_channel(bias, x, channel_dim), cast(x, bias.dtype), scale), x.dtype)
-    return _MovingAverageNorm.apply(x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim)
+    return _MovingAverageNorm.apply(
+        x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim, process_group
+    )

@@ -7,7 +7,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from normfuse.nn import PowerNorm, UnifiedNorm, calibrate, convert_sync
+from normfuse.nn import (
+    BatchChannelNorm,
+    DomainSplitNorm,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    ProgressiveNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+    batch_norm_penalty,
+    calibrate,
+    convert_sync,
+)
 
 C = 6
 NORMS = {
@@ -17,7 +31,17 @@ NORMS = {
     ),
     "power": lambda **options: PowerNorm(C, warmup_iters=3, group_num=2, **options),
     "power, paper": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper", **options),
+    "batch": lambda: MaskedBatchNorm(C),
+    "batch, average of all": lambda: MaskedBatchNorm(C, momentum=None),
+    "regularized": lambda: RegularizedBatchNorm(C, 0.3, 0.2),
+    "rep batch": lambda: RepBatchNorm(C),
+    "progressive": lambda: ProgressiveNorm(nn.LayerNorm(C), RepBatchNorm(C), end=4),
+    "estimated": lambda: EstimatedBatchNorm(C),
+    "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1, window_size=2, warmup_iters=3),
+    "batch-channel": lambda: BatchChannelNorm(C, 3),
+    "batch-channel, estimated": lambda: BatchChannelNorm(C, 3, estimated=True),
 }
+WITHOUT_MASK = ("batch-channel", "batch-channel, estimated")
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 BACKEND = os.environ["BACKEND"]
 DEVICE = torch.device("cuda", RANK) if BACKEND == "nccl" else torch.device("cpu")
@@ -45,9 +69,16 @@ def buffers_near(actual, expected, what):
         near(value, other, f"{what}, {name}")
 
 
+def loss_terms(norm, count):
+    """What norms add to the loss: every rank adds it, so that it counts once in a loss averaged over ranks."""
+    has_term = any(isinstance(module, RegularizedBatchNorm) for module in norm.modules())
+    return count * batch_norm_penalty(norm) if has_term else 0.0
+
+
 def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
     """Output, gradients and statistics of this rank's rows, with masks; parameter gradients add up."""
-    options = {"skip_nonfinite": bad_step is not None}
+    options = {} if bad_step is None else {"skip_nonfinite": True}
+    masked = masked and name not in WITHOUT_MASK
     alone = NORMS[name](**options).double()
     shared = convert_sync(nn.Sequential(NORMS[name](**options).double()))[0]
     call = torch.compile(shared, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else shared
@@ -59,13 +90,13 @@ def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
         pad_mask = random(100 + step, ROWS) < -0.5 if masked else None
         whole = x.clone().requires_grad_()
         alone.zero_grad(), shared.zero_grad()
-        y = alone(whole, pad_mask)
-        y.backward(dy)
+        y = alone(whole, *([pad_mask] if masked else []))
+        ((y * dy).sum() + loss_terms(alone, RANKS)).backward()
         own_x, own_dy, own_y, own_dx = my_rows(step, x, dy, y, whole.grad)
         own_mask = my_rows(step, pad_mask)[0] if masked else None
         part = own_x.clone().requires_grad_()
-        result = call(part, own_mask)
-        result.backward(own_dy)
+        result = call(part, *([own_mask] if masked else []))
+        ((result * own_dy).sum() + loss_terms(shared, 1)).backward()
         if step != bad_step:
             near(result, own_y, f"{name}, step {step}, y")
             near(part.grad, own_dx, f"{name}, step {step}, dx")
@@ -160,15 +191,39 @@ def checkpointed(name):
         assert all(torch.equal(a, b) for a, b in zip(dropped.buffers(), kept.buffers(), strict=True))
 
 
+def domains():
+    """Every rank holds rows of both domains, in equal parts; each domain's norm has the rows of all ranks."""
+    alone = DomainSplitNorm(MaskedBatchNorm(C)).double()
+    shared = convert_sync(DomainSplitNorm(MaskedBatchNorm(C)).double())
+    for step in range(4):
+        x, dy = random(step, 2, 2, ROWS, C)  # of two domains
+        whole = x.clone().requires_grad_()
+        y = alone(whole.flatten(0, 1)).view_as(x)
+        y.backward(dy)
+        own_x, own_dy, own_y, own_dx = (torch.stack(my_rows(step, *v)).flatten(0, 1) for v in (x, dy, y, whole.grad))
+        part = own_x.clone().requires_grad_()
+        result = shared(part)
+        result.backward(own_dy)
+        near(result, own_y, f"domains, step {step}, y")
+        near(part.grad, own_dx, f"domains, step {step}, dx")
+        buffers_near(shared, alone, f"domains, step {step}")
+
+
 def calibrated():
-    """One batch each, of different sizes: the mean over all rows of all ranks."""
-    norm = convert_sync(NORMS["unified"]().double())
-    rows = random(0, ROWS, C)
-    for sizes in SPLITS[RANKS]:
-        own = rows.split(sizes)[RANK]
-        assert calibrate(norm, [own] if len(own) else [], progress=False) == (len(own) > 0)
-        near(norm.running_var, rows.square().mean(0), "calibrated")
-        assert norm.synchronised
+    """One batch each, of different sizes: the statistics of all rows of all ranks."""
+    rows = 3 + random(0, ROWS, C)
+    for name in ("unified", "batch"):
+        norm = convert_sync(NORMS[name]().double())
+        for sizes in SPLITS[RANKS]:
+            norm.reset_running_stats()
+            own = rows.split(sizes)[RANK]
+            assert calibrate(norm, [own] if len(own) else [], progress=False) == (len(own) > 0)
+            if name == "batch":
+                near(norm.running_mean, rows.mean(0), "calibrated mean")
+                near(norm.running_var, rows.var(0), "calibrated variance")
+            else:
+                near(norm.running_var, rows.square().mean(0), "calibrated")
+            assert norm.synchronised
 
 
 def main():
@@ -180,6 +235,7 @@ def main():
     for name in NORMS:
         ranks_like_one(name)
     calibrated()
+    domains()
     if RANKS == 4:
         subgroups()
         trains_like_one("unified", in_ddp)
@@ -191,6 +247,10 @@ def main():
             checkpointed(name)
             for wrap in (in_ddp, compiled_in_ddp, sharded):
                 trains_like_one(name, wrap)
+        for name in ("regularized", "moving average"):
+            ranks_like_one(name, compiled=True)
+            checkpointed(name)
+            trains_like_one(name, in_ddp)
     dist.barrier()
     dist.destroy_process_group()
     print("all equal", file=sys.stderr)

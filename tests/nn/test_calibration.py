@@ -1,4 +1,4 @@
-"""calibrate: the quadratic mean over the data, and nothing else touched. Resuming: bit for bit."""
+"""calibrate: the statistics of the data, and nothing else touched. Resuming: bit for bit."""
 
 import copy
 import io
@@ -7,15 +7,33 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.nn import PowerNorm, UnifiedNorm, calibrate
+from normfuse.convert import adapt
+from normfuse.nn import (
+    BatchChannelNorm,
+    DomainSplitNorm,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    ProgressiveNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+    calibrate,
+    choose_domain,
+)
 
 C = 6
 NORMS = {
     "unified": lambda: UnifiedNorm(C, warmup_iters=0, window_size=2),
     "power": lambda: PowerNorm(C, warmup_iters=0, group_num=None),
     "power, group scaling": lambda: PowerNorm(C, warmup_iters=3, group_num=2),
+    "batch": lambda: MaskedBatchNorm(C),
+    "batch, ghosts": lambda: MaskedBatchNorm(C, ghost_size=2, momentum=None),
+    "estimated": lambda: EstimatedBatchNorm(C),
+    "moving average": lambda: MovingAverageBatchNorm(C, warmup_iters=0, window_size=2, channel_dim=-1),
 }
-STATISTIC = {"running_var", "running_phi", "buffer_x2"}
+STATISTIC = {"running_mean", "running_var", "running_phi", "buffer_x2"}
 
 
 @pytest.fixture(params=NORMS)
@@ -26,7 +44,8 @@ def make(request):
 def train(model, steps, seed, optimizer=None):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        loss = model(torch.randn(9, 4, generator=generator)).square().sum()
+        x = torch.randn(9, 4, generator=generator)
+        loss = model(x.to(next(model.parameters()).dtype)).square().sum()
         model.zero_grad()
         loss.backward()
         if optimizer is not None:
@@ -45,35 +64,96 @@ def scaled(norm, x):
     return x
 
 
+def has_mean(norm):
+    return isinstance(norm, MaskedBatchNorm)
+
+
 def expected_statistics(model, batches):
     """By hand: the first norm sees the linear layer's rows, the second what the first gives batch by batch."""
     first, second = [], []
     for x in batches:
         hidden = scaled(model[1], model[0](x))
-        z = hidden / (hidden.square().mean(0) + model[1].eps).sqrt()
+        mean = hidden.mean(0) if has_mean(model[1]) else 0
+        z = (hidden - mean) / ((hidden - mean).square().mean(0) + model[1].eps).sqrt()
         first.append(hidden)
         second.append(scaled(model[4], model[3](model[1].weight * z + model[1].bias)))
-    return [torch.cat(rows).square().mean(0) for rows in (first, second)]
+    wanted = []
+    for norm, rows in ((model[1], torch.cat(first)), (model[4], torch.cat(second))):
+        if not has_mean(norm):
+            wanted.append(dict.fromkeys(STATISTIC, rows.square().mean(0)))
+        else:
+            var = rows.var(0, correction=0 if isinstance(norm, EstimatedBatchNorm) else 1)
+            wanted.append({"running_mean": rows.mean(0), "running_var": var})
+    return wanted
 
 
-def test_calibrate_takes_the_mean_over_all_rows(make):
+def test_calibrate_takes_the_statistics_of_all_rows(make):
     torch.manual_seed(3)
-    model = train(network(make), 5, seed=1)
+    model = train(network(make).double(), 5, seed=1)
     model.train()
     model[3].eval()
     untouched = copy.deepcopy(model)
-    batches = [torch.randn(rows, 4) for rows in (8, 3, 1)]
+    batches = [5 + torch.randn(rows, 4, dtype=torch.float64) for rows in (8, 3, 1)]
     assert calibrate(model, batches, progress=False) == 3
     with torch.no_grad():
         wanted = expected_statistics(untouched, batches)
-    for norm, mean in zip((model[1], model[4]), wanted, strict=True):
+    for norm, statistics in zip((model[1], model[4]), wanted, strict=True):
         for name in STATISTIC & dict(norm.named_buffers()).keys():
-            torch.testing.assert_close(norm.get_buffer(name), mean.expand_as(norm.get_buffer(name)))
+            value = norm.get_buffer(name)
+            torch.testing.assert_close(value, statistics[name].expand_as(value), rtol=1e-10, atol=1e-10)
     for name, value in untouched.state_dict().items():
         if name.split(".")[-1] not in STATISTIC:
             assert torch.equal(value, model.state_dict()[name]), name
     assert [module.training for module in model] == [True, True, True, False, True]
-    assert model[1].warmup_iters == make().warmup_iters and not model[1]._forward_pre_hooks
+    assert not model[1]._forward_pre_hooks
+
+
+INSIDE = {
+    "regularized": lambda: RegularizedBatchNorm(C),
+    "rep batch": lambda: RepBatchNorm(C),
+    "progressive": lambda: ProgressiveNorm(nn.LayerNorm(C), MaskedBatchNorm(C), end=5),
+    "batch-channel": lambda: BatchChannelNorm(C, 2),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_norms_inside_of_others_are_calibrated(kind):
+    norm = INSIDE[kind]()
+    rows = 3 + 2 * torch.randn(4, 16, C)
+    calibrate(norm, list(rows), progress=False)
+    (inner,) = (module for module in norm.modules() if isinstance(module, MaskedBatchNorm))
+    torch.testing.assert_close(inner.running_mean, rows.flatten(0, 1).mean(0))
+    torch.testing.assert_close(inner.running_var, rows.flatten(0, 1).var(0))
+    assert getattr(norm, "penalty", None) is None, "a calibration is no training step"
+
+
+def test_domains_are_calibrated_one_by_one():
+    norm = DomainSplitNorm(MaskedBatchNorm(C))
+    means = []
+    for domain in (0, 1):
+        choose_domain(norm, domain)
+        batch = 4 * domain + torch.randn(32, C)
+        calibrate(norm, [batch], progress=False)
+        means.append(batch.mean(0))
+    for inner, mean in zip(norm.norms, means, strict=True):
+        torch.testing.assert_close(inner.running_mean, mean)
+
+
+def test_padding_of_a_progressive_norm_is_left_out_also_at_its_end():
+    norm = ProgressiveNorm(nn.LayerNorm(C), MaskedBatchNorm(C), end=5)
+    norm.pad_mask = torch.arange(8) > 4
+    for share in (1.0, 0.0):
+        norm.advance(0 if share else 5)
+        x = torch.randn(8, C)
+        calibrate(norm, [x], progress=False)
+        torch.testing.assert_close(norm.static.running_mean, x[:5].mean(0))
+
+
+def test_a_model_that_adapts_is_refused():
+    model = nn.Sequential(nn.Linear(4, C), MaskedBatchNorm(C), nn.Sequential(UnifiedNorm(C)))
+    adapt(model)
+    with pytest.raises(ValueError, match=r"1 \(AlphaBatchNorm\) follows the data .*freeze\(model\) first"):
+        calibrate(model, [torch.randn(3, 4)])
 
 
 def test_evaluation_after_calibration_is_normalised(make):
@@ -82,6 +162,8 @@ def test_evaluation_after_calibration_is_normalised(make):
     calibrate(model, batches, progress=False)
     y = model.eval()[:2](torch.cat(batches))
     torch.testing.assert_close(y.square().mean(0), torch.ones(C), rtol=1e-3, atol=1e-3)
+    if has_mean(model[1]):
+        torch.testing.assert_close(y.mean(0), torch.zeros(C), rtol=0, atol=1e-3)
 
 
 def test_kinds_of_batches_and_the_bar(make, capsys):
@@ -122,7 +204,7 @@ def test_a_refusal_leaves_the_model_as_it_was(make, loader, message):
     with pytest.raises(ValueError, match=message):
         calibrate(model, loader, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="has no UnifiedNorm or PowerNorm"):
+    with pytest.raises(ValueError, match="class Linear has no norm with running statistics to calibrate"):
         calibrate(nn.Linear(2, 2), loader)
 
 

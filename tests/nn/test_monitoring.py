@@ -9,18 +9,39 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from normfuse.nn import PowerNorm, UnifiedNorm, monitor
+from normfuse.nn import (
+    BatchChannelNorm,
+    DomainSplitNorm,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    ProgressiveNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+    monitor,
+)
 from normfuse.plotting import plot_statistics, read_statistics
 
 C = 6
 NORMS = {
     "unified": lambda **options: UnifiedNorm(C, warmup_iters=2, window_size=2, **options),
     "power": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, **options),
+    "batch": lambda: MaskedBatchNorm(C),
+    "estimated": lambda: EstimatedBatchNorm(C),
+    "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1, warmup_iters=2, window_size=2),
 }
+SKIPPING = ("unified", "power")
 
 
 @pytest.fixture(params=NORMS)
 def make(request):
+    return NORMS[request.param]
+
+
+@pytest.fixture(params=SKIPPING)
+def make_skipping(request):
     return NORMS[request.param]
 
 
@@ -42,9 +63,12 @@ def test_records_are_the_numbers_of_the_step(make):
         norm = model[1]
         if step in (1, 4, 7):
             running = norm.running_var if hasattr(norm, "running_var") else norm.running_phi
-            q = model[0](x).detach().square().mean(0)
+            q = (model[0](x).detach() - getattr(norm, "running_mean", 0)).square().mean(0)
             ratio = (q + norm.eps) / (running + norm.eps)
-            rms = norm.ema_gz.square().mean().sqrt()
+            if hasattr(norm, "running_mean"):
+                rms = float("nan")
+            else:
+                rms = (norm.ema_gz if hasattr(norm, "ema_gz") else norm.buffer_gz.mean(0)).square().mean().sqrt()
             expected.append(
                 [step, q.mean(), running.mean(), ratio.log().mean().exp(), ratio.min(), ratio.max(), 0, rms, True]
             )
@@ -53,8 +77,40 @@ def test_records_are_the_numbers_of_the_step(make):
     assert list(layers) == ["1", "3"]
     columns = [[float(v) for v in column] for column in zip(*expected, strict=True)]
     for (field, values), column in zip(layers["1"].items(), columns, strict=True):
-        assert values == pytest.approx(column, rel=1e-6), field
+        values = [float("nan") if value is None else value for value in values]
+        assert values == pytest.approx(column, rel=1e-6, nan_ok=True), field
     assert layers["3"]["step"] == [1, 4, 7]
+
+
+MODULES = {
+    "RegularizedBatchNorm": lambda: RegularizedBatchNorm(C),
+    "RepBatchNorm": lambda: RepBatchNorm(C),
+    "static": lambda: ProgressiveNorm(nn.LayerNorm(C), RepBatchNorm(C), end=5),
+    "batch_norm": lambda: BatchChannelNorm(C, 2, estimated=True),
+    "norms.1": lambda: DomainSplitNorm(MaskedBatchNorm(C)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_norms_inside_of_others_are_watched(name):
+    norm = MODULES[name]()
+    watch = monitor(norm, every=1)
+    x = torch.randn(12, C)
+    norm(x)
+    seen = x[6:] if name == "norms.1" else x
+    series = watch.to_json()["layers"][name]
+    assert series["batch"] == pytest.approx([seen.square().mean().item()], rel=1e-5)
+    assert series["gradient"] == [None] and series["finite"] == [True]
+
+
+def test_a_mean_that_moves_away_is_a_drift():
+    norm = MaskedBatchNorm(C)
+    watch = monitor(norm, every=1, drift=20.0)
+    for _ in range(30):
+        norm(torch.randn(64, C))
+    with pytest.warns(RuntimeWarning, match="MaskedBatchNorm: in step 31 the batch's statistic is"):
+        norm(10 + torch.randn(64, C))
+        watch.to_json()
 
 
 def test_watching_changes_no_bit(make):
@@ -78,10 +134,19 @@ def test_evaluation_and_recomputation_are_not_recorded(make):
     assert watch.to_json()["layers"]["1"]["step"] == [1]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_model_is_watched_like_any_other(make, backend):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("unified", "aot_eager"),
+        ("unified", "inductor"),
+        ("power", "inductor"),
+        ("batch", "inductor"),
+        ("moving average", "aot_eager"),
+    ],
+)
+def test_a_compiled_model_is_watched_like_any_other(name, backend):
     torch.compiler.reset()
-    eager = network(make)
+    eager = network(NORMS[name])
     inside = copy.deepcopy(eager)
     watches = monitor(eager, every=2), monitor(inside, every=2)
     compiled = torch.compile(inside, fullgraph=True, backend=backend)
@@ -94,7 +159,8 @@ def test_a_compiled_model_is_watched_like_any_other(make, backend):
     assert expected["1"]["step"] == [1, 3, 5, 7]
     for name, series in expected.items():
         for field, values in series.items():
-            assert actual[name][field] == pytest.approx(values, rel=1e-4), (name, field)
+            if field != "gradient" or values[0] is not None:
+                assert actual[name][field] == pytest.approx(values, rel=1e-4), (name, field)
     watches[1].close()
     train(compiled, 2)
     assert watches[1].to_json()["layers"]["1"]["step"] == [1, 3, 5, 7], "recorded after close"
@@ -117,8 +183,8 @@ def test_a_drift_is_told_once_per_layer(make):
         train(model, 3, scale=1000.0)
 
 
-def test_what_is_not_finite_is_told_and_stored(make, tmp_path):
-    model = network(make, skip_nonfinite=True)
+def test_what_is_not_finite_is_told_and_stored(make_skipping, tmp_path):
+    model = network(make_skipping, skip_nonfinite=True)
     watch = monitor(model, every=1)
     train(model, 2)
     with pytest.warns(RuntimeWarning, match="1: a statistic of step 3 is not finite"):
@@ -136,7 +202,7 @@ def test_what_is_not_finite_is_told_and_stored(make, tmp_path):
 def test_refusals(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         monitor(make(), **arguments)
-    with pytest.raises(ValueError, match="class Linear has no UnifiedNorm"):
+    with pytest.raises(ValueError, match="class Linear has no norm with running statistics to watch"):
         monitor(nn.Linear(2, 2))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.nn import UnifiedNorm, convert_sync
+from normfuse.nn import EstimatedBatchNorm, MaskedBatchNorm, RegionNorm, UnifiedNorm, convert_sync
 
 WORKER = Path(__file__).with_name("sync_worker.py")
 
@@ -45,7 +45,7 @@ def test_ranks_train_like_one_process(backend, ranks, tmp_path):
                 subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=output, stderr=subprocess.STDOUT)
             )
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -54,13 +54,26 @@ def test_ranks_train_like_one_process(backend, ranks, tmp_path):
     assert reports.count("all equal") == ranks, reports
 
 
-def test_without_processes_nothing_changes():
-    norm, twin = convert_sync(nn.Sequential(UnifiedNorm(4)))[0], UnifiedNorm(4)
+@pytest.mark.parametrize("kind", [UnifiedNorm, MaskedBatchNorm, EstimatedBatchNorm])
+def test_without_processes_nothing_changes(kind):
+    norm, twin = convert_sync(nn.Sequential(kind(4)))[0], kind(4)
     x = torch.randn(5, 4)
     assert torch.equal(norm(x), twin(x))
     assert "synchronised=True" in repr(norm)
 
 
-def test_a_model_without_norms_is_refused():
-    with pytest.raises(ValueError, match=r"class Linear has no UnifiedNorm or PowerNorm.*swap_norms"):
-        convert_sync(nn.Linear(2, 2))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), r"class Sequential has no norm with running statistics to synchronise.*swap_norms"),
+        (lambda: MaskedBatchNorm(4, ghost_size=2), r"1 \(MaskedBatchNorm\) has ghost_size=2.*without ghost_size"),
+        (lambda: UnifiedNorm(4, ghost_size=8), r"1 \(UnifiedNorm\) has ghost_size=8"),
+        (lambda: RegionNorm(4, pool="batch"), r'1 \(RegionNorm with pool="batch"\).*pool="sample"'),
+    ],
+)
+def test_what_cannot_be_synchronised_is_refused_and_left_alone(make, message):
+    first = nn.Linear(4, 4) if isinstance(make(), nn.Linear) else UnifiedNorm(4)
+    model = nn.Sequential(first, make())
+    with pytest.raises(ValueError, match=message):
+        convert_sync(model)
+    assert not any(getattr(module, "synchronised", False) for module in model.modules())
