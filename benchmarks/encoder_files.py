@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import peak_memory
 import torch
 from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
@@ -242,10 +243,4 @@ def _without_remarks() -> Iterator[None]:
 
 
 def session(variant: Variant, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(
-        str(variant.path), options, ["CPUExecutionProvider"], disabled_optimizers=list(variant.disabled)
-    )
+    return peak_memory.session(variant.path, threads, variant.disabled)

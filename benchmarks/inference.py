@@ -15,8 +15,9 @@ import argparse
 import datetime
 import itertools
 import json
-import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import peak_memory
 from encoder_files import VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
 from training_step import machine
 
@@ -35,12 +37,15 @@ OURS = ("folded and shaped", "folded", "static", "layer, shaped")
 
 
 def feeds(loaded: onnxruntime.InferenceSession, batch: int, length: int) -> dict[str, np.ndarray]:
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (batch, length))
-    return {loaded.get_inputs()[0].name: tokens}
+    return peak_memory.feeds(loaded, batch, length, VOCABULARY)
 
 
 def measure(
-    sessions: dict[str, onnxruntime.InferenceSession], batch: int, length: int, seconds: float
+    sessions: dict[str, onnxruntime.InferenceSession],
+    batch: int,
+    length: int,
+    seconds: float,
+    rounds: int = FEWEST_ROUNDS,
 ) -> dict[str, list[float]]:
     """Milliseconds of every variant, one per round."""
     inputs = {name: feeds(loaded, batch, length) for name, loaded in sessions.items()}
@@ -50,7 +55,7 @@ def measure(
     for name in order:  # memory is laid out on the first run of a shape
         sessions[name].run(None, inputs[name])
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times[order[0]]) < FEWEST_ROUNDS:
+    while time.monotonic() < end or len(times[order[0]]) < rounds:
         for name in generator.permutation(order):
             start = time.perf_counter()
             sessions[name].run(None, inputs[name])
@@ -80,23 +85,8 @@ def summarize(times: dict[str, list[float]]) -> dict[str, object]:
 
 
 def peak_megabytes(variant: Variant, batch: int, length: int, threads: int) -> float:
-    """What loading and running one variant adds to the memory of a fresh process, at its peak."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return round(pool.apply(_peak, (variant, batch, length, threads)), 1)
-
-
-def _peak(variant: Variant, batch: int, length: int, threads: int) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what the process holds now
-    before = _status("VmRSS")
-    loaded = session(variant, threads)
-    loaded.run(None, feeds(loaded, batch, length))
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(key: str) -> int:
-    """Kilobytes of this process, from Linux."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1])
+    where = {"vocabulary": VOCABULARY, "threads": threads, "disabled": variant.disabled}
+    return peak_memory.peak_megabytes(variant.path, batch, length, **where)
 
 
 def open_sessions(variants: dict[str, Variant], threads: int) -> dict[str, onnxruntime.InferenceSession]:
@@ -112,18 +102,65 @@ def open_sessions(variants: dict[str, Variant], threads: int) -> dict[str, onnxr
     return {name: opened[name] for name in [*variants, "floor again"]}
 
 
-def settings(variants: dict[str, Variant], args: argparse.Namespace) -> Iterator[dict]:
-    """Results for all numbers of threads, batches and sequences."""
-    for threads in args.threads:
-        sessions = open_sessions(variants, threads)
-        for batch, length in itertools.product(args.batches, args.sequences):
-            where = {"threads": threads, "batch": batch, "sequence": length}
-            result = where | summarize(measure(sessions, batch, length, args.seconds))
-            if args.memory:
-                result["peak_megabytes"] = {
-                    name: peak_megabytes(variant, batch, length, threads) for name, variant in variants.items()
-                }
-            yield result
+class Results:
+    """The file of a run, written after every setting, so that a run that was cut short or split goes on from it."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        here = {**machine("cpu"), "onnxruntime": onnxruntime.__version__}
+        load = here.pop("load")
+        self.path = path
+        self.run: dict = {"commands": [], "date": "", "note": args.note, "machine": here, "depth": args.depth}
+        self.run |= {"files": [], "settings": []}
+        if args.resume and path.exists():
+            found = json.loads(path.read_text())
+            differing = [key for key in ("machine", "depth") if found[key] != self.run[key]]
+            if differing:
+                raise SystemExit(f"{path} was measured with another {', '.join(differing)}: run without --resume")
+            self.run = found | ({"note": args.note} if args.note else {})
+        self.run["date"] = datetime.date.today().isoformat()
+        self.run["commands"].append(f"{' '.join(['python', *sys.argv])} (load {load:.1f} before)")
+
+    def find(self, where: dict) -> dict | None:
+        """The result of a setting that was measured before."""
+        return next((found for found in self.run["settings"] if where.items() <= found.items()), None)
+
+    def add(self, kind: str, where: dict, values: dict) -> None:
+        """A result, or more of a setting's, in the place of what was known of the same."""
+        known = next((found for found in self.run[kind] if where.items() <= found.items()), None)
+        if known is None:
+            self.run[kind].append({**where, **values})
+        else:
+            known |= values
+        self.path.write_text(json.dumps(self.run, indent=1) + "\n")
+
+
+def settings(args: argparse.Namespace, **fixed: object) -> Iterator[dict]:
+    """What identifies each setting: threads, batch, sequence, beside what is fixed."""
+    for threads, batch, length in itertools.product(args.threads, args.batches, args.sequences):
+        yield {**fixed, "threads": threads, "batch": batch, "sequence": length}
+
+
+def missing(args: argparse.Namespace, results: Results, where: dict) -> set[str]:
+    """What is to be measured of a setting: its times, its memory, both or neither."""
+    known = results.find(where) or {}
+    return {"to_floor"} - known.keys() | ({"peak_megabytes"} - known.keys() if args.memory else set())
+
+
+def run_settings(args: argparse.Namespace, results: Results, variants: dict[str, Variant], **fixed: object) -> None:
+    """Measures what is missing of all numbers of threads, batches and sequences."""
+    sessions: dict[int, dict[str, onnxruntime.InferenceSession]] = {}
+    for where in settings(args, **fixed):
+        threads, batch, length = where["threads"], where["batch"], where["sequence"]
+        wanted = missing(args, results, where)
+        if "to_floor" in wanted:
+            if threads not in sessions:
+                sessions = {threads: open_sessions(variants, threads)}
+            times = measure(sessions[threads], batch, length, args.seconds, args.rounds)
+            results.add("settings", where, {"load": round(os.getloadavg()[0], 2), **summarize(times)})
+            show(results.find(where))
+        if "peak_megabytes" in wanted:
+            peaks = {name: peak_megabytes(variant, batch, length, threads) for name, variant in variants.items()}
+            results.add("settings", where, {"peak_megabytes": peaks})
 
 
 def show(result: dict) -> None:
@@ -148,6 +185,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "int8"), default=["fp32", "int8"])
     parser.add_argument("--depth", type=int, default=4, help="blocks of the encoder [4]")
     parser.add_argument("--seconds", type=float, default=5.0, help="per setting, for all variants together [5]")
+    parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS, help=f"the fewest per setting [{FEWEST_ROUNDS}]")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of results has, measure the rest")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to time besides those that are compared")
     parser.add_argument("--memory", action="store_true", help="peak memory too (Linux), a process for each variant")
     parser.add_argument("--quick", action="store_true", help="two widths, one sequence, fp32, batch 1, one thread")
@@ -158,32 +197,30 @@ def main() -> None:
     if args.quick:
         args.widths, args.sequences, args.batches, args.threads = [64, 192], [32], [1], [1]
         args.precisions, args.depth, args.seconds = ["fp32"], 2, 2.0
-    run = {
-        "command": "python benchmarks/inference.py",
-        "date": datetime.date.today().isoformat(),
-        "note": args.note,
-        "machine": {**machine("cpu"), "onnxruntime": onnxruntime.__version__},
-        "depth": args.depth,
-        "files": [],
-        "settings": [],
-    }
     args.results.mkdir(parents=True, exist_ok=True)
     target = args.results / f"inference-{args.label}.json"
+    results = Results(target, args)
     for width, placement in itertools.product(args.widths, args.placements):
+        wanted = [
+            precision
+            for precision in args.precisions
+            if any(
+                missing(args, results, where)
+                for where in settings(args, width=width, placement=placement, precision=precision)
+            )
+        ]
+        if not wanted:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             float32, absent = write_variants(Path(folder), width, args.depth, placement == "post")
             float32 = {n: v for n, v in float32.items() if not args.only or n in COMPARED or n in args.only}
-            for precision in args.precisions:
+            for precision in wanted:
                 variants = quantized(float32) if precision == "int8" else float32
                 where = {"width": width, "placement": placement, "precision": precision}
                 nodes = {name: executed_nodes(variant) for name, variant in variants.items()}
                 errors = {name: error(variant) for name, variant in variants.items()}
-                run["files"].append({**where, "executed_nodes": nodes, "relative_error": errors, "absent": absent})
-                for result in settings(variants, args):
-                    run["settings"].append({**where, **result})
-                    show(run["settings"][-1])
-                    run["machine"]["load_at_the_end"] = machine("cpu")["load"]
-                    target.write_text(json.dumps(run, indent=1) + "\n")
+                results.add("files", where, {"executed_nodes": nodes, "relative_error": errors, "absent": absent})
+                run_settings(args, results, variants, **where)
     print(f"written: {target}")
 
 

@@ -1,11 +1,13 @@
 """The arithmetic of the inference benchmark, and its smallest run."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -54,12 +56,16 @@ def test_every_round_runs_each_variant_once(inference):
     assert len({tuple(names_of_round) for names_of_round in rounds}) > 1 and {shape for _, shape in calls} == {(2, 5)}
 
 
-def test_a_small_run_times_every_variant(tmp_path):
-    options = "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0".split()
-    command = [sys.executable, str(BENCHMARKS / "inference.py"), *options, "--results", str(tmp_path), "--note", "n"]
+def measure(folder, *options):
+    command = [sys.executable, str(BENCHMARKS / "inference.py"), *options, "--results", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "inference-cpu.json").read_text())
+    return json.loads((folder / "inference-cpu.json").read_text())
+
+
+def test_a_small_run_times_every_variant(tmp_path):
+    options = "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0".split()
+    run = measure(tmp_path, *options, "--note", "n")
     assert [setting["precision"] for setting in run["settings"]] == ["fp32", "int8"] and run["note"] == "n"
     nodes, errors = run["files"][0]["executed_nodes"], run["files"][0]["relative_error"]
     assert nodes["folded and shaped"] < nodes["folded"] == nodes["floor"] < nodes["static"]
@@ -67,6 +73,44 @@ def test_a_small_run_times_every_variant(tmp_path):
     assert {*nodes, "floor again"} == set(run["settings"][0]["to_floor"]) and len(nodes) + len(
         run["files"][0]["absent"]
     ) == 10
+
+
+def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):
+    """What the file has is kept, what is missing of a setting is measured, and other software is refused."""
+    where = {"width": 64, "placement": "pre", "precision": "fp32", "threads": 1, "batch": 1, "sequence": 32}
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--threads", "1"])
+    args = argparse.Namespace(depth=4, note="n", resume=True, memory=True)
+    path = tmp_path / "inference-cpu.json"
+    first = inference.Results(path, args)
+    assert inference.missing(args, first, where) == {"to_floor", "peak_megabytes"}
+    first.add("settings", where, {"to_floor": 1.0})
+    second = inference.Results(path, argparse.Namespace(**{**vars(args), "note": ""}))
+    assert inference.missing(args, second, where) == {"peak_megabytes"}
+    second.add("settings", where, {"peak_megabytes": 2.0})
+    run = json.loads(path.read_text())
+    assert run["settings"] == [where | {"to_floor": 1.0, "peak_megabytes": 2.0}]
+    assert run["note"] == "n" and [command[:29] for command in run["commands"]] == ["python inference.py --threads"] * 2
+    assert inference.missing(args, inference.Results(path, args), where) == set()
+    with pytest.raises(SystemExit, match="measured with another depth"):
+        inference.Results(path, argparse.Namespace(**{**vars(args), "depth": 2}))
+    fresh = inference.Results(path, argparse.Namespace(**{**vars(args), "resume": False}))
+    assert fresh.find(where) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_memory_grows_with_the_tensors_inside(monkeypatch, tmp_path):
+    """A table of 4 kB, and its rows for all tokens, twice: 2 x 8 MB, which must show; the process itself must not."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peak_memory
+
+    text = "<ir_version: 10, opset_import: ['' : 20]> graph (int64[b, s] t) => (float[b, s, 64] y)".replace("'", '"')
+    proto = onnx.parser.parse_model(text + " { e = Gather (w, t) y = Exp (e) }")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((16, 64), np.float32), "w"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    small, large = (
+        peak_memory.peak_megabytes(tmp_path / "m.onnx", batch, 4096, vocabulary=16, threads=1) for batch in (1, 9)
+    )
+    assert 0 < small < 64 and 12 < large - small < 40
 
 
 def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
