@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import nn
 
 from normfuse.checkpoint import Checkpoint, Dimension, InputSpec, parse_input
@@ -22,6 +23,7 @@ from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.exporter import ExportResult, check_target, export, move
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.operations import OPERATIONS, Untranslated
+from normfuse.onnx.restored import restore
 from normfuse.onnx.verifier import RTOL, session, verify
 from normfuse.onnx.writer import save_model
 
@@ -43,11 +45,9 @@ class OnnxModule(nn.Module):
                 f"cannot be folded: operator set {self._version} is older than {_OLDEST}; "
                 "onnx.version_converter makes it newer"
             )
-        unknown = sorted(
-            {_kind(node) for node in model.graph if node.domain or node.op_type not in OPERATIONS} - {"Constant"}
-        )
+        unknown = sorted({_kind(node) for node in model.graph} - OPERATIONS.keys() - {"Constant"})
         if unknown:
-            raise GraphError(f"cannot be folded: {', '.join(unknown)} have no translation here")
+            raise GraphError(f"cannot be folded: {', '.join(unknown)} have no translation here{_advice(unknown)}")
         self._fixed: dict[ir.Value, Any] = {}
         self._weights: dict[ir.Value, str] = {}
         self.weights = nn.ModuleDict()
@@ -83,7 +83,6 @@ class OnnxModule(nn.Module):
             if node.op_type == "Constant":
                 continue
             results = next(operations)(*(None if value is None else known[value] for value in node.inputs))
-            results = results if isinstance(results, tuple | list) and len(node.outputs) > 1 else (results,)
             known.update(zip(node.outputs, results, strict=False))
         outputs = [known[value] for value in self._graph.outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -114,11 +113,18 @@ class _Operation(nn.Module):
         super().__init__()
         self._node = node
 
-    def forward(self, *operands: Any) -> Any:
+    def forward(self, *operands: Any) -> Sequence[Any]:
+        outputs = self._node.outputs
         try:
-            return OPERATIONS[self._node.op_type](self._node, *operands)
+            results = OPERATIONS[_kind(self._node)](self._node, *operands)
+            results = results if isinstance(results, tuple) else (results,)
+            for number, output in enumerate(outputs):
+                wanted = output.uses() or output.is_graph_output()
+                if wanted and (number >= len(results) or results[number] is None):
+                    raise Untranslated(f"output {number} is used")
         except Untranslated as error:
             raise GraphError(f"cannot be folded: {error} at {_kind(self._node)} {self._node.name!r}") from error
+        return results
 
 
 def _operation(node: ir.Node) -> _Operation:
@@ -128,6 +134,18 @@ def _operation(node: ir.Node) -> _Operation:
 
 def _kind(node: ir.Node) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _advice(unknown: Sequence[str]) -> str:
+    """What a user can do about operations that other tools have put into a file."""
+    if any(kind.startswith("com.microsoft.nchwc.") for kind in unknown):
+        return (
+            ": ONNX Runtime saved it in the layout of one processor; take the file before that, or save it with "
+            "graph_optimization_level ORT_ENABLE_EXTENDED"
+        )
+    if any("Quant" in kind or "Integer" in kind or kind.startswith("QLinear") for kind in unknown):
+        return ": fold first, then quantise"
+    return ""
 
 
 def _identifier(name: str, default: str) -> str:
@@ -170,19 +188,16 @@ def fold_file(
         model = ir.external_data.load_to_model(ir.load(source))
     except (OSError, ValueError) as error:
         raise GraphError(f"the weights of {source} cannot be read: {one_line(error)}") from error
+    InlinePass()(model)  # operations that exporters define in the file itself
     names = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     for value in model.graph.inputs:
         value.name = _identifier(str(value.name), "input")
-    module = module_of(model)
-    given = None if inputs is None else [parse_input(i) if isinstance(i, str) else i for i in inputs]
-    described = given or [_spec(value) for value in model.graph.inputs]
-    sizes, generator = specs.first_sizes(described), torch.Generator().manual_seed(0)
-    examples = tuple(specs.make_up(spec, sizes, generator) for spec in described)
-    checkpoint = Checkpoint(module, tuple(described), examples, str(source))
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         staged = Path(folder) / path.name
         renamed = Path(folder) / "source.onnx"
         save_model(model, renamed)
+        restore(model)
+        checkpoint = _checkpoint(model, source, inputs)
         progress("verify the translation in ONNX Runtime")
         verify(checkpoint, renamed, rtol=RTOL["float32"] if rtol is None else rtol, atol=atol)
         result = export(checkpoint, staged, rtol=rtol, atol=atol, progress=progress, **options)
@@ -196,6 +211,16 @@ def fold_file(
         session(final)
         move(files, path)
     return replace(result, path=path)
+
+
+def _checkpoint(model: ir.Model, source: Path, inputs: Sequence[str | InputSpec] | None) -> Checkpoint:
+    """The model as a module, with random inputs of the shapes that are given, or that the file says."""
+    module = module_of(model)
+    given = None if inputs is None else [parse_input(i) if isinstance(i, str) else i for i in inputs]
+    described = given or [_spec(value) for value in model.graph.inputs]
+    sizes, generator = specs.first_sizes(described), torch.Generator().manual_seed(0)
+    examples = tuple(specs.make_up(spec, sizes, generator) for spec in described)
+    return Checkpoint(module, tuple(described), examples, str(source))
 
 
 def _spec(value: ir.Value) -> InputSpec:
