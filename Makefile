@@ -73,5 +73,5 @@ $(STAMPS)/built: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
 	touch $@
 
 clean:
-	rm -rf build demo normfuse/_C.abi3.so normfuse/_build_info.json *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build demo normfuse/_C.abi3.so normfuse/_autograd.*.so normfuse/_build_info.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -f $(STAMPS)/built

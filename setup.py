@@ -1,5 +1,7 @@
 """Builds normfuse/_C.abi3.so against the installed torch, with the CUDA kernels inside when there is an nvcc.
 
+Beside it normfuse/_autograd, which only the torch that it was built with can load; others do without.
+
 Read from the environment:
     NORMFUSE_CUDA        build the CUDA kernels: "auto" (default: if there is an nvcc), "0" never, "1" or fail
     NORMFUSE_CUDA_ARCHS  architectures, default "80;90;100;120+PTX"; +PTX also serves architectures to come
@@ -71,6 +73,9 @@ class Build(BuildExtension):
         self.write_facts(find_cuda())
 
     def build_extension(self, ext):
+        if ext.name != "normfuse._C":
+            super().build_extension(ext)
+            return
         home = find_cuda()
         if home:
             ext.extra_objects += self.compile_cuda(home)
@@ -141,7 +146,13 @@ setup(
             },
             # --no-as-needed keeps torch's CUDA library loaded although its only symbol here is weak
             extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", "-s"],
-        )
+        ),
+        CppExtension(
+            "normfuse._autograd",
+            ["csrc/autograd.cpp"],
+            extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
+            extra_link_args=["-s"],
+        ),
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,14 +1,17 @@
 """The compiled library: loads it, and says what was built.
 
 ``available`` is False when the library is missing or does not load, or ``NORMFUSE_DISABLE_NATIVE=1`` is set;
-the operations then run their PyTorch references.
+the operations then run their PyTorch references. ``autograd`` is the module that runs a training step's autograd in
+C++, None where it was built for another torch or Python: autograd functions in Python then do the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ _FACTS = _HERE / "_build_info.json"
 
 available: bool = False
 unavailable_reason: str = ""  # one line, empty when available
+autograd: ModuleType | None = None
 
 
 def _load() -> str:
@@ -34,24 +38,38 @@ def _load() -> str:
     return ""
 
 
+def _facts() -> dict[str, Any]:
+    return json.loads(_FACTS.read_text()) if _FACTS.exists() else {}
+
+
+def _load_autograd() -> ModuleType | None:
+    if not available or _facts().get("torch") != torch.__version__:
+        return None
+    try:
+        return importlib.import_module("._autograd", __package__)
+    except ImportError:  # built with another Python, or not at all
+        return None
+
+
 def build_info() -> dict[str, Any]:
     """What was built, and whether it is in use.
 
     Returns:
         A JSON-ready dict. About this process: ``available`` (bool), ``reason`` (str, why it is not), ``path`` of
-        the library (str), ``emulator`` (bool: the sources of the host emulator, which runs the CUDA kernels in
-        the tests, are at hand). About the build, None when nothing was built: ``torch`` it was built against
+        the library (str), ``autograd`` (bool: a training step's autograd runs in C++; else in Python, which costs
+        some 40 microseconds a step), ``emulator`` (bool: the sources of the host emulator, which runs the CUDA
+        kernels in the tests, are at hand). About the build, None when nothing was built: ``torch`` it was built against
         (str), ``cuda`` toolkit (str, None without CUDA kernels), ``architectures`` (list of str), ``compiler``
         (str), ``python_abi`` (str).
     """
     facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi"))
-    if _FACTS.exists():
-        facts.update(json.loads(_FACTS.read_text()))
+    facts.update(_facts())
     emulator = (_HERE.parent / "csrc" / "emulator").is_dir()
     return {
         "available": available,
         "reason": unavailable_reason,
         "path": str(_LIBRARY),
+        "autograd": autograd is not None,
         **facts,
         "emulator": emulator,
     }
@@ -59,3 +77,4 @@ def build_info() -> dict[str, Any]:
 
 unavailable_reason = _load()
 available = not unavailable_reason
+autograd = _load_autograd()

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from normfuse import _native
 
-KEYS = {"available", "reason", "path", "torch", "cuda", "architectures", "compiler", "python_abi", "emulator"}
+KEYS = {"available", "reason", "path", "autograd", "emulator"}
+KEYS |= {"torch", "cuda", "architectures", "compiler", "python_abi"}
 
 
 def facts_in_a_new_process(**environment):
@@ -37,6 +39,21 @@ def test_build_info_of_a_build():
 def test_can_be_switched_off():
     info = facts_in_a_new_process(NORMFUSE_DISABLE_NATIVE="1")
     assert not info["available"] and "NORMFUSE_DISABLE_NATIVE" in info["reason"]
+    assert not info["autograd"]
+
+
+def test_autograd_in_another_torch_or_python(monkeypatch, tmp_path):
+    """It is bound to the torch that it was built with: another must not even try to load it."""
+    if _native.autograd is None:
+        pytest.skip("autograd was built for another torch or Python")
+    facts = tmp_path / "_build_info.json"
+    monkeypatch.setattr(_native, "_FACTS", facts)
+    facts.write_text(json.dumps({"torch": "2.11.0"}))
+    assert _native._load_autograd() is None
+    facts.write_text(json.dumps({"torch": torch.__version__}))
+    assert _native._load_autograd() is _native.autograd
+    monkeypatch.setattr(_native, "__package__", "normfuse.nn")  # where there is none
+    assert _native._load_autograd() is None
 
 
 def test_says_when_nothing_was_built(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "residual.h"
+#include "rows.h"
 
 namespace normfuse::cpu {
 
@@ -26,26 +27,31 @@ class RowOutput {
   RowOutput(T* data, int64_t width, bool stream, const T* addend = nullptr)
       : data_(data), width_(width), addend_(addend) {
     const bool lines = reinterpret_cast<uintptr_t>(data) % kLine == 0 && width * sizeof(T) % kLine == 0;
-    if (stream && lines) row_.resize(width);
+    if (stream && lines) buffer_.resize(kTile * width);
   }
 
-  // Where to write the row; finish() brings it to its place.
-  T* row(int64_t r) { return row_.empty() ? data_ + r * width_ : row_.data(); }
+  // Where to write row r, and rows r + stride, ... behind it at that pitch; finish() brings them to their places.
+  T* row(int64_t r) { return buffer_.empty() ? data_ + r * width_ : buffer_.data(); }
+  int64_t pitch(int64_t stride) const { return buffer_.empty() ? stride * width_ : width_; }
 
-  void finish(int64_t r) {
-    if (addend_) add_numbers(row(r), addend_ + r * width_, row(r), width_);
-    if (!row_.empty()) stream_lines(data_ + r * width_, row_.data(), width_ * sizeof(T) / kLine);
+  void finish(int64_t first, int64_t stride = 1, int count = 1) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = first + i * stride;
+      T* from = row(first) + i * pitch(stride);
+      if (addend_) add_numbers(from, addend_ + r * width_, from, width_);
+      if (!buffer_.empty()) stream_lines(data_ + r * width_, from, width_ * sizeof(T) / kLine);
+    }
   }
 
   ~RowOutput() {
-    if (!row_.empty()) finish_streaming();
+    if (!buffer_.empty()) finish_streaming();
   }
 
  private:
   T* data_;
   int64_t width_;
   const T* addend_;
-  std::vector<T> row_;
+  std::vector<T> buffer_;
 };
 
 }  // namespace normfuse::cpu

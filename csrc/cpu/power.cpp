@@ -24,8 +24,14 @@ struct Groups {
 };
 
 // With the group scaling a row needs a sum over itself before anything else. Rows take these sums in turns of a few that
-// stay in the first cache: the processor does not wait for the end of one sum before it begins the next.
-constexpr int64_t kTurn = 4;
+// stay in the first cache: the processor does not wait for the end of one sum before it begins the next. Calls
+// body(first, count) for the turns, and for the last rows one by one.
+template <class Body>
+NORMFUSE_ROW_LOOP void for_turns(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + kTile <= rows; r += kTile) body(r, std::integral_constant<int, kTile>());
+  for (; r < rows; ++r) body(r, std::integral_constant<int, 1>());
+}
 
 template <class T>
 NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> eps, AccOf<T>* row_scale) {
@@ -51,16 +57,24 @@ NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows,
 template <bool kFirst, class T>
 NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, int64_t n, Groups groups, AccOf<T> eps, AccOf<T>* row_scale,
                                   const AccOf<T>* scale, const AccOf<T>* shift, AccOf<T>* sums, RowOutput<T> y) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (kFirst && groups.scaled && r % kTurn == 0)
-      scale_rows(x + r * n, std::min(kTurn, rows - r), groups, eps, row_scale + r * groups.count);
-    for (int64_t g = 0; g < groups.count; ++g) {
-      const int64_t i = r * groups.count + g, c = g * groups.width;
-      write_affine<kFirst>(x + i * groups.width, groups.scaled ? row_scale[i] : AccOf<T>(1), scale + c, shift + c,
-                           y.row(r) + c, sums + c, groups.width);
-    }
-    y.finish(r);
+  if (!groups.scaled) {
+    for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+      write_affine<kFirst, count>(x + r * n, stride * n, NoFactors(), scale, shift, y.row(r), y.pitch(stride), sums, n);
+      y.finish(r, stride, count);
+    });
+    return;
   }
+  for_turns(rows, [&](int64_t r, auto count) NORMFUSE_ALWAYS_INLINE {
+    AccOf<T>* s = row_scale + r * groups.count;
+    if (kFirst) scale_rows(x + r * n, count, groups, eps, s);
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t c = g * groups.width;
+      const Factors<AccOf<T>, count> by(s + g, groups.count);
+      write_affine<kFirst, count>(x + r * n + c, n, by, scale + c, shift + c, y.row(r) + c, y.pitch(1), sums + c,
+                                  groups.width);
+    }
+    y.finish(r, 1, count);
+  });
 }
 
 // dots: of each row and group the mean of (slope dy - pull xs) xs
@@ -78,20 +92,27 @@ template <class T>
 NORMFUSE_CLONES void backward_rows(const T* dy, const T* x, int64_t rows, int64_t n, Groups groups,
                                    const AccOf<T>* row_scale, const AccOf<T>* slope, const AccOf<T>* pull,
                                    AccOf<T>* sums_dy, AccOf<T>* sums_dyx, RowOutput<T> dx) {
-  std::vector<AccOf<T>> dots(groups.scaled ? kTurn * groups.count : 0);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (groups.scaled && r % kTurn == 0)
-      dot_rows(dy + r * n, x + r * n, std::min(kTurn, rows - r), groups, row_scale + r * groups.count, slope, pull,
-               dots.data());
-    for (int64_t g = 0; g < groups.count; ++g) {
-      const int64_t i = r * groups.count + g, at = i * groups.width, c = g * groups.width;
-      const AccOf<T> s = groups.scaled ? row_scale[i] : AccOf<T>(1);
-      const AccOf<T> dot = groups.scaled ? dots[r % kTurn * groups.count + g] : AccOf<T>(0);
-      write_gradient<true>(dy + at, x + at, s, dot, slope + c, pull + c, dx.row(r) + c, sums_dy + c, sums_dyx + c,
-                           groups.width);
-    }
-    dx.finish(r);
+  if (!groups.scaled) {
+    for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+      write_gradient<true, count>(dy + r * n, x + r * n, stride * n, NoFactors(), NoDots(), slope, pull, dx.row(r),
+                                  dx.pitch(stride), sums_dy, sums_dyx, n);
+      dx.finish(r, stride, count);
+    });
+    return;
   }
+  std::vector<AccOf<T>> dots(kTile * groups.count);
+  for_turns(rows, [&](int64_t r, auto count) NORMFUSE_ALWAYS_INLINE {
+    const AccOf<T>* s = row_scale + r * groups.count;
+    dot_rows(dy + r * n, x + r * n, count, groups, s, slope, pull, dots.data());
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t at = r * n + g * groups.width, c = g * groups.width;
+      const Factors<AccOf<T>, count> by(s + g, groups.count);
+      const Dots<AccOf<T>, count> dot(dots.data() + g, groups.count);
+      write_gradient<true, count>(dy + at, x + at, n, by, dot, slope + c, pull + c, dx.row(r) + c, dx.pitch(1),
+                                  sums_dy + c, sums_dyx + c, groups.width);
+    }
+    dx.finish(r, 1, count);
+  });
 }
 
 template <class T>

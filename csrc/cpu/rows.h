@@ -60,37 +60,9 @@ NORMFUSE_ROW_LOOP Acc row_dot(const T* __restrict dy, const T* __restrict x, Acc
   return dot;
 }
 
-// y = x s scale + shift, and sums += (x s)^2 if kSum
-template <bool kSum, class T, class Acc>
-NORMFUSE_ROW_LOOP void write_affine(const T* __restrict x, Acc s, const Acc* __restrict scale,
-                                    const Acc* __restrict shift, T* __restrict y, Acc* __restrict sums, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc xs = widen(x[c]) * s;
-    narrow(xs * scale[c] + shift[c], &y[c]);
-    if constexpr (kSum) sums[c] += xs * xs;
-  }
-}
-
-// dx = s (slope dy - x s (pull + dot)), and sums_dy += dy, sums_dyx += dy x s if kSum
-template <bool kSum, class T, class Acc>
-NORMFUSE_ROW_LOOP void write_gradient(const T* __restrict dy, const T* __restrict x, Acc s, Acc dot,
-                                      const Acc* __restrict slope, const Acc* __restrict pull, T* __restrict dx,
-                                      Acc* __restrict sums_dy, Acc* __restrict sums_dyx, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc d = widen(dy[c]), xs = widen(x[c]) * s;
-    narrow(s * (slope[c] * d - xs * (pull[c] + dot)), &dx[c]);
-    if constexpr (kSum) {
-      sums_dy[c] += d;
-      sums_dyx[c] += d * xs;
-    }
-  }
-}
-
-// Where nothing is written, sums take kTile rows at a time: a sum is loaded and stored once for all of them. The rows
-// of a tile are far apart, because neighbours look like no stream at all to the processor's prefetcher, which halves
-// the bandwidth of memory.
+// Loops take kTile rows at a time: what belongs to a channel, coefficients and sums, is loaded and stored once for all of
+// them. The rows of a tile are far apart, because neighbours look like no stream at all to the processor's prefetcher,
+// which halves the bandwidth of memory.
 constexpr int kTile = 4;
 
 // Calls body(first, stride, count) for the tiles of some rows and for the last rows one by one; count is a constant.
@@ -119,6 +91,19 @@ struct NoFactors {
   }
 };
 
+// What the group scaling's own gradient takes from a row: a multiple of the row, or nothing.
+struct NoDots {
+  template <class Acc>
+  NORMFUSE_ROW_LOOP Acc operator()(Acc pull, int) const {
+    return pull;
+  }
+};
+template <class Acc, int kRows>
+struct Dots : Factors<Acc, kRows> {
+  using Factors<Acc, kRows>::Factors;
+  NORMFUSE_ROW_LOOP Acc operator()(Acc pull, int r) const { return pull + this->s[r]; }
+};
+
 // sums += xs^2
 template <int kRows, class T, class Acc, class By>
 NORMFUSE_ROW_LOOP void add_tile_squares(const T* x, int64_t stride, const By& scaled, Acc* __restrict sums, int64_t n) {
@@ -130,6 +115,44 @@ NORMFUSE_ROW_LOOP void add_tile_squares(const T* x, int64_t stride, const By& sc
       sum += xs * xs;
     }
     sums[c] += sum;
+  }
+}
+
+// y = xs scale + shift, and sums += xs^2 if kSum
+template <bool kSum, int kRows, class T, class Acc, class By>
+NORMFUSE_ROW_LOOP void write_affine(const T* x, int64_t stride, const By& scaled, const Acc* __restrict scale,
+                                    const Acc* __restrict shift, T* __restrict y, int64_t pitch, Acc* __restrict sums,
+                                    int64_t n) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < n; ++c) {
+    Acc sum = 0;
+    for (int r = 0; r < kRows; ++r) {
+      const Acc xs = scaled(Acc(widen(x[r * stride + c])), r);
+      narrow(xs * scale[c] + shift[c], &y[r * pitch + c]);
+      sum += xs * xs;
+    }
+    if constexpr (kSum) sums[c] += sum;
+  }
+}
+
+// dx = s (slope dy - xs (pull + dot)), and sums_dy += dy, sums_dyx += dy xs if kSum
+template <bool kSum, int kRows, class T, class Acc, class By, class Pulled>
+NORMFUSE_ROW_LOOP void write_gradient(const T* dy, const T* x, int64_t stride, const By& scaled, const Pulled& pulled,
+                                      const Acc* __restrict slope, const Acc* __restrict pull, T* __restrict dx,
+                                      int64_t pitch, Acc* __restrict sums_dy, Acc* __restrict sums_dyx, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < n; ++c) {
+    Acc sum_dy = 0, sum_dyx = 0;
+    for (int r = 0; r < kRows; ++r) {
+      const Acc d = widen(dy[r * stride + c]), xs = scaled(Acc(widen(x[r * stride + c])), r);
+      narrow(scaled(slope[c] * d - xs * pulled(pull[c], r), r), &dx[r * pitch + c]);
+      sum_dy += d;
+      sum_dyx += d * xs;
+    }
+    if constexpr (kSum) {
+      sums_dy[c] += sum_dy;
+      sums_dyx[c] += sum_dyx;
+    }
   }
 }
 

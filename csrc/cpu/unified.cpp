@@ -24,10 +24,10 @@ template <class T>
 NORMFUSE_CLONES void apply_affine(const T* x, const AccOf<T>* scale, const AccOf<T>* shift, int64_t rows, int64_t n,
                                   RowOutput<T> y) {
   AccOf<T>* const no_sums = nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    write_affine<false>(x + r * n, AccOf<T>(1), scale, shift, y.row(r), no_sums, n);
-    y.finish(r);
-  }
+  for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+    write_affine<false, count>(x + r * n, stride * n, NoFactors(), scale, shift, y.row(r), y.pitch(stride), no_sums, n);
+    y.finish(r, stride, count);
+  });
 }
 
 template <class T>
@@ -42,10 +42,11 @@ template <class T>
 NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull, int64_t rows,
                                     int64_t n, RowOutput<T> dx) {
   AccOf<T>* const no_sums = nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    write_gradient<false>(dy + r * n, x + r * n, AccOf<T>(1), AccOf<T>(0), slope, pull, dx.row(r), no_sums, no_sums, n);
-    dx.finish(r);
-  }
+  for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
+    write_gradient<false, count>(dy + r * n, x + r * n, stride * n, NoFactors(), NoDots(), slope, pull, dx.row(r),
+                                 dx.pitch(stride), no_sums, no_sums, n);
+    dx.finish(r, stride, count);
+  });
 }
 
 // Unbiased variance of sqrt over all entries of the window.

@@ -49,3 +49,14 @@ def register_operation(
 
     library.impl(name, fallback if in_library else reference, "CompositeExplicitAutograd")
     return getattr(torch.ops.normfuse, name).default
+
+
+def is_usual_step(x: Tensor, channel_dim: int = -1, skipped: Tensor | None = None) -> bool:
+    """Whether a training step on ``x`` can run its autograd in C++: see ``csrc/autograd.cpp``."""
+    return (
+        _native.autograd is not None
+        and skipped is None
+        and type(x) is Tensor
+        and channel_dim in (-1, x.dim() - 1)
+        and not torch.compiler.is_compiling()
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
+from .. import _native
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     add_into,
@@ -38,7 +39,7 @@ from ._layout import (
 )
 from ._nonfinite import remember, undo_unless
 from ._recompute import register_forward, state_of_this_run
-from ._registry import library, register_operation
+from ._registry import is_usual_step, library, register_operation
 
 
 class PowerNormState(NamedTuple):
@@ -363,6 +364,12 @@ def power_norm(
         return y if residual is None else (y, x)
     paper = backward == "paper"
     state = state_of_this_run(state, _FORWARD_STATISTICS)
+    if fused and is_usual_step(x, channel_dim, state.skipped_forwards):
+        result = _native.autograd.power_norm(
+            x, weight, bias, residual, pad_mask, state.running_phi, state.iters, state.ema_gz, warmup_iters, groups,
+            eps, alpha_fwd, alpha_bkw, paper,
+        )  # fmt: skip
+        return result[0] if residual is None else tuple(result)
     result = _PowerNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
         process_group, residual if fused else None,

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _native
 from ._layout import accumulation_dtype, cast, check_dtype, check_residual, to_rows
-from ._registry import register_operation
+from ._registry import is_usual_step, register_operation
 
 LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
 
@@ -168,6 +169,9 @@ def _row_norm(
         return y if residual is None else (y, s)
     weight = None if weight is None else cast(weight, acc).contiguous()
     bias = None if bias is None else cast(bias, acc).contiguous()
+    if is_usual_step(x):
+        result = _native.autograd.row_norm(x, weight, bias, residual, None, kind, eps)
+        return result[0] if residual is None else tuple(result)
     return _RowNorm.apply(x, residual, weight, bias, kind, eps)
 
 

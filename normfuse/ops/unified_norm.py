@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import _native
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     add_into,
@@ -36,7 +37,7 @@ from ._layout import (
 )
 from ._nonfinite import remember, undo_unless
 from ._recompute import register_forward, state_of_this_run
-from ._registry import library, register_operation
+from ._registry import is_usual_step, library, register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -375,6 +376,12 @@ def unified_norm(
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
     state = state_of_this_run(state, _FORWARD_STATISTICS)
+    if fused and is_usual_step(x, channel_dim, state.skipped_forwards):
+        result = _native.autograd.unified_norm(
+            x, weight, bias, residual, pad_mask, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
+            state.ema_gz, state.buffer_gz, warmup_iters, outlier_filtration, eps, momentum,
+        )  # fmt: skip
+        return result[0] if residual is None else tuple(result)
     result = _UnifiedNorm.apply(
         x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim,
         process_group, residual if fused else None,

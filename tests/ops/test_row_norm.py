@@ -110,8 +110,9 @@ def test_what_is_kept_for_backward(norm):
     x, residual = (leaf(50, C, dtype=torch.float32) for _ in range(2))
     weight = leaf(C, dtype=torch.float32)
     for arguments in ({}, {"residual": residual}):
-        results = norm(x, weight, **arguments)
-        kept = (results[0] if arguments else results).grad_fn.saved_tensors
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda index: index):
+            results = norm(x, weight, **arguments)
         rows = results[1] if arguments else x
         others = [tensor for tensor in kept if tensor.data_ptr() not in (rows.data_ptr(), weight.data_ptr())]
         assert len(kept) == 3 and sum(tensor.numel() for tensor in others) <= 2 * 50
