@@ -19,14 +19,14 @@ stage "compare with the CPU, streams, CUDA graphs"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do
     stage "compute-sanitizer $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q tests/cuda -k "gpu_equals_cpu and 64 and 33"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q tests/cuda -k "gpu_equals_cpu and (64 and 33)"
   done
 else
   echo "compute-sanitizer is not installed: nothing was sanitized"
 fi
 
 stage "measure"
-"$python" benchmarks/training_step.py --device cuda
-"$python" benchmarks/training_step.py --device cuda --dtype bfloat16
+"$python" benchmarks/training_step.py --device cuda --seconds 4
+"$python" benchmarks/training_step.py --device cuda --seconds 4 --dtype bfloat16
 "$python" benchmarks/report.py
 stage "done"

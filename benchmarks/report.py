@@ -25,7 +25,13 @@ OTHERS = {
     "{} reference": "its PyTorch reference",
     "{} compiled reference": "the same, `torch.compile`d",
 }
-OURS = {"unified": "Unified Norm", "power": "Power Norm"}
+OURS = {
+    "unified": "Unified Norm",
+    "power": "Power Norm",
+    "our layer_norm": "LayerNorm (ours)",
+    "our rms_norm": "RMSNorm (ours)",
+}
+DRAWN = ("layer_norm", "batch_norm", "unified", "power")
 COLOURS = {"layer_norm": "#8d99ae", "batch_norm": "#edae49", "unified": "#0b6e4f", "power": "#d1495b"}
 
 
@@ -40,23 +46,23 @@ def title(run: dict) -> str:
 
 
 def table(run: dict) -> str:
-    """Markdown: time of Unified and Power Norm as multiples of a copy and of what else there is."""
+    """Markdown: time of our norms as multiples of a copy and of what else there is."""
     lines = [
         f"`{run['command']}`, {title(run)}:",
         "",
-        "| shape | | ÷ copy | " + " | ".join(f"÷ {label}" for label in OTHERS.values()) + " |",
-        "|---|---|" + "---:|" * (1 + len(OTHERS)),
+        "| shape | | ÷ copy | " + " | ".join(f"÷ {label}" for label in OTHERS.values()) + " | residual |",
+        "|---|---|" + "---:|" * (2 + len(OTHERS)),
     ]
     for shape, modes in run["milliseconds"].items():
         medians = {name: quartiles[1] for name, quartiles in modes[MODE].items()}
         for kind, label in OURS.items():
+            pairs = [(kind, other.format(kind)) for other in ("copy", *OTHERS)]
+            pairs.append((f"{kind}, residual", "add, layer_norm"))
             cells = [shape.replace("x", "×") if kind == "unified" else "", label]
-            for other in ("copy", *OTHERS):
-                name = other.format(kind)
-                ratio = medians[kind] / medians[name] if name in medians else None
-                cells.append(
-                    "–" if ratio is None else f"**{ratio:.2f}**" if ratio > 1 and other != "copy" else f"{ratio:.2f}"
-                )
+            for mine, other in pairs:
+                ratio = medians[mine] / medians[other] if {mine, other} <= medians.keys() else None
+                mark = "**" if ratio is not None and ratio > 1 and other != "copy" else ""
+                cells.append("–" if ratio is None else f"{mark}{ratio:.2f}{mark}")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -65,7 +71,7 @@ def draw(runs: list[dict], file: Path) -> None:
     """One panel a result: forward and backward together as multiples of copying the tensor once."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(len(runs), 1, figsize=(9, 3.3 * len(runs)), squeeze=False, layout="constrained")
-    labels = {"layer_norm": "LayerNorm", "batch_norm": "BatchNorm", **OURS}
+    labels = {name: (OTHERS | OURS)[name] for name in DRAWN}
     for panel, run in zip(panels[:, 0], runs, strict=True):
         shapes = list(run["milliseconds"])
         for place, (name, label) in enumerate(labels.items()):
