@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -33,124 +34,137 @@ struct Result {
   variable_list saved;
 };
 
-// What differs between the norms: the two operations, with their state and options. A copy stays in the graph; its
-// tensors are the module's own, which the backward pass reads and updates as they are then.
+// What differs between the norms: their two operations, and the state and options these take, as `Fields`. Fields stay
+// in the graph; their tensors are the module's own, which the backward pass reads and updates as they are then.
 
 struct Unified {
-  Tensor running_var, buffer_x2, iters, skip_counter, ema_gz, buffer_gz;
-  int64_t warmup_iters;
-  bool outlier_filtration;
-  double eps, momentum;
+  using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, bool, double, double>;
 
-  Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
-                 const Maybe& pad_mask) const {
+  static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
+                        const Maybe& pad_mask, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Tensor&, const Tensor&, int64_t, bool, double, double, const Maybe&, const Maybe&)>(
             "normfuse::unified_norm_forward");
+    const auto& [running_var, buffer_x2, iters, skip_counter, ema_gz, buffer_gz, warmup_iters, outlier_filtration, eps,
+                 momentum] = fields;
     const Maybe s = residual ? Maybe(at::empty_like(x)) : std::nullopt;
     auto [y, stats, step] = run.call(x, pad_mask, *weight, *bias, running_var, buffer_x2, iters, skip_counter,
                                      warmup_iters, outlier_filtration, eps, momentum, residual, s);
     return {y, s.value_or(x), {*weight, stats, step}};
   }
-  Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved) const {
+
+  static Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Tensor&, int64_t, double, const Maybe&)>("normfuse::unified_norm_backward");
+    const auto& [running_var, buffer_x2, iters, skip_counter, ema_gz, buffer_gz, warmup_iters, outlier_filtration, eps,
+                 momentum] = fields;
     return run.call(grad_y, saved[0], saved[1], saved[2], saved[3], ema_gz, buffer_gz, warmup_iters, momentum, grad_s);
   }
 };
 
 struct Power {
-  Tensor running_phi, iters, ema_gz;
-  int64_t warmup_iters, group_num;
-  double eps, alpha_fwd, alpha_bkw;
-  bool paper;
+  using Fields = std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t, double, double, double, bool>;
 
-  Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
-                 const Maybe& pad_mask) const {
+  static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
+                        const Maybe& pad_mask, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         int64_t, int64_t, double, double, const Maybe&, const Maybe&)>("normfuse::power_norm_forward");
+    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper] = fields;
     const Maybe s = residual ? Maybe(at::empty_like(x)) : std::nullopt;
     auto [y, stats, row_scale] =
         run.call(x, pad_mask, *weight, *bias, running_phi, iters, warmup_iters, group_num, eps, alpha_fwd, residual, s);
     return {y, s.value_or(x), {*weight, stats, row_scale}};
   }
-  Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved) const {
+
+  static Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         int64_t, double, bool, const Maybe&)>("normfuse::power_norm_backward");
+    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper] = fields;
     return run.call(grad_y, saved[0], saved[1], saved[2], saved[3], ema_gz, group_num, alpha_bkw, paper, grad_s);
   }
 };
 
 struct Row {
-  int64_t kind;
-  double eps;
+  using Fields = std::tuple<int64_t, double>;
 
   static Tensor rows(const Tensor& x) { return x.view({-1, x.size(-1)}); }
   static Maybe rows(const Maybe& x) { return x ? Maybe(rows(*x)) : x; }
 
-  Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual, const Maybe&) const {
+  static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual, const Maybe&,
+                        const Fields& fields) {
     static const auto run = operation<Three(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, double)>(
         "normfuse::row_norm_forward");
+    const auto& [kind, eps] = fields;
     auto [y, s, stats] = run.call(rows(x), rows(residual), weight, bias, kind, eps);
     return {y.view(x.sizes()), residual ? s.view(x.sizes()) : x, {weight.value_or(Tensor()), stats}};
   }
-  Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved) const {
+
+  static Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Maybe&, const Tensor&, int64_t)>(
             "normfuse::row_norm_backward");
     const Maybe weight = saved[1].defined() ? Maybe(saved[1]) : std::nullopt;
     auto [grad_x, grad_weight, grad_bias] =
-        run.call(rows(grad_y), rows(grad_s), rows(saved[0]), weight, saved[2], kind);
+        run.call(rows(grad_y), rows(grad_s), rows(saved[0]), weight, saved[2], std::get<0>(fields));
     return {grad_x.view(grad_y.sizes()), grad_weight, grad_bias};
   }
 };
 
-template <class Norm>
-struct Held : torch::CustomClassHolder {
-  Held(const Norm& norm, bool weight, bool bias) : norm(norm), weight(weight), bias(bias) {}
-  const Norm norm;
-  const bool weight, bias;  // whether there are any
-};
+// Fields are kept one by one, under "0", "1", ...: in this form torch finds them when it captures a backward pass
+// (compiled autograd).
+std::string key(size_t index) { return std::string(1, char('0' + index)); }
+
+template <class Fields, size_t... I>
+void keep(AutogradContext* ctx, const Fields& fields, std::index_sequence<I...>) {
+  ((ctx->saved_data[key(I)] = std::get<I>(fields)), ...);
+}
+
+template <class Fields, size_t... I>
+Fields kept(AutogradContext* ctx, std::index_sequence<I...>) {
+  return {ctx->saved_data[key(I)].template to<std::tuple_element_t<I, Fields>>()...};
+}
 
 template <class Norm>
 struct Step : Function<Step<Norm>> {
+  using Fields = typename Norm::Fields;
+  using Indices = std::make_index_sequence<std::tuple_size_v<Fields>>;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
-                               const Maybe& residual, const Maybe& pad_mask, const Norm& norm) {
-    auto [y, s, saved] =
-        norm.forward(x.contiguous(), weight, bias, residual ? Maybe(residual->contiguous()) : std::nullopt, pad_mask);
+                               const Maybe& residual, const Maybe& pad_mask, const Fields& fields) {
+    const Maybe added = residual ? Maybe(residual->contiguous()) : std::nullopt;
+    auto [y, s, saved] = Norm::forward(x.contiguous(), weight, bias, added, pad_mask, fields);
     saved.insert(saved.begin(), s);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["norm"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Held<Norm>>(norm, weight.has_value(), bias.has_value()));
+    keep(ctx, fields, Indices());
+    ctx->saved_data["weight"] = weight.has_value();
+    ctx->saved_data["bias"] = bias.has_value();
     ctx->set_materialize_grads(false);
     return residual ? variable_list{y, s} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);  // of x, weight, bias and residual; the mask and the norm have none
+    variable_list result(6);  // of x, weight, bias and residual; the mask and the fields have none
     const bool summed = grads.size() > 1, with_s = summed && grads[1].defined();
     if (!grads[0].defined()) {  // only s was used: nothing came through the norm
       if (with_s) result[0] = result[3] = grads[1];
       return result;
     }
-    const auto capsule = ctx->saved_data["norm"].toCapsule();
-    const auto& held = static_cast<const Held<Norm>&>(*capsule);
     const bool differentiable = at::GradMode::is_enabled();
-    Three gradients;
+    variable_list all(3);
     {
       at::AutoGradMode off(false);
-      gradients = held.norm.backward(grads[0].contiguous(), with_s ? Maybe(grads[1].contiguous()) : std::nullopt,
-                                     ctx->get_saved_variables());
+      const Maybe grad_s = with_s ? Maybe(grads[1].contiguous()) : std::nullopt;
+      std::tie(all[0], all[1], all[2]) =
+          Norm::backward(grads[0].contiguous(), grad_s, ctx->get_saved_variables(), kept<Fields>(ctx, Indices()));
     }
-    variable_list all{std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
     if (differentiable) refuse_second_derivative(all);
     result[0] = all[0];
-    if (held.weight) result[1] = all[1];
-    if (held.bias) result[2] = all[2];
+    if (ctx->saved_data["weight"].toBool()) result[1] = all[1];
+    if (ctx->saved_data["bias"].toBool()) result[2] = all[2];
     if (summed) result[3] = all[0];
     return result;
   }
@@ -165,20 +179,25 @@ struct Step : Function<Step<Norm>> {
   }
 };
 
-template <class Norm, class... Fields>
-variable_list step(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
-                   const Maybe& pad_mask, Fields... fields) {
-  return Step<Norm>::apply(x, weight, bias, residual, pad_mask ? Maybe(pad_mask->reshape(-1)) : pad_mask,
-                           Norm{std::move(fields)...});
-}
+template <class Norm, class Fields>
+struct Call;
+template <class Norm, class... T>
+struct Call<Norm, std::tuple<T...>> {
+  static variable_list step(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
+                            const Maybe& pad_mask, T... fields) {
+    return Step<Norm>::apply(x, weight, bias, residual, pad_mask ? Maybe(pad_mask->reshape(-1)) : pad_mask,
+                             std::tuple<T...>(std::move(fields)...));
+  }
+};
+template <class Norm>
+constexpr auto step = &Call<Norm, typename Norm::Fields>::step;
 
 }  // namespace
 }  // namespace normfuse
 
-// Arguments by position, in the order of the fields. They return [y], or [y, s] with a residual.
+// Arguments by position, fields last. They return [y], or [y, s] with a residual.
 PYBIND11_MODULE(_autograd, m) {
-  using namespace normfuse;
-  m.def("unified_norm", &step<Unified, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, bool, double, double>);
-  m.def("power_norm", &step<Power, Tensor, Tensor, Tensor, int64_t, int64_t, double, double, double, bool>);
-  m.def("row_norm", &step<Row, int64_t, double>);
+  m.def("unified_norm", normfuse::step<normfuse::Unified>);
+  m.def("power_norm", normfuse::step<normfuse::Power>);
+  m.def("row_norm", normfuse::step<normfuse::Row>);
 }

@@ -153,3 +153,22 @@ def test_no_gradient_wanted(make):
         y = norm(torch.randn(4, C))
     assert not y.requires_grad
     assert not before or any(not torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
+
+
+def test_a_captured_backward(make):
+    """Compiled autograd looks into what the graph keeps, and statistics move all the same."""
+    one, two = make(), make()
+    for _ in range(3):
+        x = torch.randn(4, C)
+        gradients = []
+        for norm, captured in ((one, True), (two, False)):
+            leaf = x.clone().requires_grad_()
+            total = norm(leaf).square().sum()
+            if captured:
+                with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                    total.backward()
+            else:
+                total.backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(one.state_dict(), two.state_dict())
