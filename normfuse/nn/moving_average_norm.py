@@ -13,7 +13,10 @@ class MovingAverageBatchNorm(ChannelNorm):
     """MABN (Yan et al., 2020, arXiv 2001.06838): Unified Norm's kin for convolutions and small batches.
 
     It subtracts no mean; centre the weights in front of it instead (:func:`center_weight`). In evaluation it is
-    ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights.
+    ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights. So that training comes to
+    compute the same, its result is multiplied by the ratio of the window's to the running statistic (as in batch
+    renormalisation), clamped to [1/5, 5] and 1 in the first 1000 steps, as in the authors' programs. Those differ in
+    the first step: ``running_var`` takes that step's statistic here, as in the one for ImageNet; the other begins at 1.
 
     Args:
         num_features: number of channels C.

@@ -13,6 +13,7 @@ The test is taken on the device, for all channels of all weights at once: no ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 CPU_ENTRIES = 1 << 18
+SMALL = 1 << 14
 
 
 class _Projected(Optimizer):
@@ -41,18 +43,44 @@ class _Projected(Optimizer):
             group.setdefault("maximize", False)
         self._forget()
 
-    def _workspace(self, params: list[Tensor], number: int) -> list[Tensor]:
-        """Tensors like ``params`` with any content, the same memory in every step and for every batch."""
+    def _memory(self, like: Tensor, entries: int, number: int) -> Tensor:
+        """A vector with any content for what is like ``like``: the same memory in every step and for every batch."""
+        key = (like.device, like.dtype, number)
+        if key not in self._scratch or self._scratch[key].numel() < entries:
+            self._scratch[key] = like.new_empty(entries)
+        return self._scratch[key][:entries]
+
+    def _workspace(self, params: list[Tensor], zero: bool = False) -> list[Tensor]:
+        """Tensors like ``params`` in such memory, with any content or zeros."""
         if torch.compiler.is_compiling():
             return [torch.empty_like(p) for p in params]
-        key, entries = (params[0].device, params[0].dtype, number), sum(p.numel() for p in params)
-        if key not in self._scratch or self._scratch[key].numel() < entries:
-            self._scratch[key] = params[0].new_empty(entries)
-        pieces = self._scratch[key][:entries].split([p.numel() for p in params])
+        sizes = [p.numel() for p in params]
+        memory = self._memory(params[0], sum(sizes), 0)
+        if zero:
+            memory.zero_()
         return [
             piece.view_as(p) if p.is_contiguous() else piece.as_strided(p.size(), p.stride(), piece.storage_offset())
-            for piece, p in zip(pieces, params, strict=True)
+            for piece, p in zip(memory.split(sizes), params, strict=True)
         ]
+
+    def _joined(self, tensors: list[Tensor], runs: list[slice], number: int) -> list[Tensor]:
+        """``tensors`` as [channels, entries], those of a run copied into one."""
+        joined = [[t if t.dim() == 2 else t.flatten(1) for t in tensors[run]] for run in runs]
+        sizes = [sum(t.numel() for t in run) if len(run) > 1 else 0 for run in joined]
+        if any(sizes):
+            pieces = self._memory(tensors[0], sum(sizes), number).split(sizes)
+            joined = [
+                [torch.cat(run, out=piece.view(-1, run[0].shape[1]))] if len(run) > 1 else run
+                for run, piece in zip(joined, pieces, strict=True)
+            ]
+        return [matrix for (matrix,) in joined]
+
+    def _products(self, matrices: list[Tensor], others: list[Tensor]) -> Iterable[Tensor]:
+        if not _on_cpu(matrices):
+            return torch._foreach_mul(matrices, others)
+        # Fresh memory costs more than what is written to it.
+        pairs = zip(matrices, others, strict=True)
+        return (torch.mul(a, b, out=self._memory(a, a.numel(), 1).view_as(a)) for a, b in pairs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -97,22 +125,12 @@ class _Projected(Optimizer):
         eps, layout = group["eps"], self._layout(weights, acc)
         layer, by_channel, by_layer = layout[0], *(group["delta"] * layout[1])
 
-        def rows(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-            return torch.cat([reduce(t if t.dim() == 2 else t.flatten(1)) for t in tensors])
-
-        def products(others: list[Tensor]) -> Tensor:
-            if weights[0].device.type != "cpu" or torch.compiler.is_compiling():
-                found = torch._foreach_mul(weights, others)
-            else:  # fresh memory costs more than what is written to it
-                space = self._workspace(weights, 1)
-                found = [torch.mul(w, o, out=s) for w, o, s in zip(weights, others, space, strict=True)]
-            return rows(found, lambda t: t.sum(1, dtype=acc))
-
-        def lengths(tensors: list[Tensor]) -> Tensor:
-            return rows(tensors, lambda t: torch.linalg.vector_norm(t, dim=1, dtype=acc))
-
-        length_w, length_g = lengths(weights), lengths(grads)
-        along_g, along_p = products(grads), products(updates)
+        runs = _runs(weights)
+        w, g, p = (self._joined(tensors, runs, 2 + i) for i, tensors in enumerate((weights, grads, updates)))
+        length_w, length_g = (
+            torch.cat([torch.linalg.vector_norm(m, dim=1, dtype=acc) for m in matrices]) for matrices in (w, g)
+        )
+        along_g, along_p = (torch.cat([m.sum(1, dtype=acc) for m in self._products(w, others)]) for others in (g, p))
 
         def per_layer(numbers: Tensor, reduce: str) -> Tensor:
             return numbers.new_zeros(len(weights)).scatter_reduce(0, layer, numbers, reduce)
@@ -194,37 +212,40 @@ class AdamP(_Projected):
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
         steps, means, squares = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
-        (beta1, beta2), compiling = group["betas"], torch.compiler.is_compiling()
+        (beta1, beta2), nesterov = group["betas"], group["nesterov"]
         torch._foreach_add_(steps, 1)
-        updates = self._workspace(params, 0)
-        if compiling:  # one operation after another, for the compiler to bring together
+        if torch.compiler.is_compiling():  # one operation after another, for the compiler to bring together
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        else:
-            # PyTorch's fused Adam moves both means and takes its step, here from 0 and of length 1: minus the update.
-            torch._foreach_zero_(updates)
-            torch._fused_adam_(
-                updates, grads, means, squares, [], steps, lr=1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
-                eps=group["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
-        if not (compiling or group["nesterov"]):
-            return updates
-        # The divisor of the first mean: (1 - beta1^t) * (sqrt(squares / (1 - beta2^t)) + eps).
-        divisors, dtype = self._workspace(params, 1), params[0].dtype
-        counts = torch.stack(steps).to(torch.promote_types(dtype, torch.float32))
-        bias1, bias2 = 1 - beta1**counts, 1 - beta2**counts
-        torch._foreach_copy_(divisors, squares)
-        torch._foreach_sqrt_(divisors)
-        torch._foreach_mul_(divisors, list((bias1 / bias2.sqrt()).to(dtype).unbind()))
-        torch._foreach_add_(divisors, list((group["eps"] * bias1).to(dtype).unbind()))
-        if compiling:
-            torch._foreach_copy_(updates, means)
-            torch._foreach_neg_(updates)
+            # The divisor: (1 - beta1^t) * (sqrt(squares / (1 - beta2^t)) + eps).
+            dtype = params[0].dtype
+            counts = torch.stack(steps).to(torch.promote_types(dtype, torch.float32))
+            bias1, bias2 = 1 - beta1**counts, 1 - beta2**counts
+            divisors = torch._foreach_sqrt(squares)
+            torch._foreach_mul_(divisors, list((bias1 / bias2.sqrt()).to(dtype).unbind()))
+            torch._foreach_add_(divisors, list((group["eps"] * bias1).to(dtype).unbind()))
+            updates = torch._foreach_neg(torch._foreach_lerp(means, grads, 1 - beta1) if nesterov else means)
             torch._foreach_div_(updates, divisors)
-        if group["nesterov"]:
-            torch._foreach_mul_(updates, beta1)
-            torch._foreach_addcdiv_(updates, grads, divisors, value=beta1 - 1)
+            return updates
+        # PyTorch's fused Adam moves both means and takes its step, here from 0 and of length 1: minus the update. The
+        # next step's mean, beta1 * mean + (1 - beta1) * grad, is what it computes with beta1² in place of beta1; the
+        # bias is then off by (1 - beta1^2t) / (1 - beta1^t) = 1 + beta1^t.
+        updates, share, length, lengths = self._workspace(params, zero=True), beta1, 1.0, None
+        if nesterov:
+            share, counts = beta1**2, torch.stack(steps)
+            if params[0].device.type == "cpu" and bool((counts == counts[0]).all()):
+                length = 1 + beta1 ** counts[0].item()
+            else:
+                lengths = 1 + beta1 ** counts.to(torch.promote_types(params[0].dtype, torch.float32))
+        torch._fused_adam_(
+            updates, grads, means, squares, [], steps, lr=length, beta1=share, beta2=beta2, weight_decay=0.0,
+            eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if lengths is not None:
+            torch._foreach_mul_(updates, list(lengths.to(params[0].dtype).unbind()))
+        if nesterov and beta1 > 0:  # from the next step's mean back to this one's
+            torch._foreach_lerp_(means, grads, 1 - 1 / beta1)
         return updates
 
 
@@ -276,7 +297,7 @@ class SGDP(_Projected):
         velocities = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, grads, alpha=1 - group["dampening"])
-        updates = self._workspace(params, 0)
+        updates = self._workspace(params)
         if not group["nesterov"]:
             torch._foreach_copy_(updates, velocities)
         else:
@@ -300,6 +321,23 @@ def _check(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]} is not allowed; give a number of at least 0")
 
 
+def _on_cpu(tensors: list[Tensor]) -> bool:
+    return tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _runs(weights: list[Tensor]) -> list[slice]:
+    """Which neighbours to take at once: on a CPU small ones of equal width, where a call costs more than a copy."""
+
+    def kind(index: int) -> tuple[int, int]:
+        width = weights[index].numel() // weights[index].shape[0]
+        return (width, -1) if weights[index].numel() <= SMALL else (width, index)
+
+    if not _on_cpu(weights):
+        return [slice(i, i + 1) for i in range(len(weights))]
+    runs = (list(run) for _, run in groupby(range(len(weights)), kind))
+    return [slice(run[0], run[-1] + 1) for run in runs]
+
+
 def _batches(params: list[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
     """Parameters that one operation takes at once: of one device and dtype, all weights (True) or none.
 
@@ -309,6 +347,8 @@ def _batches(params: list[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
     for p in params:
         kinds.setdefault((p.device, p.dtype, p.dim() > 1 and p.numel() > 0), []).append(p)
     for (device, _, matrix), alike in kinds.items():
+        if matrix:  # equal widths side by side
+            alike.sort(key=lambda p: p.numel() // p.shape[0])
         batch, entries = [], 0
         for p in alike:
             batch.append(p)

@@ -184,6 +184,8 @@ def test_the_penalty_is_the_papers_and_has_the_gradient_of_the_batch():
     by_hand = 0.3 * 2 * (mean - spec.mean) / 6 + 0.7 * np.sign(var - spec.var) * 2 * (values - mean) / 6
     np.testing.assert_allclose(grad.numpy(), by_hand, **EXACT)
     assert copy.deepcopy(norm).penalty is None
+    published = RegularizedBatchNorm(C)  # the authors' weights in pre-norm translation models
+    assert (published.mean_penalty, published.var_penalty) == (0.1, 0.01)
     with pytest.raises(ValueError, match="has no RegularizedBatchNorm with a penalty"):
         batch_norm_penalty(nn.Sequential(copy.deepcopy(norm)))
 
