@@ -125,7 +125,8 @@ def export(
         ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
     """
     if dtype not in DTYPES:
-        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
+        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
     if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
         raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
     try:

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.layouts import contiguous_reshapes
-from normfuse.onnx.masks import expand_attention_masks
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 
 OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
@@ -83,6 +83,7 @@ def write(
         model = exported.model
         adopt(model)
         expand_attention_masks(model)
+        expand_rotary_caches(model)
         _name_dimensions(model, program, inputs)
         if shape is not None:
             shape(model)

@@ -1,6 +1,8 @@
 import importlib
 
+import numpy as np
 import onnx
+import onnx_text
 import pytest
 import tiny_models
 import torch
@@ -107,6 +109,15 @@ def test_modules_of_other_dtypes_are_exported_in_float32(tmp_path, dtype):
     result = export(perceptron().to(dtype), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4, dtype=dtype), opset=20)
     assert result.dtype == "float32"
     assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_bfloat16_is_refused_because_nothing_could_verify_it(tmp_path):
+    with pytest.raises(ExportError, match=r"dtype 'bfloat16' .*float32, float16.*no bfloat16 products"):
+        export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
+    body = "a = Cast <to: int = 16> (x) b = MatMul (a, a) y = Cast <to: int = 1> (b)"
+    with pytest.raises(Exception, match=r"Could not find an implementation for MatMul\(13\)"):
+        onnx_text.run(onnx_text.model("float[4, 4] x", "float[4, 4] y", body), {"x": np.ones((4, 4), np.float32)})
 
 
 def test_float16_is_verified_against_the_float32_module(tmp_path):
