@@ -191,12 +191,14 @@ def _forms(norm: str, program: ExportedProgram, model: nn.Module, width: int) ->
             "layer, transformers.optimizer": partial(_transformers_optimizer, program, width),
             "layer, optimize_for_ort": partial(_optimize_for_ort, program),
             "layer, shaped": partial(_write, program, 23, shape=shaping.shape),
+            "layer, shaped, long": partial(_write, program, 23, shape=partial(shaping.shape, steps=shaping.STEPS)),
         }
     folded, _ = normfuse.fold(program)
     return {
         "static": plain,
         "folded": partial(_write, folded, 23),
-        "folded and shaped": partial(_export_for_cpu, model),
+        "folded and shaped": partial(_export, model, "cpu"),
+        "folded and shaped, long": partial(_export, model, "cpu-long"),
     }
 
 
@@ -204,10 +206,10 @@ def _write(program: ExportedProgram, opset: int, path: Path, shape: Callable | N
     to_onnx.write(program, path, opset=opset, shape=shape)
 
 
-def _export_for_cpu(model: nn.Module, path: Path) -> None:
+def _export(model: nn.Module, target: str, path: Path) -> None:
     """What a user gets: normfuse.onnx.export with its checks."""
     shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=POSITIONS)}}
-    result = to_onnx.export(model, path, example_inputs=sample(), dynamic_shapes=shapes, target="cpu")
+    result = to_onnx.export(model, path, example_inputs=sample(), dynamic_shapes=shapes, target=target)
     if not result.shaping:
         raise ValueError(f"not shaped: {result.notes}")
 

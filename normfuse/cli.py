@@ -88,7 +88,7 @@ KeepDynamicNorms = Annotated[
     ),
 ]
 Target = Annotated[
-    str, typer.Option(help="Shape the graph for: cpu, cuda (ONNX Runtime there), or portable (leave it).")
+    str, typer.Option(help="Shape the graph for: cpu, cpu-long, cuda (ONNX Runtime there), or portable (leave it).")
 ]
 NoShape = Annotated[
     list[str], typer.Option(metavar="STEP", help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable.")

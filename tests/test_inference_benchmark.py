@@ -72,7 +72,7 @@ def test_a_small_run_times_every_variant(tmp_path):
     assert max(errors.values()) < 1e-5
     assert {*nodes, "floor again"} == set(run["settings"][0]["to_floor"]) and len(nodes) + len(
         run["files"][0]["absent"]
-    ) == 10
+    ) == 12
 
 
 def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):

@@ -115,9 +115,10 @@ def export(
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
-        target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU) or
-            ``cuda``; all use standard operations only. A shaped graph that fails verification is replaced by the
-            graph as it is, and ``notes`` say so.
+        target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
+            ``cpu-long`` (there, long sequences or large batches) or ``cuda``; all but ``cpu-long`` use standard
+            operations only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes``
+            say so.
         no_shape: shaping steps to leave out, see :data:`normfuse.onnx.shaping.STEPS`.
         progress: called with the name of each stage when it begins.
 

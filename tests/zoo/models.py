@@ -48,7 +48,7 @@ class Entry:
         build: makes the model.
         inputs: makes its positional inputs for a batch size.
         dynamic: which dimensions vary, per input.
-        expected: what folding leaves; None where nobody has counted yet, so that only exactness is checked.
+        expected: what folding leaves.
         quick: whether the everyday tests run it.
     """
 
@@ -57,7 +57,7 @@ class Entry:
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     dynamic: tuple[Any, ...]
-    expected: Expected | None = None
+    expected: Expected
     quick: bool = False
 
 
@@ -267,7 +267,16 @@ ZOO: tuple[Entry, ...] = (
             "that a LayerNorm reads",
         )
     ),
-    timm("ConvNeXt V2", "convnextv2_atto", **STAGES)(),
+    timm("ConvNeXt V2", "convnextv2_atto", **STAGES)(
+        expected=Expected(
+            rms=(0, 9),
+            gains=(8, 9),
+            static=(0, 4),
+            swapped=(9, 13),
+            why="as ConvNeXt; the four global response norms add what they scale to the result of GELU itself, so that "
+            "no weight sees their gain alone",
+        )
+    ),
     timm("LeViT", "levit_128s", 64, img_size=64, embed_dim=(16, 32), num_heads=(2, 2), depth=(1, 1), key_dim=8)(
         expected=Expected(static=(19, 19))
     ),
@@ -286,7 +295,15 @@ ZOO: tuple[Entry, ...] = (
     transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(
         expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
-    transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(),
+    transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(
+        expected=Expected(
+            rms=(1, 5),
+            gains=(2, 5),
+            swapped=(3, 3),
+            why=f"{POST_NORM}, all but that of the embeddings, which a linear reads; the two norms of the shared layer "
+            "count twice as LayerNorms",
+        )
+    ),
     transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(
         expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
     ),
@@ -310,11 +327,17 @@ ZOO: tuple[Entry, ...] = (
             gains=(5, 9), swapped=(9, 9), why="gains on queries and keys: rotations and attention take none"
         )
     ),
-    transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, **LLAMA, head_dim=16)(),
+    transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, **LLAMA, head_dim=16)(
+        expected=Expected(
+            gains=(5, 9), swapped=(9, 9), why="norms at the end of a branch write the stream that RMSNorms read"
+        )
+    ),
     transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, **T5, decoder_start_token_id=0)(
         expected=Expected(gains=(12, 12), swapped=(12, 12))
     ),
-    transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, **SEQ2SEQ)(),
+    transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, **SEQ2SEQ)(
+        expected=Expected(rms=(0, 12), gains=(2, 12), swapped=(12, 12), why=POST_NORM)
+    ),
     transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, BATCH, **WHISPER)(
         expected=Expected(
             rms=(0, 5),
@@ -336,5 +359,13 @@ ZOO: tuple[Entry, ...] = (
         **CLIP,
         image_size=32,
         patch_size=8,
-    )(),
+    )(
+        expected=Expected(
+            rms=(0, 6),
+            gains=(4, 6),
+            swapped=(6, 6),
+            why="the norm in front of the layers writes the stream that LayerNorms read; the last one's result is the "
+            "output",
+        )
+    ),
 )

@@ -1,4 +1,4 @@
-"""Forms of an ONNX graph that ONNX Runtime runs faster; all of standard operations, each pass for itself.
+"""Forms of an ONNX graph that ONNX Runtime runs faster, each pass for itself.
 
 Passes change an ``onnx_ir.Model`` in place, keep what they do not recognise, and say how often they applied.
 """
@@ -10,22 +10,27 @@ from collections.abc import Callable, Collection
 import onnx_ir as ir
 
 from .attention import attention3d
+from .blockwise import blockwise_attention
 from .flatten import gemm2d
 from .residual import residual_gemm
 
 # In this order: heads must be split by Attention before streams become matrices, and those before sums become products.
 PASSES: dict[str, Callable[[ir.Model], int]] = {
     "attention3d": attention3d,
+    "blockwise_attention": blockwise_attention,
     "gemm2d": gemm2d,
     "residual_gemm": residual_gemm,
 }
 
 
+_CPU = ("attention3d", "gemm2d", "residual_gemm")
 # What a target gets. portable is the graph as torch writes it. On CUDA, ONNX Runtime fuses MatMul, Add and Gelu by
-# itself, so there only the additions of travelling biases are saved; that is a conclusion, not a measurement.
+# itself, so there only the additions of travelling biases are saved; that is a conclusion, not a measurement. cpu-long
+# is for long sequences and large batches, and the only one whose files hold an operation that is not standard.
 TARGETS: dict[str, tuple[str, ...]] = {
     "portable": (),
-    "cpu": ("carry_biases", *PASSES),
+    "cpu": ("carry_biases", *_CPU),
+    "cpu-long": ("carry_biases", *PASSES),
     "cuda": ("carry_biases",),
 }
 STEPS = ("carry_biases", *PASSES)
@@ -45,9 +50,19 @@ def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
     return tuple(name for name in TARGETS[target] if name not in skip)
 
 
-def shape(model: ir.Model, steps: Collection[str] = tuple(PASSES)) -> dict[str, int]:
+def shape(model: ir.Model, steps: Collection[str] = _CPU) -> dict[str, int]:
     """Applies those of the passes that are among ``steps``, in place; returns how often each one applied."""
     return {name: apply(model) for name, apply in PASSES.items() if name in steps}
 
 
-__all__ = ["PASSES", "STEPS", "TARGETS", "attention3d", "gemm2d", "residual_gemm", "shape", "steps_for"]
+__all__ = [
+    "PASSES",
+    "STEPS",
+    "TARGETS",
+    "attention3d",
+    "blockwise_attention",
+    "gemm2d",
+    "residual_gemm",
+    "shape",
+    "steps_for",
+]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from graphs import model, operations, run, same, unchanged
 
-from normfuse.onnx.shaping import attention3d
+from normfuse.onnx.shaping import attention3d, blockwise_attention
 
 HEADS, SIZE = 2, 4
 MERGE = "t = Transpose <perm: ints = [0, 2, 1, 3]> (a) y = Reshape (t, merge)"
@@ -135,3 +135,34 @@ def test_dynamic_batch_and_length():
     graph = model(inputs, "float[B, S, 8] y", body, hd=np.array([HEADS, SIZE]), c=np.array([8]))
     assert attention3d(graph) == 1 and operations(graph) == ["Attention"]
     assert run(graph, **drawn("q", "k", "v"))[0].shape == (2, 5, 8)
+
+
+JOINED = "y = Attention <q_num_heads: int = 2, kv_num_heads: int = {0}{1}> (q, k, v{2})"
+
+
+@pytest.mark.parametrize("more", ["", ", scale: float = 0.3", ", is_causal: int = 0, softcap: float = 0.0"])
+def test_attention_in_blocks(more):
+    graph = model(QKV, "float[2, 5, 8] y", JOINED.format(2, more, ""))
+    assert same(graph, blockwise_attention, **drawn("q", "k", "v"))
+    assert operations(graph) == ["MultiHeadAttention"]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "more", "mask"),
+    [
+        (2, ", is_causal: int = 1", ""),
+        (2, ", softcap: float = 2.0", ""),
+        (2, "", ", mask"),
+        (1, "", ""),
+    ],
+)
+def test_attention_that_blocks_do_not_suit_stays(kv_heads, more, mask):
+    inputs = f"float[2, 5, 8] q, float[2, 5, {4 * kv_heads}] k, float[2, 5, {4 * kv_heads}] v"
+    masks = {"mask": np.zeros((5, 5), np.float32)} if mask else {}
+    graph = model(inputs, "float[2, 5, 8] y", JOINED.format(kv_heads, more, mask), **masks)
+    assert unchanged(graph, blockwise_attention)
+
+
+def test_heads_that_were_split_outside_stay():
+    graph = model("float[2, 2, 5, 4] q", "float[2, 2, 5, 4] y", "y = Attention (q, q, q)")
+    assert unchanged(graph, blockwise_attention)

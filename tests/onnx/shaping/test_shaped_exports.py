@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from normfuse import save
 from normfuse.cli import app
-from normfuse.onnx import ExportError, VerificationError, export
+from normfuse.onnx import ExportError, VerificationError, export, summarize
 from normfuse.onnx.shaping import PASSES, STEPS, TARGETS, steps_for
 
 exporter = importlib.import_module("normfuse.onnx.exporter")
@@ -50,6 +50,16 @@ def test_a_block_is_four_products_and_one_attention(tmp_path, placement, mask):
     assert any(note.startswith("biases travel") for note in result.notes)
 
 
+def test_long_sequences_get_attention_in_blocks(tmp_path):
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu-long", **arguments())
+    found = operations(result.path)
+    assert (found["Gemm"], found["MultiHeadAttention"], found["Attention"]) == (5, 1, 0) and not result.notes[1:]
+    assert result.shaping["blockwise_attention"] == 1 and result.proof.worst("ONNX file") < 1e-4
+    assert summarize(result.path).opset == 23
+    masked = export(encoder(), tmp_path / "masked.onnx", target="cpu-long", **arguments(mask=True))
+    assert masked.shaping["blockwise_attention"] == 0 and operations(masked.path)["Attention"] == 1
+
+
 def test_portable_is_the_graph_as_it_was(tmp_path):
     model, given = encoder(), arguments()
     export(model, tmp_path / "default.onnx", **given)
@@ -66,12 +76,13 @@ def test_cuda_only_saves_additions(tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_step_can_be_left_out(tmp_path, step):
-    result = export(encoder(), tmp_path / "m.onnx", target="cpu", no_shape=[step], **arguments())
+    result = export(encoder(), tmp_path / "m.onnx", target="cpu-long", no_shape=[step], **arguments())
     assert step not in result.shaping
     found = operations(result.path)
     without = {
         "carry_biases": found["Add"] == 1 + 2,
         "attention3d": found["Transpose"] == 4,
+        "blockwise_attention": found["Attention"] == 1,
         "gemm2d": found["MatMul"] == 5,
         "residual_gemm": found["MatMul"] == 2,
     }
@@ -86,7 +97,7 @@ def test_other_operator_sets_keep_what_applies_to_them(tmp_path):
 def test_a_network_without_streams_stays(tmp_path):
     model = tiny_models.trained(tiny_models.ConvNet())
     result = export(model, tmp_path / "m.onnx", target="cpu", example_inputs=torch.randn(2, 3, 8, 8))
-    assert not any(result.shaping.values()) and set(result.shaping) == set(PASSES)
+    assert not any(result.shaping.values()) and set(result.shaping) == set(steps_for("cpu")) - {"carry_biases"}
 
 
 def failing(model):
@@ -149,7 +160,7 @@ def test_biases_that_fail_verification_stay(monkeypatch):
 
 
 def test_unknown_targets_and_steps_are_refused(tmp_path):
-    with pytest.raises(ExportError, match="target 'gpu' is not one of portable, cpu, cuda"):
+    with pytest.raises(ExportError, match="target 'gpu' is not one of portable, cpu, cpu-long, cuda"):
         export(encoder(), tmp_path / "m.onnx", target="gpu", **arguments())
     with pytest.raises(ExportError, match="no shaping step 'gemm3d' to leave out; there are carry_biases, attention3d"):
         export(encoder(), tmp_path / "m.onnx", no_shape=["gemm3d"], **arguments())
