@@ -1,4 +1,4 @@
-"""Draws benchmarks/results/inference-*.json: times of encoders as multiples of the same network without norms.
+"""Draws and tabulates benchmarks/results/inference-*.json: times as multiples of the same network without norms.
 
 python benchmarks/inference_chart.py
 """
@@ -44,8 +44,15 @@ def panels(run: dict) -> dict[str, list[dict]]:
 def draw(run: dict, file: Path) -> None:
     groups = panels(run)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(len(groups), 1, figsize=(10, 2.9 * len(groups)), squeeze=False, layout="constrained")
-    for axis, (title, settings) in zip(axes[:, 0], groups.items(), strict=True):
+    columns = 2 if len(groups) > 4 else 1
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(10 * columns, 2.9 * rows), squeeze=False, layout="constrained", sharey=True
+    )
+    for axis in axes.T.flat[len(groups) :]:
+        axis.set_visible(False)
+    # Down the columns, so that what differs by the placement, which comes first in a title, stands side by side.
+    for axis, (title, settings) in zip(axes.T.flat, sorted(groups.items(), reverse=True), strict=False):
         for place, (series, colour) in enumerate(SERIES.items()):
             at = [number + 0.2 * (place - 1.5) for number in range(len(settings))]
             axis.bar(at, [height(setting, series) for setting in settings], 0.18, label=series, color=colour)
@@ -65,8 +72,41 @@ def draw(run: dict, file: Path) -> None:
         fontsize=9,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def table(run: dict) -> str:
+    """Markdown: for each kind of setting and width, lowest to highest median of the settings it stands for."""
+    widths = sorted({setting["width"] for setting in run["settings"]})
+    lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    kinds = dict.fromkeys((s["precision"], s["batch"], s["threads"]) for s in run["settings"])
+    for precision, batch, threads in sorted(kinds):
+        of_kind = [
+            s for s in run["settings"] if (s["precision"], s["batch"], s["threads"]) == (precision, batch, threads)
+        ]
+        for name, value in QUANTITIES.items():
+            spans = [_span([value(s) for s in of_kind if s["width"] == width]) for width in widths]
+            label = f"{precision}, batch {batch}, {threads} thread{'s' * (threads > 1)}: {name}"
+            lines.append(f"| {label} | " + " | ".join(spans) + " |")
+    return "\n".join(lines)
+
+
+QUANTITIES = {
+    "shaped ÷ floor": lambda setting: setting["to_floor"]["folded and shaped"][1],
+    "shaped ÷ fastest LayerNorm": lambda setting: setting["shaped_to_fastest_layer_norm"][1],
+    "folded ÷ floor": lambda setting: setting["to_floor"]["folded"][1],
+    "static ÷ floor": lambda setting: setting["to_floor"]["static"][1],
+}
+
+
+def _span(ratios: list[float]) -> str:
+    if not ratios:
+        return "–"
+    low, high = (
+        f"{ratio:.2f}".replace("0.", ".", 1) if ratio < 1 else f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))
+    )
+    return low if low == high else f"{low} to {high}"
 
 
 def main() -> None:
@@ -79,8 +119,9 @@ def main() -> None:
         parser.error(f"no inference-*.json in {args.results}; run benchmarks/inference.py first")
     for file in files:
         chart = args.images / f"{file.stem}.png"
-        draw(json.loads(file.read_text()), chart)
-        print(f"written: {chart}")
+        run = json.loads(file.read_text())
+        draw(run, chart)
+        print(f"written: {chart}\n\n{table(run)}\n")
 
 
 if __name__ == "__main__":

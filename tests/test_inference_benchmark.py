@@ -79,16 +79,20 @@ def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):
     """What the file has is kept, what is missing of a setting is measured, and other software is refused."""
     where = {"width": 64, "placement": "pre", "precision": "fp32", "threads": 1, "batch": 1, "sequence": 32}
     monkeypatch.setattr(sys, "argv", ["inference.py", "--threads", "1"])
-    args = argparse.Namespace(depth=4, note="n", resume=True, memory=True)
+    args = argparse.Namespace(depth=4, note="n", resume=True, memory=True, retry=None)
     path = tmp_path / "inference-cpu.json"
     first = inference.Results(path, args)
     assert inference.missing(args, first, where) == {"to_floor", "peak_megabytes"}
-    first.add("settings", where, {"to_floor": 1.0})
+    first.add("settings", where, {"to_floor": {"floor again": [0.9, 1.2, 1.3]}})
     second = inference.Results(path, argparse.Namespace(**{**vars(args), "note": ""}))
     assert inference.missing(args, second, where) == {"peak_megabytes"}
     second.add("settings", where, {"peak_megabytes": 2.0})
     run = json.loads(path.read_text())
-    assert run["settings"] == [where | {"to_floor": 1.0, "peak_megabytes": 2.0}]
+    assert [setting["peak_megabytes"] for setting in run["settings"]] == [2.0]
+    busy = argparse.Namespace(**{**vars(args), "retry": 0.1})
+    assert inference.missing(busy, second, where) == {"to_floor"}
+    second.add("settings", where, {"to_floor": {"floor again": [0.9, 1.05, 1.3]}})
+    assert inference.missing(busy, second, where) == set()
     assert run["note"] == "n" and [command[:29] for command in run["commands"]] == ["python inference.py --threads"] * 2
     assert inference.missing(args, inference.Results(path, args), where) == set()
     with pytest.raises(SystemExit, match="measured with another depth"):
@@ -128,4 +132,6 @@ def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
     assert inference_chart.height(settings[0], "fastest LayerNorm") == 1.1
     assert inference_chart.height(settings[0], "folded") == 0.9
     inference_chart.draw(run, tmp_path / "images" / "chart.png")
+    lines = inference_chart.table({"settings": [s | {"shaped_to_fastest_layer_norm": [0, 1.05, 2]} for s in settings]})
+    assert "| fp32, batch 1, 2 threads: shaped ÷ floor | .90 | .90 |" in lines and "| 1.05 | 1.05 |" in lines
     assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
