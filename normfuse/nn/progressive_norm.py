@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._layout import accumulation_dtype
 from ._running_norm import ChannelNorm, check_count
 
 
@@ -76,6 +78,13 @@ class ProgressiveNorm(nn.Module):
         """Count ``steps`` more optimiser steps. Does not wait for the device."""
         check_count("steps", steps, 0)
         self._set_step(self._step + steps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgressiveNorm:
+        super()._apply(fn, recurse)
+        # λ anew: a conversion to bfloat16 or float16 has rounded it.
+        dtype, device = accumulation_dtype(self._share.dtype), self._share.device
+        self._share = torch.full((), self.share, dtype=dtype, device=device)
+        return self
 
     def train(self, mode: bool = True) -> ProgressiveNorm:
         super().train(mode)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from ._running_norm import running_norms
-from .region_norm import RegionNorm
+from .region_norm import LearnableRegionNorm, RegionNorm
 
 
 def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
@@ -40,10 +40,10 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
                 "own batch, so there is nothing to share between ranks; build it without ghost_size"
             )
     for name, module in model.named_modules():
-        if isinstance(module, RegionNorm) and module.pool == "batch":
+        if isinstance(module, (RegionNorm, LearnableRegionNorm)) and module.pool == "batch":
             raise ValueError(
-                f'{name or "model"} (RegionNorm with pool="batch") takes its statistics from the batch in evaluation '
-                'too and has no synchronised form; build it with pool="sample"'
+                f'{name or "model"} ({type(module).__name__} with pool="batch") takes its statistics from the batch in '
+                'evaluation too and has no synchronised form; build it with pool="sample"'
             )
     for norm in norms.values():
         norm.synchronised, norm.process_group = True, process_group
