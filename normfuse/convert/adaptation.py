@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..nn import MaskedBatchNorm, RepBatchNorm
 from ..nn._running_norm import check_count, check_fraction, check_positive
-from ..ops._layout import accumulation_dtype
+from ..ops._layout import accumulation_dtype, check_pad_mask
 from .swap import Swap, SwapReport, Where, _selector, put
 
 
@@ -21,6 +21,11 @@ class AdaptingNorm(nn.Module):
 
     The BatchNorm, of whatever class, computes the result and is always in evaluation mode. Where other statistics than
     its own are to be used, its input is rescaled so that it gives what they would have given.
+
+    Shape:
+        x: as for the BatchNorm; output like x.
+        pad_mask: the shape of x without its channel dimension, bool, True = padding: left out of all statistics,
+            normalised like the rest.
     """
 
     #: Why the adapted statistics cannot become constants.
@@ -42,10 +47,14 @@ class AdaptingNorm(nn.Module):
     def channel_dim(self) -> int:
         return getattr(self.norm, "channel_dim", 1)
 
-    def _instances(self, x: Tensor) -> Tensor:
-        """``x`` as [samples, channels, positions], in a dtype for statistics."""
+    def _instances(self, x: Tensor, pad_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``x`` as [samples, channels, positions] in a dtype for statistics; the valid ones [samples, 1, positions]."""
+        check_pad_mask(x, self.channel_dim, pad_mask)
         x = x.movedim(self.channel_dim, 1)
-        return (x.flatten(2) if x.dim() > 2 else x[..., None]).to(accumulation_dtype(x.dtype))
+        values = (x.flatten(2) if x.dim() > 2 else x[..., None]).to(accumulation_dtype(x.dtype))
+        if pad_mask is None:
+            return values, None
+        return values, torch.logical_not(pad_mask).reshape(values.shape[0], 1, values.shape[2])
 
     def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """What the norm gives with other statistics, [channels] or [samples, channels]."""
@@ -85,27 +94,27 @@ class AlphaBatchNorm(AdaptingNorm):
         self.register_buffer("seen_mean", torch.zeros_like(norm.running_mean))
         self.register_buffer("seen_var", torch.zeros_like(norm.running_var))
 
-    def _mixed(self, mean: Tensor, var: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def _mixed(self, mean: Tensor, var: Tensor, rows: int | Tensor) -> tuple[Tensor, Tensor]:
         """The statistics to use, from mean and biased variance of ``rows`` rows."""
-        unbiased = var * (rows / torch.sym_max(rows - 1, 1))
-        norm = self.norm
-        return norm.running_mean.lerp(mean, self.test_weight), norm.running_var.lerp(unbiased, self.test_weight)
+        norm, weight = self.norm, self.test_weight
+        if isinstance(rows, Tensor):
+            weight = weight * (rows > 0).to(mean.dtype)
+        return norm.running_mean.lerp(mean, weight), norm.running_var.lerp(_unbiased(var, rows), weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        values = self._instances(x)
-        rows = values.shape[0] * values.shape[2]
-        if rows == 0:
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        values, keep = self._instances(x, pad_mask)
+        if values.shape[0] * values.shape[2] == 0:
             return self.norm(x)
-        var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
+        mean, var, rows = _moments(values, keep, (0, 2))
         mean, var = mean.to(self.seen_mean), var.to(self.seen_var)
         if not torch.compiler.is_exporting():
             self._see(mean.detach(), var.detach(), rows)
         return self._normalise(x, *self._mixed(mean, var, rows))
 
     @torch.no_grad()
-    def _see(self, mean: Tensor, var: Tensor, rows: int) -> None:
+    def _see(self, mean: Tensor, var: Tensor, rows: int | Tensor) -> None:
         self.seen_rows = self.seen_rows + rows
-        share = rows / self.seen_rows.to(mean.dtype)
+        share = rows / self.seen_rows.clamp(min=1).to(mean.dtype)
         spread = (1 - share) * (mean - self.seen_mean).square()
         self.seen_var = self.seen_var.lerp(var + spread, share)
         self.seen_mean = self.seen_mean.lerp(mean, share)
@@ -148,23 +157,23 @@ class DecayingBatchNorm(AdaptingNorm):
         self.rate, self.decay = rate, decay
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=norm.running_mean.device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_exporting():
-            self._follow(self._instances(x.detach()))
+            self._follow(*self._instances(x.detach(), pad_mask))
         return self.norm(x)
 
     @torch.no_grad()
-    def _follow(self, values: Tensor) -> None:
-        rows = values.shape[0] * values.shape[2]
-        if rows == 0:
+    def _follow(self, values: Tensor, keep: Tensor | None) -> None:
+        if values.shape[0] * values.shape[2] == 0:
             return
-        var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
-        share = self.rate * torch.exp(-self.decay * self.batches.to(mean.dtype))
-        norm, unbiased = self.norm, var * (rows / max(rows - 1, 1))
+        mean, var, rows = _moments(values, keep, (0, 2))
+        seen = rows > 0 if isinstance(rows, Tensor) else True
+        share = self.rate * torch.exp(-self.decay * self.batches.to(mean.dtype)) * seen
+        norm, unbiased = self.norm, _unbiased(var, rows)
         # New tensors: the graphs of earlier batches hold the old ones.
         norm.running_mean = norm.running_mean.lerp(mean.to(norm.running_mean), share.to(norm.running_mean))
         norm.running_var = norm.running_var.lerp(unbiased.to(norm.running_var), share.to(norm.running_var))
-        self.batches += 1
+        self.batches += seen
 
     def settle(self) -> bool:
         return bool(self.batches > 0)
@@ -222,25 +231,48 @@ class UnMixBatchNorm(AdaptingNorm):
         self.register_buffer("means", mean + spread * noise.to(mean.device))
         self.register_buffer("vars", (0.5 * var).expand(components, -1).clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        values = self._instances(x).to(self.means)
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        values, keep = self._instances(x, pad_mask)
         if values.numel() == 0:
             return self.norm(x)
-        var, mean = torch.var_mean(values, dim=2, correction=0)
+        mean, var, rows = _moments(values.to(self.means), keep, (2,))
         likeness = nn.functional.cosine_similarity(mean[:, None], self.means, dim=-1)
         p = torch.softmax(likeness / self.temperature, dim=1)[..., None]
         means, vars_ = self.means.lerp(mean[:, None], p), self.vars.lerp(var[:, None], p)
         mixed = means.mean(1)
         mixed_var = vars_.mean(1) + (means - mixed[:, None]).square().mean(1)
         if not torch.compiler.is_exporting():
-            rate = 1 - (1 - self.momentum) ** (values.shape[0] / 64)
+            # Samples without a valid position count for nothing.
+            seen = rows[:, None, None] > 0 if isinstance(rows, Tensor) else torch.ones_like(p[:, :1], dtype=torch.bool)
+            count = seen.sum()
+            rate = 1 - (1 - self.momentum) ** (count.to(means.dtype) / 64)
+            share = seen.to(means.dtype) / count.clamp(min=1)
             # New tensors: the graph holds the old ones.
-            self.means = self.means.lerp(means.detach().mean(0), rate)
-            self.vars = self.vars.lerp(vars_.detach().mean(0), rate)
+            self.means = self.means.lerp((share * means.detach()).sum(0), rate)
+            self.vars = self.vars.lerp((share * vars_.detach()).sum(0), rate)
         return self._normalise(x, mixed, mixed_var)
 
     def extra_repr(self) -> str:
         return f"components={self.means.shape[0]}, momentum={self.momentum}, temperature={self.temperature}"
+
+
+def _moments(values: Tensor, keep: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Mean, biased variance and number of the valid values along ``dims``; 0 where there is none."""
+    if keep is None:
+        var, mean = torch.var_mean(values, dim=dims, correction=0)
+        return mean, var, math.prod(values.shape[dim] for dim in dims)
+    rows = keep.sum(dims).squeeze(-1)
+    count = keep.sum(dims, keepdim=True).clamp(min=1)
+    # Selecting instead of multiplying keeps a NaN in padding out of the sums.
+    mean = torch.where(keep, values, 0.0).sum(dims, keepdim=True) / count
+    var = torch.where(keep, values - mean, 0.0).square().sum(dims, keepdim=True) / count
+    return mean.squeeze(dims), var.squeeze(dims), rows
+
+
+def _unbiased(var: Tensor, rows: int | Tensor) -> Tensor:
+    if isinstance(rows, Tensor):
+        return var * (rows.to(var.dtype) / (rows - 1).clamp(min=1))
+    return var * (rows / torch.sym_max(rows - 1, 1))
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -264,7 +296,8 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
 
     Args:
         model: contains BatchNorms of PyTorch or :class:`normfuse.nn.MaskedBatchNorm`, or of classes derived from them
-            (but no RepBatchNorm), with running statistics. They are called without a padding mask.
+            (but no RepBatchNorm), with running statistics. Where the model gives them a ``pad_mask``, padding is left
+            out of what they adapt to.
         method: ``"alpha"`` (:class:`AlphaBatchNorm`), ``"decay"`` (:class:`DecayingBatchNorm`) or ``"unmix"``
             (:class:`UnMixBatchNorm`).
         where: which norms, as for :func:`swap_norms`; None: all.

@@ -51,6 +51,11 @@ def check_input(
         )
     if statistic.device != x.device:
         raise ValueError(f"x is on {x.device} but the statistics are on {statistic.device}: move one with .to(device)")
+    check_pad_mask(x, channel_dim, pad_mask)
+
+
+def check_pad_mask(x: Tensor, channel_dim: int, pad_mask: Tensor | None) -> None:
+    """Raise unless ``pad_mask``, where there is one, is bool and has the shape of ``x`` without its channels."""
     if pad_mask is None:
         return
     if pad_mask.dtype != torch.bool:

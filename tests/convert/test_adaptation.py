@@ -261,6 +261,43 @@ def test_an_unknown_option_and_what_cannot_be_frozen():
     assert isinstance(model[0], UnMixBatchNorm)
 
 
+class Masked(nn.Module):
+    """Sequences [batch, length, C] whose norm gets the mask, by name or by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = source("channels last")[0]
+
+    def forward(self, x, pad_mask=None):
+        return self.norm(x) if pad_mask is None else self.norm(x, pad_mask=pad_mask)
+
+
+@pytest.mark.parametrize("method", ["alpha", "decay", "unmix"])
+def test_padding_is_left_out(method):
+    """Whatever stands there, NaN included: as if the sequences were shorter; a batch of padding alone moves nothing."""
+    masked = Masked()
+    options = {"generator": torch.Generator().manual_seed(3)} if method == "unmix" else {}
+    adapt(masked, method, **options)
+    short = copy.deepcopy(masked)
+    for _ in range(3):
+        x = 1 + 2 * torch.randn(6, 4, C, dtype=torch.float64)
+        expected = short(x[:, 1:])
+        x[:, 0] = float("nan")
+        pad_mask = torch.zeros(6, 4, dtype=torch.bool)
+        pad_mask[:, 0] = True
+        torch.testing.assert_close(masked(x, pad_mask)[:, 1:], expected, rtol=1e-11, atol=1e-12)
+        before = copy.deepcopy(masked.state_dict())
+        assert masked(torch.ones_like(x), torch.ones_like(pad_mask)).isfinite().all()
+        for name, value in masked.state_dict().items():
+            assert torch.equal(value, before[name]) and value.shape == short.state_dict()[name].shape, name
+            torch.testing.assert_close(value, short.state_dict()[name], rtol=1e-11, atol=1e-12)
+    with pytest.raises(ValueError, match=r"pad_mask has shape \(6, 3\); expected \(6, 4\)"):
+        masked(x, pad_mask[:, 1:])
+    if method != "unmix":
+        freeze(masked), freeze(short)
+        torch.testing.assert_close(masked.state_dict(), short.state_dict(), rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["alpha", "decay"])
 def test_masked_batch_norms_adapt_as_torchs_do(method):
     torch.manual_seed(0)
