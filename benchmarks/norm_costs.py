@@ -89,7 +89,7 @@ def main() -> None:
         f"{', processor time' if args.clock == 'cpu' else ''}. Sequences are {args.batch}×197×192, "
         f"images {args.batch}×192×14×14; what "
         "reparametrises a weight is timed alone, on 192×192. Kernels of their own have LayerNorm, RMSNorm, "
-        "CRMSNorm, UnifiedNorm and PowerNorm; "
+        "CRMSNorm, UnifiedNorm, PowerNorm, DyT and Derf; "
         "MaskedBatchNorm without padding and RepBatchNorm use PyTorch's; the others are compositions of its operations."
     )
     costs = {"where": where, "ratios": ratios}

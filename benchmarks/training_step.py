@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse import _native
-from normfuse.nn import LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
+from normfuse.nn import Derf, DyT, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
 
 CPU_SHAPES = ("8x197x192", "8x197x384", "32x128x768", "64x256x512")
 CUDA_SHAPES = (*CPU_SHAPES, "16x1024x4096", "8x4096x1024")
@@ -103,6 +103,7 @@ def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool
         return F.layer_norm(s, (channels,), weight, bias), s
 
     layer, rms = LayerNorm(channels, device=device, dtype=dtype), RMSNorm(channels, device=device, dtype=dtype)
+    dyt, derf = DyT(channels, device=device, dtype=dtype), Derf(channels, device=device, dtype=dtype)
     norms = {
         "layer_norm": Candidate(lambda x: F.layer_norm(x, (channels,), weight, bias), (weight, bias)),
         "rms_norm": Candidate(lambda x: F.rms_norm(x, (channels,), weight), (weight,)),
@@ -111,6 +112,8 @@ def candidates(residual: Tensor, device: str, dtype: torch.dtype, compiled: bool
         **ours("power", lambda: PowerNorm(channels, group_num=None, warmup_iters=0, device=device), compiled),
         "our layer_norm": Candidate(layer, tuple(layer.parameters())),
         "our rms_norm": Candidate(rms, tuple(rms.parameters())),
+        "dyt": Candidate(dyt, tuple(dyt.parameters())),
+        "derf": Candidate(derf, tuple(derf.parameters())),
     }
     sums = {"add, layer_norm": with_residual(Candidate(add_then_layer_norm, (weight, bias)), residual)}
     for name in ("our layer_norm", "unified", "power"):

@@ -80,6 +80,12 @@ struct Input {
   void* vector(const char* name, const Tensor& t) const {
     return check(name, t, acc, -1, shape.channels).mutable_data_ptr();
   }
+  void* scalar(const char* name, const Tensor& t) const {
+    check_type(name, t, acc);
+    STD_TORCH_CHECK(t.numel() == 1, "normfuse: ", name, " must hold one number, not ", t.numel(), ".");
+    return t.mutable_data_ptr();
+  }
+  void* scalar(const char* name, const std::optional<Tensor>& t) const { return t ? scalar(name, *t) : nullptr; }
   void* stack(const char* name, const Tensor& t, int64_t rows) const {
     return check(name, t, acc, rows, shape.channels).mutable_data_ptr();
   }
@@ -329,6 +335,51 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(Tensor grad_y, std::optiona
   return {grad_x, grad_weight, grad_bias};
 }
 
+Curve curve_of(int64_t curve) {
+  STD_TORCH_CHECK(curve == 0 || curve == 1, "normfuse: curve is ", curve, "; it must be 0 (tanh) or 1 (erf).");
+  return Curve(curve);
+}
+
+Tensor dynamic_activation_forward(Tensor x, Tensor alpha, std::optional<Tensor> shift, Tensor weight, Tensor bias,
+                                  int64_t curve) {
+  const Input in(x);
+  Tensor y = in.new_like_x();
+  DynamicActivationForward a{};
+  a.shape = in.shape;
+  a.x = x.const_data_ptr();
+  a.alpha = in.scalar("alpha", alpha);
+  a.shift = in.scalar("shift", shift);
+  a.weight = in.vector("weight", weight);
+  a.bias = in.vector("bias", bias);
+  a.curve = curve_of(curve);
+  a.y = y.mutable_data_ptr();
+  run(&dynamic_activation_forward_cpu, NORMFUSE_DEVICE(dynamic_activation_forward_cuda), a, in);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dynamic_activation_backward(Tensor grad_y, Tensor x, Tensor alpha,
+                                                                               std::optional<Tensor> shift,
+                                                                               Tensor weight, int64_t curve) {
+  const Input in(x);
+  Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
+  Tensor grad_alpha = torch::stable::new_empty(x, {}, in.acc), grad_shift = torch::stable::new_empty(x, {}, in.acc);
+  DynamicActivationBackward a{};
+  a.shape = in.shape;
+  a.grad_y = in.like_x("grad_y", grad_y);
+  a.x = x.const_data_ptr();
+  a.alpha = in.scalar("alpha", alpha);
+  a.shift = in.scalar("shift", shift);
+  a.weight = in.vector("weight", weight);
+  a.curve = curve_of(curve);
+  a.grad_x = grad_x.mutable_data_ptr();
+  a.grad_alpha = grad_alpha.mutable_data_ptr();
+  a.grad_shift = grad_shift.mutable_data_ptr();
+  a.grad_weight = grad_weight.mutable_data_ptr();
+  a.grad_bias = grad_bias.mutable_data_ptr();
+  run(&dynamic_activation_backward_cpu, NORMFUSE_DEVICE(dynamic_activation_backward_cuda), a, in);
+  return {grad_x, grad_alpha, grad_shift, grad_weight, grad_bias};
+}
+
 }  // namespace
 }  // namespace normfuse
 
@@ -360,15 +411,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
   m.def(
       "row_norm_backward(Tensor grad_y, Tensor? grad_s, Tensor s, Tensor? weight, Tensor stats, int kind) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "dynamic_activation_forward(Tensor x, Tensor alpha, Tensor? shift, Tensor weight, Tensor bias, int curve) "
+      "-> Tensor y");
+  m.def(
+      "dynamic_activation_backward(Tensor grad_y, Tensor x, Tensor alpha, Tensor? shift, Tensor weight, int curve) "
+      "-> (Tensor grad_x, Tensor grad_alpha, Tensor grad_shift, Tensor grad_weight, Tensor grad_bias)");
 }
 
-#define NORMFUSE_REGISTER(m)                                               \
-  m.impl("unified_norm_forward", TORCH_BOX(&normfuse::unified_forward));   \
-  m.impl("unified_norm_backward", TORCH_BOX(&normfuse::unified_backward)); \
-  m.impl("power_norm_forward", TORCH_BOX(&normfuse::power_forward));       \
-  m.impl("power_norm_backward", TORCH_BOX(&normfuse::power_backward));     \
-  m.impl("row_norm_forward", TORCH_BOX(&normfuse::row_norm_forward));      \
-  m.impl("row_norm_backward", TORCH_BOX(&normfuse::row_norm_backward))
+#define NORMFUSE_REGISTER(m)                                                              \
+  m.impl("unified_norm_forward", TORCH_BOX(&normfuse::unified_forward));                  \
+  m.impl("unified_norm_backward", TORCH_BOX(&normfuse::unified_backward));                \
+  m.impl("power_norm_forward", TORCH_BOX(&normfuse::power_forward));                      \
+  m.impl("power_norm_backward", TORCH_BOX(&normfuse::power_backward));                    \
+  m.impl("row_norm_forward", TORCH_BOX(&normfuse::row_norm_forward));                     \
+  m.impl("row_norm_backward", TORCH_BOX(&normfuse::row_norm_backward));                   \
+  m.impl("dynamic_activation_forward", TORCH_BOX(&normfuse::dynamic_activation_forward)); \
+  m.impl("dynamic_activation_backward", TORCH_BOX(&normfuse::dynamic_activation_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(normfuse, CPU, m) { NORMFUSE_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(normfuse, CUDA, m) { NORMFUSE_REGISTER(m); }

@@ -1,5 +1,5 @@
 // The two 16-bit floating types on the host: storage and conversions, rounding to nearest even. No branches,
-// so that compilers vectorise loops over them.
+// so that compilers vectorise loops over them. And what curve_math.h asks of its includer.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,6 +13,10 @@ inline To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+inline uint32_t bits_of(float v) { return bit_cast<uint32_t>(v); }
+inline float float_of(uint32_t bits) { return bit_cast<float>(bits); }
+inline float quotient(float a, float b) { return a / b; }
 
 struct bfloat16 {
   uint16_t bits;

@@ -139,6 +139,38 @@ struct RowNormBackward {
   void* grad_bias;    // acc [channels]
 };
 
+// Dynamic Tanh and Dynamic erf: y = w f(u) + b at every point, with u = alpha x + shift and f the curve of
+// curve_math.h; alpha and shift are one number each.
+enum class Curve { kTanh, kErf };
+
+struct DynamicActivationForward {
+  Matrix shape;
+  const void* x;
+  const void* alpha;   // acc [1]
+  const void* shift;   // acc [1]; null: 0
+  const void* weight;  // acc [channels]
+  const void* bias;    // acc [channels]
+  Curve curve;
+  // results
+  void* y;  // like x
+};
+
+struct DynamicActivationBackward {
+  Matrix shape;
+  const void* grad_y;  // like x
+  const void* x;
+  const void* alpha;   // acc [1]
+  const void* shift;   // acc [1]; null: 0
+  const void* weight;  // acc [channels]
+  Curve curve;
+  // results
+  void* grad_x;       // like x
+  void* grad_alpha;   // acc [1]
+  void* grad_shift;   // acc [1]
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
+
 // On the host. The caller brings the threads: parallel(tasks, grain, body) calls body(begin, end) on ranges that
 // cover [0, tasks) once; with no more tasks than grain, once and in the calling thread. Results do not depend on how the
 // tasks are split.
@@ -151,6 +183,8 @@ void power_forward_cpu(const PowerForward& args, Parallel parallel);
 void power_backward_cpu(const PowerBackward& args, Parallel parallel);
 void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel);
 void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel);
+void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel);
+void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel);
 
 // Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
 void prefer_huge_pages(void* data, size_t bytes);
@@ -165,5 +199,7 @@ int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
 int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
 int row_norm_forward_cuda(const RowNormForward& args, void* workspace, void* stream);
 int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* stream);
+int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
+int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
 
 }  // namespace normfuse

@@ -19,7 +19,7 @@ def implementation(request, monkeypatch):
             pytest.skip(f"no kernels: {_native.unavailable_reason}")
         return request.param
     monkeypatch.setattr(_native, "autograd", None)
-    for name in ("unified_norm", "power_norm", "row_norm"):
+    for name in ("unified_norm", "power_norm", "row_norm", "dynamic_activation"):
         module = importlib.import_module(f"normfuse.ops.{name}")
         monkeypatch.setattr(module, "_forward", getattr(module, f"{name}_forward_reference"))
         monkeypatch.setattr(module, "_backward", getattr(module, f"{name}_backward_reference"))

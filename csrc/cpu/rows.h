@@ -8,8 +8,10 @@
 #include "../host_types.h"
 #include "../kernels.h"
 
-#define NORMFUSE_INLINE inline
+#define NORMFUSE_ALWAYS_INLINE __attribute__((always_inline))
+#define NORMFUSE_INLINE NORMFUSE_ALWAYS_INLINE inline
 #include "../channel_math.h"
+#include "../curve_math.h"
 #include "../row_math.h"
 
 // ThreadSanitizer is not ready yet when the loader picks.
@@ -20,7 +22,6 @@
 #else
 #define NORMFUSE_CLONES
 #endif
-#define NORMFUSE_ALWAYS_INLINE __attribute__((always_inline))
 #define NORMFUSE_ROW_LOOP NORMFUSE_ALWAYS_INLINE inline
 
 namespace normfuse::cpu {

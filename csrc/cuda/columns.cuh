@@ -23,7 +23,8 @@ constexpr int kLanes = 32;
 constexpr int kThreadRows = 8;
 constexpr int kThreads = kLanes * kThreadRows;
 constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kUnroll = 4;  // rows a thread has in flight
+constexpr int kUnroll = 4;          // rows a thread has in flight
+constexpr int kMostColumnSums = 4;  // that finish_columns completes at a time
 
 template <class T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -85,7 +86,7 @@ struct TileCounters {
 struct Workspace {
   TileCounters* tiles;
   int* flag;      // [1]
-  void* partial;  // acc [2, row blocks, channels]
+  void* partial;  // acc [kMostColumnSums, row blocks, channels] of a ColumnGrid, [2, ...] of teams
   void* vectors;  // acc [2, channels]
   void* rows;     // acc [rows, group_num]
 };
@@ -140,6 +141,12 @@ int with_element_type(DType dtype, const Run& run) {
       return run(double{});
   }
   return 1;  // cudaErrorInvalidValue
+}
+
+// The number behind a pointer, or 0 where it is null.
+template <class Acc>
+__device__ __forceinline__ Acc number(const void* given) {
+  return given ? *static_cast<const Acc*>(given) : Acc(0);
 }
 
 // The part of the matrix that one thread works on.
@@ -259,6 +266,7 @@ __device__ __forceinline__ int64_t finished_channel(int64_t channels) {
 template <int kSums, int V, class Acc, class Finish>
 __device__ __forceinline__ void finish_columns(const Acc (&values)[kSums][V], int64_t channels, Acc* partial,
                                                TileCounters* tiles, const Finish& finish) {
+  static_assert(kSums <= kMostColumnSums, "the workspace has no room for their partial sums");
   NF_SHARED(Acc, shared, kThreads * V);
   NF_SHARED(int, is_last, 1);
   const int64_t channel = finished_channel<V>(channels);

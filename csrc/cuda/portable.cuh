@@ -11,9 +11,20 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #define NF_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<(grid), (block), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define NF_SHARED(type, name, size) __shared__ type name[size]
+
+namespace normfuse {
+
+__device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// Two units in the last place for 2^-126 <= b <= 2^126.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+
+}  // namespace normfuse
 
 namespace normfuse::cuda {
 
@@ -65,4 +76,5 @@ __device__ __forceinline__ void narrow(double v, double* to) { *to = v; }
 
 #define NORMFUSE_INLINE __device__ __forceinline__
 #include "../channel_math.h"
+#include "../curve_math.h"
 #include "../row_math.h"

@@ -11,7 +11,7 @@ size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // Blocks per multiprocessor that leave column sums; the smallest blocks, of four warps, are the most.
 constexpr int kMostBlocksWithSums = kWarpsWithSums / 4;
-static_assert(kMostBlocksWithSums >= kBlocksPerMultiprocessor);
+static_assert(2 * kMostBlocksWithSums >= kMostColumnSums * kBlocksPerMultiprocessor);
 
 // Bounds for packs of any size: the scalar path has the most tiles, one tile has the most row blocks.
 size_t counter_bytes(const Matrix& shape) {

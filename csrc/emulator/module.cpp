@@ -45,9 +45,10 @@ struct Input {
   const bool* mask(std::optional<py::array>& array) const {
     return array ? static_cast<const bool*>(data(*array, py::dtype::of<bool>(), shape.rows)) : nullptr;
   }
-  // The memory of a matrix like x, or of a vector of acc numbers, that may be absent.
+  // The memory of a matrix like x, of a vector of acc numbers or of one number, that may be absent.
   void* matrix(std::optional<py::array>& array) const { return array ? data(*array, x.dtype(), size()) : nullptr; }
   void* vector(std::optional<py::array>& array) const { return array ? acc_data(*array, shape.channels) : nullptr; }
+  void* scalar(std::optional<py::array>& array) const { return array ? acc_data(*array, 1) : nullptr; }
   int64_t size() const { return shape.rows * shape.channels; }
   py::array like_x() const { return py::array(x.dtype(), {shape.rows, shape.channels}); }
   py::array vectors(int64_t count) const { return py::array(acc, {count, shape.channels}); }
@@ -208,6 +209,45 @@ py::tuple row_norm_backward(py::array grad_y, std::optional<py::array> grad_s, p
   return py::make_tuple(grad_x, grad_weight, grad_bias);
 }
 
+py::array dynamic_activation_forward(py::array x, py::array alpha, std::optional<py::array> shift, py::array weight,
+                                     py::array bias, int64_t curve) {
+  const Input in(x);
+  py::array y = in.like_x();
+  const DynamicActivationForward args{in.shape,
+                                      x.data(),
+                                      in.acc_data(alpha, 1),
+                                      in.scalar(shift),
+                                      in.acc_data(weight, in.shape.channels),
+                                      in.acc_data(bias, in.shape.channels),
+                                      Curve(curve),
+                                      y.mutable_data()};
+  run(dynamic_activation_forward_cuda, args);
+  return y;
+}
+
+py::tuple dynamic_activation_backward(py::array grad_y, py::array x, py::array alpha, std::optional<py::array> shift,
+                                      py::array weight, int64_t curve) {
+  const Input in(x);
+  const int64_t n = in.shape.channels;
+  const std::vector<py::ssize_t> scalar;
+  py::array grad_x = in.like_x(), grad_alpha(in.acc, scalar), grad_shift(in.acc, scalar);
+  py::array grad_weight(in.acc, n), grad_bias(in.acc, n);
+  const DynamicActivationBackward args{in.shape,
+                                       in.data(grad_y, x.dtype(), in.size()),
+                                       x.data(),
+                                       in.acc_data(alpha, 1),
+                                       in.scalar(shift),
+                                       in.acc_data(weight, n),
+                                       Curve(curve),
+                                       grad_x.mutable_data(),
+                                       grad_alpha.mutable_data(),
+                                       grad_shift.mutable_data(),
+                                       grad_weight.mutable_data(),
+                                       grad_bias.mutable_data()};
+  run(dynamic_activation_backward_cuda, args);
+  return py::make_tuple(grad_x, grad_alpha, grad_shift, grad_weight, grad_bias);
+}
+
 void configure(const std::string& order, unsigned seed, unsigned workers, int multiprocessors) {
   simt::Options o;
   if (order == "reverse")
@@ -231,6 +271,8 @@ PYBIND11_MODULE(normfuse_emulator, m) {
   m.def("power_norm_backward", &power_backward);
   m.def("row_norm_forward", &row_norm_forward);
   m.def("row_norm_backward", &row_norm_backward);
+  m.def("dynamic_activation_forward", &dynamic_activation_forward);
+  m.def("dynamic_activation_backward", &dynamic_activation_backward);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 1u,
         py::arg("workers") = 1u, py::arg("multiprocessors") = 4);
 }

@@ -22,6 +22,15 @@ class _DynamicActivation(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the kernels compute this; raises if x cannot be. Exported programs hold plain ATen operations."""
+        if x.dim() == 0 or x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must have {self.num_features} channels in its last dimension: "
+                "check num_features, or move the channels with x.movedim(1, -1)"
+            )
+        return self.training and not torch.compiler.is_exporting()
+
     def extra_repr(self) -> str:
         return str(self.num_features)
 
@@ -29,7 +38,9 @@ class _DynamicActivation(nn.Module):
 class DyT(_DynamicActivation):
     """Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622): ``weight * tanh(alpha * x) + bias``.
 
-    Gain and shift fold into the weights that read the result, and alpha into a weight before it; the tanh stays.
+    Gain and shift fold into the weights that read the result, and alpha into a weight before it; the tanh stays. In
+    training it has kernels of its own, one pass forward and one backward, and can be differentiated once. In evaluation
+    it is plain ATen operations.
 
     Args:
         num_features: size of the last dimension, C.
@@ -37,7 +48,10 @@ class DyT(_DynamicActivation):
         device, dtype: of the parameters.
 
     Shape:
-        x: [..., C], output like x.
+        x: [..., C], float32, bfloat16, float16 or float64. Output: like x.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, shape or value that is not allowed.
     """
 
     def __init__(
@@ -51,13 +65,13 @@ class DyT(_DynamicActivation):
         super().__init__(num_features, alpha, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return dynamic_tanh(x, self.alpha, self.weight, self.bias)
+        return dynamic_tanh(x, self.alpha, self.weight, self.bias, fused=self._fused(x))
 
 
 class Derf(_DynamicActivation):
     """Dynamic erf (Chen et al., 2025, arXiv 2512.10938): ``weight * erf(alpha * x + shift) + bias``.
 
-    Folds like :class:`DyT`; the erf stays.
+    Folds and trains like :class:`DyT`; the erf stays.
 
     Args:
         num_features: size of the last dimension, C.
@@ -65,7 +79,10 @@ class Derf(_DynamicActivation):
         device, dtype: of the parameters.
 
     Shape:
-        x: [..., C], output like x.
+        x: [..., C], float32, bfloat16, float16 or float64. Output: like x.
+
+    Raises:
+        TypeError, ValueError: an argument has a type, shape or value that is not allowed.
     """
 
     def __init__(
@@ -81,4 +98,4 @@ class Derf(_DynamicActivation):
         self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias)
+        return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias, fused=self._fused(x))

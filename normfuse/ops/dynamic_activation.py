@@ -1,23 +1,145 @@
-"""What replaces a norm without any statistics: a bounded function of the scaled input.
+"""What replaces a norm without any statistics: a bounded function of the scaled input, with gain and shift.
 
-Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622) and Dynamic erf (Chen et al., 2025, arXiv 2512.10938).
+Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622) and Dynamic erf (Chen et al., 2025, arXiv 2512.10938):
+``y = weight * f(u) + bias`` with ``u = alpha * x + shift``, where f is tanh (without a shift) or erf. The channels are
+the last dimension. One pass over memory forward and one backward, in which f is computed again: for backward, x and the
+parameters are kept.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ._layout import cast
+from ._layout import accumulation_dtype, cast, channels_last, check_dtype, rows_of
+from ._registry import register_operation
+
+TANH, ERF = range(2)  # the curves, as the kernels number them
 
 
-def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight * tanh(alpha * x) + bias`` over the last dimension; ``alpha`` is a scalar, the others [C]."""
-    alpha, weight, bias = (cast(p, x.dtype) for p in (alpha, weight, bias))
-    return torch.addcmul(bias, torch.tanh(alpha * x), weight)
+def _argument(x: Tensor, alpha: Tensor, shift: Tensor | None) -> Tensor:
+    return alpha * x if shift is None else alpha * x + shift
 
 
-def dynamic_erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight * erf(alpha * x + shift) + bias`` over the last dimension; ``alpha``, ``shift`` scalars, others [C]."""
-    alpha, shift, weight, bias = (cast(p, x.dtype) for p in (alpha, shift, weight, bias))
-    return torch.addcmul(bias, torch.erf(alpha * x + shift), weight)
+def dynamic_activation_forward_reference(
+    x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, curve: int
+) -> Tensor:
+    """Forward in plain PyTorch on ``x`` [..., C]; ``alpha`` and ``shift`` are scalars, ``weight`` and ``bias`` [C], all
+    float32 (float64 for float64). Returns ``y``, like x.
+    """
+    u = _argument(x.to(accumulation_dtype(x.dtype)), alpha, shift)
+    return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight).to(x.dtype)
+
+
+def dynamic_activation_backward_reference(
+    grad_y: Tensor, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, curve: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in plain PyTorch: ``grad_x`` like x, those of ``alpha`` and ``shift`` (also without one) scalars,
+    ``grad_weight`` [C] and ``grad_bias`` [C].
+    """
+    values, dy = rows_of(x), rows_of(grad_y)
+    u = _argument(values, alpha, shift)
+    if curve == TANH:
+        f = torch.tanh(u)
+        slope = 1 - f.square()
+    else:
+        f, slope = torch.erf(u), 2 / math.sqrt(math.pi) * torch.exp(-u.square())
+    g = dy * weight * slope
+    return (alpha * g).to(x.dtype).view(x.shape), (g * values).sum(), g.sum(), (dy * f).sum(0), dy.sum(0)
+
+
+_forward = register_operation("dynamic_activation_forward", dynamic_activation_forward_reference, mutates=())
+_backward = register_operation("dynamic_activation_backward", dynamic_activation_backward_reference, mutates=())
+
+
+@torch.library.register_fake("normfuse::dynamic_activation_forward")
+def _(x, alpha, shift, weight, bias, curve):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("normfuse::dynamic_activation_backward")
+def _(grad_y, x, alpha, shift, weight, curve):
+    scalar = weight.new_empty(())
+    return torch.empty_like(x), scalar, torch.empty_like(scalar), torch.empty_like(weight), torch.empty_like(weight)
+
+
+class _DynamicActivation(torch.autograd.Function):
+    """Autograd of the two operations. Keeps x and the parameters for backward."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, shift, weight, bias, curve):
+        x = channels_last(x, -1)
+        ctx.save_for_backward(x, alpha, shift, weight)
+        ctx.curve = curve
+        return _forward(x, alpha, shift, weight, bias, curve)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x, alpha, shift, weight = ctx.saved_tensors
+        gradients = _backward(channels_last(grad_y, -1), x, alpha, shift, weight, ctx.curve)
+        grad_x, grad_alpha, grad_shift, grad_weight, grad_bias = gradients
+        return grad_x, grad_alpha, None if shift is None else grad_shift, grad_weight, grad_bias, None
+
+
+def _check(x: Tensor, scalars: dict[str, Tensor | None], vectors: dict[str, Tensor]) -> None:
+    check_dtype(x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)} has no channels; they are its last dimension")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},): "
+                "channels are the last dimension, so move them there with x.movedim(1, -1)"
+            )
+    for name, scalar in scalars.items():
+        if scalar is not None and scalar.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(scalar.shape)}; it must hold one number")
+    for name, tensor in (scalars | vectors).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}: move one with .to(device)")
+
+
+def _dynamic_activation(
+    curve: int, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, fused: bool
+) -> Tensor:
+    _check(x, {"alpha": alpha, "shift": shift}, {"weight": weight, "bias": bias})
+    if not fused:
+        alpha, weight, bias = (cast(p, x.dtype) for p in (alpha, weight, bias))
+        u = _argument(x, alpha, None if shift is None else cast(shift, x.dtype))
+        return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight)
+    acc = accumulation_dtype(x.dtype)
+    scalars = (None if p is None else cast(p, acc).reshape(()) for p in (alpha, shift))
+    return _DynamicActivation.apply(x, *scalars, *(cast(p, acc).contiguous() for p in (weight, bias)), curve)
+
+
+def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, fused: bool = True) -> Tensor:
+    """``weight * tanh(alpha * x) + bias`` over the last dimension.
+
+    Computed in float32 (float64 for float64 input) and rounded once. Differentiable once; ``fused=False`` as often as
+    torch's own operations.
+
+    Args:
+        x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
+        alpha: one number, in any floating dtype.
+        weight, bias: [C] in any floating dtype.
+        fused: False computes it in plain ATen operations in the dtype of x, which ``torch.export`` and folding know.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: the dtype of x is not supported.
+        ValueError: a shape or device does not match.
+    """
+    return _dynamic_activation(TANH, x, alpha, None, weight, bias, fused)
+
+
+def dynamic_erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, *, fused: bool = True) -> Tensor:
+    """``weight * erf(alpha * x + shift) + bias`` over the last dimension; ``shift`` is one number like ``alpha``.
+
+    Else as :func:`dynamic_tanh`.
+    """
+    return _dynamic_activation(ERF, x, alpha, shift, weight, bias, fused)

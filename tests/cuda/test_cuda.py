@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse import _native
-from normfuse.nn import CRMSNorm, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
+from normfuse.nn import CRMSNorm, Derf, DyT, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
 
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and _native.available and _native.build_info()["cuda"]),
@@ -22,6 +22,20 @@ needs_gpu = pytest.mark.skipif(
 pytestmark = needs_gpu
 
 DEVICE = "cuda"
+
+
+class AfterSum(nn.Module):
+    """A norm without a residual of its own, after a plain add."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        s = x if residual is None else x + residual
+        return self.norm(s) if residual is None else (self.norm(s), s)
+
+
 RUNNING: dict[str, Callable[..., nn.Module]] = {
     "unified": lambda c, **o: UnifiedNorm(c, window_size=3, warmup_iters=5, **o),
     "unified-filtered": lambda c, **o: UnifiedNorm(c, window_size=3, warmup_iters=5, outlier_filtration=True, **o),
@@ -34,6 +48,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer": lambda c, **o: LayerNorm(c, eps=1e-3, **o),
     "rms": lambda c, **o: RMSNorm(c, eps=1e-3, **o),
     "crms": lambda c, **o: CRMSNorm(c, eps=1e-3, **o),
+    "dyt": lambda c, **o: AfterSum(DyT(c, **o)),
+    "derf": lambda c, **o: AfterSum(Derf(c, shift=0.3, **o)),
 }
 # A warp a row, a block of 4 and of 16 warps, rows too wide to keep; aligned or not; few and many rows.
 SHAPES = [
@@ -70,9 +86,11 @@ def step(
 
 
 def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    cancelling = max(actual[0].numel(), 1) ** 0.5  # what is left of a sum over everything, of terms of any sign
     for have, want in zip(actual, expected, strict=True):
         have, want = have.double().cpu(), want.double()
-        scale = max(float(want.abs().max()), 1e-3) if want.numel() else 1.0
+        least = cancelling if want.dim() == 0 else 1e-3
+        scale = max(float(want.abs().max()), least) if want.numel() else 1.0
         torch.testing.assert_close(have, want, rtol=0, atol=tolerance * scale)
 
 
@@ -171,7 +189,7 @@ def test_a_captured_step_equals_an_eager_one(name: str) -> None:
         assert_same_bits(results, step(eager, batch[0], batch[1], residual=batch[2]))
 
 
-@pytest.mark.parametrize("name", ["unified", "power", "layer"])
+@pytest.mark.parametrize("name", ["unified", "power", "layer", "derf"])
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     norm = NORMS[name](64).to(DEVICE)
     x, dy = torch.randn(2, 500, 64, device=DEVICE)
@@ -203,6 +221,22 @@ def test_more_than_two_to_the_31_elements(name: str) -> None:
     torch.testing.assert_close(norm.weight.grad, signs * (rows - 1 + last), rtol=1e-3, atol=0)
     if getattr(norm, "bias", None) is not None:
         torch.testing.assert_close(norm.bias.grad, torch.full_like(norm.bias.grad, rows), rtol=1e-5, atol=0)
+
+
+def test_more_than_two_to_the_31_elements_of_a_dynamic_activation() -> None:
+    rows, channels = 2**21 + 3, 1024
+    needed = 5 * 2 * rows * channels
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
+    norm = DyT(channels).to(DEVICE)
+    x = torch.zeros(rows, channels, dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = 64.0  # beyond 2^31; its tanh is 1, with slope 0
+    y = norm(x.requires_grad_())
+    y.backward(torch.ones_like(y))
+    assert y[:-1].eq(0).all() and y[-1].eq(1).all() and x.grad[:-1].eq(0.5).all() and x.grad[-1].eq(0).all()
+    torch.testing.assert_close(norm.weight.grad, torch.ones(channels, device=DEVICE))
+    torch.testing.assert_close(norm.bias.grad, torch.full_like(norm.bias.grad, rows), rtol=1e-5, atol=0)
+    assert abs(float(norm.alpha.grad)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["unified", "power"])

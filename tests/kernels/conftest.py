@@ -73,7 +73,8 @@ class Emulator:
     def __call__(self, operation: str, *arguments):
         dtype = arguments[0].dtype
         results = getattr(self._module, operation)(*map(self._to_numpy, arguments))
-        return tuple(self._to_torch(result, dtype) for result in results)
+        several = isinstance(results, tuple)
+        return tuple(self._to_torch(r, dtype) for r in results) if several else self._to_torch(results, dtype)
 
     @staticmethod
     def _to_numpy(value):

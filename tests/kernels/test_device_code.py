@@ -21,6 +21,9 @@ COLUMN_KERNELS = {
     "power_apply": (1, 1),
     "power_gradient": (2, 1),
 }
+# The same of kernels with the curve of a dynamic activation as their first argument.
+CURVE_KERNELS = {"dynamic_activation_apply": (1, 1), "dynamic_activation_gradient": (2, 1)}
+CURVES = ("(normfuse::Curve)0", "(normfuse::Curve)1")
 # The same of kernels that keep rows on chip, whatever the size of their teams.
 ROW_KERNELS = {
     "row_norm_rows": (2, 2),
@@ -31,6 +34,7 @@ ROW_KERNELS = {
 PACKS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}
 ROWS_IN_FLIGHT = 4
 TEAMS = (1, 4, 16)  # warps
+CURVE_CASES = [(kernel, curve, element) for kernel in CURVE_KERNELS for curve in CURVES for element in PACKS]
 COLUMN_CASES = [(kernel, element) for kernel in COLUMN_KERNELS for element in PACKS]
 ROW_CASES = [(kernel, element) for kernel in ROW_KERNELS for element in PACKS]
 
@@ -82,6 +86,8 @@ def test_no_spills(compiled_for_sm_90):
         assert {f"{kernel}<{element}, {pack}>" for pack in (1, PACKS[element])} <= names
     for kernel, element in ROW_CASES:
         assert {f"{kernel}<{element}, {pack}, {team}>" for pack in (1, PACKS[element]) for team in TEAMS} <= names
+    for kernel, curve, element in CURVE_CASES:
+        assert {f"{kernel}<{curve}, {element}, {pack}>" for pack in (1, PACKS[element])} <= names
     for key, text in usage.items():
         assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0", text), f"{key}: {text}"
 
@@ -94,6 +100,13 @@ def _accesses(code: str) -> tuple[int, int]:
 def test_sixteen_byte_accesses(assembly, kernel, element):
     loads, stores = _accesses(assembly[f"{kernel}<{element}, {PACKS[element]}>"])
     reads, writes = COLUMN_KERNELS[kernel]
+    assert loads >= reads * ROWS_IN_FLIGHT and stores >= writes * ROWS_IN_FLIGHT
+
+
+@pytest.mark.parametrize(("kernel", "curve", "element"), CURVE_CASES)
+def test_sixteen_byte_accesses_of_curves(assembly, kernel, curve, element):
+    loads, stores = _accesses(assembly[f"{kernel}<{curve}, {element}, {PACKS[element]}>"])
+    reads, writes = CURVE_KERNELS[kernel]
     assert loads >= reads * ROWS_IN_FLIGHT and stores >= writes * ROWS_IN_FLIGHT
 
 

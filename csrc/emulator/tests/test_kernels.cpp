@@ -200,6 +200,28 @@ void check_row_norm(int64_t rows, int64_t n, RowNorm kind, bool residual) {
 }
 
 template <class T>
+void check_dynamic_activation(int64_t rows, int64_t n, Curve curve, bool shifted) {
+  Step<T> device(rows, n, 0), host(rows, n, 0);
+  std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
+  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward) {
+    const Acc<T>*alpha = step.running.data(), *shift = shifted ? alpha + 1 : nullptr;
+    forward(DynamicActivationForward{step.shape, step.x.data(), alpha, shift, step.weight.data(), step.bias.data(),
+                                     curve, step.y.data()});
+    backward(DynamicActivationBackward{step.shape, step.dy.data(), step.x.data(), alpha, shift, step.weight.data(),
+                                       curve, step.dx.data(), step.stats.data(), step.stats.data() + 1, step.dw.data(),
+                                       step.db.data()});
+  };
+  run(
+      device,
+      [&](const auto& a) { CHECK(dynamic_activation_forward_cuda(a, workspace.data(), nullptr) == cudaSuccess); },
+      [&](const auto& a) { CHECK(dynamic_activation_backward_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
+  run(
+      host, [](const auto& a) { dynamic_activation_forward_cpu(a, serial); },
+      [](const auto& a) { dynamic_activation_backward_cpu(a, serial); });
+  check_same(device, host);
+}
+
+template <class T>
 void check_type() {
   for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
     check_unified<T>(37, n, false);
@@ -209,6 +231,8 @@ void check_type() {
     check_power<T>(37, n, n == 7 ? 7 : 3, 100, n == 7);
     check_row_norm<T>(37, n, RowNorm::kLayer, n == 7);
     check_row_norm<T>(37, n, RowNorm::kRms, n == 48);
+    check_dynamic_activation<T>(37, n, Curve::kTanh, n == 48);
+    check_dynamic_activation<T>(37, n, Curve::kErf, true);
   }
   if constexpr (std::is_same_v<T, float>) {
     check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row

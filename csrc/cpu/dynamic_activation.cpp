@@ -1,0 +1,148 @@
+// Dynamic Tanh and Dynamic erf on the host; curve_math.h has f. With u = alpha x + shift and g = w dy f'(u):
+//   forward   y = w f(u) + b. Reads x, writes y.
+//   backward  dx = alpha g; sums of dy f(u) and dy over the columns, of g x and g over everything. Reads dy and x,
+//             writes dx.
+#include <vector>
+
+#include "blocks.h"
+#include "output.h"
+#include "rows.h"
+
+namespace normfuse {
+namespace cpu {
+namespace {
+
+// Rows that lie one after another, and what they share.
+template <class T>
+struct Rows {
+  using Acc = AccOf<T>;
+  const T *x, *dy;
+  Acc alpha, shift;
+  const Acc *weight, *bias;
+  Acc *sums_dyf, *sums_dy;
+};
+
+template <Curve kCurve, class T>
+NORMFUSE_CLONES void forward_rows(const Rows<T>& a, int64_t rows, int64_t n, RowOutput<T> y) {
+  using Acc = AccOf<T>;
+  const Acc alpha = a.alpha, shift = a.shift;
+  const Acc* __restrict weight = a.weight, * __restrict bias = a.bias;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* __restrict x = a.x + r * n;
+    T* __restrict to = y.row(r);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c)
+      narrow(weight[c] * curve_value<kCurve>(alpha * widen(x[c]) + shift) + bias[c], &to[c]);
+    y.finish(r);
+  }
+}
+
+// Of g x and g over some rows.
+struct Totals {
+  double gx = 0, g = 0;
+};
+
+template <Curve kCurve, class T>
+NORMFUSE_CLONES Totals backward_rows(const Rows<T>& a, int64_t rows, int64_t n, RowOutput<T> dx) {
+  using Acc = AccOf<T>;
+  const Acc alpha = a.alpha, shift = a.shift;
+  const Acc* __restrict weight = a.weight;
+  Acc* __restrict sums_dyf = a.sums_dyf, * __restrict sums_dy = a.sums_dy;
+  Totals totals;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* __restrict x = a.x + r * n, * __restrict dy = a.dy + r * n;
+    T* __restrict to = dx.row(r);
+    Acc sum_gx = 0, sum_g = 0;
+#pragma omp simd reduction(+ : sum_gx, sum_g)
+    for (int64_t c = 0; c < n; ++c) {
+      const Acc v = widen(x[c]), d = widen(dy[c]);
+      const auto f = curve_point<kCurve>(alpha * v + shift);
+      const Acc g = weight[c] * d * f.slope;
+      sums_dyf[c] += d * f.value;
+      sums_dy[c] += d;
+      sum_gx += g * v;
+      sum_g += g;
+      narrow(alpha * g, &to[c]);
+    }
+    dx.finish(r);
+    totals.gx += double(sum_gx);
+    totals.g += double(sum_g);
+  }
+  return totals;
+}
+
+template <class Acc>
+Acc number(const void* given) {
+  return given ? *static_cast<const Acc*>(given) : Acc(0);
+}
+
+template <Curve kCurve, class T>
+void forward(const DynamicActivationForward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b) * n;
+    const Rows<T> rows{rows_of<T>(a.x, first),
+                       nullptr,
+                       number<Acc>(a.alpha),
+                       number<Acc>(a.shift),
+                       static_cast<const Acc*>(a.weight),
+                       static_cast<const Acc*>(a.bias),
+                       nullptr,
+                       nullptr};
+    forward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.y, first), n, stream});
+  });
+}
+
+template <Curve kCurve, class T>
+void backward(const DynamicActivationBackward& a, Parallel parallel) {
+  using Acc = AccOf<T>;
+  const RowBlocks blocks(a.shape);
+  const int64_t n = a.shape.channels;
+  const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
+  ColumnSums<Acc> sums_dyf(blocks, n), sums_dy(blocks, n);
+  std::vector<Totals> totals(blocks.count);
+  blocks.each(parallel, [&](int64_t b) {
+    const int64_t first = blocks.first(b) * n;
+    const Rows<T> rows{rows_of<T>(a.x, first),
+                       rows_of<T>(a.grad_y, first),
+                       number<Acc>(a.alpha),
+                       number<Acc>(a.shift),
+                       static_cast<const Acc*>(a.weight),
+                       nullptr,
+                       sums_dyf.start(b),
+                       sums_dy.start(b)};
+    totals[b] = backward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.grad_x, first), n, stream});
+  });
+  const std::vector<Acc> sum_dyf = sums_dyf.total(parallel), sum_dy = sums_dy.total(parallel);
+  std::copy(sum_dyf.begin(), sum_dyf.end(), static_cast<Acc*>(a.grad_weight));
+  std::copy(sum_dy.begin(), sum_dy.end(), static_cast<Acc*>(a.grad_bias));
+  Totals sum;
+  for (const Totals& block : totals) {
+    sum.gx += block.gx;
+    sum.g += block.g;
+  }
+  *static_cast<Acc*>(a.grad_alpha) = Acc(sum.gx);
+  *static_cast<Acc*>(a.grad_shift) = Acc(sum.g);
+}
+
+// Calls run(curve, T{}) with what the arguments name.
+template <class Args, class Run>
+void with_types(const Args& args, const Run& run) {
+  with_curve(args.curve, [&](auto curve) { with_element_type(args.shape.dtype, [&](auto t) { run(curve, t); }); });
+}
+
+}  // namespace
+}  // namespace cpu
+
+void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel) {
+  cpu::with_types(args, [&](auto curve, auto t) { cpu::forward<curve, decltype(t)>(args, parallel); });
+}
+
+void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel) {
+  cpu::with_types(args, [&](auto curve, auto t) { cpu::backward<curve, decltype(t)>(args, parallel); });
+}
+
+}  // namespace normfuse
