@@ -20,6 +20,7 @@ struct Rows {
   Acc alpha, shift;
   const Acc *weight, *bias;
   Acc *sums_dyf, *sums_dy;
+  Acc* copies;  // room for three rows as acc, where they are not
 };
 
 template <Curve kCurve, class T>
@@ -28,11 +29,11 @@ NORMFUSE_CLONES void forward_rows(const Rows<T>& a, int64_t rows, int64_t n, Row
   const Acc alpha = a.alpha, shift = a.shift;
   const Acc* __restrict weight = a.weight, * __restrict bias = a.bias;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict x = a.x + r * n;
-    T* __restrict to = y.row(r);
+    const Acc* __restrict x = widen_row(a.x + r * n, a.copies, n);
+    Acc* __restrict to = wide_row(y.row(r), a.copies + n);
 #pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c)
-      narrow(weight[c] * curve_value<kCurve>(alpha * widen(x[c]) + shift) + bias[c], &to[c]);
+    for (int64_t c = 0; c < n; ++c) to[c] = weight[c] * curve_value<kCurve>(alpha * x[c] + shift) + bias[c];
+    store_row(to, y.row(r), n);
     y.finish(r);
   }
 }
@@ -50,20 +51,21 @@ NORMFUSE_CLONES Totals backward_rows(const Rows<T>& a, int64_t rows, int64_t n, 
   Acc* __restrict sums_dyf = a.sums_dyf, * __restrict sums_dy = a.sums_dy;
   Totals totals;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict x = a.x + r * n, * __restrict dy = a.dy + r * n;
-    T* __restrict to = dx.row(r);
+    const Acc* __restrict x = widen_row(a.x + r * n, a.copies, n);
+    const Acc* __restrict dy = widen_row(a.dy + r * n, a.copies + n, n);
+    Acc* __restrict to = wide_row(dx.row(r), a.copies + 2 * n);
     Acc sum_gx = 0, sum_g = 0;
 #pragma omp simd reduction(+ : sum_gx, sum_g)
     for (int64_t c = 0; c < n; ++c) {
-      const Acc v = widen(x[c]), d = widen(dy[c]);
-      const auto f = curve_point<kCurve>(alpha * v + shift);
-      const Acc g = weight[c] * d * f.slope;
-      sums_dyf[c] += d * f.value;
-      sums_dy[c] += d;
-      sum_gx += g * v;
+      const auto f = curve_point<kCurve>(alpha * x[c] + shift);
+      const Acc g = weight[c] * dy[c] * f.slope;
+      sums_dyf[c] += dy[c] * f.value;
+      sums_dy[c] += dy[c];
+      sum_gx += g * x[c];
       sum_g += g;
-      narrow(alpha * g, &to[c]);
+      to[c] = alpha * g;
     }
+    store_row(to, dx.row(r), n);
     dx.finish(r);
     totals.gx += double(sum_gx);
     totals.g += double(sum_g);
@@ -84,6 +86,7 @@ void forward(const DynamicActivationForward& a, Parallel parallel) {
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   blocks.each(parallel, [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
+    std::vector<Acc> copies(3 * n);
     const Rows<T> rows{rows_of<T>(a.x, first),
                        nullptr,
                        number<Acc>(a.alpha),
@@ -91,7 +94,8 @@ void forward(const DynamicActivationForward& a, Parallel parallel) {
                        static_cast<const Acc*>(a.weight),
                        static_cast<const Acc*>(a.bias),
                        nullptr,
-                       nullptr};
+                       nullptr,
+                       copies.data()};
     forward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.y, first), n, stream});
   });
 }
@@ -106,6 +110,7 @@ void backward(const DynamicActivationBackward& a, Parallel parallel) {
   std::vector<Totals> totals(blocks.count);
   blocks.each(parallel, [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
+    std::vector<Acc> copies(3 * n);
     const Rows<T> rows{rows_of<T>(a.x, first),
                        rows_of<T>(a.grad_y, first),
                        number<Acc>(a.alpha),
@@ -113,7 +118,8 @@ void backward(const DynamicActivationBackward& a, Parallel parallel) {
                        static_cast<const Acc*>(a.weight),
                        nullptr,
                        sums_dyf.start(b),
-                       sums_dy.start(b)};
+                       sums_dy.start(b),
+                       copies.data()};
     totals[b] = backward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.grad_x, first), n, stream});
   });
   const std::vector<Acc> sum_dyf = sums_dyf.total(parallel), sum_dy = sums_dy.total(parallel);

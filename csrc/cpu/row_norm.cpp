@@ -14,18 +14,6 @@ namespace normfuse {
 namespace cpu {
 namespace {
 
-// The row as acc: itself where it is, a converted copy otherwise.
-template <class T, class Acc>
-NORMFUSE_ROW_LOOP const Acc* widen_row(const T* __restrict row, Acc* __restrict copy, int64_t n) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    return row;
-  } else {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) copy[c] = widen(row[c]);
-    return copy;
-  }
-}
-
 template <class Acc>
 NORMFUSE_ROW_LOOP Acc row_sum(const Acc* __restrict s, int64_t n) {
   Acc sum = 0;

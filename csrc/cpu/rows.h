@@ -39,6 +39,34 @@ inline void narrow(double v, double* to) { *to = v; }
 inline void narrow(float v, bfloat16* to) { *to = to_bfloat16(v); }
 inline void narrow(float v, float16* to) { *to = to_float16(v); }
 
+// The row as acc: itself where it is, a converted copy otherwise.
+template <class T, class Acc>
+NORMFUSE_ROW_LOOP const Acc* widen_row(const T* __restrict row, Acc* __restrict copy, int64_t n) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    return row;
+  } else {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c) copy[c] = widen(row[c]);
+    return copy;
+  }
+}
+
+// Where to compute a row of results as acc: in its place, or in a copy that store_row then rounds.
+template <class T, class Acc>
+NORMFUSE_ROW_LOOP Acc* wide_row(T* row, Acc* copy) {
+  if constexpr (std::is_same_v<T, Acc>)
+    return row;
+  else
+    return copy;
+}
+template <class T, class Acc>
+NORMFUSE_ROW_LOOP void store_row(const Acc* __restrict computed, T* __restrict row, int64_t n) {
+  if constexpr (!std::is_same_v<T, Acc>) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c) narrow(computed[c], &row[c]);
+  }
+}
+
 // sum of x^2 over the row
 template <class T, class Acc>
 NORMFUSE_ROW_LOOP Acc row_sum_squares(const T* __restrict x, int64_t n) {
