@@ -322,8 +322,13 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
     selected = _selector(where)
     chosen = [(name, norm) for name, norm in places if selected(name, norm)]
     report = SwapReport(kept=[name for name, norm in places if not selected(name, norm)])
+    if not places:
+        raise ValueError(
+            f"model of class {type(model).__name__} has no BatchNorm to adapt, of PyTorch or "
+            "MaskedBatchNorm and its kin (but no RepBatchNorm)"
+        )
     if not chosen:
-        raise ValueError(f"where={where!r} selects nothing; the BatchNorms are {', '.join(report.kept) or 'none'}")
+        raise ValueError(f"where={where!r} selects nothing; the BatchNorms are {', '.join(report.kept)}")
     adapting: dict[nn.Module, AdaptingNorm] = {}
     for name, norm in chosen:
         if norm.running_mean is None or is_lazy(norm.running_mean):

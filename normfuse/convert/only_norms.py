@@ -92,7 +92,7 @@ class DeadChannels:
 @torch.no_grad()
 def remove_dead_channels(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Tensor, ...],
     *,
     threshold: float = 0.0,
     kwargs: dict[str, Any] | None = None,
@@ -105,7 +105,8 @@ def remove_dead_channels(
 
     Args:
         model: changed in place; parameters are replaced by smaller ones, so create optimisers afterwards.
-        example_inputs, kwargs: to trace the model with, in evaluation mode.
+        example_inputs, kwargs: to trace the model with, in evaluation mode: a tensor or a tuple of them, and others by
+            name.
         threshold: a channel is dead where the norm's ``|gain|`` is at most that. A normalised channel has a mean square
             of at most 1 over data with the norm's statistics, so behind the norm a removed channel changes by at most
             its gain in the root of the mean square; with 0 the function stays what it was. A
@@ -119,6 +120,8 @@ def remove_dead_channels(
     """
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is not allowed; give a number of at least 0")
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     before = _count(model)
     gains = {m: m.weight.clone() for m in model.modules() if _multiplies(m)}
     small = {norm: gain.abs() <= threshold for norm, gain in gains.items()}

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, to_rows
 from ..ops._recompute import State
@@ -181,10 +182,18 @@ class ChannelNorm(nn.Module):
         return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in shown.items())])
 
 
-def running_norms(model: nn.Module, purpose: str) -> dict[str, ChannelNorm]:
-    """The norms of ``model`` that keep running statistics, by their path; raises ValueError where there is none."""
+def running_norms(model: nn.Module, purpose: str, for_torch: str = "") -> dict[str, ChannelNorm]:
+    """The norms of ``model`` that keep running statistics, by their path; raises ValueError where there is none.
+
+    ``for_torch`` names what does the same for BatchNorms of PyTorch.
+    """
     norms = {name or type(norm).__name__: norm for name, norm in model.named_modules() if isinstance(norm, ChannelNorm)}
     if not norms:
+        if for_torch and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise ValueError(
+                f"the norms of model, of class {type(model).__name__}, are BatchNorms of PyTorch; use {for_torch}, "
+                "or put ours in with normfuse.convert.swap_norms"
+            )
         raise ValueError(
             f"model of class {type(model).__name__} has no norm with running statistics {purpose}, such as UnifiedNorm "
             "or MaskedBatchNorm; put them in first, for example with normfuse.convert.swap_norms"

@@ -113,7 +113,7 @@ def calibrate(
         ValueError: there is no norm, no batch, no valid row for any norm, a statistic that is not finite, or a norm
             of :func:`normfuse.convert.adapt`. The model's statistics are then as before.
     """
-    norms = running_norms(model, "to calibrate")
+    norms = running_norms(model, "to calibrate", "torch.optim.swa_utils.update_bn")
     for name, module in model.named_modules():
         if hasattr(module, "calibration_refusal"):
             raise ValueError(f"{name} ({type(module).__name__}) {module.calibration_refusal}")

@@ -20,7 +20,7 @@ def layer_placements(depth: int, placement: str, *, fraction: float = 0.25, coun
         depth: number of layers.
         placement: "pre", "post", "peri", or "mix": the first layers "post", the others "pre" (Mix-LN, Li et al.,
             2024, arXiv 2412.13795).
-        fraction: for "mix", the share of "post" layers, rounded down.
+        fraction: for "mix", the share of "post" layers, rounded down: none of fewer than 4 layers by default.
         count: for "mix", their number, instead of ``fraction``.
 
     Raises:

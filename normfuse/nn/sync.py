@@ -32,7 +32,7 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
         ValueError: there is no such norm, or one for which this makes no sense: with ``ghost_size``, or a RegionNorm
             with ``pool="batch"``. The model is then as before.
     """
-    norms = running_norms(model, "to synchronise")
+    norms = running_norms(model, "to synchronise", "torch.nn.SyncBatchNorm.convert_sync_batchnorm")
     for name, norm in norms.items():
         if norm.ghost_size is not None:
             raise ValueError(

@@ -225,7 +225,7 @@ def test_an_empty_batch_and_a_single_row_leave_finite_statistics():
     ("model", "arguments", "message"),
     [
         (lambda: source("rows"), {"method": "beta"}, "method='beta' is unknown; give one of 'alpha', 'decay', 'unmix'"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "where=None selects nothing; the BatchNorms are none"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "class Sequential has no BatchNorm to adapt"),
         (lambda: source("rows"), {"where": "x"}, "where='x' selects nothing; the BatchNorms are 0"),
         (lambda: nn.BatchNorm1d(2), {}, "model is itself a norm"),
         (lambda: nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), {}, "0, a BatchNorm1d, has no running"),
@@ -312,5 +312,5 @@ def test_masked_batch_norms_adapt_as_torchs_do(method):
     assert type(ours[1]) is MaskedBatchNorm
     x = torch.randn(2, 2, 3, 4)
     torch.testing.assert_close(ours(x), theirs(x))
-    with pytest.raises(ValueError, match="selects nothing"):
+    with pytest.raises(ValueError, match="has no BatchNorm to adapt"):
         adapt(nn.Sequential(RepBatchNorm(4)))

@@ -99,7 +99,7 @@ def test_every_static_norm_can_lose_channels(make):
         model[2].weight[1] = 0.0
     x = torch.randn(4, 5, 3).double()
     expected = model(x)
-    report = remove_dead_channels(model, (x,), threshold=1e-12)
+    report = remove_dead_channels(model, x, threshold=1e-12)
     assert report.removed == {"2": ("0", ("3",), [1])}
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 

@@ -206,6 +206,8 @@ def test_a_refusal_leaves_the_model_as_it_was(make, loader, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="class Linear has no norm with running statistics to calibrate"):
         calibrate(nn.Linear(2, 2), loader)
+    with pytest.raises(ValueError, match=r"are BatchNorms of PyTorch; use torch\.optim\.swa_utils\.update_bn"):
+        calibrate(nn.Sequential(nn.BatchNorm1d(4)), loader)
 
 
 def test_an_interrupted_calibration_leaves_the_model_as_it_was(make):

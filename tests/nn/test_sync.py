@@ -66,13 +66,14 @@ def test_without_processes_nothing_changes(kind):
     ("make", "message"),
     [
         (lambda: nn.Linear(2, 2), r"class Sequential has no norm with running statistics to synchronise.*swap_norms"),
+        (lambda: nn.BatchNorm1d(2), "are BatchNorms of PyTorch; use torch.nn.SyncBatchNorm.convert_sync_batchnorm"),
         (lambda: MaskedBatchNorm(4, ghost_size=2), r"1 \(MaskedBatchNorm\) has ghost_size=2.*without ghost_size"),
         (lambda: UnifiedNorm(4, ghost_size=8), r"1 \(UnifiedNorm\) has ghost_size=8"),
         (lambda: RegionNorm(4, pool="batch"), r'1 \(RegionNorm with pool="batch"\).*pool="sample"'),
     ],
 )
 def test_what_cannot_be_synchronised_is_refused_and_left_alone(make, message):
-    first = nn.Linear(4, 4) if isinstance(make(), nn.Linear) else UnifiedNorm(4)
+    first = nn.Linear(4, 4) if isinstance(make(), (nn.Linear, nn.BatchNorm1d)) else UnifiedNorm(4)
     model = nn.Sequential(first, make())
     with pytest.raises(ValueError, match=message):
         convert_sync(model)
