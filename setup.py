@@ -130,7 +130,7 @@ setup(
         CppExtension(
             "normfuse._C",
             [
-                "csrc/bindings.cpp",
+                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("bindings*.cpp")),
                 *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
             ],
             depends=[str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]],

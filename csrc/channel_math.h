@@ -68,6 +68,14 @@ struct UnifiedStats {
   Acc r;
 };
 
+// sqrt(var + eps) / sqrt(running_var + eps), clamped; 1 in the first thousand steps and in the warm-up.
+template <class Acc>
+NORMFUSE_INLINE Acc clamped_ratio(int64_t t, int64_t warmup_iters, Acc var, Acc running_var, Acc eps) {
+  if (t <= (warmup_iters > 1000 ? warmup_iters : 1000)) return Acc(1);
+  const Acc r = std::sqrt(var + eps) / std::sqrt(running_var + eps);
+  return r < Acc(0.2) ? Acc(0.2) : r > Acc(5) ? Acc(5) : r;
+}
+
 // var = q or the window's geometric mean; r = sqrt(var + eps) / sqrt(running_var + eps), clamped; then
 // running_var moves. The window holds q already.
 template <class Acc>
@@ -75,12 +83,7 @@ NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& ste
                                                           Acc eps, Acc momentum, Acc* running_var) {
   if (!usable(q)) column[step.t % step.window * stride] = *running_var;
   const Acc var = step.uses_window() && usable(q) ? geometric_mean(column, step.window, stride) : q;
-  const int64_t quiet = step.warmup_iters > 1000 ? step.warmup_iters : 1000;
-  Acc r = 1;
-  if (step.t > quiet && !step.skip) {
-    r = std::sqrt(var + eps) / std::sqrt(*running_var + eps);
-    r = r < Acc(0.2) ? Acc(0.2) : r > Acc(5) ? Acc(5) : r;
-  }
+  const Acc r = step.skip ? Acc(1) : clamped_ratio(step.t, step.warmup_iters, var, *running_var, eps);
   if (usable(q)) *running_var = momentum * *running_var + (1 - momentum) * var;
   return {inverse_sqrt(var + eps), r};
 }

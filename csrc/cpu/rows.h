@@ -10,6 +10,7 @@
 
 #define NORMFUSE_ALWAYS_INLINE __attribute__((always_inline))
 #define NORMFUSE_INLINE NORMFUSE_ALWAYS_INLINE inline
+#include "../cell_math.h"
 #include "../channel_math.h"
 #include "../curve_math.h"
 #include "../row_math.h"

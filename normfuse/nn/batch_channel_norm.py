@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._group import sum_in_group
-from ..ops._layout import cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
-from ..ops._recompute import statistics_of_this_run
-from ..ops.batch_norm import affine_by_statistics
+from ..ops._layout import cast
 from ._running_norm import check_count, check_fraction
 from .batch_norm import MaskedBatchNorm
 
@@ -31,33 +28,7 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         super().set_statistics(mean, var)  # its variance is biased in training too
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        if not self.training:
-            return super().forward(x, pad_mask)
-        check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
-        mean, var = self._move(x.detach(), pad_mask)
-        weight, bias = gain_and_shift(self.weight, self.bias, mean)
-        return affine_by_statistics(x, weight, bias, mean, var, self.eps, self.channel_dim)
-
-    @torch.no_grad()
-    def _move(self, x: Tensor, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        running = tuple(self.state)
-        if not torch.compiler.is_compiling():
-            running = statistics_of_this_run(running)
-        running_mean, running_var, steps = running
-        dims = other_dims(x, self.channel_dim)
-        deviation = x.to(running_mean.dtype) - per_channel(running_mean, x, self.channel_dim)
-        deviation, count = masked(deviation, pad_mask, self.channel_dim)
-        sums = torch.cat([deviation.sum(dims), deviation.square().sum(dims)])
-        group = self.group_to_share_with()
-        if group is not None:
-            sums, count = sum_in_group(group, sums, count)
-        zero = torch.zeros_like(running_mean)
-        change, var = mean_or(sums, count, torch.cat([zero, running_var])).chunk(2)
-        usable = change.isfinite() & var.isfinite()
-        running_mean.add_(torch.where(usable, change, zero), alpha=self.momentum)
-        running_var.add_(torch.where(usable, var - running_var, zero), alpha=self.momentum)
-        steps.add_(1)
-        return running_mean.clone(), running_var.clone()
+        return self._normalise(x, pad_mask, estimated=True)
 
 
 def set_momentum(model: nn.Module, momentum: float) -> int:

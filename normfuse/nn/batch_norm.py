@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormState, batch_norm
-from ..ops._layout import check_input, gain_and_shift
-from ..ops.batch_norm import BatchStatistics, batch_norm_with_statistics, batch_statistics_step
-from ._running_norm import ChannelNorm, check_fraction, split_ghosts
+from ..ops.batch_norm import BatchStatistics, batch_norm_with_statistics
+from ._running_norm import ChannelNorm, check_fraction
 
 
 class MaskedBatchNorm(ChannelNorm):
@@ -76,6 +75,9 @@ class MaskedBatchNorm(ChannelNorm):
         self.running_var.copy_(var if rows is None else var * (rows / (rows - 1).clamp(min=1)))
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        return self._normalise(x, pad_mask)
+
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None, **options: object) -> Tensor:
         return batch_norm(
             x,
             self.weight,
@@ -86,8 +88,9 @@ class MaskedBatchNorm(ChannelNorm):
             momentum=self.momentum,
             eps=self.eps,
             channel_dim=self.channel_dim,
-            ghost_sizes=split_ghosts(x, self.ghost_size) if self.training else None,
+            ghost_size=self.ghost_size,
             process_group=self.group_to_share_with() if self.training else None,
+            **options,
         )
 
     def extra_repr(self) -> str:
@@ -127,13 +130,10 @@ class RegularizedBatchNorm(MaskedBatchNorm):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if not self.training:
             return super().forward(x, pad_mask)
-        check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
-        weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
-        sizes = split_ghosts(x, self.ghost_size)
-        y, batch = batch_norm_with_statistics(
-            x, weight, bias, pad_mask, self.eps, self.channel_dim, sizes, self.group_to_share_with()
-        )
-        state = batch_statistics_step(batch, self.state, self.momentum)
+        y, batch, state = batch_norm_with_statistics(
+            x, self.weight, self.bias, self.state, pad_mask, self.momentum, self.eps, self.channel_dim, self.ghost_size,
+            process_group=self.group_to_share_with(),
+        )  # fmt: skip
         self.penalty = self._penalise(batch, state)
         return y
 

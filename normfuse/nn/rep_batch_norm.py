@@ -39,7 +39,7 @@ class RepBatchNorm(MaskedBatchNorm):
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if self.training:
-            return super().forward(x, pad_mask) + cast(self.alpha, x.dtype) * x
+            return self._normalise(x, pad_mask, shortcut=self.alpha)
         check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
         # Written as one affine map: a sum of two branches would leave a product and a sum that nothing absorbs.
         weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)

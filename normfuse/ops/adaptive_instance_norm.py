@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._cells import CellNorm
 from ._layout import accumulation_dtype, cast
 
 
@@ -17,10 +18,20 @@ def _centred(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor, Ten
     return deviation, mean, torch.sqrt(length.square() / (values.shape[2] - int(unbiased)) + eps)
 
 
-def instance_statistics(x: Tensor, *, eps: float = 1e-5, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+def _fused(x: Tensor, fused: bool) -> bool:
+    """Whether the kernels do it: an exported program is made of plain operations."""
+    return fused and x.numel() > 0 and not torch.compiler.is_exporting()
+
+
+def instance_statistics(
+    x: Tensor, *, eps: float = 1e-5, unbiased: bool = False, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     """Mean and ``sqrt(var + eps)`` of each sample and channel of ``x`` [B, C, ...], both [B, C], float32 or wider."""
-    _, mean, std = _centred(x, eps, unbiased)
-    return mean.squeeze(2), std.squeeze(2)
+    if not _fused(x, fused):
+        _, mean, std = _centred(x, eps, unbiased)
+        return mean.squeeze(2), std.squeeze(2)
+    _, mean, var, _ = CellNorm.apply(x, None, None, None, None, 1, 1, None, None, int(unbiased), eps)
+    return mean.squeeze(1), torch.sqrt(var.squeeze(1) + eps)
 
 
 def adaptive_instance_norm(
@@ -31,6 +42,7 @@ def adaptive_instance_norm(
     alpha: float | Tensor = 1.0,
     eps: float = 1e-5,
     unbiased: bool = False,
+    fused: bool = True,
 ) -> Tensor:
     """``style_std * (x - mean(x)) / std(x) + style_mean`` per sample and channel, blended with ``x`` by ``alpha``.
 
@@ -40,10 +52,14 @@ def adaptive_instance_norm(
         alpha: share of the result; the rest is ``x``.
         eps: added to the variance.
         unbiased: divide the variance by n − 1 instead of n. Authors' programs differ.
+        fused: False computes the same in plain ATen operations, which can be differentiated more than once.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
     """
+    whole = isinstance(alpha, (int, float)) and alpha == 1
+    if _fused(x, fused) and (not isinstance(alpha, Tensor) or alpha.numel() == 1):
+        return _adaptive_instance_norm(x, style_mean, style_std, None if whole else alpha, eps, unbiased)
     deviation, _, std = _centred(x, eps, unbiased)
     style_mean, style_std = style_mean[..., None], style_std[..., None]
     if style_std.dim() < 3:  # one style for all: on its own, its part is a map with constants, which folds
@@ -51,6 +67,18 @@ def adaptive_instance_norm(
     else:
         y = torch.addcmul(style_mean, deviation, style_std / std)
     y = y.unflatten(2, x.shape[2:]) if x.dim() > 3 else y
-    if not (isinstance(alpha, (int, float)) and alpha == 1):
+    if not whole:
         y = torch.lerp(cast(x, y.dtype), y, alpha)
     return cast(y, x.dtype)
+
+
+def _adaptive_instance_norm(
+    x: Tensor, mean: Tensor, std: Tensor, alpha: float | Tensor | None, eps: float, unbiased: bool
+) -> Tensor:
+    acc = accumulation_dtype(x.dtype)
+    mean, std, shortcut = cast(mean, acc), cast(std, acc), None
+    if alpha is not None:  # alpha (std z + mean) + (1 - alpha) x
+        alpha = torch.as_tensor(alpha, dtype=acc, device=x.device).reshape(1)
+        mean, std, shortcut = alpha * mean, alpha * std, 1 - alpha
+    samples = 1 if std.dim() < 2 else std.shape[0]
+    return CellNorm.apply(x, None, std, mean, shortcut, 1, 1, (samples, 1, -1), None, int(unbiased), eps)[0]

@@ -7,6 +7,7 @@ clamped. The backward pass smooths the mean of gradient times output over a wind
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._cells import from_cells, samples_are_rows, to_cells
 from ._group import sum_in_group
-from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, other_dims, per_channel
+from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
@@ -63,11 +65,78 @@ def move_gradient_statistics(mean_gz: Tensor, step: Tensor, buffer_gz: Tensor, w
     return torch.where((step <= window) | (step < warmup_iters), mean_gz, buffer_gz.mean(0))
 
 
-_FORWARD = ("running_var", "buffer_x2", "iters")
+def _forward_on_cells(
+    reduce: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
+    running_var: Tensor, *others: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    values = x.to(weight.dtype)
+    square, count = masked(values.square(), pad_mask, 1)
+    q = mean_or(*reduce(square.sum((0, 2)), count), running_var)
+    stats, step = move(q, running_var, *others)
+    scale = weight * stats[1] * stats[0]
+    return torch.addcmul(bias[:, None], values, scale[:, None]).to(x.dtype), stats, step
+
+
+def _backward_on_cells(
+    reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    inv_std, ratio = stats
+    dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
+    # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
+    grad_weight = (dy * values).sum((0, 2)) * inv_std * ratio
+    mean_gz = mean_or(*reduce(grad_weight * weight, x.shape[0] * x.shape[2]), torch.zeros_like(weight))
+    along, across = weight * ratio * inv_std, -move(mean_gz, *others) * inv_std.square()
+    grad_x = torch.addcmul(dy * along[:, None], values, across[:, None]).to(x.dtype)
+    return grad_x, grad_weight, dy.sum((0, 2))
+
+
+def moving_average_norm_forward_reference(
+    x: Tensor,
+    pad_mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_var: Tensor,
+    buffer_x2: Tensor,
+    iters: Tensor,
+    warmup_iters: int,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training forward in plain PyTorch for x [S, C, P] and pad_mask [S, P]; moves the statistics.
+
+    Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
+    """
+    return _forward_on_cells(
+        as_they_are, move_forward_statistics, x, pad_mask, weight, bias, running_var, buffer_x2, iters, warmup_iters,
+        eps, momentum,
+    )  # fmt: skip
+
+
+def moving_average_norm_backward_reference(
+    grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, step: Tensor, buffer_gz: Tensor, warmup_iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's backward formulas in plain PyTorch for grad_y and x [S, C, P]; moves ``buffer_gz``.
+
+    Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
+    """
+    return _backward_on_cells(
+        as_they_are, move_gradient_statistics, grad_y, x, weight, stats, step, buffer_gz, warmup_iters
+    )
+
+
+_STATISTICS = ("running_var", "buffer_x2", "iters")
+_forward = register_operation("moving_average_norm_forward", moving_average_norm_forward_reference, mutates=_STATISTICS)
+_forward_once = register_forward(library, _forward, _STATISTICS)
+_backward = register_operation(
+    "moving_average_norm_backward", moving_average_norm_backward_reference, mutates=("buffer_gz",)
+)
+
+
+# The steps of the statistics alone, for synchronised training, where the sums go over a group.
 _move_forward = register_forward(
     library,
-    register_operation("moving_average_norm_statistics", move_forward_statistics, _FORWARD, in_library=False),
-    _FORWARD,
+    register_operation("moving_average_norm_statistics", move_forward_statistics, _STATISTICS, in_library=False),
+    _STATISTICS,
 )
 _move_gradient = register_operation(
     "moving_average_norm_gradient_statistics", move_gradient_statistics, ("buffer_gz",), in_library=False
@@ -85,40 +154,47 @@ def _(mean_gz, *others):
     return torch.empty_like(mean_gz)
 
 
+@torch.library.register_fake("normfuse::moving_average_norm_forward")
+@torch.library.register_fake("normfuse::moving_average_norm_forward_once")
+def _(x, pad_mask, weight, *others):
+    return torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64)
+
+
+@torch.library.register_fake("normfuse::moving_average_norm_backward")
+def _(grad_y, x, weight, *others):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
 class _MovingAverageNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim, group):
-        values, dims = x.to(weight.dtype), other_dims(x, channel_dim)
-        square, count = masked(values.square(), pad_mask, channel_dim)
-        reduce = as_they_are if group is None else partial(sum_in_group, group)
-        q = mean_or(*reduce(square.sum(dims), count), state.running_var)
+        rows = samples_are_rows(x, channel_dim)
+        cells = to_cells(x, channel_dim, rows)
+        mask = None if pad_mask is None else pad_mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
         moved = state.running_var, state.buffer_x2, state.iters
-        if torch.compiler.is_compiling():
-            stats, step = _move_forward(q, *moved, warmup_iters, eps, momentum)
-        else:
-            stats, step = move_forward_statistics(q, *statistics_of_this_run(moved), warmup_iters, eps, momentum)
-        ctx.save_for_backward(x, weight, stats, step)
+        compiling = torch.compiler.is_compiling()
+        moved = moved if compiling else statistics_of_this_run(moved)
+        forward = _forward_once if compiling else _forward
+        if group is not None:
+            move = _move_forward if compiling else move_forward_statistics
+            forward = partial(_forward_on_cells, partial(sum_in_group, group), move)
+        y, stats, step = forward(cells, mask, weight, bias, *moved, warmup_iters, eps, momentum)
+        ctx.save_for_backward(cells, weight, stats, step)
         # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
-        ctx.buffer_gz, ctx.warmup_iters, ctx.channel_dim = state.buffer_gz, warmup_iters, channel_dim
-        ctx.reduce = reduce
-        scale = per_channel(weight * stats[1] * stats[0], x, channel_dim)
-        return torch.addcmul(per_channel(bias, x, channel_dim), values, scale).to(x.dtype)
+        ctx.buffer_gz, ctx.warmup_iters, ctx.group = state.buffer_gz, warmup_iters, group
+        ctx.layout = x.shape, channel_dim, rows
+        return from_cells(y, *ctx.layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        x, weight, (inv_std, ratio), step = ctx.saved_tensors
-        dims, count = other_dims(x, ctx.channel_dim), x.numel() // max(x.shape[ctx.channel_dim], 1)
-        dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
-        # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
-        grad_weight = (dy * values).sum(dims) * inv_std * ratio
-        mean_gz = mean_or(*ctx.reduce(grad_weight * weight, count), torch.zeros_like(weight))
-        multiple = _move_gradient(mean_gz, step, ctx.buffer_gz, ctx.warmup_iters)
-        along, across = (
-            per_channel(v, x, ctx.channel_dim) for v in (weight * ratio * inv_std, -multiple * inv_std.square())
+        backward = _backward
+        if ctx.group is not None:
+            backward = partial(_backward_on_cells, partial(sum_in_group, ctx.group), _move_gradient)
+        grad_x, grad_weight, grad_bias = backward(
+            to_cells(grad_y, *ctx.layout[1:]), *ctx.saved_tensors, ctx.buffer_gz, ctx.warmup_iters
         )
-        grad_x = torch.addcmul(dy * along, values, across).to(x.dtype)
-        return grad_x, None, grad_weight, dy.sum(dims), *[None] * 6
+        return from_cells(grad_x, *ctx.layout), None, grad_weight, grad_bias, *[None] * 6
 
 
 def moving_average_norm(

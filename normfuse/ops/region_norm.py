@@ -6,22 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._cells import CellNorm
 from ._layout import accumulation_dtype, cast
 
 POOLS = ("sample", "batch")
 
 
-def _normalise(
-    values: Tensor, regions: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, deviations (both [B, C, P]) and 1/sqrt(var + eps) [B, C, 2] of ``values`` [B, C, P].
-
-    ``regions`` [B, 2, P] holds a one in the row of each pixel's region: products with it sum the pixels of a region,
-    and hand each pixel its region's numbers.
-    """
+def _plain(values: Tensor, inside: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: str) -> Tensor:
+    """``values`` [B, C, P] normalised in plain ATen operations by their regions, ``inside`` [B, P] or not."""
+    # A one in the row of each pixel's region: products with it sum the pixels of a region, and hand each pixel its
+    # region's numbers.
+    regions = torch.stack([torch.logical_not(inside), inside], dim=1).to(values.dtype)
     deviation = values - _mean(values @ regions.mT, regions, pool) @ regions
     inv_std = torch.rsqrt(_mean(deviation.square() @ regions.mT, regions, pool) + eps)
-    return torch.addcmul(bias.t() @ regions, deviation, (inv_std * weight.t()) @ regions), deviation, inv_std
+    return torch.addcmul(bias.t() @ regions, deviation, (inv_std * weight.t()) @ regions)
 
 
 def _mean(totals: Tensor, regions: Tensor, pool: str) -> Tensor:
@@ -30,28 +28,6 @@ def _mean(totals: Tensor, regions: Tensor, pool: str) -> Tensor:
     if pool == "batch":
         totals, counts = totals.sum(0, keepdim=True).expand_as(totals), counts.sum(0, keepdim=True)
     return totals / counts.clamp(min=1)
-
-
-class _RegionNorm(torch.autograd.Function):
-    """What :func:`_normalise` returns first, with its exact gradient in few passes."""
-
-    @staticmethod
-    def forward(ctx, values, regions, weight, bias, eps, pool):
-        y, deviation, inv_std = _normalise(values, regions, weight, bias, eps, pool)
-        ctx.save_for_backward(deviation, inv_std, regions, weight)
-        ctx.pool = pool
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        deviation, inv_std, regions, weight = ctx.saved_tensors
-        plain, along = grad @ regions.mT, (grad * deviation) @ regions.mT
-        scale = inv_std * weight.t()
-        constant = scale * _mean(plain, regions, ctx.pool)
-        slope = scale * inv_std.square() * _mean(along, regions, ctx.pool)
-        grad_values = torch.addcmul(grad * (scale @ regions) - constant @ regions, deviation, slope @ regions, value=-1)
-        return grad_values, None, (along * inv_std).sum(0).t(), plain.sum(0).t(), None, None
 
 
 def region_norm(
@@ -80,16 +56,14 @@ def region_norm(
     """
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")
-    inside = region_mask(x, mask).flatten(1)
-    values = cast(x, accumulation_dtype(x.dtype)).flatten(2)
-    regions = torch.stack([torch.logical_not(inside), inside], dim=1).to(values.dtype)
-    one = values.new_ones(2, x.shape[1])
-    weight = one if weight is None else cast(weight, values.dtype)
-    bias = torch.zeros_like(one) if bias is None else cast(bias, values.dtype)
-    arguments = values, regions, weight, bias, eps, pool
-    # An exported program is made of plain operations.
-    y = _normalise(*arguments)[0] if torch.compiler.is_exporting() else _RegionNorm.apply(*arguments)
-    return cast(y.view(x.shape), x.dtype)
+    inside, acc = region_mask(x, mask), accumulation_dtype(x.dtype)
+    weight = x.new_ones(2, x.shape[1], dtype=acc) if weight is None else cast(weight, acc)
+    bias = torch.zeros_like(weight) if bias is None else cast(bias, acc)
+    if torch.compiler.is_exporting() or x.numel() == 0:  # an exported program is made of plain operations
+        y = _plain(cast(x, acc).flatten(2), inside.flatten(1), weight, bias, eps, pool)
+        return cast(y.view(x.shape), x.dtype)
+    group = 1 if pool == "sample" else 0
+    return CellNorm.apply(x, inside[:, 0], weight, bias, None, 1, group, (1, 2, -1), None, 0, eps)[0]
 
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:

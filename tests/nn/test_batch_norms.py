@@ -14,11 +14,12 @@ from normfuse.nn import (
     MaskedBatchNorm,
     PowerNorm,
     RegularizedBatchNorm,
+    RepBatchNorm,
     UnifiedNorm,
     batch_norm_penalty,
     set_momentum,
 )
-from normfuse.ops.batch_norm import normalise_by_batch
+from normfuse.ops.batch_norm import BatchNormState, batch_norm_with_statistics
 
 C = 5
 DOUBLE = {"dtype": torch.float64}
@@ -67,16 +68,43 @@ def test_training_follows_the_formula(ghost_size, masked, momentum):
     np.testing.assert_allclose(norm.eval()(x).detach().numpy(), spec.evaluate(x.numpy()), **EXACT)
 
 
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+@pytest.mark.parametrize("ghost_size", [None, 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_exact_through_result_and_statistics(masked):
-    x, weight, bias = torch.randn(2, 4, 3, **DOUBLE), torch.randn(3, **DOUBLE), torch.randn(3, **DOUBLE)
-    pad_mask = torch.tensor([[False, True, False, False], [True, True, False, False]]) if masked else None
+def test_gradients_are_exact_through_result_and_statistics(masked, ghost_size, channel_dim):
+    x, weight, bias = torch.randn(5, 2, 3, 2, **DOUBLE), torch.randn(2, **DOUBLE), torch.randn(2, **DOUBLE)
+    x, shortcut = x.movedim(-1, channel_dim).contiguous(), torch.randn((), **DOUBLE)
+    pad_mask = torch.rand(5, 2, 3) < 0.4 if masked else None
 
-    def run(*inputs):
-        y, statistics = normalise_by_batch(inputs[0], pad_mask, *inputs[1:], 1e-3)
+    def run(x, weight, bias, shortcut):
+        state = BatchNormState(torch.zeros(2, **DOUBLE), torch.ones(2, **DOUBLE), torch.tensor(0))
+        y, statistics, _ = batch_norm_with_statistics(
+            x, weight, bias, state, pad_mask, eps=1e-3, channel_dim=channel_dim, ghost_size=ghost_size,
+            shortcut=shortcut,
+        )  # fmt: skip
         return y, statistics.mean, statistics.var
 
-    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in (x, weight, bias)])
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in (x, weight, bias, shortcut)])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [MaskedBatchNorm, EstimatedBatchNorm, RepBatchNorm])
+def test_every_layout_gives_the_same(kind, masked):
+    norms = [with_affine(kind(C, channel_dim=-1))]
+    for channel_dim in (1, 1, 0):
+        norms.append(copy.deepcopy(norms[0]))
+        norms[-1].channel_dim = channel_dim
+    rows, pad_mask = torch.randn(4, 3, 6, C), torch.rand(4, 3, 6) < 0.3 if masked else None
+    last = rows.movedim(-1, 1)
+    results = []
+    for norm, x in zip(norms, (rows, last.contiguous(), last, rows.movedim(-1, 0)), strict=True):
+        x = x.detach().requires_grad_()
+        y = norm(x, pad_mask)
+        y.square().sum().backward()
+        moved = [t.movedim(norm.channel_dim, -1) for t in (y.detach(), x.grad)]
+        results.append([*moved, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
 
 
 @pytest.mark.parametrize("shape", [(6, C), (4, C, 3), (2, C, 3, 2)], ids=str)
@@ -208,15 +236,28 @@ def test_estimated_statistics(masked):
     torch.testing.assert_close(grad, slope.detach().expand_as(x))  # nothing through the statistics
 
 
-def test_the_steps_of_the_statistics_are_sound_operations():
-    mean, var = torch.randn(2, C), torch.rand(2, C)
-    arguments = (mean, var, torch.tensor([[3], [4]]), torch.zeros(C), torch.ones(C), torch.tensor(0), 0.1)
-    torch.library.opcheck(torch.ops.normfuse.batch_norm_statistics, arguments)
-    window, t = torch.rand(4, C), torch.tensor([7])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_the_operations_are_sound(positions):
+    operations = torch.ops.normfuse
+    x, weight, mask = torch.randn(6, C, positions), torch.rand(1, 1, C), torch.rand(6, positions) < 0.3
+    running = torch.zeros(C), torch.ones(C), torch.tensor(0)
+    given = x, mask, weight, weight + 1, torch.rand(1)
+    torch.library.opcheck(operations.batch_norm_forward, (*given, *running, 2, False, 0.1, 1e-5))
+    torch.library.opcheck(operations.batch_norm_forward_once, (*given, *running, 0, True, None, 1e-5))
+    torch.library.opcheck(operations.cell_norm_forward, (x, None, None, None, None, 2, 1, 1e-5))
+    torch.library.opcheck(operations.cell_norm_forward, (*given, 2, 0, 1e-5))
+    _, stats, count = operations.cell_norm_forward(*given, 2, 0, 1e-5)
+    more = torch.randn(2, *stats.shape[1:])
     torch.library.opcheck(
-        torch.ops.normfuse.moving_average_norm_statistics, (mean[0].square(), var[0], window, t, 2, 1e-5, 0.9)
+        operations.batch_norm_backward, (x, *more, *given[:3], given[4], stats, count, 2, True, 0, False)
     )
-    torch.library.opcheck(torch.ops.normfuse.moving_average_norm_gradient_statistics, (mean[0], t, window, 2))
+    window, var = torch.rand(4, C), torch.ones(C)
+    torch.library.opcheck(
+        operations.moving_average_norm_forward, (x, mask, var, var, var, window, torch.tensor([7]), 2, 1e-5, 0.9)
+    )
+    torch.library.opcheck(
+        operations.moving_average_norm_backward, (x, x, var, torch.rand(2, C), torch.tensor([7]), window, 2)
+    )
 
 
 @pytest.mark.parametrize(("kind", "options"), [(UnifiedNorm, {}), (PowerNorm, {"group_num": None})])

@@ -1,0 +1,328 @@
+"""Batch normalisation and its kin on cells: the operations that BatchNorm, instance and region norms share.
+
+A cell is what shares statistics. ``x`` is [S, C, P]; every ``group_size`` consecutive samples make one of K groups (a
+rest joins the last; 0: all make one), and a cell is a channel of a group. A ``mask`` [S, P] either marks padding, which
+the statistics do not count, or parts two regions, which double the cells: N = 2 sets of statistics in a group instead
+of 1. With n numbers, mean m and variance v = Σ(x − m)² / (n − correction) in a cell,
+
+    y = weight · (x − m) / sqrt(v + eps) + bias + shortcut · x
+
+The variance is a sum of squared deviations, never a difference of large sums. Gradients are exact, also through the
+returned statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ._layout import accumulation_dtype
+from ._recompute import register_forward
+from ._registry import library, register_operation
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def group_count(samples: int, group_size: int) -> int:
+    """Number of groups: one for ``group_size`` 0, else a rest smaller than ``group_size`` joins the last."""
+    return max(samples // group_size, 1) if group_size else 1
+
+
+def group_sizes(samples: int, group_size: int) -> list[int]:
+    """Sizes of the groups."""
+    count = group_count(samples, group_size)
+    return [group_size] * (count - 1) + [samples - group_size * (count - 1)]
+
+
+def _groups(x: Tensor, mask: Tensor | None, group_size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Number, rows in the dtype of sums and mask [S, 1, P] of every group."""
+    sizes = group_sizes(x.shape[0], group_size)
+    masks = [None] * len(sizes) if mask is None else mask[:, None].split(sizes)
+    values = x.to(accumulation_dtype(x.dtype)).split(sizes)
+    return zip(range(len(sizes)), values, masks, strict=True)
+
+
+def _selections(mask: Tensor | None, regions: bool) -> list[Tensor | None]:
+    """What the statistics of each set count; None: everything."""
+    if mask is None:
+        return [None]
+    return [~mask, mask] if regions else [~mask]
+
+
+def _moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and sum of squared deviations [C], and number of what ``keep`` selects."""
+    if keep is None:
+        count = torch.full((), values.shape[0] * values.shape[2], device=values.device)
+        mean = values.sum((0, 2)) / count.clamp(min=1)
+        return mean, (values - mean[:, None]).square().sum((0, 2)), count
+    # Selecting instead of multiplying keeps a NaN elsewhere out of the sums.
+    count = keep.sum()
+    mean = torch.where(keep, values, 0.0).sum((0, 2)) / count.clamp(min=1)
+    return mean, torch.where(keep, values - mean[:, None], 0.0).square().sum((0, 2)), count
+
+
+def _forward_on_cells(
+    finish: Callable, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shortcut: Tensor | None, group_size: int, regions: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``finish`` makes the mean and variance of a cell from its group's number and moments."""
+    results, found, counts = [], [], []
+    for g, values, part in _groups(x, mask, group_size):
+        of_sets = []
+        for s, keep in enumerate(_selections(part, regions)):
+            moments = _moments(values, keep)
+            mean, var = finish(g, *moments)
+            inv_std = (var + eps).rsqrt()
+            found.append(torch.stack([mean, var, inv_std]))
+            counts.append(moments[2])
+            if weight is not None:
+                gain, shift = (v[g % v.shape[0], s % v.shape[1]] for v in (weight, bias))
+                y = (values - mean[:, None]) * (gain * inv_std)[:, None] + shift[:, None]
+                of_sets.append(y if shortcut is None else y + shortcut * values)
+        if of_sets:
+            results.append(of_sets[0] if len(of_sets) == 1 else torch.where(part, of_sets[1], of_sets[0]))
+    shape = group_count(x.shape[0], group_size), -1
+    stats = torch.stack(found, 1).view(3, *shape, x.shape[1])
+    y = torch.cat(results).to(x.dtype) if results else x.new_empty(0)
+    return y, stats, torch.stack(counts).view(shape)
+
+
+def _variance(squares: Tensor, count: Tensor, correction: int) -> Tensor:
+    return torch.where(count > 0, squares / (count - correction), 0.0)
+
+
+def cell_norm_forward_reference(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    group_size: int,
+    correction: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise every cell by its own statistics, in plain PyTorch; a ``mask`` parts two regions.
+
+    ``weight`` and ``bias`` are [K or 1, N or 1, C], ``shortcut`` [1], in the dtype of statistics. Returns ``y`` like x
+    ([0] where ``weight`` and ``bias`` are None), ``stats`` [3, K, N, C]: mean, variance, 1/sqrt(variance + eps), and
+    ``count`` int64 [K, N].
+    """
+
+    def own(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        return mean, _variance(squares, count, correction)
+
+    return _forward_on_cells(own, x, mask, weight, bias, shortcut, group_size, True, eps)
+
+
+def move_batch_statistics(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    estimated: bool,
+    momentum: float | None,
+) -> None:
+    """One update of the running statistics, in place, by those of ``count`` rows: mean and biased variance [C]."""
+    num_batches_tracked.add_(1)
+    rate = 1.0 / num_batches_tracked.to(mean.dtype) if momentum is None else momentum
+    moved = var + (mean - running_mean).square() if estimated else var * count / (count - 1).clamp(min=1)
+    usable = (count > 0) & mean.isfinite() & moved.isfinite()
+    for running, new in ((running_mean, mean), (running_var, moved)):
+        running.copy_(torch.where(usable, running + rate * (new - running), running))
+
+
+def batch_norm_forward_reference(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    group_size: int,
+    estimated: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for batch normalisation: ``mask`` marks padding, and the running statistics move, in place.
+
+    The groups move them one after another, by shares of ``momentum`` (None: of an average over all updates), the
+    variance unbiased. Cells without numbers, and with a statistic that is not finite, move nothing. ``estimated``: the
+    running statistics move first, the variance around the mean as it was, and are those that normalise.
+    """
+
+    def move(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        var, running = _variance(squares, count, 0), (running_mean, running_var)
+        move_batch_statistics(mean, var, count, *running, num_batches_tracked, estimated, momentum)
+        return (running_mean.clone(), running_var.clone()) if estimated else (mean, var)
+
+    return _forward_on_cells(move, x, mask, weight, bias, shortcut, group_size, False, eps)
+
+
+def batch_norm_backward_reference(
+    grad_y: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    shortcut: Tensor | None,
+    stats: Tensor,
+    count: Tensor,
+    group_size: int,
+    regions: bool,
+    correction: int,
+    estimated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of both forwards, in plain PyTorch, from those of y and of mean and variance [K, N, C].
+
+    Returns ``grad_x`` like x, ``grad_weight`` and ``grad_bias`` [K, N, C]; the shortcut's gradient follows from these.
+    """
+    results, along_weight, along_bias = [], torch.empty_like(stats[0]), torch.empty_like(stats[0])
+    gradients = grad_y.to(stats.dtype).split(group_sizes(x.shape[0], group_size))
+    for g, values, part in _groups(x, mask, group_size):
+        of_sets = []
+        for s, keep in enumerate(_selections(part, regions)):
+            mean, _, inv_std = stats[:, g, s]
+            dy, deviation = gradients[g], values - mean[:, None]
+            own = dy if keep is None or not regions else torch.where(keep, dy, 0.0)
+            sum_dy = own.sum((0, 2))
+            # Selected again: a NaN of the other region times zero is one.
+            along = own * deviation if own is dy else torch.where(keep, dy * deviation, 0.0)
+            sum_dyd = along.sum((0, 2))
+            along_weight[g, s], along_bias[g, s] = sum_dyd * inv_std, sum_dy
+            scale, n = weight[g % weight.shape[0], s % weight.shape[1]] * inv_std, count[g, s]
+            grad = dy * (scale if shortcut is None else scale + shortcut)[:, None]
+            if not estimated:
+                pull = -scale * inv_std.square() * sum_dyd
+                pull = pull if grad_var is None else pull + 2 * grad_var[g, s]
+                offset = -scale * sum_dy if grad_mean is None else grad_mean[g, s] - scale * sum_dy
+                through = torch.addcmul((offset / n)[:, None], deviation, (pull / (n - correction))[:, None])
+                grad = grad + torch.where((n > 0) if keep is None else keep, through, 0.0)
+            of_sets.append(grad)
+        results.append(of_sets[0] if len(of_sets) == 1 else torch.where(part, of_sets[1], of_sets[0]))
+    return torch.cat(results).to(x.dtype), along_weight, along_bias
+
+
+_own = register_operation("cell_norm_forward", cell_norm_forward_reference, mutates=())
+_batch = register_operation("batch_norm_forward", batch_norm_forward_reference, mutates=STATISTICS)
+_batch_once = register_forward(library, _batch, STATISTICS)
+_backward = register_operation("batch_norm_backward", batch_norm_backward_reference, mutates=())
+# The step of the statistics alone, for synchronised training, where they are those of a process group.
+move_once = register_forward(
+    library,
+    register_operation("batch_norm_statistics", move_batch_statistics, STATISTICS, in_library=False),
+    STATISTICS,
+)
+
+
+@torch.library.register_fake("normfuse::batch_norm_statistics")
+@torch.library.register_fake("normfuse::batch_norm_statistics_once")
+def _(*arguments):
+    return None
+
+
+def _fake_forward(x: Tensor, wanted: bool, group_size: int, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = group_count(x.shape[0], group_size)
+    stats = x.new_empty((3, groups, sets, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return torch.empty_like(x) if wanted else x.new_empty(0), stats, x.new_empty((groups, sets), dtype=torch.int64)
+
+
+@torch.library.register_fake("normfuse::cell_norm_forward")
+def _(x, mask, weight, bias, shortcut, group_size, correction, eps):
+    return _fake_forward(x, weight is not None, group_size, 1 if mask is None else 2)
+
+
+@torch.library.register_fake("normfuse::batch_norm_forward")
+@torch.library.register_fake("normfuse::batch_norm_forward_once")
+def _(x, mask, weight, bias, shortcut, running_mean, running_var, num_batches_tracked, group_size, *options):
+    return _fake_forward(x, True, group_size, 1)
+
+
+@torch.library.register_fake("normfuse::batch_norm_backward")
+def _(grad_y, grad_mean, grad_var, x, mask, weight, shortcut, stats, *options):
+    return torch.empty_like(x), torch.empty_like(stats[0]), torch.empty_like(stats[0])
+
+
+def samples_are_rows(x: Tensor, channel_dim: int) -> bool:
+    """Whether ``x`` lies in memory with its channels last, although ``channel_dim`` is another dimension."""
+    return not x.is_contiguous() and x.movedim(channel_dim, -1).is_contiguous()
+
+
+def to_cells(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
+    """Contiguous [S, C, P] of ``x``: with ``rows`` every position is a sample, and P = 1."""
+    if rows or x.numel() == 0:
+        x = x.movedim(channel_dim, -1)
+        return x.reshape(-1, x.shape[-1], 1).contiguous()
+    before, after = x.shape[: channel_dim % x.dim()], x.shape[channel_dim % x.dim() + 1 :]
+    return x.reshape(math.prod(before), x.shape[channel_dim], math.prod(after)).contiguous()
+
+
+def from_cells(cells: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
+    """Inverse of :func:`to_cells`, for cells of a tensor of that shape."""
+    if not rows:
+        return cells.view(shape)
+    moved = list(shape)
+    moved.append(moved.pop(channel_dim))
+    return cells.view(moved).movedim(-1, channel_dim)
+
+
+class CellNorm(torch.autograd.Function):
+    """Autograd of the operations: x, mask, weight, bias, shortcut → y, mean, variance [K, N, C], count [K, N].
+
+    ``weight`` and ``bias`` can be viewed as ``vectors`` [K or 1, N or 1, C]; None: statistics alone, and y is empty.
+    ``group`` samples of x make a group; 0: all. ``running`` is (running_mean, running_var, num_batches_tracked,
+    estimated, momentum) of batch normalisation; None: the cells have no running statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = samples_are_rows(x, channel_dim)
+        cells = to_cells(x, channel_dim, rows)
+        mask = None if mask is None else mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
+        group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
+        gain, shift = (None if v is None else v.reshape(vectors).contiguous() for v in (weight, bias))
+        if running is None:
+            y, stats, count = _own(cells, mask, gain, shift, shortcut, group_size, correction, eps)
+        else:
+            *state, estimated, momentum = running
+            forward = _batch_once if torch.compiler.is_compiling() else _batch
+            y, stats, count = forward(cells, mask, gain, shift, shortcut, *state, group_size, estimated, momentum, eps)
+        ctx.save_for_backward(cells, mask, gain, shortcut, stats, count)
+        ctx.layout = x.shape, channel_dim, rows
+        ctx.options = group_size, running is None, correction, running is not None and running[3]
+        ctx.vector_shape = None if weight is None else weight.shape
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(count)
+        mean, var, _ = stats.unbind()
+        return (y if weight is None else from_cells(y, *ctx.layout)), mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_mean, grad_var, _):
+        cells, mask, gain, shortcut, stats, count = ctx.saved_tensors
+        if gain is None:
+            gain = torch.zeros_like(stats[0, :1, :1])
+        grad = torch.zeros_like(cells) if ctx.vector_shape is None or grad_y is None else None
+        if grad is None:
+            grad = to_cells(grad_y, *ctx.layout[1:])
+        grad_mean, grad_var = (None if g is None else g.contiguous() for g in (grad_mean, grad_var))
+        grad_x, grad_weight, grad_bias = _backward(
+            grad, grad_mean, grad_var, cells, mask, gain, shortcut, stats, count, *ctx.options
+        )
+        grad_shortcut = None
+        if ctx.needs_input_grad[4]:
+            grad_shortcut = (grad_weight / stats[2] + stats[0] * grad_bias).sum()[None]
+        vectors = [
+            g.sum_to_size(gain.shape).view(ctx.vector_shape) if needed else None
+            for g, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True)
+        ]
+        return from_cells(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 6
