@@ -88,9 +88,9 @@ def main() -> None:
         f"{torch.__version__}, {datetime.date.today()}, load {os.getloadavg()[0]:.1f}"
         f"{', processor time' if args.clock == 'cpu' else ''}. Sequences are {args.batch}×197×192, "
         f"images {args.batch}×192×14×14; what "
-        "reparametrises a weight is timed alone, on 192×192. Kernels of their own have LayerNorm, RMSNorm, "
-        "CRMSNorm, UnifiedNorm, PowerNorm, DyT and Derf; "
-        "MaskedBatchNorm without padding and RepBatchNorm use PyTorch's; the others are compositions of its operations."
+        "reparametrises a weight is timed alone, on 192×192. Kernels of their own have LayerNorm, RMSNorm, CRMSNorm, "
+        "UnifiedNorm, PowerNorm, the BatchNorm family, MovingAverageBatchNorm, RegionNorm, AdaptiveInstanceNorm, DyT and "
+        "Derf; the others are compositions of PyTorch's operations and of these."
     )
     costs = {"where": where, "ratios": ratios}
     args.results.parent.mkdir(parents=True, exist_ok=True)

@@ -170,147 +170,150 @@ struct DynamicActivationBackward {
   const void* weight;  // acc [channels]
   Curve curve;
   // results
-  void* grad_x;      // like x
-  void* grad_alpha;  // acc [1]
-  void* grad_shift;  // acc [1]
+  void* grad_x;       // like x
+  void* grad_alpha;   // acc [1]
+  void* grad_shift;   // acc [1]
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
 
-  // Batch normalisation and its kin. x is [samples, channels, positions], contiguous. Every group_size consecutive samples
-  // make a group, a rest joins the last one. A cell, whose numbers share statistics, is one channel of one group, or, where
-  // the mask parts two regions, one channel of one region of one group. cell_math.h has the algebra.
-  struct Cells {
-    int64_t samples;
-    int64_t channels;
-    int64_t positions;
-    DType dtype;
-    int64_t group_size;
-    const bool* mask;  // [samples, positions]; null: none
-    bool regions;      // the mask parts two regions; otherwise true = padding, which no statistic counts
+// Batch normalisation and its kin. x is [samples, channels, positions], contiguous. Every group_size consecutive samples
+// make a group, a rest joins the last one. A cell, whose numbers share statistics, is one channel of one group, or, where
+// the mask parts two regions, one channel of one region of one group. cell_math.h has the algebra.
+struct Cells {
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+  DType dtype;
+  int64_t group_size;
+  const bool* mask;  // [samples, positions]; null: none
+  bool regions;      // the mask parts two regions; otherwise true = padding, which no statistic counts
 
-    NORMFUSE_BOTH int64_t groups() const { return samples < 2 * group_size ? 1 : samples / group_size; }
-    NORMFUSE_BOTH int64_t sets() const { return mask && regions ? 2 : 1; }  // of statistics in a group
-  };
+  NORMFUSE_BOTH int64_t groups() const { return samples < 2 * group_size ? 1 : samples / group_size; }
+  NORMFUSE_BOTH int64_t sets() const { return mask && regions ? 2 : 1; }  // of statistics in a group
+};
 
-  // A number per cell, acc [groups, sets, channels], or the same for all groups or sets where that stride is 0.
-  struct PerCell {
-    const void* data;
-    int64_t group_stride;
-    int64_t set_stride;
-  };
+// A number per cell, acc [groups, sets, channels], or the same for all groups or sets where that stride is 0.
+struct PerCell {
+  const void* data;
+  int64_t group_stride;
+  int64_t set_stride;
+};
 
-  struct BatchNormForward {
-    Cells cells;
-    const void* x;
-    PerCell weight;  // null: y is not wanted
-    PerCell bias;
-    const void* shortcut;  // acc [1], the share of x that is added; null: none
-    int64_t correction;    // of the variance: divided by n - correction
-    bool estimated;        // move the running statistics first, then normalise by them
-    double momentum;       // share of the new value; negative: an average over all updates
-    double eps;
-    // state, moved in place; all null: none
-    void* running_mean;            // acc [channels]
-    void* running_var;             // acc [channels]
-    int64_t* num_batches_tracked;  // [1]
-    // results
-    void* y;         // like x
-    void* stats;     // acc [3, groups, sets, channels]: mean, variance, 1/sqrt(variance + eps)
-    int64_t* count;  // [groups, sets]: numbers that a cell has
-  };
+struct BatchNormForward {
+  Cells cells;
+  const void* x;
+  PerCell weight;  // null: y is not wanted
+  PerCell bias;
+  const void* shortcut;  // acc [1], the share of x that is added; null: none
+  int64_t correction;    // of the variance: divided by n - correction
+  bool estimated;        // move the running statistics first, then normalise by them
+  double momentum;       // share of the new value; negative: an average over all updates
+  double eps;
+  // state, moved in place; all null: none
+  void* running_mean;            // acc [channels]
+  void* running_var;             // acc [channels]
+  int64_t* num_batches_tracked;  // [1]
+  // results
+  void* y;         // like x
+  void* stats;     // acc [3, groups, sets, channels]: mean, variance, 1/sqrt(variance + eps)
+  int64_t* count;  // [groups, sets]: numbers that a cell has
+};
 
-  struct BatchNormBackward {
-    Cells cells;
-    const void* grad_y;
-    const void* grad_mean;  // acc [groups, sets, channels], of the statistics; null: none
-    const void* grad_var;
-    const void* x;
-    PerCell weight;
-    const void* shortcut;
-    const void* stats;     // from the forward
-    const int64_t* count;  // from the forward
-    int64_t correction;
-    bool estimated;  // nothing comes through the statistics
-    // results
-    void* grad_x;       // like x
-    void* grad_weight;  // acc [groups, sets, channels]
-    void* grad_bias;    // acc [groups, sets, channels]
-  };
+struct BatchNormBackward {
+  Cells cells;
+  const void* grad_y;
+  const void* grad_mean;  // acc [groups, sets, channels], of the statistics; null: none
+  const void* grad_var;
+  const void* x;
+  PerCell weight;
+  const void* shortcut;
+  const void* stats;     // from the forward
+  const int64_t* count;  // from the forward
+  int64_t correction;
+  bool estimated;  // nothing comes through the statistics
+  // results
+  void* grad_x;       // like x
+  void* grad_weight;  // acc [groups, sets, channels]
+  void* grad_bias;    // acc [groups, sets, channels]
+};
 
-  // Of the cells one group without regions.
-  struct MovingAverageForward {
-    Cells cells;
-    const void* x;
-    const void* weight;  // acc [channels]
-    const void* bias;    // acc [channels]
-    int64_t window;
-    int64_t warmup_iters;
-    double eps;
-    double momentum;
-    // state, moved in place
-    void* running_var;  // acc [channels]
-    void* buffer_x2;    // acc [window, channels]
-    int64_t* iters;     // [1]
-    // results
-    void* y;        // like x
-    void* stats;    // acc [2, channels]: 1/sqrt(variance + eps), r
-    int64_t* step;  // [1]
-  };
+// Of the cells one group without regions.
+struct MovingAverageForward {
+  Cells cells;
+  const void* x;
+  const void* weight;  // acc [channels]
+  const void* bias;    // acc [channels]
+  int64_t window;
+  int64_t warmup_iters;
+  double eps;
+  double momentum;
+  // state, moved in place
+  void* running_var;  // acc [channels]
+  void* buffer_x2;    // acc [window, channels]
+  int64_t* iters;     // [1]
+  // results
+  void* y;        // like x
+  void* stats;    // acc [2, channels]: 1/sqrt(variance + eps), r
+  int64_t* step;  // [1]
+};
 
-  struct MovingAverageBackward {
-    Cells cells;
-    const void* grad_y;
-    const void* x;
-    const void* weight;   // acc [channels]
-    const void* stats;    // from the forward
-    const int64_t* step;  // from the forward
-    int64_t window;
-    int64_t warmup_iters;
-    void* buffer_gz;  // acc [window, channels], moved in place
-    // results
-    void* grad_x;       // like x
-    void* grad_weight;  // acc [channels]
-    void* grad_bias;    // acc [channels]
-  };
+struct MovingAverageBackward {
+  Cells cells;
+  const void* grad_y;
+  const void* x;
+  const void* weight;   // acc [channels]
+  const void* stats;    // from the forward
+  const int64_t* step;  // from the forward
+  int64_t window;
+  int64_t warmup_iters;
+  void* buffer_gz;  // acc [window, channels], moved in place
+  // results
+  void* grad_x;       // like x
+  void* grad_weight;  // acc [channels]
+  void* grad_bias;    // acc [channels]
+};
 
-  // On the host. The caller brings the threads: parallel(tasks, grain, body) calls body(begin, end) on ranges that
-  // cover [0, tasks) once; with no more tasks than grain, once and in the calling thread. Results do not depend on how the
-  // tasks are split.
-  using TaskRange = std::function<void(int64_t begin, int64_t end)>;
-  using Parallel = void (*)(int64_t tasks, int64_t grain, const TaskRange& body);
+// On the host. The caller brings the threads: parallel(tasks, grain, body) calls body(begin, end) on ranges that
+// cover [0, tasks) once; with no more tasks than grain, once and in the calling thread. Results do not depend on how the
+// tasks are split.
+using TaskRange = std::function<void(int64_t begin, int64_t end)>;
+using Parallel = void (*)(int64_t tasks, int64_t grain, const TaskRange& body);
 
-  void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
-  void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
-  void power_forward_cpu(const PowerForward& args, Parallel parallel);
-  void power_backward_cpu(const PowerBackward& args, Parallel parallel);
-  void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel);
-  void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel);
-  void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel);
-  void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel);
-  void batch_norm_forward_cpu(const BatchNormForward& args, Parallel parallel);
-  void batch_norm_backward_cpu(const BatchNormBackward& args, Parallel parallel);
-  void moving_average_forward_cpu(const MovingAverageForward& args, Parallel parallel);
-  void moving_average_backward_cpu(const MovingAverageBackward& args, Parallel parallel);
+void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
+void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
+void power_forward_cpu(const PowerForward& args, Parallel parallel);
+void power_backward_cpu(const PowerBackward& args, Parallel parallel);
+void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel);
+void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel);
+void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel);
+void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel);
+void batch_norm_forward_cpu(const BatchNormForward& args, Parallel parallel);
+void batch_norm_backward_cpu(const BatchNormBackward& args, Parallel parallel);
+void moving_average_forward_cpu(const MovingAverageForward& args, Parallel parallel);
+void moving_average_backward_cpu(const MovingAverageBackward& args, Parallel parallel);
 
-  // Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
-  void prefer_huge_pages(void* data, size_t bytes);
+// Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
+void prefer_huge_pages(void* data, size_t bytes);
 
-  // On the device: asynchronous on the stream, no value comes to the host, so a CUDA graph can capture the
-  // launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a cudaError_t.
-  size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num);
+// On the device: asynchronous on the stream, no value comes to the host, so a CUDA graph can capture the
+// launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a cudaError_t.
+size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num);
 
-  int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream);
-  int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream);
-  int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
-  int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
-  int row_norm_forward_cuda(const RowNormForward& args, void* workspace, void* stream);
-  int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* stream);
-  int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
-  int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
+int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream);
+int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream);
+int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
+int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
+int row_norm_forward_cuda(const RowNormForward& args, void* workspace, void* stream);
+int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* stream);
+int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
+int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
 
-  size_t cuda_workspace_bytes(const Cells& cells);
+size_t cuda_workspace_bytes(const Cells& cells);
 
-  int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream);
-  int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream);
-  int moving_average_forward_cuda(const MovingAverageForward& args, void* workspace, void* stream);
-  int moving_average_backward_cuda(const MovingAverageBackward& args, void* workspace, void* stream);
+int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream);
+int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream);
+int moving_average_forward_cuda(const MovingAverageForward& args, void* workspace, void* stream);
+int moving_average_backward_cuda(const MovingAverageBackward& args, void* workspace, void* stream);
 
 }  // namespace normfuse

@@ -247,168 +247,169 @@ py::tuple dynamic_activation_backward(py::array grad_y, py::array x, py::array a
                                        grad_bias.mutable_data()};
   run(dynamic_activation_backward_cuda, args);
   return py::make_tuple(grad_x, grad_alpha, grad_shift, grad_weight, grad_bias);
+}
 
-  // x [samples, channels, positions] of batch normalisation and its kin.
-  struct CellInput {
-    Input in;  // that sees [samples, channels]
-    Cells cells;
+// x [samples, channels, positions] of batch normalisation and its kin.
+struct CellInput {
+  Input in;  // that sees [samples, channels]
+  Cells cells;
 
-    CellInput(const py::array& x, std::optional<py::array>& mask, int64_t group_size, bool regions)
-        : in(x), cells{x.shape(0),
-                       x.shape(1),
-                       x.shape(2),
-                       in.shape.dtype,
-                       group_size > 0 ? group_size : std::max<int64_t>(x.shape(0), 1),
-                       nullptr,
-                       regions} {
-      if (mask)
-        cells.mask = static_cast<const bool*>(in.data(*mask, py::dtype::of<bool>(), cells.samples * cells.positions));
-    }
-    int64_t size() const { return cells.samples * cells.channels * cells.positions; }
-    int64_t count() const { return cells.groups() * cells.sets() * cells.channels; }
-    py::array like_x() const { return py::array(in.x.dtype(), {cells.samples, cells.channels, cells.positions}); }
-    py::array per_cell() const { return py::array(in.acc, {cells.groups(), cells.sets(), cells.channels}); }
-    PerCell broadcast(py::array& array) const {
-      const int64_t n = cells.channels, groups = array.shape(0), sets = array.shape(1);
-      return {in.acc_data(array, groups * sets * n), groups == 1 ? 0 : sets * n, sets == 1 ? 0 : n};
-    }
-    const void* optional(std::optional<py::array>& array, int64_t size) const {
-      return array ? in.acc_data(*array, size) : nullptr;
-    }
-    template <class Args>
-    void run(int (*kernel)(const Args&, void*, void*), const Args& args) const {
-      std::vector<char> workspace(cuda_workspace_bytes(args.cells), char(0xff));
-      py::gil_scoped_release nothing_of_python_below;
-      if (kernel(args, workspace.data(), nullptr) != cudaSuccess) throw std::runtime_error("the launch failed");
-    }
-  };
-
-  py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::optional<py::array>& weight,
-                            std::optional<py::array>& bias, std::optional<py::array>& shortcut, double eps) {
-    const Cells& cells = x.cells;
-    py::array y = weight ? x.like_x() : py::array(x.in.x.dtype(), 0),
-              stats(x.in.acc, {int64_t(3), cells.groups(), cells.sets(), cells.channels}),
-              count(py::dtype::of<int64_t>(), {cells.groups(), cells.sets()});
-    args.cells = cells;
-    args.x = x.in.x.data();
-    if (weight) {
-      args.weight = x.broadcast(*weight);
-      args.bias = x.broadcast(*bias);
-    }
-    args.shortcut = x.optional(shortcut, 1);
-    args.eps = eps;
-    args.y = y.mutable_data();
-    args.stats = stats.mutable_data();
-    args.count = static_cast<int64_t*>(count.mutable_data());
-    x.run(batch_norm_forward_cuda, args);
-    return py::make_tuple(y, stats, count);
+  CellInput(const py::array& x, std::optional<py::array>& mask, int64_t group_size, bool regions)
+      : in(x), cells{x.shape(0),
+                     x.shape(1),
+                     x.shape(2),
+                     in.shape.dtype,
+                     group_size > 0 ? group_size : std::max<int64_t>(x.shape(0), 1),
+                     nullptr,
+                     regions} {
+    if (mask)
+      cells.mask = static_cast<const bool*>(in.data(*mask, py::dtype::of<bool>(), cells.samples * cells.positions));
   }
-
-  py::tuple batch_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
-                               std::optional<py::array> bias, std::optional<py::array> shortcut, py::array running_mean,
-                               py::array running_var, py::array num_batches_tracked, int64_t group_size, bool estimated,
-                               std::optional<double> momentum, double eps) {
-    const CellInput in(x, mask, group_size, false);
-    BatchNormForward args{};
-    args.estimated = estimated;
-    args.momentum = momentum.value_or(-1.0);
-    args.running_mean = in.in.acc_data(running_mean, in.cells.channels);
-    args.running_var = in.in.acc_data(running_var, in.cells.channels);
-    args.num_batches_tracked = in.in.integers(num_batches_tracked, 1);
-    return normalise_cells(args, in, weight, bias, shortcut, eps);
+  int64_t size() const { return cells.samples * cells.channels * cells.positions; }
+  int64_t count() const { return cells.groups() * cells.sets() * cells.channels; }
+  py::array like_x() const { return py::array(in.x.dtype(), {cells.samples, cells.channels, cells.positions}); }
+  py::array per_cell() const { return py::array(in.acc, {cells.groups(), cells.sets(), cells.channels}); }
+  PerCell broadcast(py::array& array) const {
+    const int64_t n = cells.channels, groups = array.shape(0), sets = array.shape(1);
+    return {in.acc_data(array, groups * sets * n), groups == 1 ? 0 : sets * n, sets == 1 ? 0 : n};
   }
-
-  py::tuple cell_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
-                              std::optional<py::array> bias, std::optional<py::array> shortcut, int64_t group_size,
-                              int64_t correction, double eps) {
-    BatchNormForward args{};
-    args.correction = correction;
-    return normalise_cells(args, CellInput(x, mask, group_size, true), weight, bias, shortcut, eps);
+  const void* optional(std::optional<py::array>& array, int64_t size) const {
+    return array ? in.acc_data(*array, size) : nullptr;
   }
-
-  py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_mean, std::optional<py::array> grad_var,
-                                py::array x, std::optional<py::array> mask, py::array weight,
-                                std::optional<py::array> shortcut, py::array stats, py::array count, int64_t group_size,
-                                bool regions, int64_t correction, bool estimated) {
-    const CellInput in(x, mask, group_size, regions);
-    py::array grad_x = in.like_x(), grad_weight = in.per_cell(), grad_bias = in.per_cell();
-    const BatchNormBackward args{in.cells,
-                                 in.in.data(grad_y, x.dtype(), in.size()),
-                                 in.optional(grad_mean, in.count()),
-                                 in.optional(grad_var, in.count()),
-                                 x.data(),
-                                 in.broadcast(weight),
-                                 in.optional(shortcut, 1),
-                                 in.in.acc_data(stats, 3 * in.count()),
-                                 in.in.integers(count, in.count() / in.cells.channels),
-                                 correction,
-                                 estimated,
-                                 grad_x.mutable_data(),
-                                 grad_weight.mutable_data(),
-                                 grad_bias.mutable_data()};
-    in.run(batch_norm_backward_cuda, args);
-    return py::make_tuple(grad_x, grad_weight, grad_bias);
+  template <class Args>
+  void run(int (*kernel)(const Args&, void*, void*), const Args& args) const {
+    std::vector<char> workspace(cuda_workspace_bytes(args.cells), char(0xff));
+    py::gil_scoped_release nothing_of_python_below;
+    if (kernel(args, workspace.data(), nullptr) != cudaSuccess) throw std::runtime_error("the launch failed");
   }
+};
 
-  py::tuple moving_average_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
-                                   py::array running_var, py::array buffer_x2, py::array iters, int64_t warmup_iters,
-                                   double eps, double momentum) {
-    const CellInput in(x, pad_mask, 0, false);
-    const int64_t n = in.cells.channels, window = buffer_x2.shape(0);
-    py::array y = in.like_x(), stats = in.in.vectors(2), step(py::dtype::of<int64_t>(), 1);
-    const MovingAverageForward args{in.cells,
-                                    x.data(),
-                                    in.in.acc_data(weight, n),
-                                    in.in.acc_data(bias, n),
-                                    window,
-                                    warmup_iters,
-                                    eps,
-                                    momentum,
-                                    in.in.acc_data(running_var, n),
-                                    in.in.acc_data(buffer_x2, window * n),
-                                    in.in.integers(iters, 1),
-                                    y.mutable_data(),
-                                    stats.mutable_data(),
-                                    in.in.integers(step, 1)};
-    in.run(moving_average_forward_cuda, args);
-    return py::make_tuple(y, stats, step);
+py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::optional<py::array>& weight,
+                          std::optional<py::array>& bias, std::optional<py::array>& shortcut, double eps) {
+  const Cells& cells = x.cells;
+  py::array y = weight ? x.like_x() : py::array(x.in.x.dtype(), 0),
+            stats(x.in.acc, {int64_t(3), cells.groups(), cells.sets(), cells.channels}),
+            count(py::dtype::of<int64_t>(), {cells.groups(), cells.sets()});
+  args.cells = cells;
+  args.x = x.in.x.data();
+  if (weight) {
+    args.weight = x.broadcast(*weight);
+    args.bias = x.broadcast(*bias);
   }
+  args.shortcut = x.optional(shortcut, 1);
+  args.eps = eps;
+  args.y = y.mutable_data();
+  args.stats = stats.mutable_data();
+  args.count = static_cast<int64_t*>(count.mutable_data());
+  x.run(batch_norm_forward_cuda, args);
+  return py::make_tuple(y, stats, count);
+}
 
-  py::tuple moving_average_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array step,
-                                    py::array buffer_gz, int64_t warmup_iters) {
-    std::optional<py::array> no_mask;
-    const CellInput in(x, no_mask, 0, false);
-    const int64_t n = in.cells.channels, window = buffer_gz.shape(0);
-    py::array grad_x = in.like_x(), grad_weight(in.in.acc, n), grad_bias(in.in.acc, n);
-    const MovingAverageBackward args{in.cells,
-                                     in.in.data(grad_y, x.dtype(), in.size()),
-                                     x.data(),
-                                     in.in.acc_data(weight, n),
-                                     in.in.acc_data(stats, 2 * n),
-                                     in.in.integers(step, 1),
-                                     window,
-                                     warmup_iters,
-                                     in.in.acc_data(buffer_gz, window * n),
-                                     grad_x.mutable_data(),
-                                     grad_weight.mutable_data(),
-                                     grad_bias.mutable_data()};
-    in.run(moving_average_backward_cuda, args);
-    return py::make_tuple(grad_x, grad_weight, grad_bias);
-  }
+py::tuple batch_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
+                             std::optional<py::array> bias, std::optional<py::array> shortcut, py::array running_mean,
+                             py::array running_var, py::array num_batches_tracked, int64_t group_size, bool estimated,
+                             std::optional<double> momentum, double eps) {
+  const CellInput in(x, mask, group_size, false);
+  BatchNormForward args{};
+  args.estimated = estimated;
+  args.momentum = momentum.value_or(-1.0);
+  args.running_mean = in.in.acc_data(running_mean, in.cells.channels);
+  args.running_var = in.in.acc_data(running_var, in.cells.channels);
+  args.num_batches_tracked = in.in.integers(num_batches_tracked, 1);
+  return normalise_cells(args, in, weight, bias, shortcut, eps);
+}
 
-  void configure(const std::string& order, unsigned seed, unsigned workers, int multiprocessors) {
-    simt::Options o;
-    if (order == "reverse")
-      o.order = simt::Order::kReverse;
-    else if (order == "random")
-      o.order = simt::Order::kRandom;
-    else if (order != "forward")
-      throw py::value_error("order must be forward, reverse or random");
-    o.seed = seed;
-    o.workers = workers;
-    o.multiprocessors = multiprocessors;
-    simt::options() = o;
-  }
+py::tuple cell_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
+                            std::optional<py::array> bias, std::optional<py::array> shortcut, int64_t group_size,
+                            int64_t correction, double eps) {
+  BatchNormForward args{};
+  args.correction = correction;
+  return normalise_cells(args, CellInput(x, mask, group_size, true), weight, bias, shortcut, eps);
+}
+
+py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_mean, std::optional<py::array> grad_var,
+                              py::array x, std::optional<py::array> mask, py::array weight,
+                              std::optional<py::array> shortcut, py::array stats, py::array count, int64_t group_size,
+                              bool regions, int64_t correction, bool estimated) {
+  const CellInput in(x, mask, group_size, regions);
+  py::array grad_x = in.like_x(), grad_weight = in.per_cell(), grad_bias = in.per_cell();
+  const BatchNormBackward args{in.cells,
+                               in.in.data(grad_y, x.dtype(), in.size()),
+                               in.optional(grad_mean, in.count()),
+                               in.optional(grad_var, in.count()),
+                               x.data(),
+                               in.broadcast(weight),
+                               in.optional(shortcut, 1),
+                               in.in.acc_data(stats, 3 * in.count()),
+                               in.in.integers(count, in.count() / in.cells.channels),
+                               correction,
+                               estimated,
+                               grad_x.mutable_data(),
+                               grad_weight.mutable_data(),
+                               grad_bias.mutable_data()};
+  in.run(batch_norm_backward_cuda, args);
+  return py::make_tuple(grad_x, grad_weight, grad_bias);
+}
+
+py::tuple moving_average_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
+                                 py::array running_var, py::array buffer_x2, py::array iters, int64_t warmup_iters,
+                                 double eps, double momentum) {
+  const CellInput in(x, pad_mask, 0, false);
+  const int64_t n = in.cells.channels, window = buffer_x2.shape(0);
+  py::array y = in.like_x(), stats = in.in.vectors(2), step(py::dtype::of<int64_t>(), 1);
+  const MovingAverageForward args{in.cells,
+                                  x.data(),
+                                  in.in.acc_data(weight, n),
+                                  in.in.acc_data(bias, n),
+                                  window,
+                                  warmup_iters,
+                                  eps,
+                                  momentum,
+                                  in.in.acc_data(running_var, n),
+                                  in.in.acc_data(buffer_x2, window * n),
+                                  in.in.integers(iters, 1),
+                                  y.mutable_data(),
+                                  stats.mutable_data(),
+                                  in.in.integers(step, 1)};
+  in.run(moving_average_forward_cuda, args);
+  return py::make_tuple(y, stats, step);
+}
+
+py::tuple moving_average_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array step,
+                                  py::array buffer_gz, int64_t warmup_iters) {
+  std::optional<py::array> no_mask;
+  const CellInput in(x, no_mask, 0, false);
+  const int64_t n = in.cells.channels, window = buffer_gz.shape(0);
+  py::array grad_x = in.like_x(), grad_weight(in.in.acc, n), grad_bias(in.in.acc, n);
+  const MovingAverageBackward args{in.cells,
+                                   in.in.data(grad_y, x.dtype(), in.size()),
+                                   x.data(),
+                                   in.in.acc_data(weight, n),
+                                   in.in.acc_data(stats, 2 * n),
+                                   in.in.integers(step, 1),
+                                   window,
+                                   warmup_iters,
+                                   in.in.acc_data(buffer_gz, window * n),
+                                   grad_x.mutable_data(),
+                                   grad_weight.mutable_data(),
+                                   grad_bias.mutable_data()};
+  in.run(moving_average_backward_cuda, args);
+  return py::make_tuple(grad_x, grad_weight, grad_bias);
+}
+
+void configure(const std::string& order, unsigned seed, unsigned workers, int multiprocessors) {
+  simt::Options o;
+  if (order == "reverse")
+    o.order = simt::Order::kReverse;
+  else if (order == "random")
+    o.order = simt::Order::kRandom;
+  else if (order != "forward")
+    throw py::value_error("order must be forward, reverse or random");
+  o.seed = seed;
+  o.workers = workers;
+  o.multiprocessors = multiprocessors;
+  simt::options() = o;
+}
 
 }  // namespace
 

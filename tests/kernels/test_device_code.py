@@ -31,11 +31,14 @@ ROW_KERNELS = {
     "power_grouped_sums": (1, 1),
     "power_grouped_gradient": (2, 1),
 }
+# The same of kernels over cells, in both layouts and for every kind of mask.
+CELL_KERNELS = {"cell_moments": (1, 0), "cell_affine": (1, 1), "cell_gradient_sums": (2, 0), "cell_gradient": (2, 1)}
 PACKS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}
 ROWS_IN_FLIGHT = 4
 TEAMS = (1, 4, 16)  # warps
 CURVE_CASES = [(kernel, curve, element) for kernel in CURVE_KERNELS for curve in CURVES for element in PACKS]
 COLUMN_CASES = [(kernel, element) for kernel in COLUMN_KERNELS for element in PACKS]
+CELL_CASES = [(kernel, element) for kernel in CELL_KERNELS for element in PACKS]
 ROW_CASES = [(kernel, element) for kernel in ROW_KERNELS for element in PACKS]
 
 
@@ -117,3 +120,15 @@ def test_sixteen_byte_accesses_of_rows(assembly, kernel, element, team):
     reads, writes = ROW_KERNELS[kernel]
     packs = 16 // PACKS[element] if element != "double" else 4
     assert loads >= reads * packs and stores >= writes * packs
+
+
+@pytest.mark.parametrize(("kernel", "element"), CELL_CASES)
+def test_sixteen_byte_accesses_of_cells(assembly, kernel, element):
+    pack, (reads, writes) = PACKS[element], CELL_KERNELS[kernel]
+    found = [code for name, code in assembly.items() if name.startswith(f"{kernel}<{element}, {pack},")]
+    assert len(found) >= 4  # rows and planes, without and with regions
+    # Packs of eight leave registers for half as many of each matrix, and with two sets for half of that.
+    packs = ROWS_IN_FLIGHT if pack < 8 else ROWS_IN_FLIGHT // reads // 2
+    for code in found:
+        loads, stores = _accesses(code)
+        assert loads >= reads * packs and stores >= writes * packs
