@@ -89,8 +89,8 @@ def main() -> None:
         f"{', processor time' if args.clock == 'cpu' else ''}. Sequences are {args.batch}×197×192, "
         f"images {args.batch}×192×14×14; what "
         "reparametrises a weight is timed alone, on 192×192. Kernels of their own have LayerNorm, RMSNorm, CRMSNorm, "
-        "UnifiedNorm, PowerNorm, the BatchNorm family, MovingAverageBatchNorm, RegionNorm, AdaptiveInstanceNorm, DyT and "
-        "Derf; the others are compositions of PyTorch's operations and of these."
+        "UnifiedNorm, PowerNorm, the BatchNorm family, MovingAverageBatchNorm, RegionNorm, AdaptiveInstanceNorm, DyT "
+        "and Derf; the others are compositions of PyTorch's operations and of these."
     )
     costs = {"where": where, "ratios": ratios}
     args.results.parent.mkdir(parents=True, exist_ok=True)
