@@ -76,35 +76,66 @@ def draw(run: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def table(run: dict) -> str:
-    """Markdown: for each kind of setting and width, lowest to highest median of the settings it stands for."""
-    widths = sorted({setting["width"] for setting in run["settings"]})
-    lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---" * (len(widths) + 1) + "|"]
-    kinds = dict.fromkeys((s["precision"], s["batch"], s["threads"]) for s in run["settings"])
-    for precision, batch, threads in sorted(kinds):
-        of_kind = [
-            s for s in run["settings"] if (s["precision"], s["batch"], s["threads"]) == (precision, batch, threads)
-        ]
-        for name, value in QUANTITIES.items():
-            spans = [_span([value(s) for s in of_kind if s["width"] == width]) for width in widths]
-            label = f"{precision}, batch {batch}, {threads} thread{'s' * (threads > 1)}: {name}"
-            lines.append(f"| {label} | " + " | ".join(spans) + " |")
-    return "\n".join(lines)
-
-
 QUANTITIES = {
     "shaped ÷ floor": lambda setting: setting["to_floor"]["folded and shaped"][1],
     "shaped ÷ fastest LayerNorm": lambda setting: setting["shaped_to_fastest_layer_norm"][1],
     "folded ÷ floor": lambda setting: setting["to_floor"]["folded"][1],
     "static ÷ floor": lambda setting: setting["to_floor"]["static"][1],
 }
+NOISE = 0.05  # settings whose second session of the floor differs by more from the first say nothing
+
+
+def quiet(run: dict) -> list[dict]:
+    """The settings that were measured undisturbed."""
+    return [s for s in run["settings"] if abs(s["to_floor"]["floor again"][1] - 1) <= NOISE]
+
+
+def table(run: dict) -> str:
+    """Markdown: for each kind of setting and width, lowest to highest median of the undisturbed settings."""
+    widths = sorted({setting["width"] for setting in run["settings"]})
+    lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    kinds = dict.fromkeys((s["precision"], s["threads"], s["batch"]) for s in run["settings"])
+    for precision, threads, batch in sorted(kinds):
+        of_kind = [s for s in quiet(run) if (s["precision"], s["threads"], s["batch"]) == (precision, threads, batch)]
+        for name, value in QUANTITIES.items():
+            spans = [_span([value(s) for s in of_kind if s["width"] == width]) for width in widths]
+            label = f"{precision}, {threads} thread{'s' * (threads > 1)}, batch {batch}: {name}"
+            lines.append(f"| {label} | " + " | ".join(spans) + " |")
+    return "\n".join(lines)
+
+
+def counts(run: dict) -> str:
+    """In how many of the undisturbed settings, by number of threads, a ratio is as low as it should be."""
+    asked = [
+        ("shaped ÷ floor", 1.0, "", lambda s: True),
+        ("shaped ÷ floor", 0.96, "", lambda s: True),
+        ("shaped ÷ floor", 0.9, " at width 64", lambda s: s["width"] == 64),
+        ("shaped ÷ fastest LayerNorm", 1.0, "", lambda s: True),
+        (
+            "shaped ÷ fastest LayerNorm",
+            0.95,
+            " at batch 1, widths to 384",
+            lambda s: s["batch"] == 1 and s["width"] <= 384,
+        ),
+    ]
+    lines = []
+    for threads in sorted({setting["threads"] for setting in run["settings"]}):
+        chosen = [s for s in quiet(run) if s["threads"] == threads]
+        measured = sum(s["threads"] == threads for s in run["settings"])
+        lines.append(f"{threads} thread{'s' * (threads > 1)}: {len(chosen)} of {measured} settings undisturbed")
+        for name, most, which, belongs in asked:
+            ratios = [QUANTITIES[name](s) for s in chosen if belongs(s)]
+            reached = sum(ratio <= most for ratio in ratios)
+            lines.append(f"  {name} at most {most:.2f}{which}: {reached} of {len(ratios)}")
+    return "\n".join(lines)
 
 
 def _span(ratios: list[float]) -> str:
     if not ratios:
         return "–"
     low, high = (
-        f"{ratio:.2f}".replace("0.", ".", 1) if ratio < 1 else f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))
+        f"{ratio:.2f}".replace("0.", ".", 1) if ratio < 0.995 else f"{ratio:.2f}"
+        for ratio in (min(ratios), max(ratios))
     )
     return low if low == high else f"{low} to {high}"
 
@@ -121,7 +152,7 @@ def main() -> None:
         chart = args.images / f"{file.stem}.png"
         run = json.loads(file.read_text())
         draw(run, chart)
-        print(f"written: {chart}\n\n{table(run)}\n")
+        print(f"written: {chart}\n\n{table(run)}\n\n{counts(run)}\n")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,23 @@ def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
     assert inference_chart.height(settings[0], "fastest LayerNorm") == 1.1
     assert inference_chart.height(settings[0], "folded") == 0.9
     inference_chart.draw(run, tmp_path / "images" / "chart.png")
-    lines = inference_chart.table({"settings": [s | {"shaped_to_fastest_layer_norm": [0, 1.05, 2]} for s in settings]})
-    assert "| fp32, batch 1, 2 threads: shaped ÷ floor | .90 | .90 |" in lines and "| 1.05 | 1.05 |" in lines
     assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_leaves_out_what_was_disturbed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference_chart
+
+    def setting(width, ratio, again):
+        of_floor = {name: [0, ratio, 9] for name in ("static", "folded", "folded and shaped")}
+        return {"width": width, "precision": "fp32", "batch": 1, "threads": 2, "to_floor": of_floor | {
+            "floor again": [0, again, 9]}, "shaped_to_fastest_layer_norm": [0, 1.05, 9]}  # fmt: skip
+
+    run = {"settings": [setting(64, 0.9, 1.0), setting(64, 0.8, 1.04), setting(64, 0.3, 0.4), setting(192, 0.99, 1.0)]}
+    lines = inference_chart.table(run).splitlines()
+    assert lines[0] == "| | width 64 | width 192 |" and len(lines) == 2 + 4
+    assert lines[2] == "| fp32, 2 threads, batch 1: shaped ÷ floor | .80 to .90 | .99 |"
+    assert lines[3].endswith("| 1.05 | 1.05 |")
+    counts = inference_chart.counts(run)
+    assert "2 threads: 3 of 4 settings undisturbed" in counts and "at most 0.96: 2 of 3" in counts
+    assert "fastest LayerNorm at most 1.00: 0 of 3" in counts and "at most 0.90 at width 64: 2 of 2" in counts
