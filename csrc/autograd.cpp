@@ -128,6 +128,14 @@ Fields kept(AutogradContext* ctx, std::index_sequence<I...>) {
   return {ctx->saved_data[key(I)].template to<std::tuple_element_t<I, Fields>>()...};
 }
 
+// The gradients are formulas of their own: differentiating them is refused, as @once_differentiable does.
+void refuse_second_derivative(variable_list& gradients) {
+  auto error = std::make_shared<torch::autograd::DelayedError>(
+      "trying to differentiate twice a function that was marked with @once_differentiable", gradients.size());
+  for (Tensor& gradient : gradients) gradient = gradient.detach().requires_grad_();
+  gradients = (*error)(std::move(gradients));
+}
+
 template <class Norm>
 struct Step : Function<Step<Norm>> {
   using Fields = typename Norm::Fields;
@@ -168,14 +176,43 @@ struct Step : Function<Step<Norm>> {
     if (summed) result[3] = all[0];
     return result;
   }
+};
 
- private:
-  // The gradients are formulas of their own: differentiating them is refused, as @once_differentiable does.
-  static void refuse_second_derivative(variable_list& gradients) {
-    auto error = std::make_shared<torch::autograd::DelayedError>(
-        "trying to differentiate twice a function that was marked with @once_differentiable", gradients.size());
-    for (Tensor& gradient : gradients) gradient = gradient.detach().requires_grad_();
-    gradients = (*error)(std::move(gradients));
+// Dynamic Tanh and Dynamic erf, which learn two numbers more and know no residual.
+struct DynamicActivation : Function<DynamicActivation> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& alpha, const Maybe& shift,
+                        const Tensor& weight, const Tensor& bias, int64_t curve) {
+    static const auto run =
+        operation<Tensor(const Tensor&, const Tensor&, const Maybe&, const Tensor&, const Tensor&, int64_t)>(
+            "normfuse::dynamic_activation_forward");
+    const Tensor last = x.contiguous();
+    ctx->save_for_backward({last, alpha, shift.value_or(Tensor()), weight});
+    ctx->saved_data["curve"] = curve;
+    return run.call(last, alpha, shift, weight, bias, curve);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto run = operation<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Tensor&, int64_t)>(
+        "normfuse::dynamic_activation_backward");
+    const bool differentiable = at::GradMode::is_enabled();
+    variable_list all(5);  // of x, alpha, shift, weight and bias
+    const auto saved = ctx->get_saved_variables();
+    const Maybe shift = saved[2].defined() ? Maybe(saved[2]) : std::nullopt;
+    {
+      at::AutoGradMode off(false);
+      std::tie(all[0], all[1], all[2], all[3], all[4]) =
+          run.call(grads[0].contiguous(), saved[0], saved[1], shift, saved[3], ctx->saved_data["curve"].toInt());
+    }
+    if (differentiable) refuse_second_derivative(all);
+    if (!shift) all[2] = Tensor();
+    all.emplace_back();  // of the curve
+    return all;
+  }
+
+  static Tensor step(const Tensor& x, const Tensor& alpha, const Maybe& shift, const Tensor& weight, const Tensor& bias,
+                     int64_t curve) {
+    return apply(x, alpha, shift, weight, bias, curve);
   }
 };
 
@@ -200,4 +237,5 @@ PYBIND11_MODULE(_autograd, m) {
   m.def("unified_norm", normfuse::step<normfuse::Unified>);
   m.def("power_norm", normfuse::step<normfuse::Power>);
   m.def("row_norm", normfuse::step<normfuse::Row>);
+  m.def("dynamic_activation", &normfuse::DynamicActivation::step);  // returns y
 }

@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _native
 from ._layout import accumulation_dtype, cast, channels_last, check_dtype, rows_of
-from ._registry import register_operation
+from ._registry import is_usual_step, register_operation
 
 TANH, ERF = range(2)  # the curves, as the kernels number them
 
@@ -111,8 +112,11 @@ def _dynamic_activation(
         u = _argument(x, alpha, None if shift is None else cast(shift, x.dtype))
         return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight)
     acc = accumulation_dtype(x.dtype)
-    scalars = (None if p is None else cast(p, acc).reshape(()) for p in (alpha, shift))
-    return _DynamicActivation.apply(x, *scalars, *(cast(p, acc).contiguous() for p in (weight, bias)), curve)
+    alpha, shift = (None if p is None else cast(p, acc) for p in (alpha, shift))
+    alpha, shift = (p.reshape(()) if p is not None and p.dim() else p for p in (alpha, shift))
+    weight, bias = (cast(p, acc).contiguous() for p in (weight, bias))
+    step = _native.autograd.dynamic_activation if is_usual_step(x) else _DynamicActivation.apply
+    return step(x, alpha, shift, weight, bias, curve)
 
 
 def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, fused: bool = True) -> Tensor:

@@ -114,12 +114,32 @@ def test_empty(activation, shape, implementation):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in others)
 
 
-def test_what_is_kept_for_backward(activation):
+def test_what_is_kept_for_backward(activation, monkeypatch):
     """x and the parameters, no copies."""
+    monkeypatch.setattr(_native, "autograd", None)  # whose graph does not show it
     x, others = leaf(50, C, dtype=torch.float32), parameters(activation, torch.float32)
     kept = activation(x, *others).grad_fn.saved_tensors
     given = {tensor.data_ptr() for tensor in (x, *others)}
     assert {tensor.data_ptr() for tensor in kept if tensor is not None} <= given
+
+
+@pytest.mark.skipif(_native.autograd is None, reason="autograd was built for another torch or Python")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=str)
+def test_autograd_in_cpp_gives_the_same_bits(activation, dtype, frozen, monkeypatch):
+    tensors = [leaf(4, C, 3, dtype=dtype), *parameters(activation, torch.float64 if dtype == torch.float64 else dtype)]
+    results = []
+    for autograd in (_native.autograd, None):
+        monkeypatch.setattr(_native, "autograd", autograd)
+        own = detached(tensors)
+        if frozen is not None:
+            own[frozen].requires_grad_(False)
+        y = activation(own[0].transpose(1, 2), *own[1:])
+        assert ("normfuse::" in y.grad_fn.name()) == (autograd is not None)
+        y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape[::-1]).permute(2, 1, 0))
+        results.append([y, *(tensor.grad for tensor in own)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_compiled(activation):
