@@ -67,11 +67,12 @@ using MaskIs = std::integral_constant<Mask, kMask>;
 constexpr __host__ __device__ int sets_of(Mask mask) { return mask == Mask::kRegions ? 2 : 1; }
 
 // Numbers that a thread has loaded together: `at` of the first matrix element, negative where there is none, and bit i of
-// `parts` the mask of pack element i. What is kept for the channels of wide packs, for the mask and for a second set leaves
-// registers for fewer.
+// `parts` the mask of pack element i. What is kept for the channels of wide packs, for doubles, for the mask and for a
+// second set leaves registers for fewer.
 template <class T, int V, int kMatrices, Mask kMask>
 struct Batch {
-  static constexpr int kFewer = (V < 8 ? 1 : kMatrices) * sets_of(kMask) * (kMask == Mask::kNone ? 1 : kMatrices);
+  static constexpr int kWide = V == 8 || sizeof(T) == 8 ? kMatrices : 1;
+  static constexpr int kFewer = kWide * sets_of(kMask) * (kMask == Mask::kNone ? 1 : kMatrices);
   static constexpr int kPacks = kFewer < kUnroll ? kUnroll / kFewer : 1;
   Pack<T, V> packs[kPacks][kMatrices];
   int64_t at[kPacks];
@@ -115,10 +116,12 @@ struct CellPlace {
       const int64_t packs = cells.positions / V, piece = int64_t(team) * kUnroll * kPieceRounds;
       const int64_t pieces = (packs + piece - 1) / piece, units = count * pieces;
       const int64_t mine = blockIdx.y < units ? (units - 1 - blockIdx.y) / gridDim.y + 1 : 0;
+#pragma unroll 1
       for (int64_t i = 0; i < mine; ++i) {
         const int64_t unit = blockIdx.y + (kBack ? mine - 1 - i : i) * gridDim.y;
         const int64_t sample = first + unit / pieces, begin = unit % pieces * piece;
         const int64_t end = begin + piece < packs ? begin + piece : packs;
+#pragma unroll 1
         for (int64_t pack = begin + member; pack < end; pack += int64_t(team) * kPacks)
           visit<kMask>(matrices, use, pack, team, end, V, (sample * cells.channels + channel) * cells.positions,
                        sample * cells.positions);
@@ -127,6 +130,7 @@ struct CellPlace {
       const int64_t start = int64_t(blockIdx.y) * kThreadRows + threadIdx.y, stride = int64_t(gridDim.y) * kThreadRows,
                     jump = kPacks * stride;
       const int64_t mine = start < count ? (count - 1 - start) / jump + 1 : 0;
+#pragma unroll 1
       for (int64_t i = 0; i < mine; ++i)
         visit<kMask>(matrices, use, start + (kBack ? mine - 1 - i : i) * jump, stride, count, cells.channels,
                      first * cells.channels + channel, first);

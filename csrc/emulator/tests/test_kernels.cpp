@@ -1,5 +1,6 @@
 // Every kernel under the emulator against the host kernels, on few small shapes: what the sanitizer builds
 // run. The thorough comparison is in tests/kernels.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -221,8 +222,79 @@ void check_dynamic_activation(int64_t rows, int64_t n, Curve curve, bool shifted
   check_same(device, host);
 }
 
+// Batch normalisation in two groups of samples, or of two regions, and the moving average on the same numbers.
+template <class T>
+void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, bool regions) {
+  const int64_t rows = samples * positions;
+  Step<T> device(rows, n, 0), host(rows, n, 0);
+  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward, const auto& move, const auto& pull) {
+    const Cells cells{samples, n, positions, step.shape.dtype, samples / 2, masked ? step.pad_mask() : nullptr,
+                      regions};
+    Cells whole = cells;
+    whole.group_size = samples;
+    whole.regions = false;
+    move(MovingAverageForward{whole, step.x.data(), step.weight.data(), step.bias.data(), 3, 2, 1e-3, 0.9,
+                              step.running.data(), step.window_x2.data(), step.iters.data(), step.y.data(),
+                              step.stats.data(), step.step.data()});
+    whole.mask = nullptr;
+    pull(MovingAverageBackward{whole, step.dy.data(), step.x.data(), step.weight.data(), step.stats.data(),
+                               step.step.data(), 3, 2, step.window_gz.data(), step.dx.data(), step.dw.data(),
+                               step.db.data()});
+    step.s = step.dx;  // compared too
+
+    const int64_t size = cells.groups() * cells.sets() * n;
+    std::vector<Acc<T>> stats(3 * size), grads(2 * size);
+    std::vector<int64_t> count(cells.groups() * cells.sets());
+    BatchNormForward a{};
+    a.cells = cells;
+    a.x = step.x.data();
+    a.weight = {step.weight.data(), 0, 0};
+    a.bias = {step.bias.data(), 0, 0};
+    a.momentum = -1;
+    a.eps = 1e-3;
+    if (!regions) {
+      a.running_mean = step.ema.data();
+      a.running_var = step.running.data();
+      a.num_batches_tracked = step.iters.data();
+    }
+    a.y = step.y.data();
+    a.stats = stats.data();
+    a.count = count.data();
+    forward(a);
+    BatchNormBackward b{};
+    b.cells = cells;
+    b.grad_y = step.dy.data();
+    b.x = step.x.data();
+    b.weight = a.weight;
+    b.stats = stats.data();
+    b.count = count.data();
+    b.grad_x = step.dx.data();
+    b.grad_weight = grads.data();
+    b.grad_bias = grads.data() + size;
+    backward(b);
+    std::copy_n(grads.begin(), n, step.dw.begin());
+    std::copy_n(grads.begin() + size, n, step.db.begin());
+  };
+  const auto on_device = [](const auto& kernel) {
+    return [kernel](const auto& a) {
+      std::vector<char> workspace(cuda_workspace_bytes(a.cells), char(0xff));
+      CHECK(kernel(a, workspace.data(), nullptr) == cudaSuccess);
+    };
+  };
+  const auto on_host = [](const auto& kernel) { return [kernel](const auto& a) { kernel(a, serial); }; };
+  run(device, on_device(batch_norm_forward_cuda), on_device(batch_norm_backward_cuda),
+      on_device(moving_average_forward_cuda), on_device(moving_average_backward_cuda));
+  run(host, on_host(batch_norm_forward_cpu), on_host(batch_norm_backward_cpu), on_host(moving_average_forward_cpu),
+      on_host(moving_average_backward_cpu));
+  check_same(device, host);
+}
+
 template <class T>
 void check_type() {
+  check_cells<T>(40, 7, 1, true, false);  // rows: the scalar path and packs
+  check_cells<T>(40, 48, 1, true, true);
+  check_cells<T>(4, 9, 7, false, false);  // planes: the same
+  check_cells<T>(4, 9, 64, true, true);
   for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
     check_unified<T>(37, n, false);
     check_unified<T>(37, n, true, true);
@@ -238,6 +310,7 @@ void check_type() {
     check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row
     check_row_norm<T>(2, 2056, RowNorm::kLayer, true);      // of 16 warps
     check_row_norm<T>(2, 8200, RowNorm::kLayer, true);      // and a row that is not kept
+    check_cells<T>(2, 2, 2049, true, false);                // a block a plane
   }
 }
 
