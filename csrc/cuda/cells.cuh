@@ -16,6 +16,10 @@ namespace normfuse::cuda {
 
 constexpr int kPieceRounds = 4;  // that a team needs for a piece of a plane, kUnroll packs a thread in each
 
+// Blocks on a multiprocessor: doubles may take the registers of two.
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : kBlocksPerMultiprocessor;
+
 struct CellGrid {
   int team;   // threads of one cell, in planes
   int width;  // channels of a tile

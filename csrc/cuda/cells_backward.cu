@@ -69,7 +69,7 @@ struct BackwardFinish {
 };
 
 template <class T, int V, bool kPlanes, Mask kMask>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_gradient_sums(Cells cells, const T* dy, const T* x, BackwardFinish<AccOf<T>> finish, int team, int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <class T, int V, bool kPlanes, Mask kMask>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_gradient(Cells cells, const T* dy, const T* x, T* dx, CellWorkspace workspace, int team, int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);

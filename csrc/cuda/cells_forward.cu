@@ -127,7 +127,7 @@ struct ThreadMoments {
 };
 
 template <class T, int V, bool kPlanes, Mask kMask>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_moments(Cells cells, const T* x, ForwardFinish<AccOf<T>> finish, int team, int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
@@ -165,7 +165,7 @@ struct Counter {
 };
 
 template <class T, int V, bool kPlanes, Mask kMask>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     cell_affine(Cells cells, const T* x, T* y, CellWorkspace workspace, Counter counter, int team, int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
