@@ -76,7 +76,7 @@ constexpr __host__ __device__ int sets_of(Mask mask) { return mask == Mask::kReg
 template <class T, int V, int kMatrices, Mask kMask>
 struct Batch {
   static constexpr int kWide = V == 8 || sizeof(T) == 8 ? kMatrices : 1;
-  static constexpr int kFewer = kWide * sets_of(kMask) * (kMask == Mask::kNone ? 1 : kMatrices);
+  static constexpr int kFewer = kWide * sets_of(kMask) * (kMask == Mask::kNone ? 1 : V == 8 ? 2 : kMatrices);
   static constexpr int kPacks = kFewer < kUnroll ? kUnroll / kFewer : 1;
   Pack<T, V> packs[kPacks][kMatrices];
   int64_t at[kPacks];
