@@ -247,7 +247,6 @@ class Program:
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
         self._count_copies(live)
-        self.graph.lint()
         bodies = {node.target for node in self.graph.nodes if node.op == "get_attr"}  # of torch.no_grad() and the like
         folded = ExportedProgram(
             root={name: copy.deepcopy(attrgetter(name)(self._original.graph_module)) for name in bodies},

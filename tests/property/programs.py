@@ -115,6 +115,8 @@ class Program(nn.Module):
     """The module that a plan describes."""
 
     LENGTH = 4
+    # What is compared must not be the rounding of a zero, such as the mean of centred values.
+    THRESHOLD = 0.1234
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -265,11 +267,15 @@ class Program(nn.Module):
         return self.layer_norm(x)
 
     def do_rms_norm(self, x: Tensor, n: int) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.rms_weight if n % 2 else None)
+        return F.rms_norm(x, x.shape[-1:], self.rms_weight if n % 2 else None, 1e-5)
 
     def do_masked_attention(self, x: Tensor, n: int) -> Tensor:
         q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
-        mask = (x.mean(-1) > 0)[:, None, None, :].to(x.dtype) * -3.0 if n % 2 else (x @ x.mT).unsqueeze(1) / 2.0
+        mask = (
+            (x.mean(-1) > self.THRESHOLD)[:, None, None, :].to(x.dtype) * -3.0
+            if n % 2
+            else (x @ x.mT).unsqueeze(1) / 2.0
+        )
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(1)
 
     def do_product_attention(self, x: Tensor, n: int) -> Tensor:
@@ -330,7 +336,7 @@ class Program(nn.Module):
         return x * self.angles.cos() + torch.cat([-second, first], dim=-1) * self.angles.sin()
 
     def do_fill(self, x: Tensor, n: int) -> Tensor:
-        return x.masked_fill(x.mean(-1, keepdim=True) > 0, float(n % 2))
+        return x.masked_fill(x.mean(-1, keepdim=True) > self.THRESHOLD, float(n % 2))
 
     def do_flat_linear(self, x: Tensor, n: int) -> Tensor:
         return self.flat(x.flatten(1)).unflatten(-1, x.shape[1:])

@@ -32,6 +32,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.graph import _snake_case
+from torch.fx.node import map_aggregate
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -118,7 +119,7 @@ class _Recorder(ProxyTorchDispatchMode):
         def read(value: Any) -> Any:
             return self.nodes[id(value)] if isinstance(value, Tensor) else value
 
-        node = self._node(func, pytree.tree_map(read, args), pytree.tree_map(read, kwargs))
+        node = self._node(func, map_aggregate(args, read), map_aggregate(kwargs, read))
         if isinstance(result, Tensor):
             self._is(result, node)
         elif result is not None:
