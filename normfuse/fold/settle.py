@@ -19,7 +19,7 @@ from .arrays import CannotCarry, collapse_equal
 from .gains import choose_shifts, keep_shift
 from .rules import Use
 from .rules.base import is_float
-from .rules.carry import Carry
+from .rules.carry import Carry, Piece, Select, Slice, Split
 from .rules.combine import Sum
 from .rules.weights import Embedding, Weighted
 
@@ -182,7 +182,7 @@ def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Foldi
     """Choose a source's shift such that `node` gets none."""
     for route in sorted(_routes(node, tolerant, fold), key=lambda r: _cost(r.source, fold)):
         change = _needed_at_source(route, fold)
-        if change is not None:
+        if change is not None and not _reaches_others(route, change, tolerant, fold):
             before = fold.shift_of[route.source] if route.source in fold.leaves else fold.chosen_shift(route.source)
             fold.chosen[route.source] = before + change
             _resettle(route.source, order[node], order, fold)
@@ -193,7 +193,7 @@ def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Foldi
 
 
 def _routes(node: Node, tolerant: set[Node], fold: Folding) -> Iterator[_Route]:
-    """Ways back to sources, on which no other reader minds a change."""
+    """Ways back to sources, on which no other reader minds a change, unless it reads a part that may stay as it is."""
     pending: list[tuple[Node, tuple[tuple[Node, Node], ...]]] = [(node, ())]
     while pending:
         current, steps = pending.pop(0)
@@ -206,12 +206,45 @@ def _routes(node: Node, tolerant: set[Node], fold: Folding) -> Iterator[_Route]:
         for operand in current.all_input_nodes:
             if operand not in fold.scale_of or rule.use(current, operand, None, fold) is not Use.PASS:
                 continue
-            others = (user for user in operand.users if user is not current)
+            others = (user for user in operand.users if user is not current and not _reads_part(user, fold))
             if operand not in fold.leaves and not all(_tolerates(u, operand, tolerant, fold) for u in others):
                 continue
             if operand in fold.leaves and len(operand.users) > 1:
                 continue
             pending.append((operand, ((operand, current), *steps)))
+
+
+def _reads_part(user: Node, fold: Folding) -> bool:
+    return isinstance(fold.rule_of.get(user), Split | Piece | Select | Slice)
+
+
+def _reaches_others(route: _Route, change: np.ndarray, tolerant: set[Node], fold: Folding) -> bool:
+    """Whether a change of the source's shift reaches a part that another reader on the way takes, and minds."""
+    moved = change
+    for operand, reader in route.steps:
+        for user in operand.users:
+            if user is not reader and _reads_part(user, fold) and _minds(user, operand, moved, tolerant, fold):
+                return True
+        rule = fold.rule_of[reader]
+        moved = rule.carry(reader, operand, moved, collapse_equal, fold)
+        if not isinstance(moved, list):
+            moved = moved * rule.factor(reader, operand, fold)
+    return False
+
+
+def _minds(
+    reader: Node, operand: Node, moved: np.ndarray | list[np.ndarray], tolerant: set[Node], fold: Folding
+) -> bool:
+    """Whether a reader of a part gets something of a change that it, or one behind it, cannot take."""
+    if _tolerates(reader, operand, tolerant, fold):
+        return False
+    try:
+        part = fold.rule_of[reader].carry(reader, operand, moved, collapse_equal, fold)
+    except CannotCarry:
+        return True
+    if isinstance(part, list):
+        return any(_minds(user, reader, part, tolerant, fold) for user in reader.users)
+    return bool(part.any())
 
 
 def _cost(source: Node, fold: Folding) -> int:

@@ -89,3 +89,49 @@ def test_biases_of_trained_looking_networks_still_travel(placement):
     if placement == "pre":
         assert not report.settled_early
     assert len(report.settled_early) <= 2
+
+
+class OneProjection(nn.Module):
+    """Attention with static norms on q and k, all three made by one linear, and taken apart in various ways."""
+
+    def __init__(self, parts: str, bias: bool = True) -> None:
+        super().__init__()
+        self.parts = parts
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=bias), nn.Linear(WIDTH, WIDTH)
+        self.q_norm, self.k_norm = (normfuse.nn.UnifiedNorm(WIDTH // 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.qkv(x)
+        if self.parts in ("unbind", "select"):
+            qkv = qkv.reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0) if self.parts == "unbind" else (qkv[0], qkv[1], qkv[2])
+        else:
+            parts = qkv.chunk(3, -1) if self.parts == "chunk" else (qkv[..., i * c : (i + 1) * c] for i in range(3))
+            q, k, v = (part.view(b, n, 2, c // 2).transpose(1, 2) for part in parts)
+        y = nn.functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.out(y.transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("parts", ["unbind", "select", "chunk", "slice"])
+def test_one_projection_takes_the_shifts_of_all_its_parts(parts, bias):
+    torch.manual_seed(0)
+    assert_nothing_left(*folded(look_trained(OneProjection(parts, bias)), (torch.randn(2, 5, WIDTH, dtype=torch.float64),)))
+
+
+class Overlapping(nn.Module):
+    """A normed part that must lose its shift shares channels with a part that must not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 6), normfuse.nn.UnifiedNorm(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x)
+        return self.norm(y[..., :4]).exp(), y[..., 3:].exp()
+
+
+def test_parts_that_overlap_are_not_given_a_shift_that_the_other_minds():
+    _, report = folded(look_trained(Overlapping()), (torch.randn(2, 6, dtype=torch.float64),))
+    assert [record.status for record in report.norms] != ["folded"]
