@@ -124,6 +124,10 @@ def print_report(console: Console, report: FoldReport) -> None:
         what = f"{removed.channels} of {removed.num_features} channels taken out of {_joined(removed.weights)}"
         line = f"{removed.name}: {what if removed.channels else f'constant channels stay ({removed.reason})'}"
         console.print(escape(line), highlight=False)
+    if report.settled_early:
+        where = some_of(report.settled_early, 4)
+        line = f"shifts settled in the biases in front of {where}: norms had amplified them (no operation is added)"
+        console.print(escape(line), highlight=False)
     _print_dynamic(console, report.dynamic)
     folded = len(report.norms) - len(report.remaining)
     copied = f", {readable_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""

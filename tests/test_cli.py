@@ -271,6 +271,12 @@ def test_a_long_report_shows_what_stayed_and_shortens_the_rest(capsys):
     assert "and 76 more" in printed and "99 of 100 norms folded" in printed
 
 
+def test_shifts_that_are_settled_early_are_named(capsys):
+    console.print_report(console.Console(width=200), FoldReport(settled_early=["blocks.[0].norm", "blocks.1.norm"]))
+    printed = capsys.readouterr().out
+    assert "shifts settled in the biases in front of blocks.[0].norm, blocks.1.norm" in printed
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 KB"), (3_000_000, "3.0 MB"), (4.2e9, "4.20 GB")]
 )

@@ -51,8 +51,7 @@ class Program:
         self.graph = copy.deepcopy(program.graph)
         for copied, node in zip(self.graph.nodes, program.graph.nodes, strict=True):
             copied.name = node.name  # a copy renames what shadows a builtin, such as an input called "input"
-            if node.target is aten.detach_.default:
-                copied.target = aten.detach.default
+            _write_plainly(copied)
         self.graph.eliminate_dead_code()
         self.signature = _copy_signature(program.graph_signature)
         self.state_dict = dict(program.state_dict)
@@ -289,6 +288,16 @@ def _mutates(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.detach_.default:
         return False
     return node.target._schema.is_mutable
+
+
+def _write_plainly(node: Node) -> None:
+    """Operations that read more, or do more, than their result needs, as those that do not."""
+    if node.target is aten.detach_.default:
+        node.target = aten.detach.default
+    elif node.target is aten.type_as.default:
+        value, other = (operand.meta["val"] for operand in node.args)
+        if value.device == other.device:
+            node.target, node.args = aten.to.dtype, (node.args[0], other.dtype)
 
 
 def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:

@@ -104,6 +104,19 @@ def test_what_stops_a_gain_leaves_it_inside_the_norm(name: str) -> None:
     assert reason in record.reasons["gain"] and len(operations(program)) == before
 
 
+def test_a_gain_passes_casts() -> None:
+    """As in Gemma, which computes its norms in float32 and returns to the dtype of the input."""
+
+    class Cast(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5)
+            return (y * (1.0 + self.weight.double())).type_as(x)
+
+    program, report = folded(Behind(Cast(C)), sequence())
+    assert only(report.dynamic).gain == "folded"
+    assert operations(program) == [f"aten.{name}.default" for name in ("linear", "tanh", "rms_norm", "linear")]
+
+
 def test_an_output_keeps_gain_and_shift() -> None:
     program, report = folded(nn.Sequential(nn.Linear(C, C), trained(nn.LayerNorm(C))), sequence())
     record = only(report.dynamic)

@@ -70,6 +70,24 @@ def test_a_tensor_made_in_a_forward_is_no_mutation() -> None:
     assert [node.target for node in program.graph.nodes] == targets
 
 
+def test_a_cast_to_the_type_of_another_value_does_not_read_it() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.type_as(y) + self.constant.type_as(x)
+
+    x, y = torch.randn(3), torch.randn(3, dtype=torch.float64)
+    opened = Program(export(Cast(), (x, y)))
+    value, constant = (node for node in opened.graph.nodes if node.target is aten.to.dtype)
+    assert (value.args[1], constant.args[1]) == (torch.float64, torch.float32)
+    assert opened.is_constant(constant) and not opened.is_constant(value)
+    model = Cast()
+    assert torch.equal(Program(export(model, (x, y))).finish().module()(x, y), model(x, y))
+
+
 def test_bodies_of_nested_code_are_copied() -> None:
     class Frozen(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

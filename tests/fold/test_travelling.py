@@ -117,7 +117,9 @@ class OneProjection(nn.Module):
 @pytest.mark.parametrize("parts", ["unbind", "select", "chunk", "slice"])
 def test_one_projection_takes_the_shifts_of_all_its_parts(parts, bias):
     torch.manual_seed(0)
-    assert_nothing_left(*folded(look_trained(OneProjection(parts, bias)), (torch.randn(2, 5, WIDTH, dtype=torch.float64),)))
+    assert_nothing_left(
+        *folded(look_trained(OneProjection(parts, bias)), (torch.randn(2, 5, WIDTH, dtype=torch.float64),))
+    )
 
 
 class Overlapping(nn.Module):
@@ -135,3 +137,32 @@ class Overlapping(nn.Module):
 def test_parts_that_overlap_are_not_given_a_shift_that_the_other_minds():
     _, report = folded(look_trained(Overlapping()), (torch.randn(2, 6, dtype=torch.float64),))
     assert [record.status for record in report.norms] != ["folded"]
+
+
+class MixedPrecision(nn.Module):
+    """Weights and streams in bfloat16, norms in float32: their results are rounded before a weight reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(7)).bfloat16()
+        self.norms = nn.ModuleList(normfuse.nn.UnifiedNorm(WIDTH) for _ in range(3))
+        self.last = nn.Linear(WIDTH, 5).bfloat16()
+        look_trained(self).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for i, norm in enumerate(self.norms):
+            branch = self.layers[2 * i + 2](torch.tanh(self.layers[2 * i + 1](x)))
+            x = norm((x + branch).to(norm.weight.dtype)).type_as(x)
+        return self.last(x)
+
+
+def test_scales_and_shifts_pass_a_cast_that_rounds():
+    model, x = MixedPrecision(), torch.randn(256, WIDTH)
+    result, report = fold(torch.export.export(model, (x.bfloat16(),)))
+    assert_nothing_left(result, report)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.bfloat16().double())
+        own, after = (difference(exact, run(x.bfloat16()).double()) for run in (model, result.module()))
+    assert 2**-9 < own and after < settle.GROWTH * own, (own, after)
