@@ -87,6 +87,14 @@ KeepDynamicNorms = Annotated[
         help="Leave LayerNorm, RMSNorm and GroupNorm as they are: no gain folded, no LayerNorm turned into RMSNorm.",
     ),
 ]
+MaxScaleRange = Annotated[
+    float | None,
+    typer.Option(
+        metavar="R",
+        help="Leave norms that would store one channel at scales more than a factor R apart [2**40 for float32, 2**10 "
+        "or less for float16]; 8 for a file that is to be quantised to int8.",
+    ),
+]
 Target = Annotated[
     str, typer.Option(help="Shape the graph for: cpu, cpu-long, cuda (ONNX Runtime there), or portable (leave it).")
 ]
@@ -123,6 +131,7 @@ def export(
     no_copy: NoCopy = False,
     remove_dead: RemoveDead = False,
     keep_dynamic_norms: KeepDynamicNorms = False,
+    max_scale_range: MaxScaleRange = None,
     target: Target = "portable",
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
@@ -143,6 +152,7 @@ def export(
                 copy_shared=not no_copy,
                 remove_dead=remove_dead,
                 keep_dynamic_norms=keep_dynamic_norms,
+                max_scale_range=max_scale_range,
                 target=target,
                 no_shape=no_shape,
                 progress=stages,
@@ -163,6 +173,7 @@ def fold(
     input: Input = [],  # noqa: B006
     no_copy: NoCopy = False,
     keep_dynamic_norms: KeepDynamicNorms = False,
+    max_scale_range: MaxScaleRange = None,
     target: Target = "portable",
     no_shape: NoShape = [],  # noqa: B006
 ) -> None:
@@ -180,6 +191,7 @@ def fold(
                 atol=atol,
                 copy_shared=not no_copy,
                 keep_dynamic_norms=keep_dynamic_norms,
+                max_scale_range=max_scale_range,
                 target=target,
                 no_shape=no_shape,
                 progress=stages,
@@ -198,6 +210,7 @@ def inspect(
     trust: Trust = False,
     no_copy: NoCopy = False,
     keep_dynamic_norms: KeepDynamicNorms = False,
+    max_scale_range: MaxScaleRange = None,
 ) -> None:
     """Print what would be folded into what; writes nothing."""
     console = make_console()
@@ -206,7 +219,11 @@ def inspect(
             stages(f"load {checkpoint}")
             loaded = _load(checkpoint, model, model_arg, input, trust)
             loaded, _, report = fold_checkpoint(
-                loaded, copy_shared=not no_copy, keep_dynamic_norms=keep_dynamic_norms, progress=stages
+                loaded,
+                copy_shared=not no_copy,
+                keep_dynamic_norms=keep_dynamic_norms,
+                max_scale_range=max_scale_range,
+                progress=stages,
             )
         console.print(f"inputs: {escape(', '.join(map(str, loaded.inputs)))}", highlight=False)
         print_report(console, report)

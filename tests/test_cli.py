@@ -92,6 +92,15 @@ def test_export_takes_dead_channels_out_if_asked(tmp_path):
     assert max(sizes) == 12  # 4 x 3 and 3 x 3 are left of 4 x 4 and 4 x 3
 
 
+def test_a_bound_on_scales_leaves_norms_in_inspect_and_export(encoder, tmp_path):
+    folder, _ = encoder
+    for command, out in (("inspect", []), ("export", ["--out", str(tmp_path / "m.onnx")])):
+        done = CliRunner().invoke(cli.app, [command, str(folder / "model.pt"), *out, "--max-scale-range", "1.5"])
+        assert done.exit_code == 0, done.stderr
+        assert "would span more than a factor of 1.5" in " ".join(done.stdout.split())
+        assert "3 of 3 norms folded" not in done.stdout
+
+
 def test_verify_repeats_the_proof_and_fails_on_another_file(encoder, tmp_path):
     folder, _ = encoder
     done = normfuse("verify", "model.pt", "model.onnx", "--rounds", 3, cwd=folder)
@@ -234,6 +243,7 @@ def test_options_and_targets_that_are_refused_before_any_work(tmp_path, monkeypa
         (["--out", "m.onnx", "--report", "absent/r.json"], "no folder absent"),
         (["--out", "m.onnx", "--opset", "99"], "opset 99 is outside"),
         (["--out", "m.onnx", "--model-arg", "width"], "name=value"),
+        (["--out", "m.onnx", "--max-scale-range", "0.5"], "max_scale_range 0.5 is below 1"),
     ):
         done = CliRunner().invoke(cli.app, ["export", "m.pt", *options])
         assert done.exit_code == 1 and because in done.stderr and done.stderr.count("\n") == 1

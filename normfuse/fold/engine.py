@@ -132,9 +132,7 @@ class Folding:
         for node, rule in list(self.rule_of.items()):
             if node in self.scale_of:
                 rule.rewrite(node, self)
-        for leaf in self.leaves:
-            self._rewrite_leaf(leaf)
-        replaced: dict[Node, Node] = {}
+        replaced = {leaf: self._rewrite_leaf(leaf) for leaf in self.leaves}
         for node, bias in self._biases:
             added = self.program.insert(node.next, aten.add.Tensor, (node, bias), node)
             self.program.redirect(node, added)
@@ -148,7 +146,7 @@ class Folding:
             for user in users:
                 self.program.redirect(value, added, [user])
         for node, by in self._replacements:
-            while by in replaced:
+            while replaced.get(by, by) is not by:
                 by = replaced[by]
             self.program.replace(node, by)
             replaced[node] = by
@@ -342,10 +340,11 @@ class Folding:
         args[position] = value
         node.args = tuple(args)
 
-    def _rewrite_leaf(self, leaf: Node) -> None:
+    def _rewrite_leaf(self, leaf: Node) -> Node:
+        """Let what reads a constant as a value read the folded one, which is returned."""
         scale, shift = self.scales[self.scale(leaf)], self.shift_of[leaf]
         if (scale == 1).all() and not shift.any() and leaf not in self.centred:
-            return
+            return leaf
         old = self.program.constant(leaf)
         new = (old - torch.from_numpy(shift)) / torch.from_numpy(scale)
         if leaf in self.centred:
@@ -356,6 +355,7 @@ class Folding:
             if rule is not None and not rule.owns_constants:
                 user.replace_input_with(leaf, node)
                 self.absorbed.setdefault(user, []).append(self.program.name(leaf))
+        return node
 
     # -- words -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.fold import FoldReport, fold
 from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
-from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
+from normfuse.onnx.ranges import LARGEST, SCALE_RANGES, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
 from normfuse.onnx.writer import DTYPES, OPSETS, WriteError, quiet, write
@@ -93,6 +94,7 @@ def export(
     copy_shared: bool = True,
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
+    max_scale_range: float | None = None,
     target: str = "portable",
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -115,6 +117,8 @@ def export(
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
+        max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
+            what `dtype` bears. Give 8 for a file that is to be quantised to int8.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
             ``cpu-long`` (there, long sequences or large batches) or ``cuda``; all but ``cpu-long`` use standard
             operations only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes``
@@ -128,6 +132,7 @@ def export(
     if dtype not in DTYPES:
         why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
+    check_scale_range(max_scale_range)
     if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
         raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
     try:
@@ -151,7 +156,8 @@ def export(
             "remove_dead": remove_dead,
             "keep_dynamic_norms": keep_dynamic_norms,
         }
-        forms = _forms(checkpoint, program, dtype, steps, limits, options, progress, notes)
+        at_most = math.inf if max_scale_range is None else max_scale_range
+        forms = _forms(checkpoint, program, dtype, at_most, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         staged = staging / path.name
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
@@ -199,6 +205,7 @@ def _forms(
     checkpoint: Checkpoint,
     program: torch.export.ExportedProgram,
     dtype: str,
+    max_scale_range: float,
     steps: tuple[str, ...],
     limits: Mapping[str, float],
     fold_options: Mapping[str, Any],
@@ -213,7 +220,7 @@ def _forms(
     progress("fold the norms")
     try:
         plain, scale_range, grown, note = fold_in_range(
-            lambda bound: fold(program, max_scale_range=bound, **fold_options), own, checkpoint, dtype
+            lambda bound: fold(program, max_scale_range=bound, **fold_options), own, checkpoint, dtype, max_scale_range
         )
     except RangeError as error:
         raise ExportError(str(error)) from error
@@ -254,6 +261,7 @@ def fold_checkpoint(
     *,
     copy_shared: bool = True,
     keep_dynamic_norms: bool = False,
+    max_scale_range: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Checkpoint, torch.export.ExportedProgram, FoldReport]:
     """Traces a checkpoint's module with torch.export and folds the program.
@@ -261,9 +269,13 @@ def fold_checkpoint(
     Returns the checkpoint in float32 (itself if it was), the folded program and the report. Raises
     ExportError if the module cannot be traced, FoldError if it cannot be folded.
     """
+    check_scale_range(max_scale_range)
     checkpoint, program = _traced(checkpoint, progress)
     progress("fold the norms")
-    folded, report = fold(program, copy_shared=copy_shared, keep_dynamic_norms=keep_dynamic_norms)
+    bound = SCALE_RANGES["float32"][0] if max_scale_range is None else max_scale_range
+    folded, report = fold(
+        program, copy_shared=copy_shared, keep_dynamic_norms=keep_dynamic_norms, max_scale_range=bound
+    )
     return checkpoint, folded, report
 
 
@@ -324,6 +336,12 @@ def in_float32(checkpoint: Checkpoint) -> Checkpoint:
         ),
         example_inputs=tuple(t.float() if t.is_floating_point() else t for t in checkpoint.example_inputs),
     )
+
+
+def check_scale_range(bound: float | None) -> None:
+    """ExportError for a bound on the range of scales that no channel could keep."""
+    if bound is not None and not bound >= 1:
+        raise ExportError(f"max_scale_range {bound:g} is below 1, the ratio of a scale to itself")
 
 
 def check_target(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,11 @@ def growth(folded: ExportedProgram, own: dict[str, tuple[str, float]], checkpoin
 
 
 def fold_in_range(
-    fold: Callable[[float], Folded], own: dict[str, tuple[str, float]] | None, checkpoint: Checkpoint, dtype: str
+    fold: Callable[[float], Folded],
+    own: dict[str, tuple[str, float]] | None,
+    checkpoint: Checkpoint,
+    dtype: str,
+    at_most: float = math.inf,
 ) -> tuple[Folded, float, Growth | None, str]:
     """Fold with the widest range of scales with which no value leaves the type on the example inputs.
 
@@ -89,6 +94,7 @@ def fold_in_range(
         own: the model's own largest values; None for a type whose exponents are float32's.
         checkpoint: has the example inputs.
         dtype: of the file.
+        at_most: a bound on the range that the caller asks for.
 
     Returns:
         What `fold` gave, the range, the growth of values, and what was decided in words, if it was not the usual.
@@ -97,7 +103,7 @@ def fold_in_range(
         RangeError: values leave the type with every range.
     """
     first: Growth | None = None
-    for scale_range in SCALE_RANGES[dtype]:
+    for scale_range in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[dtype]):
         folded = fold(scale_range)
         if own is None:
             return folded, scale_range, None, ""

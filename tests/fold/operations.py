@@ -169,7 +169,10 @@ CASES: dict[object, list[Case]] = {
     ],
     aten.neg.default: unary(aten.neg.default),
     # the same elements
-    aten.dropout.default: unary(aten.dropout.default, (0.5, False)),
+    aten.dropout.default: [
+        *unary(aten.dropout.default, (0.5, False)),
+        Case(lambda x, c: x + aten.dropout.default(c, 0.5, False), (SEQUENCE,), ((4, 6),)),
+    ],
     aten.contiguous.default: unary(aten.contiguous.default),
     aten.clone.default: unary(aten.clone.default),
     aten.detach.default: unary(aten.detach.default),

@@ -11,6 +11,7 @@ from normfuse.fold import FoldError, fold
 from normfuse.nn import UnifiedNorm
 
 from .checks import folded, operations
+from .networks import look_trained
 
 
 def batch_norm(kind: type[nn.Module], channels: int) -> nn.Module:
@@ -260,3 +261,25 @@ def test_a_view_of_what_a_norm_made_contiguous() -> None:
 
     _, report = folded(Expanded(), (torch.randn(5, 3, 6, dtype=torch.float64),))
     assert not report.remaining
+
+
+def test_position_embeddings_behind_a_dropout() -> None:
+    """In evaluation it is nothing, but no constant by itself: what stands behind it must read the folded parameter."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(4, 6))
+            self.dropout, self.linear, self.norm, self.head = (
+                nn.Dropout(),
+                nn.Linear(6, 6),
+                UnifiedNorm(6),
+                nn.Linear(6, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.linear(x) + self.dropout(self.positions))
+            return self.head(y + F.gelu(y))
+
+    _, report = folded(look_trained(Dropped()), (torch.randn(5, 4, 6, dtype=torch.float64),))
+    assert not report.remaining and "positions" in report.norms[0].absorbed_by

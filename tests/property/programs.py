@@ -255,7 +255,7 @@ class Program(nn.Module):
         return x + self.constant if n % 2 else x + 0.5
 
     def do_add_position(self, x: Tensor, n: int) -> Tensor:
-        return x + self.position
+        return x + (self.position, F.dropout(self.position, 0.1, training=False), self.position.type_as(x))[n % 3]
 
     def do_scale(self, x: Tensor, n: int) -> Tensor:
         return (x * self.constant, x * -0.5, x / 3.0)[n % 3]
