@@ -72,7 +72,7 @@ class DeadChannels:
     Attributes:
         removed: norm → (layer before, layers behind, indices of the channels when they were removed); of several norms
             in a row the first.
-        kept: norm with dead channels → why they stay.
+        kept: norm with dead channels → why they, or some of them, stay.
         parameters_before, parameters_after: numbers of parameters of the model.
     """
 
@@ -147,6 +147,10 @@ def remove_dead_channels(
     for name, norm in model.named_modules():
         if norm in small and small[norm].any() and norm not in shrunk:
             kept.setdefault(name, "it does not stand between linear layers or ungrouped convolutions alone")
+        elif norm in shrunk and (left := int((norm.weight.abs() <= threshold).sum())):
+            kept[name] = (
+                f"{left} of them: a padded convolution shows another number at its borders, or no other is left"
+            )
     return DeadChannels(removed, kept, before, _count(model))
 
 

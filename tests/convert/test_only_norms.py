@@ -104,6 +104,19 @@ def test_every_static_norm_can_lose_channels(make):
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_channels_that_stay_beside_removed_ones_are_told():
+    """Behind a ReLU one constant is 0 and goes; the other is 1, which a padded convolution sees as 0 at borders."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[1].weight[:2] = 0
+        model[1].bias[:2] = torch.tensor([-1.0, 1.0])
+    x = torch.randn(2, 1, 5, 5)
+    expected = model(x)
+    report = remove_dead_channels(model, x)
+    torch.testing.assert_close(model(x), expected)
+    assert report.removed["1"][2] == [0] and report.kept["1"].startswith("1 of them: a padded convolution")
+
+
 def test_nearly_dead_channels_go_at_a_threshold_and_one_always_stays():
     model = trained(nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.Linear(C, 2)))
     with torch.no_grad():
