@@ -79,7 +79,10 @@ def resident() -> int:
 
 @contextmanager
 def watched(name: str, record: dict[str, dict[str, float]], base: int, weights: int) -> Iterator[None]:
-    """Record a stage's seconds and its peak of memory above `base` as a multiple of the weights."""
+    """Record a stage's seconds and its peak of memory above `base` as a multiple of the weights.
+
+    The seconds are recorded as spent on CPUs too, by all threads: a busy machine leaves those as they are.
+    """
     peak, done = resident(), threading.Event()
 
     def watch() -> None:
@@ -89,15 +92,16 @@ def watched(name: str, record: dict[str, dict[str, float]], base: int, weights: 
 
     thread = threading.Thread(target=watch)
     thread.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     try:
         yield
     finally:
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - worked
         done.set()
         thread.join()
-        record[name] = {"seconds": round(seconds, 2), "memory": round((peak - base) / weights, 3)}
-        print(f"{name:>6}: {seconds:7.1f} s, at most {record[name]['memory']:.2f} x the weights above the model")
+        memory = round((peak - base) / weights, 3)
+        record[name] = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "memory": memory}
+        print(f"{name:>6}: {seconds:7.1f} s, {cpu:.1f} s of CPU, at most {memory:.2f} x the weights above the model")
 
 
 def main() -> None:
@@ -128,6 +132,7 @@ def main() -> None:
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         figures = {
             "date": datetime.date.today().isoformat(),
+            "load": round(os.getloadavg()[0], 1),
             "machine": machine,
             "torch": torch.__version__,
             "parameters": parameters,

@@ -200,7 +200,7 @@ ZOO: tuple[Entry, ...] = (
         expected=Expected(
             rms=(5, 9),
             gains=(5, 9),
-            swapped=(5, 9),
+            swapped=(9, 9),
             why="norms on queries and keys: attention takes neither their gain nor their shift",
         )
     ),
