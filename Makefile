@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-PYTEST_ARGS ?= -q
+PYTEST_ARGS ?= -q -n $(JOBS)
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
