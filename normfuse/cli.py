@@ -92,7 +92,7 @@ MaxScaleRange = Annotated[
     typer.Option(
         metavar="R",
         help="Leave norms that would store one channel at scales more than a factor R apart [2**40 for float32, 2**10 "
-        "or less for float16]; 8 for a file that is to be quantised to int8.",
+        "or less for float16]; try 32 for a file that is to be quantised to int8.",
     ),
 ]
 Target = Annotated[

@@ -118,7 +118,7 @@ def export(
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
-            what `dtype` bears. Give 8 for a file that is to be quantised to int8.
+            what `dtype` bears. Try 32 for a file that is to be quantised to int8.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
             ``cpu-long`` (there, long sequences or large batches) or ``cuda``; all but ``cpu-long`` use standard
             operations only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes``
