@@ -61,16 +61,19 @@ def fold(
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     if not keep_dynamic_norms:
         restore_norms(opened)
-    folding = Folding(
-        opened,
-        copy_shared=copy_shared,
-        carry_biases=carry_biases,
-        max_scale_range=max_scale_range,
-        keep_dynamic_norms=keep_dynamic_norms,
-    )
-    folding.relate()
-    folding.solve()
-    settle_shifts(folding)
+    for fold_zeros in (True, False):
+        folding = Folding(
+            opened,
+            copy_shared=copy_shared,
+            carry_biases=carry_biases,
+            max_scale_range=max_scale_range,
+            keep_dynamic_norms=keep_dynamic_norms,
+            fold_zeros=fold_zeros,
+        )
+        folding.relate()
+        folding.solve()
+        if settle_shifts(folding):
+            break
     if not keep_dynamic_norms:
         centre_streams(folding)
     records, dynamic = collect_records(folding), collect_dynamic(folding)

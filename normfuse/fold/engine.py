@@ -27,6 +27,8 @@ _ABOUT_SIZES = {
 }
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
+_ZERO = "a scale is zero, and not only weights read the result"
+_ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
 
 
 class Folding:
@@ -39,6 +41,7 @@ class Folding:
         demands: the affine maps that ask for a ratio.
         kept: affine maps that stay, with the reason.
         stored: scale variables that go into weights.
+        fold_zeros: whether norms with gains of zero fold where only weights read the result.
         settled_early: norms whose shift had grown too large to travel further.
         dynamic: the norms that compute their statistics from each input.
         kept_gain, kept_shift: those whose gain or shift stays in them, with the reason.
@@ -55,12 +58,14 @@ class Folding:
         carry_biases: bool,
         max_scale_range: float,
         keep_dynamic_norms: bool = False,
+        fold_zeros: bool = True,
     ) -> None:
         self.program = program
         self.copy_shared = copy_shared
         self.carry_biases = carry_biases
         self.keep_dynamic_norms = keep_dynamic_norms
         self.max_scale_range = max_scale_range
+        self.fold_zeros = fold_zeros
         self.scales = Scales(max_scale_range)
         self.rule_of: dict[Node, Rule] = {}
         self.scale_of: dict[Node, Any] = {}
@@ -114,14 +119,14 @@ class Folding:
         if not self.keep_dynamic_norms:
             demand_gains(self)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
-        tolerant = tolerant_values(self)
+        tolerant = tolerant_values(self) if self.fold_zeros else set()
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
             values = a * self.scales[self.scale(operand)]
             if node in tolerant and self.scales.accepts(self.scale(node), values):
                 self.scales.assign(self.scale(node), values)
             else:
-                self.kept[node] = "a scale is zero, and not only weights read the result"
+                self.kept[node] = _ZERO if self.fold_zeros else _ZERO_BEFORE_ADD
         if not self.keep_dynamic_norms:
             assign_zero_gains(self, tolerant)
         for node, (_, _, b) in self.affine.items():

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
 # binary digits. Beyond, norms have amplified it; if the model's own values did not grow alike, it is subtracted later.
 GROWTH = 4.0
+# What may be left of a shift that was cancelled, relative to it. Scales on the way magnify float64's rounding.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class _Route:
     steps: tuple[tuple[Node, Node], ...]  # (operand, reader) from the source on
 
 
-def settle_shifts(fold: Folding) -> None:
-    """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``."""
+def settle_shifts(fold: Folding) -> bool:
+    """Give every value its shift in ``fold.shift_of`` and list the readers that need an Add in ``fold.spilled``.
+
+    Returns whether that can be written: behind a scale of zero no Add to the stored value gives a shift.
+    """
     while True:
         for settled in (fold.shift_of, fold.chosen, fold.spilled, fold.settled_early):
             settled.clear()
@@ -52,7 +57,7 @@ def settle_shifts(fold: Folding) -> None:
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
         back = travelling & {source for node in fold.spilled for source in sources_of_shift(node, fold)}
         if not back:
-            return
+            return all(fold.scales[fold.scale(node)].all() for node in fold.spilled)
         for node in back:
             keep_shift(node, fold)
 
@@ -183,12 +188,20 @@ def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Foldi
     for route in sorted(_routes(node, tolerant, fold), key=lambda r: _cost(r.source, fold)):
         change = _needed_at_source(route, fold)
         if change is not None and not _reaches_others(route, change, tolerant, fold):
-            before = fold.shift_of[route.source] if route.source in fold.leaves else fold.chosen_shift(route.source)
-            fold.chosen[route.source] = before + change
-            _resettle(route.source, order[node], order, fold)
-            # Rounding of the way there and back must not leave a trace that would ask for an Add.
-            fold.shift_of[node] = fold.no_shift(node)
-            return True
+            size, source = np.abs(fold.shift_of[node]).max(), route.source
+            had_one = source in fold.chosen
+            before = fold.shift_of[source] if source in fold.leaves else fold.chosen_shift(source)
+            fold.chosen[source] = before + change
+            _resettle(source, order[node], order, fold)
+            # What is left is the rounding of the way there and back, which must not ask for an Add, unless the change
+            # reaches the value on a second way as well.
+            if np.abs(fold.shift_of[node]).max() <= ROUNDING * size:
+                fold.shift_of[node] = fold.no_shift(node)
+                return True
+            fold.chosen[source] = before
+            _resettle(source, order[node], order, fold)
+            if not had_one:
+                del fold.chosen[source]
     return False
 
 

@@ -283,3 +283,37 @@ def test_position_embeddings_behind_a_dropout() -> None:
 
     _, report = folded(look_trained(Dropped()), (torch.randn(5, 4, 6, dtype=torch.float64),))
     assert not report.remaining and "positions" in report.norms[0].absorbed_by
+
+
+def test_a_shift_that_reaches_a_sum_on_two_ways() -> None:
+    """What cancels it on one of them changes the other as well."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.constant, self.head = nn.Linear(24, 24), nn.Parameter(torch.randn(24)), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = (self.mix(x.flatten(1)) + self.constant).unflatten(-1, (4, 6))
+            return self.head(y + y[:, :1])
+
+    folded(Twice(), (torch.randn(3, 4, 6, dtype=torch.float64),))
+
+
+def test_a_zero_gain_in_front_of_a_shift_that_no_weight_takes() -> None:
+    """Behind a scale of zero the shift cannot be written out: then the zero stays in the norm."""
+
+    class Zero(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 6), UnifiedNorm(6), nn.Linear(6, 2)
+            self.position = nn.Parameter(torch.randn(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(x) + (self.first(x) + self.position)))
+
+    model = look_trained(Zero()).double()
+    model.norm.weight.data[2] = 0.0
+    _, report = folded(model, (torch.randn(3, 4, 6, dtype=torch.float64),))
+    (record,) = report.norms
+    assert record.status == "kept" and "a shift behind one" in record.reason
