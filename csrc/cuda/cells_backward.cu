@@ -92,12 +92,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         for (int i = 0; i < V; ++i) {
           const Acc d = widen(in.packs[k][0].v[i]), v = widen(in.packs[k][1].v[i]);
 #pragma unroll
-          for (int s = 0; s < kSets; ++s)
-            if (kSets == 1 || (in.parts[k] >> i & 1) == unsigned(s)) {
-              GradientSums<Acc>& sum = sums[s][kPlanes ? 0 : i];
-              sum.dy += d;
-              sum.dyd += d * (v - mean[s][kPlanes ? 0 : i]);
-            }
+          for (int s = 0; s < kSets; ++s) {
+            // Selected, not branched over: a branch becomes an index, and what is indexed lives in memory.
+            const bool belongs = kSets == 1 || (in.parts[k] >> i & 1) == unsigned(s);
+            GradientSums<Acc>& sum = sums[s][kPlanes ? 0 : i];
+            sum.dy += belongs ? d : Acc(0);
+            sum.dyd += belongs ? d * (v - mean[s][kPlanes ? 0 : i]) : Acc(0);
+          }
         }
       }
     });
