@@ -84,8 +84,8 @@ def assembly(compiled_for_sm_90):
 def test_no_spills(compiled_for_sm_90):
     """A register that is spilled shows as stack: none in any kernel, for any architecture.
 
-    Except where a mask parts two regions: the compiler then indexes a cell's two means, which takes a few bytes of stack
-    at registers to spare.
+    Except where a mask parts two regions: the compiler then indexes the two means of a cell, which takes a few bytes of
+    stack at registers to spare.
     """
     usage = {key: text for key, text in _dump("--dump-resource-usage").items() if "REG:" in text and key[1]}
     names = {name for _, name in usage}
