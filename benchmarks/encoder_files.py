@@ -66,10 +66,10 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Tokens [B, S] to features [B, S, width]; pre-norm with a norm at the end, post-norm with one at the start."""
 
-    def __init__(self, width: int, depth: int, norm: str, post: bool) -> None:
+    def __init__(self, width: int, depth: int, norm: str, post: bool, positions: int = POSITIONS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Parameter(0.1 * torch.randn(1, POSITIONS, width))
+        self.positions = nn.Parameter(0.1 * torch.randn(1, positions, width))
         self.first = NORMS[norm](width) if post else nn.Identity()
         self.blocks = nn.ModuleList(Block(width, norm, post) for _ in range(depth))
         self.last = nn.Identity() if post else NORMS[norm](width)
@@ -82,11 +82,11 @@ class Encoder(nn.Module):
         return self.head(self.last(x))
 
 
-def trained(width: int, depth: int, norm: str, post: bool) -> Encoder:
+def trained(width: int, depth: int, norm: str, post: bool, positions: int = POSITIONS) -> Encoder:
     """An encoder with gains between 1/2 and 2, biases, and statistics that match its activations."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = Encoder(width, depth, norm, post).eval()
+    model = Encoder(width, depth, norm, post, positions).eval()
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | UnifiedNorm)]
     with torch.no_grad():
         for module in norms:
@@ -118,13 +118,15 @@ def sample() -> Tensor:
     return torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-def write_variants(folder: Path, width: int, depth: int, post: bool) -> tuple[dict[str, Variant], dict[str, str]]:
+def write_variants(
+    folder: Path, width: int, depth: int, post: bool, positions: int = POSITIONS
+) -> tuple[dict[str, Variant], dict[str, str]]:
     """All float32 files of an encoder by variant, and why tools that are compared have none."""
     variants: dict[str, Variant] = {}
     absent: dict[str, str] = {}
-    shapes = ({0: Dim("batch"), 1: Dim("seq", max=POSITIONS)},)
+    shapes = ({0: Dim("batch"), 1: Dim("seq", max=positions)},)
     for norm in NORMS:
-        model = trained(width, depth, norm, post)
+        model = trained(width, depth, norm, post, positions)
         with torch.inference_mode():
             expected = model(sample()).numpy()
         program = torch.export.export(model, (sample(),), dynamic_shapes=shapes)
@@ -191,24 +193,30 @@ def _forms(norm: str, program: ExportedProgram, model: nn.Module, width: int) ->
             "layer, transformers.optimizer": partial(_transformers_optimizer, program, width),
             "layer, optimize_for_ort": partial(_optimize_for_ort, program),
             "layer, shaped": partial(_write, program, 23, shape=shaping.shape),
-            "layer, shaped, long": partial(_write, program, 23, shape=partial(shaping.shape, steps=shaping.STEPS)),
+            "layer, shaped, single": partial(_write, program, 23, shape=_steps("cpu-single")),
+            "layer, shaped, long": partial(_write, program, 23, shape=_steps("cpu-long")),
         }
     folded, _ = normfuse.fold(program)
     return {
         "static": plain,
         "folded": partial(_write, folded, 23),
         "folded and shaped": partial(_export, model, "cpu"),
+        "folded and shaped, single": partial(_export, model, "cpu-single"),
         "folded and shaped, long": partial(_export, model, "cpu-long"),
     }
+
+
+def _steps(target: str) -> Callable[[ir.Model], dict[str, int]]:
+    return partial(shaping.shape, steps=shaping.TARGETS[target])
 
 
 def _write(program: ExportedProgram, opset: int, path: Path, shape: Callable | None = None) -> None:
     to_onnx.write(program, path, opset=opset, shape=shape)
 
 
-def _export(model: nn.Module, target: str, path: Path) -> None:
+def _export(model: Encoder, target: str, path: Path) -> None:
     """What a user gets: normfuse.onnx.export with its checks."""
-    shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=POSITIONS)}}
+    shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=model.positions.shape[1])}}
     result = to_onnx.export(model, path, example_inputs=sample(), dynamic_shapes=shapes, target=target)
     if not result.shaping:
         raise ValueError(f"not shaped: {result.notes}")

@@ -26,15 +26,22 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import peak_memory
-from encoder_files import VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
+from encoder_files import POSITIONS, VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
 from training_step import machine
 
 ROOT = Path(__file__).parent.parent
 FEWEST_ROUNDS = 9
 AGAIN = "floor again"
-# What a user gets without this package: every export of LayerNorm but the one that is shaped here.
-COMPARED = ("floor", "layer", "layer, shaped", "folded and shaped")
-OURS = ("folded and shaped, long", "folded and shaped", "folded", "static", "layer, shaped", "layer, shaped, long")
+SHAPED = tuple(f"{norm} shaped{form}" for norm in ("folded and", "layer,") for form in ("", ", single", ", long"))
+COMPARED = ("floor", "layer", *SHAPED)
+OURS = ("folded", "static", *SHAPED)  # what is left is what a user gets without this package
+
+
+def advised(norm: str, threads: int, batch: int, length: int) -> str:
+    """The shaped variant that docs/shaping.md advises for a setting."""
+    long = length >= 1024 or batch * length >= 4096
+    single = threads == 1 and batch * length <= 1024
+    return f"{norm} shaped{', long' if long else ', single' if single else ''}"
 
 
 def feeds(loaded: onnxruntime.InferenceSession, batch: int, length: int) -> dict[str, np.ndarray]:
@@ -69,10 +76,11 @@ def ratios(over: list[float], under: list[float]) -> list[float]:
     return [round(q, 4) for q in statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)]
 
 
-def summarize(times: dict[str, list[float]]) -> dict[str, object]:
+def summarize(times: dict[str, list[float]], threads: int, batch: int, length: int) -> dict[str, object]:
     to_floor = {name: ratios(values, times["floor"]) for name, values in times.items()}
     without_us = [name for name in times if name.startswith("layer") and name not in OURS]
     fastest = min(without_us, key=lambda name: to_floor[name][1])
+    ours, same = (advised(norm, threads, batch, length) for norm in ("folded and", "layer,"))
     return {
         "rounds": len(times["floor"]),
         "milliseconds": {name: [round(q, 4) for q in statistics.quantiles(v, n=4)] for name, v in times.items()},
@@ -80,8 +88,9 @@ def summarize(times: dict[str, list[float]]) -> dict[str, object]:
         # A second opinion for a machine that is never quiet: the least disturbed run of each variant.
         "lowest_to_floor": {name: round(min(v) / min(times["floor"]), 4) for name, v in times.items()},
         "fastest_layer_norm": fastest,
-        "shaped_to_fastest_layer_norm": ratios(times["folded and shaped"], times[fastest]),
-        "shaped_to_shaped_layer_norm": ratios(times["folded and shaped"], times["layer, shaped"]),
+        "advised": ours,
+        "shaped_to_fastest_layer_norm": ratios(times[ours], times[fastest]),
+        "shaped_to_shaped_layer_norm": ratios(times[ours], times[same]),
     }
 
 
@@ -163,7 +172,9 @@ def run_settings(args: argparse.Namespace, results: Results, variants: dict[str,
             if threads not in sessions:
                 sessions = {threads: open_sessions(variants, threads)}
             times = measure(sessions[threads], batch, length, args.seconds, args.rounds)
-            results.add("settings", where, {"load": round(os.getloadavg()[0], 2), **summarize(times)})
+            results.add(
+                "settings", where, {"load": round(os.getloadavg()[0], 2), **summarize(times, threads, batch, length)}
+            )
             show(results.find(where))
         if "peak_megabytes" in wanted:
             peaks = {name: peak_megabytes(variant, batch, length, threads) for name, variant in variants.items()}
@@ -179,7 +190,7 @@ def show(result: dict) -> None:
         lowest = result["lowest_to_floor"][name]
         print(f"  {name:32} {middle:.3f}  ({low:.3f} to {high:.3f}), lowest {lowest:.3f}")
     middle = result["shaped_to_fastest_layer_norm"][1]
-    print(f"  folded and shaped ÷ {result['fastest_layer_norm']}: {middle:.3f}", flush=True)
+    print(f"  {result['advised']} ÷ {result['fastest_layer_norm']}: {middle:.3f}", flush=True)
 
 
 def main() -> None:
@@ -225,7 +236,8 @@ def main() -> None:
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            float32, absent = write_variants(Path(folder), width, args.depth, placement == "post")
+            positions = max(POSITIONS, *args.sequences)
+            float32, absent = write_variants(Path(folder), width, args.depth, placement == "post", positions)
             float32 = {n: v for n, v in float32.items() if not args.only or n in COMPARED or n in args.only}
             for precision in wanted:
                 variants = quantized(float32) if precision == "int8" else float32

@@ -19,14 +19,14 @@ SERIES = {
     "fastest LayerNorm": "#8d99ae",
     "static": "#edae49",
     "folded": "#9ad1b3",
-    "folded and shaped": "#0b6e4f",
+    "folded and shaped": "#0b6e4f",  # for the target that docs/shaping.md advises
 }
 
 
 def height(setting: dict, series: str) -> float:
     """The median ratio to the floor; the fastest LayerNorm is what users get without this package."""
-    name = setting["fastest_layer_norm"] if series == "fastest LayerNorm" else series
-    return setting["to_floor"][name][1]
+    named = {"fastest LayerNorm": setting["fastest_layer_norm"], "folded and shaped": setting["advised"]}
+    return setting["to_floor"][named.get(series, series)][1]
 
 
 def panels(run: dict) -> dict[str, list[dict]]:
@@ -77,10 +77,10 @@ def draw(run: dict, file: Path) -> None:
 
 
 QUANTITIES = {
-    "shaped ÷ floor": lambda setting: setting["to_floor"]["folded and shaped"][1],
+    "shaped ÷ floor": lambda setting: height(setting, "folded and shaped"),
     "shaped ÷ fastest LayerNorm": lambda setting: setting["shaped_to_fastest_layer_norm"][1],
-    "folded ÷ floor": lambda setting: setting["to_floor"]["folded"][1],
-    "static ÷ floor": lambda setting: setting["to_floor"]["static"][1],
+    "folded ÷ floor": lambda setting: height(setting, "folded"),
+    "static ÷ floor": lambda setting: height(setting, "static"),
 }
 NOISE = 0.05  # settings whose second session of the floor differs by more from the first say nothing
 

@@ -96,7 +96,11 @@ MaxScaleRange = Annotated[
     ),
 ]
 Target = Annotated[
-    str, typer.Option(help="Shape the graph for: cpu, cpu-long, cuda (ONNX Runtime there), or portable (leave it).")
+    str,
+    typer.Option(
+        help="Shape the graph for ONNX Runtime: cpu; cpu-single, one thread and up to 1000 tokens at a time; cpu-long, "
+        "from 4000 tokens at a time; cuda; or portable (leave it)."
+    ),
 ]
 NoShape = Annotated[
     list[str], typer.Option(metavar="STEP", help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable.")

@@ -29,10 +29,19 @@ def test_ratios_are_taken_within_rounds(inference):
 
 def test_the_fastest_layer_norm_is_one_that_users_get_without_us(inference):
     times = {"floor": 2.0, "layer": 4.0, "layer, opset 20": 3.0, "layer, shaped": 1.0, "folded and shaped": 1.5}
-    summary = inference.summarize({name: [value] * 4 for name, value in times.items()})
+    summary = inference.summarize({name: [value] * 4 for name, value in times.items()}, 2, 1, 32)
     assert summary["fastest_layer_norm"] == "layer, opset 20"
     assert summary["shaped_to_fastest_layer_norm"][1] == 0.5
     assert summary["shaped_to_shaped_layer_norm"][1] == 1.5 and summary["to_floor"]["folded and shaped"][1] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "length", "form"),
+    [(1, 8, 128, ", single"), (2, 8, 128, ""), (1, 8, 129, ""), (1, 8, 512, ", long"), (2, 1, 1024, ", long")],
+)
+def test_what_is_compared_is_what_the_documentation_advises(inference, threads, batch, length, form):
+    assert inference.advised("folded and", threads, batch, length) == f"folded and shaped{form}"
+    assert inference.advised("layer,", threads, batch, length) == f"layer, shaped{form}"
 
 
 def test_every_round_runs_each_variant_once(inference):
@@ -72,7 +81,7 @@ def test_a_small_run_times_every_variant(tmp_path):
     assert max(errors.values()) < 1e-5
     assert {*nodes, "floor again"} == set(run["settings"][0]["to_floor"]) and len(nodes) + len(
         run["files"][0]["absent"]
-    ) == 12
+    ) == 14
 
 
 def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):
@@ -124,7 +133,8 @@ def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
     quartiles = {name: [0.8, 0.9, 1.0] for name in ("static", "folded", "folded and shaped", "layer")}
     settings = [
         {"placement": placement, "precision": "fp32", "batch": 1, "threads": 2, "width": width, "sequence": 32,
-         "fastest_layer_norm": "layer", "to_floor": {**quartiles, "layer": [1.0, 1.1, 1.2]}}
+         "fastest_layer_norm": "layer", "advised": "folded and shaped",
+         "to_floor": {**quartiles, "layer": [1.0, 1.1, 1.2]}}
         for placement in ("pre", "post") for width in (64, 192)
     ]  # fmt: skip
     run = {"settings": settings, "machine": {"cpu": "c", "onnxruntime": "1"}, "date": "d", "note": ""}
@@ -141,8 +151,9 @@ def test_a_table_leaves_out_what_was_disturbed(monkeypatch):
 
     def setting(width, ratio, again):
         of_floor = {name: [0, ratio, 9] for name in ("static", "folded", "folded and shaped")}
-        return {"width": width, "precision": "fp32", "batch": 1, "threads": 2, "to_floor": of_floor | {
-            "floor again": [0, again, 9]}, "shaped_to_fastest_layer_norm": [0, 1.05, 9]}  # fmt: skip
+        return {"width": width, "precision": "fp32", "batch": 1, "threads": 2, "fastest_layer_norm": "layer",
+            "advised": "folded and shaped", "to_floor": of_floor | {"floor again": [0, again, 9]},
+            "shaped_to_fastest_layer_norm": [0, 1.05, 9]}  # fmt: skip
 
     run = {"settings": [setting(64, 0.9, 1.0), setting(64, 0.8, 1.04), setting(64, 0.3, 0.4), setting(192, 0.99, 1.0)]}
     lines = inference_chart.table(run).splitlines()

@@ -120,9 +120,9 @@ def export(
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             what `dtype` bears. Try 32 for a file that is to be quantised to int8.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
-            ``cpu-long`` (there, long sequences or large batches) or ``cuda``; all but ``cpu-long`` use standard
-            operations only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes``
-            say so.
+            ``cpu-single`` (there, one thread and at most about 1000 tokens at a time), ``cpu-long`` (there, from about
+            4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
+            only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes`` say so.
         no_shape: shaping steps to leave out, see :data:`normfuse.onnx.shaping.STEPS`.
         progress: called with the name of each stage when it begins.
 

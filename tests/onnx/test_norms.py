@@ -65,7 +65,7 @@ def test_the_default_eps_is_the_dtypes(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])
-@pytest.mark.parametrize("target", ["portable", "cpu"])
+@pytest.mark.parametrize("target", ["portable", "cpu-single"])
 def test_a_pre_norm_transformer_ends_with_rms_norms_only(target, opset, tmp_path):
     """Against the same export with its LayerNorms: every node but the norms is the same, before and after fusion."""
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_a_pre_norm_transformer_ends_with_rms_norms_only(target, opset, tmp_path
     assert sum(new[kind] for kind in norms | skips) == sum(old[kind] for kind in norms | skips) == 7
     # ONNX Runtime fuses the last addition, and the bias before it, into a LayerNorm but not into an RMSNorm.
     assert sum(new.values()) == sum(old.values()) + 2 * old["SkipLayerNormalization"], (new, old)
-    assert not (target == "cpu" and old["SkipLayerNormalization"])
+    assert not (target == "cpu-single" and old["SkipLayerNormalization"])
 
 
 def test_float16(tmp_path):
