@@ -98,7 +98,7 @@ MaxScaleRange = Annotated[
 Target = Annotated[
     str,
     typer.Option(
-        help="Shape the graph for ONNX Runtime: cpu; cpu-single, one thread and up to 1000 tokens at a time; cpu-long, "
+        help="Shape the graph for ONNX Runtime: cpu; cpu-single, one thread and up to 2000 tokens at a time; cpu-long, "
         "from 4000 tokens at a time; cuda; or portable (leave it)."
     ),
 ]

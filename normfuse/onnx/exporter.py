@@ -120,7 +120,7 @@ def export(
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             what `dtype` bears. Try 32 for a file that is to be quantised to int8.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
-            ``cpu-single`` (there, one thread and at most about 1000 tokens at a time), ``cpu-long`` (there, from about
+            ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from about
             4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
             only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes`` say so.
         no_shape: shaping steps to leave out, see :data:`normfuse.onnx.shaping.STEPS`.
