@@ -30,9 +30,9 @@ def height(setting: dict, series: str) -> float:
 
 
 def panels(run: dict) -> dict[str, list[dict]]:
-    """Settings by what a panel has in common, in the order of the run."""
+    """Settings by what a panel has in common, by width and sequence."""
     found: dict[str, list[dict]] = {}
-    for setting in run["settings"]:
+    for setting in sorted(run["settings"], key=lambda setting: (setting["width"], setting["sequence"])):
         title = (
             f"{setting['placement']}-norm, {setting['precision']}, batch {setting['batch']}, "
             f"{setting['threads']} thread{'s' * (setting['threads'] > 1)}"
