@@ -181,7 +181,7 @@ def executed_nodes(variant: Variant) -> int:
         return len(onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node)
 
 
-def _forms(norm: str, program: ExportedProgram, model: nn.Module, width: int) -> dict[str, Callable]:
+def _forms(norm: str, program: ExportedProgram, model: Encoder, width: int) -> dict[str, Callable]:
     """How the files of one kind of norm are made, by the name of the variant."""
     plain = partial(_write, program, 23)
     if norm == "none":
@@ -192,7 +192,7 @@ def _forms(norm: str, program: ExportedProgram, model: nn.Module, width: int) ->
             "layer, opset 20": partial(_write, program, 20),
             "layer, transformers.optimizer": partial(_transformers_optimizer, program, width),
             "layer, optimize_for_ort": partial(_optimize_for_ort, program),
-            "layer, shaped": partial(_write, program, 23, shape=shaping.shape),
+            "layer, shaped": partial(_write, program, 23, shape=_steps("cpu")),
             "layer, shaped, single": partial(_write, program, 23, shape=_steps("cpu-single")),
             "layer, shaped, long": partial(_write, program, 23, shape=_steps("cpu-long")),
         }

@@ -1,5 +1,7 @@
 """ONNX models from text, and what ONNX Runtime makes of them."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,3 +32,12 @@ def run(proto, feeds):
     options.log_severity_level = 3
     data = proto if isinstance(proto, str) else proto.SerializeToString()
     return onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"]).run(None, feeds)
+
+
+def executed(path, folder):
+    """A session, and the operations that ONNX Runtime executes after its own optimisations."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session, Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)

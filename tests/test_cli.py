@@ -9,12 +9,13 @@ import onnx
 import pytest
 import tiny_models
 import torch
+from checkpoints import Canary, content_of, rewrite
 from onnx import numpy_helper
 from torch.export import Dim
 from typer.testing import CliRunner
 
 from normfuse import cli, console
-from normfuse.checkpoint import archive, save
+from normfuse.checkpoint import save
 from normfuse.fold import FoldReport, NormRecord
 
 TESTS = Path(__file__).parent
@@ -154,21 +155,10 @@ def test_version_and_help_and_usage(tmp_path):
 # Refusals: one line, exit status 1, nothing written, nothing run
 
 
-def canary(folder):
-    class Canary:
-        def __reduce__(self):
-            return os.system, (f"touch {folder / 'canary'}",)
-
-    return {"weight": torch.ones(2), "x": Canary()}
-
-
 def edited(path, change):
     """A checkpoint with its state_dict or metadata changed and its digest made right again."""
     save_perceptron(path)
-    content = torch.load(path, weights_only=True)
-    content |= change(content)
-    groups = {name: content[name] for name in ("state_dict", "examples")}
-    torch.save(content | {"sha256": archive.digest(content["metadata"], groups)}, path)
+    rewrite(path, **change(content_of(path)))
 
 
 def garbage(path):
@@ -199,7 +189,10 @@ REFUSALS = {
     "truncated": (truncated, "damaged"),
     "flipped bit": (flipped, "damaged"),
     "absent": (lambda path: None, "cannot read"),
-    "pickle": (lambda path: torch.save(canary(path.parent), path), "can run code"),
+    "pickle": (
+        lambda path: torch.save({"weight": torch.ones(2), "x": Canary(path.parent / "canary")}, path),
+        "can run code",
+    ),
     "missing tensor": (lambda path: edited(path, without_norm), "norm.running_var"),
     "unknown class": (
         lambda path: edited(path, lambda c: {"metadata": c["metadata"].replace("Perceptron", "Missing")}),

@@ -1,11 +1,8 @@
 """Norms with statistics of each input in ONNX files: standard operations, and one node each in ONNX Runtime."""
 
-from collections import Counter
-
-import onnx
-import onnxruntime
 import pytest
 import torch
+from onnx_text import executed
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -24,15 +21,6 @@ class Norm(nn.Module):
         if self.kind == "rms":
             return F.rms_norm(x, (8,), self.weight, 1e-3)
         return F.group_norm(x.mT, 2, self.weight, self.bias, 1e-3).mT
-
-
-def executed(path, tmp_path):
-    """What ONNX Runtime runs after its own optimisations."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session, Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])

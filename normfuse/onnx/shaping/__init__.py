@@ -48,7 +48,7 @@ def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
     return tuple(name for name in TARGETS[target] if name not in skip)
 
 
-def shape(model: ir.Model, steps: Collection[str] = TARGETS["cpu"]) -> dict[str, int]:
+def shape(model: ir.Model, steps: Collection[str]) -> dict[str, int]:
     """Applies those of the passes that are among ``steps``, in place; returns how often each one applied."""
     return {name: apply(model) for name, apply in PASSES.items() if name in steps}
 

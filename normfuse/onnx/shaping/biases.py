@@ -30,7 +30,7 @@ def carry_biases(
     *Needs* a stream that only folded norms and weights read, and examples like the inputs to come: where the sum is
     large against what varies in the stream, subtracting it later costs digits, which is measured on the example inputs.
 
-    *Saves* an addition for each branch, and lets ``residual_gemm`` save another one.
+    *Saves* an addition for each branch; ONNX Runtime saves another one where the branch ends in a product of matrices.
     """
     try:
         carried = fold(program, carry_biases=True, **fold_options)
