@@ -13,7 +13,7 @@ from types import ModuleType
 from . import nn, ops
 from ._native import build_info
 from .checkpoint import Checkpoint, CheckpointError, load, save
-from .fold import FoldError, FoldReport, NormRecord, fold, fuse
+from .folding import FoldError, FoldReport, NormRecord, fold, fuse
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ import normfuse
 from normfuse.checkpoint import Checkpoint, CheckpointError, load
 from normfuse.checkpoint.archive import one_line
 from normfuse.console import Stages, make_console, make_table, print_report, print_result
-from normfuse.fold import FoldError
+from normfuse.folding import FoldError
 from normfuse.onnx import (
     BenchError,
     ExportError,

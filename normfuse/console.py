@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from normfuse.checkpoint.archive import some_of
-from normfuse.fold import DynamicNormRecord, FoldReport, NormRecord
+from normfuse.folding import DynamicNormRecord, FoldReport, NormRecord
 from normfuse.onnx import ExportResult
 
 _SHOWN_NORMS = 24

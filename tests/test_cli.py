@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from normfuse import cli, console
 from normfuse.checkpoint import save
-from normfuse.fold import FoldReport, NormRecord
+from normfuse.folding import FoldReport, NormRecord
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {

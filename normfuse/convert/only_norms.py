@@ -100,7 +100,7 @@ def remove_dead_channels(
     """Take the channels out of the model that a static norm multiplies by (nearly) zero.
 
     Such a channel carries a constant, which goes into the biases of the layers that read it; the channel goes from all
-    layers and norms that hold it. Found is what :func:`normfuse.fold.remove_dead_channels` finds in the exported
+    layers and norms that hold it. Found is what :func:`normfuse.folding.remove_dead_channels` finds in the exported
     program, if modules of their own hold it: Linear and convolutions that are called once, and the static norms.
 
     Args:

@@ -21,7 +21,7 @@ from torch import nn
 from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line, some_of
-from normfuse.fold import FoldReport, fold
+from normfuse.folding import FoldReport, fold
 from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
 from normfuse.onnx.ranges import LARGEST, SCALE_RANGES, Growth, RangeError, fold_in_range, growth, largest_values

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint.archive import some_of
-from normfuse.fold import FoldReport
+from normfuse.folding import FoldReport
 
 # Largest ratio between the scales of one channel in different places, see normfuse.fold; in float16 half of the bits of
 # exponent are left to the values themselves. Where values of the example inputs need more, the next range is tried.

@@ -18,7 +18,7 @@ _DOMAIN = "normfuse"  # of what stands in their place; it never leaves memory
 def restore(model: ir.Model) -> int:
     """Puts one operation in the place of what is spelled out, whatever the order of factors; says how often.
 
-    LayerNorm and RMSNorm in arithmetic are found later, in the program, see :mod:`normfuse.fold.written_out`.
+    LayerNorm and RMSNorm in arithmetic are found later, in the program, see :mod:`normfuse.folding.written_out`.
     """
     editor = Editor(model, "restored")
     for node in list(model.graph):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normfuse.convert import reparametrize, split_domains
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn import UnifiedNorm, choose_domain, sigma_reparam, weight_standardization
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from normfuse.convert import freeze_to_norms, remove_dead_channels
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn import DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 
 C = 6

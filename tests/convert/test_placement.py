@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from normfuse.convert import Placed, place
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn import (
     MaskedBatchNorm,
     NormedBranch,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import normfuse.nn
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn.registry import NORMS, NOTHING, page
 
 ROOT = Path(__file__).parent.parent.parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn import MaskedBatchNorm, RepBatchNorm
 
 C = 6

@@ -8,7 +8,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from normfuse.onnx import export, summarize, write
-from tests.fold.networks import Transformer, look_trained
+from tests.folding.networks import Transformer, look_trained
 
 
 class Norm(nn.Module):

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from normfuse.fold import fold
-from tests.fold.checks import any_gauge
+from normfuse.folding import fold
+from tests.folding.checks import any_gauge
 
 from .programs import Plan, Program, example_input, plans
 from .quick_export import quick_export

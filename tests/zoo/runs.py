@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import normfuse.onnx
 from normfuse.convert import swap_norms
-from normfuse.fold import FoldReport, fold
+from normfuse.folding import FoldReport, fold
 
 from .models import Entry
 

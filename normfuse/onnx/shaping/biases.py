@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from normfuse.checkpoint import Checkpoint
-from normfuse.fold import FoldReport, fold
+from normfuse.folding import FoldReport, fold
 from normfuse.onnx.verifier import VerificationError, verify
 
 # Biases may cost two binary digits against the plain fold; below the second number, both are at float32's rounding.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normfuse.fold import FoldError, fold
+from normfuse.folding import FoldError, fold
 from normfuse.nn import UnifiedNorm
 
 from .checks import folded, operations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import export
 from torch.nn import functional as F
 
-from normfuse.fold import fold
+from normfuse.folding import fold
 
 from .checks import folded, operations
 from .test_rules import C, sequence

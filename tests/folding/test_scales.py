@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfuse.fold.scales import Outcome, Scales
+from normfuse.folding.scales import Outcome, Scales
 
 
 def test_fresh_variables_are_free_and_stay_one() -> None:

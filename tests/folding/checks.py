@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from normfuse.fold import FoldReport, fold, settle
-from normfuse.fold.engine import Folding
-from normfuse.fold.rules.weights import Weighted
-from normfuse.fold.scales import Scales
+from normfuse.folding import FoldReport, fold, settle
+from normfuse.folding.engine import Folding
+from normfuse.folding.rules.weights import Weighted
+from normfuse.folding.scales import Scales
 
 aten = torch.ops.aten
 AFFINE = {aten.batch_norm.default, aten.addcmul.default}

@@ -34,7 +34,7 @@ _WITHOUT_SIZES = {
 
 
 class Channels(NamedTuple):
-    """What a value holds of the writer's channels, as arrays over its axes (see :mod:`normfuse.fold.arrays`)."""
+    """What a value holds of the writer's channels, as arrays over its axes (see :mod:`normfuse.folding.arrays`)."""
 
     index: np.ndarray  # which channel
     constant: np.ndarray  # whether its number is the same whatever the input is

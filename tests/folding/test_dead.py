@@ -9,7 +9,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from normfuse import fold
-from normfuse.fold import remove_dead_channels
+from normfuse.folding import remove_dead_channels
 from normfuse.nn import UnifiedNorm
 
 from .checks import difference

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfuse.fold.arrays import CannotCarry, collapse_equal, keep_axis, reshape
+from normfuse.folding.arrays import CannotCarry, collapse_equal, keep_axis, reshape
 
 
 @given(st.data())

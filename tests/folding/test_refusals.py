@@ -11,7 +11,7 @@ from torch.export import export
 from torch.nn import functional as F
 
 import normfuse.nn
-from normfuse.fold import FoldError, fold
+from normfuse.folding import FoldError, fold
 
 from .checks import folded, operations
 from .networks import Transformer, look_trained

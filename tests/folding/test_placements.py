@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from normfuse.fold import fold, fuse
+from normfuse.folding import fold, fuse
 
 from .checks import assert_nothing_left, difference, folded, operations
 from .networks import NORMS, PLACEMENTS, ConvNet, Transformer, look_trained

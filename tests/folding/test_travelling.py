@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse.nn
-from normfuse.fold import fold, settle
+from normfuse.folding import fold, settle
 
 from .checks import any_gauge, assert_nothing_left, difference, folded
 from .networks import ChannelNorm, Transformer, look_trained

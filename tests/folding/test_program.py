@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
-from normfuse.fold import program as programs
-from normfuse.fold.program import Program
+from normfuse.folding import program as programs
+from normfuse.folding.program import Program
 
 from .checks import assert_nothing_left, folded
 from .networks import Transformer, look_trained

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfuse.fold import engine, fold
-from normfuse.fold.engine import Folding
-from normfuse.fold.rules import Rule
-from normfuse.fold.rules.base import _RULES
+from normfuse.folding import engine, fold
+from normfuse.folding.engine import Folding
+from normfuse.folding.rules import Rule
+from normfuse.folding.rules.base import _RULES
 
 from .checks import any_gauge, difference
 from .operations import CASES, Case

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from normfuse.fold import DynamicNormRecord, fold, fuse
+from normfuse.folding import DynamicNormRecord, fold, fuse
 
 from .checks import difference, folded, operations
 from .networks import PLACEMENTS, Transformer, look_trained

@@ -69,7 +69,7 @@ class Identity(Carry):
 
     A cast to fewer digits rounds ``x / scale`` instead of x. The relative error of that is the same for any scale, as
     in every other operation of that dtype (a power of two gives the very same digits), and a shift that is as small as
-    :data:`normfuse.fold.settle.GROWTH` asks costs no digits: both pass.
+    :data:`normfuse.folding.settle.GROWTH` asks costs no digits: both pass.
     """
 
     def matches(self, node: Node, fold: Folding) -> bool:
@@ -101,7 +101,7 @@ class Identity(Carry):
     aten.squeeze.dims,
 )
 class Reshape(Carry):
-    """Elements in the same order under another shape; see :func:`normfuse.fold.arrays.reshape`."""
+    """Elements in the same order under another shape; see :func:`normfuse.folding.arrays.reshape`."""
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return reshape(numbers, shape, node.meta["val"].shape, collapse)

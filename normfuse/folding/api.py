@@ -44,7 +44,7 @@ def fold(
             places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
             leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
         remove_dead: whether channels that hold a constant, because a norm's gain is zero there, leave the weights
-            around them; see :func:`normfuse.fold.remove_dead_channels` for where that is done.
+            around them; see :func:`normfuse.folding.remove_dead_channels` for where that is done.
         keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normfuse.fold import FoldReport
+from normfuse.folding import FoldReport
 
 from .checks import folded, operations
 

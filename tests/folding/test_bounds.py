@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.fold import fold, interval_bounds
+from normfuse.folding import fold, interval_bounds
 from normfuse.nn import (
     MaskedBatchNorm,
     MovingAverageBatchNorm,

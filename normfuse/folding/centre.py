@@ -5,9 +5,9 @@ additions and everything else that is linear and treats all channels alike, back
 stream: weights, embeddings and parameters subtract it from themselves once and for all. What it takes is that nobody
 reads what they no longer write: whatever else reads the stream is a LayerNorm over the same channels as well.
 
-The property travels as arrays of groups, in the way scales do (see :mod:`normfuse.fold.arrays`): of the value's rank,
-with the channel axes at full size and positions at size one. Entries with the same number belong to one group, whose
-mean becomes zero; -1 stands for entries that stay as they are (the values next to queries and keys, say).
+The property travels as arrays of groups, in the way scales do (see :mod:`normfuse.folding.arrays`): of the value's
+rank, with the channel axes at full size and positions at size one. Entries with the same number belong to one group,
+whose mean becomes zero; -1 stands for entries that stay as they are (the values next to queries and keys, say).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from normfuse.fold import FoldReport
-from normfuse.fold.arrays import subtract_means
+from normfuse.folding import FoldReport
+from normfuse.folding.arrays import subtract_means
 
 from .checks import folded, operations
 from .networks import PLACEMENTS, Transformer, look_trained

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normfuse.fold import fold
+from normfuse.folding import fold
 from normfuse.nn import UnifiedNorm
 from normfuse.onnx import export
 
