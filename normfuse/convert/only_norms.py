@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..fold.dead import Dead, columns_of, find_dead, open_for_removal, weights_of
-from ..fold.engine import Folding
-from ..fold.rules.base import argument
+from ..folding.dead import Dead, columns_of, find_dead, open_for_removal, weights_of
+from ..folding.engine import Folding
+from ..folding.rules.base import argument
 from ..nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import ChannelNorm, check_choice
 from ..nn.calibration import keep_modes
