@@ -8,12 +8,14 @@ to ONNX (:mod:`normfuse.onnx`, the command ``normfuse``).
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from . import nn, ops
-from ._native import build_info
-from .checkpoint import Checkpoint, CheckpointError, load, save
-from .folding import FoldError, FoldReport, NormRecord, fold, fuse
+if TYPE_CHECKING:
+    from . import checkpoint, convert, folding, nn, onnx, ops, optim, plotting
+    from ._native import build_info
+    from .checkpoint import Checkpoint, CheckpointError, load, save
+    from .errors import NormfuseError
+    from .folding import FoldError, FoldReport, NormRecord, fold, fuse
 
 __version__ = "0.1.0"
 
@@ -23,18 +25,46 @@ __all__ = [
     "FoldError",
     "FoldReport",
     "NormRecord",
+    "NormfuseError",
     "build_info",
+    "checkpoint",
+    "convert",
     "fold",
+    "folding",
     "fuse",
     "load",
     "nn",
+    "onnx",
     "ops",
+    "optim",
+    "plotting",
     "save",
 ]
 
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "checkpoint",
+    "FoldError": "folding",
+    "FoldReport": "folding",
+    "NormRecord": "folding",
+    "NormfuseError": "errors",
+    "build_info": "_native",
+    "fold": "folding",
+    "fuse": "folding",
+    "load": "checkpoint",
+    "save": "checkpoint",
+}
 
-def __getattr__(name: str) -> ModuleType:
-    """Import :mod:`normfuse.onnx` when it is first used: training needs no ONNX."""
-    if name == "onnx":
-        return importlib.import_module(".onnx", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: training needs no ONNX, and the command's help no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
+    found = getattr(home, name) if name in _HOMES else home
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

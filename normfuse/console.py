@@ -7,21 +7,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from normfuse.checkpoint.archive import some_of
-from normfuse.folding import DynamicNormRecord, FoldReport, NormRecord
-from normfuse.onnx import ExportResult
+from normfuse.errors import some_of
+
+if TYPE_CHECKING:
+    from normfuse.folding import DynamicNormRecord, FoldReport, NormRecord
+    from normfuse.onnx import ExportResult
 
 _SHOWN_NORMS = 24
 _TABLE_WIDTH = 80  # a narrower terminal gets one paragraph per norm
 _PLAIN_WIDTH = 110  # of output that goes to a file or a pipe
 
-Record = TypeVar("Record", NormRecord, DynamicNormRecord)
+Record = TypeVar("Record", "NormRecord", "DynamicNormRecord")
 
 
 class Stages:
@@ -56,11 +58,12 @@ class Stages:
         self.name = ""
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """As wide as the terminal; output that goes elsewhere has a width of its own."""
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console()
-    return Console(width=_PLAIN_WIDTH)
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return Console(stderr=stderr)
+    return Console(width=_PLAIN_WIDTH, stderr=stderr)
 
 
 def make_table(*columns: str) -> Table:
@@ -76,8 +79,7 @@ def print_result(console: Console, result: ExportResult) -> None:
     print_report(console, result.report)
     for number, why in result.rejected.items():
         console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="yellow", highlight=False)
+    print_notes(console, result.notes)
     if result.shaping:
         passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
         console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
@@ -101,6 +103,12 @@ def print_result(console: Console, result: ExportResult) -> None:
         f"{readable_size(graph.bytes)}; {left}",
         highlight=False,
     )
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """A line for each decision that a reader may want to know of."""
+    for note in notes:
+        console.print(escape(note), style="yellow", highlight=False)
 
 
 def print_report(console: Console, report: FoldReport) -> None:

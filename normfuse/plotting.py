@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from normfuse.errors import NormfuseError
 
-class PlotError(ValueError):
+
+class PlotError(NormfuseError):
     """A file of statistics cannot be read, or its picture not be drawn; the message is one line."""
 
 

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import tiny_models
 import torch
+import typer
 from checkpoints import Canary, content_of, rewrite
 from onnx import numpy_helper
 from torch.export import Dim
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from normfuse import cli, console
 from normfuse.checkpoint import save
+from normfuse.cli import running
 from normfuse.folding import FoldReport, NormRecord
 
 TESTS = Path(__file__).parent
@@ -288,7 +290,7 @@ def test_sizes(count, text):
 
 
 def test_an_unexpected_error_is_one_line_too(capsys):
-    with pytest.raises(cli.typer.Exit) as caught, cli._one_line_errors():
+    with pytest.raises(typer.Exit) as caught, running._one_line_errors():
         raise MemoryError("two\nlines")
     assert caught.value.exit_code == 1
     assert capsys.readouterr().err == (

@@ -13,26 +13,16 @@ from typing import Any
 
 import torch
 
+from normfuse.errors import NormfuseError, one_line, some_of
+
 FORMAT = "normfuse checkpoint"
 VERSION = 1
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(NormfuseError):
     """A checkpoint cannot be written or used. The message is one line: which file, what is wrong, what to
     do."""
-
-
-def one_line(error: BaseException | str, limit: int = 400) -> str:
-    """The first sentences of an error on a single line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def some_of(names: list[str], shown: int = 3) -> str:
-    """``a, b, c and 9 more``."""
-    listed = ", ".join(names[:shown])
-    return listed if len(names) <= shown else f"{listed} and {len(names) - shown} more"
 
 
 def digest(metadata: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from normfuse.errors import NormfuseError
 
-class FoldError(ValueError):
+
+class FoldError(NormfuseError):
     """The program cannot be folded at all; the message names the layer and says what to do."""
 
 

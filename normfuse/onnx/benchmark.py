@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from normfuse.onnx.verifier import session
+from normfuse.errors import NormfuseError
+from normfuse.onnx import sizes as sizes_module
+from normfuse.onnx.verifier import runtime_problem, session
 
 _NUMPY = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int16)": np.int16, "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_,
 }  # fmt: skip
-_SIZES = {"batch": 1}
-_OTHER_SIZE = 128
 
 
-class BenchError(ValueError):
+class BenchError(NormfuseError):
     """The files cannot be timed side by side; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Latencies in milliseconds, one per file and round, of the same round side by side."""
+    """Latencies in milliseconds, one per file and round, of the same round side by side.
+
+    Attributes:
+        paths: the files.
+        shapes: of the inputs, under the first file's names.
+        threads: of ONNX Runtime.
+        milliseconds: a list for each file.
+        notes: what was decided on sizes, in words.
+    """
 
     paths: list[str]
     shapes: dict[str, list[int]]
     threads: int
     milliseconds: list[list[float]]
+    notes: list[str] = field(default_factory=list)
 
     def quartiles(self, index: int) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of a file's milliseconds."""
@@ -56,6 +66,7 @@ def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,
     sizes: Mapping[str, int] | None = None,
+    mapping: Mapping[str, str] | None = None,
     rounds: int = 50,
     threads: int = 1,
     seed: int = 0,
@@ -67,8 +78,11 @@ def bench(
     not.
 
     Args:
-        paths: files with the same inputs.
-        sizes: of dynamic dimensions by name; ``batch`` defaults to 1, every other to 128.
+        paths: files with the same inputs. Their dtypes may differ in width, and one may have a size fixed that is
+            dynamic in the other.
+        sizes: of dynamic dimensions by name (``x.1`` for one of input x without a name). Those left out are 1 for
+            batches, 224 for pictures, else 128; where a file cannot take that, others are tried and a note says so.
+        mapping: for inputs that have another name in the other files: the first file's name to theirs.
         rounds: timed rounds, at least 4; a tenth more runs first to warm up.
         threads: of ONNX Runtime within an operation.
         seed: of the inputs. Integers are 0 or 1, because the file does not tell which are admissible.
@@ -78,52 +92,142 @@ def bench(
     """
     if rounds < 4:
         raise BenchError(f"rounds is {rounds}; at least 4 are needed for quartiles")
-    sessions = [_session(Path(path), threads) for path in paths]
-    feeds = _feeds(sessions[0], sizes or {}, seed)
-    wanted = _signature(sessions[0])
-    for path, other in zip(paths, sessions, strict=True):
-        if _signature(other) != wanted:
-            raise BenchError(f"{path} takes other inputs than {paths[0]}: {_signature(other)} instead of {wanted}")
+    sessions = [session(Path(path), threads, {"session.force_spinning_stop": "1"}) for path in paths]
+    entries = _matched(paths, sessions, mapping or {})
+    feeds, notes = _fitting(paths, sessions, entries, sizes or {}, seed)
     times: list[list[float]] = [[] for _ in sessions]
     order = list(range(len(sessions)))
     warm_up = max(3, rounds // 10)
     for number in range(warm_up + rounds):
         for index in order[number % len(order) :] + order[: number % len(order)]:
             start = time.perf_counter()
-            try:
-                sessions[index].run(None, feeds)
-            except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
-                shapes = {name: list(array.shape) for name, array in feeds.items()}
-                raise BenchError(
-                    f"{paths[index]} fails on {shapes}: {' '.join(str(error).split())[:200]}; give other sizes"
-                ) from error
+            sessions[index].run(None, feeds[index])
             if number >= warm_up:
                 times[index].append(1e3 * (time.perf_counter() - start))
-    return Timing([str(path) for path in paths], {n: list(array.shape) for n, array in feeds.items()}, threads, times)
+    shapes = {name: list(array.shape) for name, array in feeds[0].items()}
+    return Timing([str(path) for path in paths], shapes, threads, times, notes)
 
 
-def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    return session(path, threads, {"session.force_spinning_stop": "1"})
-
-
-def _signature(loaded: onnxruntime.InferenceSession) -> dict[str, str]:
-    return {entry.name: f"{entry.type} of {len(entry.shape)} axes" for entry in loaded.get_inputs()}
-
-
-def _feeds(loaded: onnxruntime.InferenceSession, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    feeds = {}
-    for entry in loaded.get_inputs():
-        dtype = _NUMPY.get(entry.type)
-        if dtype is None:
-            raise BenchError(f"input {entry.name!r} is a {entry.type}; only dense tensors can be made up")
-        shape = [
-            size if isinstance(size, int) else sizes.get(size, _SIZES.get(size, _OTHER_SIZE)) for size in entry.shape
-        ]
-        floating = np.issubdtype(dtype, np.floating)
-        drawn = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
-        feeds[entry.name] = drawn.astype(dtype)
-    unknown = [name for name in sizes if not any(name in entry.shape for entry in loaded.get_inputs())]
+def _matched(
+    paths: Sequence[str | os.PathLike[str]],
+    sessions: Sequence[onnxruntime.InferenceSession],
+    mapping: Mapping[str, str],
+) -> list[list[Any]]:
+    """For each input of the first file, its entry in every file."""
+    first = {entry.name: entry for entry in sessions[0].get_inputs()}
+    unknown = [name for name in mapping if name not in first]
     if unknown:
-        raise BenchError(f"size {unknown[0]!r} names no dynamic dimension of the inputs")
+        raise BenchError(f"{paths[0]} has no input {unknown[0]!r} to map; it takes {', '.join(first)}")
+    matched = [[entry] for entry in first.values()]
+    for path, other in zip(paths[1:], sessions[1:], strict=True):
+        entries = {entry.name: entry for entry in other.get_inputs()}
+        wanted = {name: mapping.get(name, name) for name in first}
+        missing = [name for name in first if wanted[name] not in entries]
+        left = [name for name in entries if name not in wanted.values()]
+        if missing or left:
+            # The order is a guess that the reader sees, not one that is acted on.
+            advice = [f"--map {shlex.quote(f'{a}={b}')}" for a, b in zip(missing, left, strict=False)]
+            raise BenchError(
+                f"{path} takes other inputs than {paths[0]}: {', '.join(entries)} instead of {', '.join(first)}; name "
+                f"those that are the same (mapping={{first: second}})",
+                advice=advice if len(missing) == len(left) else (),
+            )
+        for row in matched:
+            row.append(entries[wanted[row[0].name]])
+    for row in matched:
+        for path, entry in zip(paths, row, strict=True):
+            if entry.type not in _NUMPY:
+                raise BenchError(f"input {entry.name!r} is a {entry.type}; only dense tensors can be made up")
+            if len(entry.shape) != len(row[0].shape) or _kind(entry) != _kind(row[0]):
+                raise BenchError(
+                    f"{path} takes other inputs than {paths[0]}: {entry.name!r} is a {entry.type} of "
+                    f"{len(entry.shape)} axes, not a {row[0].type} of {len(row[0].shape)}"
+                )
+    return matched
+
+
+def _kind(entry: Any) -> str:
+    """``f`` for all floats, ``i`` for all integers, ``b`` for booleans."""
+    return "i" if np.dtype(_NUMPY[entry.type]).kind == "u" else np.dtype(_NUMPY[entry.type]).kind
+
+
+def _fitting(
+    paths: Sequence[str | os.PathLike[str]],
+    sessions: Sequence[onnxruntime.InferenceSession],
+    entries: Sequence[Sequence[Any]],
+    given: Mapping[str, int],
+    seed: int,
+) -> tuple[list[dict[str, np.ndarray]], list[str]]:
+    """Inputs for each file that every file can take; and a note if the usual sizes were not among them."""
+    shapes = {row[0].name: [_dimension(row, axis) for axis in range(len(row[0].shape))] for row in entries}
+    usual: dict[str, int] = {}
+    for row in entries:
+        for axis, dimension in enumerate(shapes[row[0].name]):
+            if isinstance(dimension, str):
+                named = not dimension.endswith(f".{axis}")
+                for word in sizes_module.words(dimension):
+                    usual.setdefault(word, sizes_module.usual(word, axis, len(row[0].shape), named))
+    aliases = _aliases(entries, shapes)
+    chosen = {aliases.get(name, name): size for name, size in given.items()}
+    unknown = [name for name in given if aliases.get(name, name) not in usual]
+    if unknown:
+        known = f"; there are {', '.join(usual)}" if usual else ""
+        raise BenchError(f"size {unknown[0]!r} names no dynamic dimension of the inputs{known}")
+    refusal: BenchError | None = None
+    for sizes in sizes_module.attempts(usual, chosen):
+        feeds = _feeds(entries, shapes, sizes, seed)
+        problem = _first_problem(paths, sessions, feeds)
+        if problem is None:
+            changed = [f"{name} is {sizes[name]}, not {usual[name]}" for name in usual if sizes[name] != usual[name]]
+            changed = [text for text in changed if text.split()[0] not in chosen]
+            return feeds, [f"{', '.join(changed)}: {refusal}"] if changed and refusal else []
+        refusal = refusal or problem
+    assert refusal is not None
+    raise refusal
+
+
+def _first_problem(
+    paths: Sequence[str | os.PathLike[str]],
+    sessions: Sequence[onnxruntime.InferenceSession],
+    feeds: Sequence[dict[str, np.ndarray]],
+) -> BenchError | None:
+    for path, loaded, feed in zip(paths, sessions, feeds, strict=True):
+        try:
+            loaded.run(None, feed)
+        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+            shapes = {name: list(array.shape) for name, array in feed.items()}
+            return BenchError(f"{path} fails on {shapes}: {runtime_problem(error)}; give other sizes (--size NAME=N)")
+    return None
+
+
+def _dimension(row: Sequence[Any], axis: int) -> int | str:
+    """What the files say of an axis: a fixed size in one of them holds for all."""
+    fixed = {entry.shape[axis] for entry in row if isinstance(entry.shape[axis], int)}
+    if len(fixed) > 1:
+        raise BenchError(f"input {row[0].name!r} has size {' and '.join(map(str, sorted(fixed)))} in axis {axis}")
+    return fixed.pop() if fixed else sizes_module.label(row[0].shape[axis], row[0].name, axis)
+
+
+def _aliases(entries: Sequence[Sequence[Any]], shapes: Mapping[str, Sequence[int | str]]) -> dict[str, str]:
+    """Names of dimensions in the other files, to the first file's."""
+    return {
+        sizes_module.label(entry.shape[axis], entry.name, axis): dimension
+        for row in entries
+        for axis, dimension in enumerate(shapes[row[0].name])
+        for entry in row[1:]
+        if isinstance(dimension, str) and not isinstance(entry.shape[axis], int)
+    }
+
+
+def _feeds(
+    entries: Sequence[Sequence[Any]], shapes: Mapping[str, Sequence[int | str]], sizes: Mapping[str, int], seed: int
+) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    feeds: list[dict[str, np.ndarray]] = [{} for _ in entries[0]] if entries else []
+    for row in entries:
+        shape = [d if isinstance(d, int) else sizes_module.value(d, sizes) for d in shapes[row[0].name]]
+        floating = _kind(row[0]) == "f"
+        drawn = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        for feed, entry in zip(feeds, row, strict=True):
+            feed[entry.name] = drawn.astype(_NUMPY[entry.type])
     return feeds

@@ -24,14 +24,19 @@ from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
-from normfuse.onnx.ranges import LARGEST, SCALE_RANGES, Growth, RangeError, fold_in_range, growth, largest_values
+from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
-from normfuse.onnx.writer import DTYPES, OPSETS, WriteError, quiet, write
-
-
-class ExportError(ValueError):
-    """The model cannot be exported; the message is one line. No file was written."""
+from normfuse.onnx.writer import WriteError, quiet, write
+from normfuse.options import (
+    OPSETS,
+    ExportError,
+    check_dtype,
+    check_opset,
+    check_output,
+    check_scale_range,
+    steps_for,
+)
 
 
 @dataclass(frozen=True)
@@ -129,22 +134,16 @@ def export(
     Raises:
         ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
     """
-    if dtype not in DTYPES:
-        why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
-        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
+    check_dtype(dtype)
     check_scale_range(max_scale_range)
-    if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
-        raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
-    try:
-        steps = shaping.steps_for(target, no_shape)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
+    check_opset(opset)
+    steps = steps_for(target, no_shape)
     path = Path(path)
     if not isinstance(model, Checkpoint):
         if example_inputs is None:
             raise ExportError("a module needs example_inputs to be exported")
         model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
-    check_target(path)
+    check_output(path)
     # Beside the target, hence on the same disk: moving the finished files is a rename.
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -256,27 +255,50 @@ def _shape(steps: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> 
         raise WriteError(f"shaping failed: {type(error).__name__}: {one_line(error)}") from error
 
 
+@dataclass(frozen=True)
+class FoldedCheckpoint:
+    """What :func:`fold_checkpoint` gives.
+
+    Attributes:
+        checkpoint: in float32; itself if it was.
+        program: the folded program.
+        report: what became of each norm.
+        notes: decisions on ranges and biases in words.
+    """
+
+    checkpoint: Checkpoint
+    program: torch.export.ExportedProgram
+    report: FoldReport
+    notes: list[str]
+
+
 def fold_checkpoint(
     checkpoint: Checkpoint,
     *,
+    dtype: str = "float32",
     copy_shared: bool = True,
+    remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
     max_scale_range: float | None = None,
+    target: str = "portable",
+    no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
-) -> tuple[Checkpoint, torch.export.ExportedProgram, FoldReport]:
-    """Traces a checkpoint's module with torch.export and folds the program.
+) -> FoldedCheckpoint:
+    """Traces and folds a checkpoint as :func:`export` with the same arguments does, and writes nothing.
 
-    Returns the checkpoint in float32 (itself if it was), the folded program and the report. Raises
-    ExportError if the module cannot be traced, FoldError if it cannot be folded.
+    Raises ExportError if the module cannot be traced, FoldError if it cannot be folded, VerificationError if the
+    folded program differs from the module.
     """
+    check_dtype(dtype)
     check_scale_range(max_scale_range)
+    steps = steps_for(target, no_shape)
     checkpoint, program = _traced(checkpoint, progress)
-    progress("fold the norms")
-    bound = SCALE_RANGES["float32"][0] if max_scale_range is None else max_scale_range
-    folded, report = fold(
-        program, copy_shared=copy_shared, keep_dynamic_norms=keep_dynamic_norms, max_scale_range=bound
-    )
-    return checkpoint, folded, report
+    notes: list[str] = []
+    limits = {"rtol": RTOL["float32"], "atol": 0.0}
+    options = {"copy_shared": copy_shared, "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms}
+    at_most = math.inf if max_scale_range is None else max_scale_range
+    form = _forms(checkpoint, program, dtype, at_most, steps, limits, options, progress, notes)[0]
+    return FoldedCheckpoint(checkpoint, form.program, form.report, notes)
 
 
 def _traced(checkpoint: Checkpoint, progress: Callable[[str], None]) -> tuple[Checkpoint, torch.export.ExportedProgram]:
@@ -336,22 +358,6 @@ def in_float32(checkpoint: Checkpoint) -> Checkpoint:
         ),
         example_inputs=tuple(t.float() if t.is_floating_point() else t for t in checkpoint.example_inputs),
     )
-
-
-def check_scale_range(bound: float | None) -> None:
-    """ExportError for a bound on the range of scales that no channel could keep."""
-    if bound is not None and not bound >= 1:
-        raise ExportError(f"max_scale_range {bound:g} is below 1, the ratio of a scale to itself")
-
-
-def check_target(path: Path) -> None:
-    """ExportError if a file cannot be written there, known before any work is done."""
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ExportError(f"cannot write {path}: the folder {path.parent} is read-only")
 
 
 def move(files: Sequence[Path], path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from normfuse.errors import NormfuseError
+
 NORMS = frozenset(
     "BatchNormalization GroupNormalization InstanceNormalization LayerNormalization "
     "MeanVarianceNormalization "
@@ -23,7 +25,7 @@ _WEIGHTED = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 _CARRIERS = frozenset(("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity"))
 
 
-class GraphError(ValueError):
+class GraphError(NormfuseError):
     """A file is not an ONNX file that can be read; the message is one line."""
 
 

@@ -20,12 +20,13 @@ from torch import nn
 from normfuse.checkpoint import Checkpoint, Dimension, InputSpec, parse_input
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
-from normfuse.onnx.exporter import ExportResult, check_target, export, move
+from normfuse.onnx.exporter import ExportResult, export, move
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.operations import OPERATIONS, Untranslated
 from normfuse.onnx.restored import restore
 from normfuse.onnx.verifier import RTOL, session, verify
 from normfuse.onnx.writer import save_model
+from normfuse.options import check_output
 
 _OLDEST = 13  # before, Softmax worked on flattened tensors and axes were attributes
 
@@ -181,7 +182,7 @@ def fold_file(
         ExportError, FoldError, VerificationError, WriteError: as in :func:`normfuse.onnx.export`.
     """
     source, path = Path(source), Path(path)
-    check_target(path)
+    check_output(path)
     progress(f"read {source}")
     summarize(source)
     try:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
+from normfuse.errors import NormfuseError
 
 # Largest difference allowed, relative to the output's largest value. float32: a few hundred roundings of 6e-8
 # in a
@@ -26,7 +27,7 @@ RTOL = {"float32": 1e-4, "float16": 2e-2}
 _DRAWS = 8  # a random input for which the module itself gives NaN proves nothing and is drawn again
 
 
-class VerificationError(ValueError):
+class VerificationError(NormfuseError):
     """Two forms of the model differ, or one of them cannot be run. One line: which, for which shapes, by how
     much."""
 
@@ -105,7 +106,7 @@ def verify(
             try:
                 outputs = run(tensors)
             except Exception as error:  # whatever a backend raises for inputs that it cannot take
-                raise VerificationError(f"the {form} fails on {label}: {_runtime_problem(error)}") from error
+                raise VerificationError(f"the {form} fails on {label}: {runtime_problem(error)}") from error
             if len(outputs) != len(expected):
                 raise VerificationError(f"the {form} has {len(outputs)} outputs, the module {len(expected)}")
             for index, (got, want) in enumerate(zip(outputs, expected, strict=True)):
@@ -132,7 +133,7 @@ def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = N
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
-        raise VerificationError(f"ONNX Runtime cannot load {path}: {_runtime_problem(error)}") from error
+        raise VerificationError(f"ONNX Runtime cannot load {path}: {runtime_problem(error)}") from error
 
 
 def flat(outputs: Any) -> list[torch.Tensor]:
@@ -229,7 +230,7 @@ def _onnx_runner(path: Path, checkpoint: Checkpoint) -> Any:
     return run
 
 
-def _runtime_problem(error: Exception) -> str:
+def runtime_problem(error: Exception) -> str:
     """ONNX Runtime's message without its error codes, source paths and C++ signatures."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", one_line(error, 2000))
     node = re.search(r"while running (\w+) node\. Name:'([^']*)'", text)

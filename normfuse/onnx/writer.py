@@ -20,18 +20,18 @@ from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.errors import NormfuseError
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.layouts import contiguous_reshapes
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
+from normfuse.options import DTYPES
 
-OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
-DTYPES = ("float32", "float16")
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
 _ONE_FILE_LIMIT = 2**31 - 2**25
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class WriteError(ValueError):
+class WriteError(NormfuseError):
     """A program has no ONNX form (an operation that ONNX lacks, a weight beyond float16). One line."""
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
+from normfuse.options import STEPS, TARGETS, steps_for
+
 from .attention import attention3d
 from .blockwise import blockwise_attention
 from .flatten import gemm2d
@@ -19,33 +21,6 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
     "blockwise_attention": blockwise_attention,
     "gemm2d": gemm2d,
 }
-STEPS = ("carry_biases", *PASSES)
-
-# What a target gets. portable is the graph as torch writes it. Gemm saves an addition, but ONNX Runtime spreads its
-# bias over the output on one thread, so only sessions of one thread and few tokens gain. Attention in blocks gains with
-# many, and makes the only files with an operation that is not standard. On CUDA, ONNX Runtime fuses MatMul, Add and
-# Gelu by itself, so there only the additions of travelling biases are saved: a conclusion, not a measurement.
-TARGETS: dict[str, tuple[str, ...]] = {
-    "portable": (),
-    "cpu": ("carry_biases", "attention3d"),
-    "cpu-single": ("carry_biases", "attention3d", "gemm2d"),
-    "cpu-long": ("carry_biases", "attention3d", "blockwise_attention"),
-    "cuda": ("carry_biases",),
-}
-
-
-def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
-    """The steps of a target without those to skip, in their order.
-
-    Raises:
-        ValueError: there is no such target, or no step of a name to skip.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    for name in skip:
-        if name not in STEPS:
-            raise ValueError(f"there is no shaping step {name!r} to leave out; there are {', '.join(STEPS)}")
-    return tuple(name for name in TARGETS[target] if name not in skip)
 
 
 def shape(model: ir.Model, steps: Collection[str]) -> dict[str, int]:

@@ -1,0 +1,58 @@
+"""The entry point, and which commands there are."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import normfuse
+
+from .bench import bench
+from .fold import fold
+from .models import export, inspect, verify
+from .plot import plot
+from .running import command
+
+
+class _Group(TyperGroup):
+    """Remembers the arguments as they were typed, for errors that advise."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        typed = list(args)  # parsing uses the list up
+        context = super().make_context(info_name, args, *rest, **extra)
+        context.obj = typed
+        return context
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train with fast norms, deploy with none: fold Unified, Power and Batch Norm away and export ONNX.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"normfuse {normfuse.__version__}")
+        raise typer.Exit
+
+
+for function in (export, fold, inspect, verify, bench, plot):
+    app.command()(command(function))
+
+
+def main() -> None:
+    """Entry point of the command ``normfuse``."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode shows a mark instead of ending the run
+    # Ending a run must leave no half-written file: as an exception, a termination passes through every clean-up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    app(prog_name="normfuse")

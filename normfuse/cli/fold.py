@@ -1,0 +1,32 @@
+"""The command that reads an ONNX file and writes another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .files import check_readable, write_report
+from .options import Folding, Inputs, Printing, Tolerance, Writing
+
+
+def fold(
+    source: Annotated[Path, typer.Argument(help="An ONNX file from elsewhere, of operator set 13 or newer.")],
+    writing: Writing,
+    inputs: Inputs,
+    folding: Folding,
+    tolerance: Tolerance,
+    printing: Printing,
+) -> None:
+    """Fold BatchNorms, Mul and Add per channel and LayerNorm gains of an ONNX file, and verify the result."""
+    check_readable(source)
+    with printing.stages() as stages:
+        from normfuse.console import print_result
+        from normfuse.onnx import fold_file
+
+        options = asdict(folding) | asdict(tolerance)
+        result = fold_file(source, writing.out, inputs=inputs.specs(), opset=writing.opset, progress=stages, **options)
+    data = write_report(writing.report, result, source=source)
+    printing.result(data, lambda console: print_result(console, result))

@@ -1,0 +1,100 @@
+"""Commands that read a model: export, inspect, verify."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .files import check_readable, write_report
+from .options import Loading, ModelFolding, Printing, Tolerance, Writing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="From normfuse.save, or weights (.pt, .safetensors).")]
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    writing: Writing,
+    loading: Loading,
+    folding: ModelFolding,
+    tolerance: Tolerance,
+    printing: Printing,
+) -> None:
+    """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
+    check_readable(checkpoint)
+    with printing.stages() as stages:
+        stages(f"load {checkpoint}")
+        from normfuse.console import print_result
+        from normfuse.onnx import export as run
+
+        loaded = loading.load(checkpoint)
+        options = asdict(folding) | asdict(tolerance)
+        result = run(loaded, writing.out, opset=writing.opset, progress=stages, **options)
+    data = write_report(writing.report, result, checkpoint=checkpoint)
+    printing.result(data, lambda console: print_result(console, result))
+
+
+def inspect(checkpoint: CheckpointArgument, loading: Loading, folding: ModelFolding, printing: Printing) -> None:
+    """Print what would be folded into what; writes nothing."""
+    check_readable(checkpoint)
+    with printing.stages() as stages:
+        stages(f"load {checkpoint}")
+        from normfuse.onnx import fold_checkpoint
+
+        result = fold_checkpoint(loading.load(checkpoint), progress=stages, **asdict(folding))
+    inputs = [str(spec) for spec in result.checkpoint.inputs]
+
+    def show(console: Console) -> None:
+        from rich.markup import escape
+
+        from normfuse.console import print_notes, print_report
+
+        console.print(f"inputs: {escape(', '.join(inputs))}", highlight=False)
+        print_report(console, result.report)
+        print_notes(console, result.notes)
+
+    data = {"checkpoint": str(checkpoint), "inputs": inputs, "fold": result.report.to_dict(), "notes": result.notes}
+    printing.result(data, show, asked_for=True)
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that the file was exported from.")],
+    onnx: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    loading: Loading,
+    tolerance: Tolerance,
+    printing: Printing,
+    rounds: Annotated[int, typer.Option(min=0, help="Random inputs besides the saved example.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+) -> None:
+    """Compare an ONNX file with the model it came from, in ONNX Runtime."""
+    check_readable(checkpoint)
+    check_readable(onnx)
+    with printing.stages() as stages:
+        stages(f"load {checkpoint}")
+        from normfuse.onnx import summarize
+        from normfuse.onnx import verify as run
+        from normfuse.onnx.exporter import in_float32
+        from normfuse.onnx.verifier import RTOL
+
+        graph = summarize(onnx)
+        loaded = in_float32(loading.load(checkpoint))
+        allowed = RTOL[graph.dtype] if tolerance.rtol is None else tolerance.rtol
+        stages(f"run {onnx} in ONNX Runtime")
+        proof = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)
+
+    def show(console: Console) -> None:
+        from normfuse.console import make_table
+
+        table = make_table("inputs", "output", "difference", "÷ largest value")
+        for case in proof.cases:
+            table.add_row(case.inputs, case.output, f"{case.difference:.2e}", f"{case.error:.2e}")
+        console.print(table)
+        console.print(f"the same within {proof.worst('ONNX file'):.1e} (allowed {allowed:.0e})", highlight=False)
+
+    data: dict[str, Any] = {"checkpoint": str(checkpoint), "onnx": str(onnx), "rtol": allowed, "atol": tolerance.atol}
+    printing.result(data | {"worst": proof.worst("ONNX file"), **proof.to_dict()}, show)

@@ -1,0 +1,249 @@
+"""Every option of every command, once.
+
+A group is a frozen dataclass. Its fields have the names and defaults of the Python functions that take them; what is
+typed differs where a flag reads better (``--input`` may be given several times and fills ``inputs``).
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normfuse.errors import NormfuseError
+from normfuse.options import (
+    DTYPES,
+    OPSETS,
+    STEPS,
+    TARGETS,
+    check_dtype,
+    check_opset,
+    check_output,
+    check_scale_range,
+    steps_for,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from normfuse.checkpoint import Checkpoint, InputSpec
+
+
+class UsageError(NormfuseError):
+    """An option cannot be read; the message is one line."""
+
+
+def _among(values: Iterable[object]) -> Callable[[str], list[str]]:
+    """Completion of an option by those of the values that begin like what is typed."""
+    return lambda incomplete: [str(value) for value in values if str(value).startswith(incomplete)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What inputs look like, where the file says too little."""
+
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            metavar="SPEC",
+            help='What the model takes: "tokens:int64[batch,seq<=512]<30000". A word is a dynamic dimension, a number '
+            "a fixed one; <=N bounds a dimension; <N behind the bracket bounds integers (default: 0 and 1). "
+            "Repeatable.",
+        ),
+    ] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Read by :meth:`specs`, which needs torch's names of dtypes."""
+
+    def specs(self) -> list[InputSpec] | None:
+        """The inputs as they were given; None if none was."""
+        from normfuse.checkpoint import parse_input
+
+        return [parse_input(text) for text in self.inputs] or None
+
+
+@dataclass(frozen=True)
+class Loading(Inputs):
+    """What a file leaves out; arguments of :func:`normfuse.load`."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Builds the model; looked for in this folder as well."),
+    ] = None
+    model_args: Annotated[
+        list[str],
+        typer.Option("--model-arg", metavar="NAME=VALUE", help="Argument for it (JSON or text); repeatable."),
+    ] = field(default_factory=list)
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Read pickled modules and .pt2 files, which can run any code when read.")
+    ] = False
+
+    def check(self) -> None:
+        pairs(self.model_args, "--model-arg")
+
+    def load(self, path: Path) -> Checkpoint:
+        """The checkpoint; what the options say is read before the file is."""
+        from normfuse.checkpoint import load
+
+        specs = self.specs()
+        arguments = {name: _json_or_text(value) for name, value in pairs(self.model_args, "--model-arg")}
+        return load(path, model=self.model, model_args=arguments or None, inputs=specs, trust=self.trust)
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What changes folding; arguments of :func:`normfuse.onnx.export`, ``fold_file`` and ``fold_checkpoint``."""
+
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for the weights.", autocompletion=_among(DTYPES))] = (
+        "float32"
+    )
+    copy_shared: Annotated[
+        bool,
+        typer.Option(
+            "--copy-shared/--no-copy-shared",
+            " /--no-copy",
+            help="Store a shared weight twice where its places need different values; otherwise norms around it stay.",
+        ),
+    ] = True
+    keep_dynamic_norms: Annotated[
+        bool,
+        typer.Option(
+            "--keep-dynamic-norms",
+            help="Leave LayerNorm, RMSNorm and GroupNorm as they are: no gain folded, no LayerNorm turned into "
+            "RMSNorm.",
+        ),
+    ] = False
+    max_scale_range: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Leave norms that would store one channel at scales more than a factor R apart [2**40 for float32, "
+            "2**10 or less for float16]; try 32 for a file that is to be quantised to int8.",
+        ),
+    ] = None
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Shape the graph for ONNX Runtime: cpu; cpu-single, one thread and up to 2000 tokens at a time; "
+            "cpu-long, from 4000 tokens at a time; cuda; or portable (leave it).",
+            autocompletion=_among(TARGETS),
+        ),
+    ] = "portable"
+    no_shape: Annotated[
+        list[str],
+        typer.Option(
+            metavar="STEP",
+            help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable.",
+            autocompletion=_among(STEPS),
+        ),
+    ] = field(default_factory=list)
+
+    def check(self) -> None:
+        check_dtype(self.dtype)
+        check_scale_range(self.max_scale_range)
+        steps_for(self.target, self.no_shape)
+
+
+@dataclass(frozen=True)
+class ModelFolding(Folding):
+    """What changes folding of a model, as opposed to an ONNX file."""
+
+    remove_dead: Annotated[
+        bool,
+        typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it."),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What differences a comparison allows."""
+
+    rtol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]."),
+    ] = None
+    atol: Annotated[float, typer.Option(min=0, help="Allowed difference on top of that.")] = 0.0
+
+    def check(self) -> None:
+        """Typer has checked the bounds."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where the result goes."""
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")]
+    opset: Annotated[
+        int | None,
+        typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].", autocompletion=_among(OPSETS)),
+    ] = None
+    report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None
+
+    def check(self) -> None:
+        check_opset(self.opset)
+        for path in (self.out, self.report):
+            if path is not None:
+                check_output(path)
+
+
+@dataclass(frozen=True)
+class Printing:
+    """What is printed, and where."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and asked-for numbers.")] = (
+        False
+    )
+    json: Annotated[
+        bool, typer.Option("--json", help="The result as JSON on standard output; progress goes to standard error.")
+    ] = False
+
+    def check(self) -> None:
+        """Both together are JSON without progress."""
+
+    def stages(self) -> Any:
+        """Progress: called with each stage's name, in a ``with`` block."""
+        from normfuse.console import Stages, make_console
+
+        return nullcontext(lambda stage: None) if self.quiet else Stages(make_console(stderr=self.json))
+
+    def result(self, data: dict[str, Any], show: Callable[[Console], None], *, asked_for: bool = False) -> None:
+        """Prints the result: as data, or by ``show``, which ``--quiet`` leaves out unless it was asked for."""
+        from normfuse.console import make_console
+
+        if self.json:
+            typer.echo(json_module.dumps(finite(data), indent=2, allow_nan=False))
+        elif asked_for or not self.quiet:
+            show(make_console())
+
+
+def pairs(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """``name=value`` options taken apart; UsageError for others."""
+    found = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option} {text!r} is not of the form name=value")
+        found.append((name, value))
+    return found
+
+
+def finite(data: Any) -> Any:
+    """The data with None for numbers that JSON has no form for."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not -float("inf") < data < float("inf") else data
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json_module.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,32 @@
+"""What every refusal has in common. Needs no torch, so that the command can refuse before it loads one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NormfuseError(ValueError):
+    """Base of everything that normfuse refuses.
+
+    The message is one line: what was given, what is wrong, what to do.
+
+    Attributes:
+        advice: options of the command that get past the refusal, as they are typed: ``("--trust",)``. The command
+            prints itself with them.
+    """
+
+    def __init__(self, message: str, *, advice: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.advice = tuple(advice)
+
+
+def one_line(error: BaseException | str, limit: int = 400) -> str:
+    """The first sentences of an error on a single line of at most ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def some_of(names: list[str], shown: int = 3) -> str:
+    """``a, b, c and 9 more``."""
+    listed = ", ".join(names[:shown])
+    return listed if len(names) <= shown else f"{listed} and {len(names) - shown} more"

@@ -1,0 +1,75 @@
+"""The options of export, their values, and the checks that need nothing loaded.
+
+The functions of :mod:`normfuse.onnx` and the command share them. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from normfuse.errors import NormfuseError
+
+OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
+DTYPES = ("float32", "float16")
+
+# What a target gets. portable is the graph as torch writes it. Gemm saves an addition, but ONNX Runtime spreads its
+# bias over the output on one thread, so only sessions of one thread and few tokens gain. Attention in blocks gains with
+# many, and makes the only files with an operation that is not standard. On CUDA, ONNX Runtime fuses MatMul, Add and
+# Gelu by itself, so there only the additions of travelling biases are saved: a conclusion, not a measurement.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "portable": (),
+    "cpu": ("carry_biases", "attention3d"),
+    "cpu-single": ("carry_biases", "attention3d", "gemm2d"),
+    "cpu-long": ("carry_biases", "attention3d", "blockwise_attention"),
+    "cuda": ("carry_biases",),
+}
+STEPS = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
+
+
+class ExportError(NormfuseError):
+    """The model cannot be exported; the message is one line. No file was written."""
+
+
+def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
+    """The shaping steps of a target without those to skip, in their order.
+
+    Raises:
+        ExportError: there is no such target, or no step of a name to skip.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    for name in skip:
+        if name not in STEPS:
+            raise ExportError(f"there is no shaping step {name!r} to leave out; there are {', '.join(STEPS)}")
+    return tuple(name for name in TARGETS[target] if name not in skip)
+
+
+def check_opset(opset: int | None) -> None:
+    """ExportError for an operator set that torch does not translate to; None stands for a choice."""
+    if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
+        raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
+
+
+def check_dtype(dtype: str) -> None:
+    """ExportError for a type of weights that files cannot have."""
+    if dtype not in DTYPES:
+        why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
+        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
+
+
+def check_scale_range(bound: float | None) -> None:
+    """ExportError for a bound on the range of scales that no channel could keep."""
+    if bound is not None and not bound >= 1:
+        raise ExportError(f"max_scale_range {bound:g} is below 1, the ratio of a scale to itself")
+
+
+def check_output(path: Path) -> None:
+    """ExportError if a file cannot be written there, known before any work is done."""
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ExportError(f"cannot write {path}: the folder {path.parent} is read-only")
