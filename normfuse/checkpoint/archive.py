@@ -115,7 +115,8 @@ def read(path: Path, kind: str, trust: bool) -> Any:
         if not trust:
             raise CheckpointError(
                 f"{path} is an exported program (.pt2): reading one can run code, so it was not read; "
-                "give --trust (trust=True) if you know who made it"
+                "give --trust (trust=True) if you know who made it",
+                advice=["--trust"],
             )
         return _guarded(path, torch.export.load)
     if trust:
@@ -133,7 +134,8 @@ def read(path: Path, kind: str, trust: bool) -> Any:
         raise CheckpointError(
             f"{path} holds pickled objects{named}: reading them can run code, so it was not read; save a "
             "state_dict "
-            "or use normfuse.save instead, or give --trust (trust=True) if you know who made it"
+            "or use normfuse.save instead, or give --trust (trust=True) if you know who made it",
+            advice=["--trust"],
         ) from error
     except Exception as error:  # torch.load raises at least four more types for files that are not whole
         raise CheckpointError(f"{path} cannot be read as tensors ({one_line(error, 120)})") from error

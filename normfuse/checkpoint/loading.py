@@ -128,7 +128,10 @@ def load(
     elif metadata:
         specs = _recorded_specs(metadata, path)
     else:
-        raise CheckpointError(f"{path} does not say which inputs the model takes; {_NAME_INPUTS}")
+        raise CheckpointError(
+            f"{path} does not say which inputs the model takes; {_NAME_INPUTS}",
+            advice=['--input "tokens:int64[batch,seq]"'],
+        )
     allowed = argument_names(module)
     for spec in specs:
         if spec.name not in allowed:
@@ -205,7 +208,8 @@ def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapp
     label = metadata.get("factory")
     if model is None and label is None:
         raise CheckpointError(
-            f"{path} does not say how to build its model: give --model package.module:factory (model=…)"
+            f"{path} does not say how to build its model: give --model package.module:factory (model=…)",
+            advice=["--model package.module:factory"],
         )
     if model is None:
         build = factory.recorded(label, str(path))

@@ -25,7 +25,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(function, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-    parameters: list[inspect.Parameter] = []
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in inspect.signature(function).parameters.items():
         if name in groups:
             parameters += _options(groups[name])
@@ -33,8 +33,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hints[name]))
 
     @functools.wraps(function)
-    def run(**given: Any) -> None:
-        with _one_line_errors():
+    def run(context: typer.Context, **given: Any) -> None:
+        with _one_line_errors(context.find_root().obj):
             own = {name: given[name] for name in hints if name in given}
             for name, kind in groups.items():
                 own[name] = kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
@@ -68,8 +68,9 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Ends the command with one line on stderr and exit status 1, whatever happens."""
+def _one_line_errors(typed: list[str]) -> Iterator[None]:
+    """Ends the command with one line on stderr and exit status 1, whatever happens. Where options get past the error,
+    the line ends with the command as it was typed and them."""
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -79,14 +80,8 @@ def _one_line_errors() -> Iterator[None]:
             raise
         message = one_line(error, 1500)
         if isinstance(error, NormfuseError):
-            message += _command_with(error.advice)
+            message += f"; run: normfuse {shlex.join(typed)} {' '.join(error.advice)}" if error.advice else ""
         else:
             message = f"unexpected {type(error).__name__}: {message} (NORMFUSE_TRACEBACK=1 shows where)"
         print(f"normfuse: error: {message}", file=sys.stderr)
         raise typer.Exit(1) from error
-
-
-def _command_with(advice: tuple[str, ...]) -> str:
-    """The command as it was typed, with the advised options behind it."""
-    typed = typer.get_current_context().find_root().obj if advice else None
-    return f"; run: normfuse {shlex.join(typed)} {' '.join(advice)}" if typed else ""

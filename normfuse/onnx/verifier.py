@@ -19,6 +19,7 @@ from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
 from normfuse.errors import NormfuseError
+from normfuse.onnx.graph import summarize
 
 # Largest difference allowed, relative to the output's largest value. float32: a few hundred roundings of 6e-8
 # in a
@@ -73,7 +74,7 @@ def verify(
     path: str | os.PathLike[str] | None,
     *,
     program: torch.export.ExportedProgram | None = None,
-    rtol: float = RTOL["float32"],
+    rtol: float | None = None,
     atol: float = 0.0,
     rounds: int = 4,
     seed: int = 0,
@@ -86,7 +87,7 @@ def verify(
         path: the ONNX file; None compares the program only.
         program: the folded program; None compares the file only.
         rtol: allowed difference relative to the largest value of the output (per output, over all its
-            numbers).
+            numbers); None is 1e-4, or 2e-2 for a float16 file.
         atol: allowed difference on top.
         rounds: random inputs.
         seed: of the random inputs.
@@ -95,6 +96,8 @@ def verify(
         VerificationError: for the first difference beyond ``atol + rtol · largest value``, for outputs that
             are not finite, and for a file that ONNX Runtime cannot load or run.
     """
+    if rtol is None:
+        rtol = RTOL["float32" if path is None else summarize(path).dtype]
     forms: dict[str, Any] = {}
     if program is not None:
         forms["folded program"] = _program_runner(program, checkpoint)

@@ -24,7 +24,7 @@ from normfuse.errors import NormfuseError
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.layouts import contiguous_reshapes
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
-from normfuse.options import DTYPES
+from normfuse.options import DTYPES, OPSETS
 
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
 _ONE_FILE_LIMIT = 2**31 - 2**25
@@ -39,7 +39,7 @@ def write(
     program: torch.export.ExportedProgram,
     path: str | os.PathLike[str],
     *,
-    opset: int = 20,
+    opset: int | None = None,
     dtype: str = "float32",
     inputs: Sequence[InputSpec] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
@@ -50,7 +50,8 @@ def write(
     Args:
         program: an exported program, folded or not.
         path: the ``.onnx`` file.
-        opset: version of the operator set; torch translates to 18 to 23.
+        opset: version of the operator set, 18 to 23; None takes the newest of 23, 20 and 18 that the program can be
+            written in.
         dtype: ``float32``, or ``float16`` to convert weights and operations while inputs and outputs stay
             float32.
         inputs: names for the dynamic dimensions; without them the file shows the program's symbols.
@@ -65,6 +66,8 @@ def write(
     """
     if dtype not in DTYPES:
         raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if opset is None:
+        return _newest(program, path, dtype=dtype, inputs=inputs, one_file_limit=one_file_limit, shape=shape)
     path = Path(path)
     with quiet():
         try:
@@ -101,6 +104,16 @@ def write(
         except Exception as error:  # ValidationError, InferenceError and others without a common base
             raise WriteError(f"opset {opset}: onnx.checker objects: {one_line(error)}") from error
     return files
+
+
+def _newest(program: torch.export.ExportedProgram, path: str | os.PathLike[str], **options: Any) -> list[Path]:
+    problems = []
+    for opset in OPSETS:
+        try:
+            return write(program, path, opset=opset, **options)
+        except WriteError as error:
+            problems.append(str(error))
+    raise WriteError("no opset can be written: " + "; ".join(problems))
 
 
 def output_names(program: torch.export.ExportedProgram) -> list[str]:

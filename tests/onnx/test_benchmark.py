@@ -1,3 +1,5 @@
+import onnx
+import onnx.parser
 import pytest
 import tiny_models
 import torch
@@ -54,3 +56,52 @@ def test_what_cannot_be_timed(files, tmp_path):
     write(torch.export.export(tiny_models.Perceptron().eval(), (torch.ones(3, 4),)), tmp_path / "p.onnx")
     with pytest.raises(BenchError, match="takes other inputs"):
         bench([files[0], tmp_path / "p.onnx"], sizes={"seq": 16})
+
+
+def model_file(path, text):
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}'), path)
+    return path
+
+
+def test_dimensions_get_sensible_sizes(tmp_path):
+    inputs = "float[batch_size, seq] a, float[N, num_channels, height, width] b, float[batch_size, past, 2] c"
+    text = f"g ({inputs}) => (float[batch_size, seq] y) {{ y = Abs (a) }}"
+    timing = bench([model_file(tmp_path / "m.onnx", text)], rounds=4)
+    assert timing.shapes == {"a": [1, 128], "b": [1, 3, 224, 224], "c": [1, 128, 2]} and timing.notes == []
+
+
+def test_dimensions_without_names_go_by_their_place(tmp_path):
+    path = model_file(tmp_path / "m.onnx", "g (float[?, ?, ?, ?] x, float[?, ?] y) => (float[?, ?] z) { z = Abs (y) }")
+    assert bench([path], rounds=4).shapes == {"x": [1, 3, 224, 224], "y": [1, 128]}
+    assert bench([path], rounds=4, sizes={"y.1": 5}).shapes["y"] == [1, 5]
+
+
+def test_sums_of_dimensions_follow_their_terms(tmp_path):
+    text = "g (float[batch, past] a, float[batch, past] b) => (float[batch, past] y) { y = Abs (a) }"
+    path = model_file(tmp_path / "m.onnx", text)
+    model = onnx.load(path)
+    model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "past + 1"
+    onnx.save(model, path)
+    assert bench([path], rounds=4, sizes={"past": 6}).shapes == {"a": [1, 6], "b": [1, 7]}
+
+
+def test_bounds_that_only_running_shows_are_respected(files):
+    timing = bench(files, rounds=4)
+    assert timing.shapes == {"x": [1, 16, 1]}
+    assert len(timing.notes) == 1 and timing.notes[0].startswith("seq is 16, not 128: ")
+
+
+def test_inputs_with_other_names_are_mapped(tmp_path):
+    first = model_file(
+        tmp_path / "a.onnx", "g (float[batch, 4] x, int64[batch] n) => (float[batch, 4] y) { y = Abs (x) }"
+    )
+    second = model_file(tmp_path / "b.onnx", "g (float16[2, 4] z, int32[2] m) => (float16[2, 4] y) { y = Abs (z) }")
+    with pytest.raises(BenchError, match="takes other inputs than") as caught:
+        bench([first, second], rounds=4)
+    assert caught.value.advice == ("--map x=z", "--map n=m")
+    timing = bench([first, second], mapping={"x": "z", "n": "m"}, rounds=4)
+    assert timing.shapes == {"x": [2, 4], "n": [2]}, "a size that one file fixes holds for both"
+    with pytest.raises(BenchError, match="has no input 'q' to map"):
+        bench([first, second], mapping={"q": "z"}, rounds=4)
+    with pytest.raises(BenchError, match=r"'m' is a tensor.int32. of 1 axes, not a tensor.float. of 2"):
+        bench([first, second], mapping={"x": "m", "n": "z"}, rounds=4)

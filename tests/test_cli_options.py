@@ -1,0 +1,202 @@
+"""Options of the command: what needs no torch, what every command has, what Python's functions have too."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_models
+import torch
+from test_cli import ENVIRONMENT, save_perceptron
+from typer.testing import CliRunner
+
+import normfuse
+from normfuse import checkpoint, onnx, plotting
+from normfuse.cli import app, options, running
+from normfuse.onnx import shaping
+from normfuse.options import STEPS
+
+COMMANDS = ("export", "fold", "inspect", "verify", "bench", "plot")
+WITHOUT_TORCH = """
+import sys
+from normfuse.cli import main
+sys.argv = ["normfuse", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "rich", "transformers"} & sys.modules.keys()
+    print("loaded", *heavy, file=sys.stderr)
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, its file, and that file's bare weights."""
+    folder = tmp_path_factory.mktemp("options")
+    torch.manual_seed(0)
+    save_perceptron(folder / "m.pt")
+    torch.save(tiny_models.Perceptron().state_dict(), folder / "bare.pt")
+    done = run("export", folder / "m.pt", "--out", folder / "m.onnx", "--quiet")
+    assert done.exit_code == 0 and done.stdout == done.stderr == ""
+    return folder
+
+
+# What needs no torch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "Commands"),
+        (["-h"], 0, "Commands"),
+        (["--version"], 0, normfuse.__version__),
+        *(([command, "-h"], 0, "--json") for command in COMMANDS),
+        (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "target 'gpu' is not one of portable"),
+        (["export", "m.pt", "--out", "m.onnx", "--no-shape", "gemm"], 1, "no shaping step 'gemm'"),
+        (["export", "m.pt", "--out", "absent/m.onnx"], 1, "there is no folder absent"),
+        (["export", "m.pt", "--out", "m.onnx", "--report", "absent/r.json"], 1, "there is no folder absent"),
+        (["export", "m.pt", "--out", "m.onnx", "--opset", "99"], 1, "opset 99 is outside 18 to 23"),
+        (["export", "m.pt", "--out", "m.onnx", "--dtype", "int8"], 1, "dtype 'int8' is not one of"),
+        (["export", "m.pt", "--out", "m.onnx", "--dtype", "bfloat16"], 1, "ONNX Runtime's CPU has no bfloat16"),
+        (["export", "m.pt", "--out", "m.onnx", "--model-arg", "width"], 1, "'width' is not of the form name=value"),
+        (["export", "absent.pt", "--out", "m.onnx"], 1, "cannot read absent.pt: No such file"),
+        (["fold", "absent.onnx", "--out", "m.onnx"], 1, "cannot read absent.onnx: No such file"),
+        (["fold", "m.pt", "--out", "m.onnx", "--max-scale-range", "0.5"], 1, "max_scale_range 0.5 is below 1"),
+        (["inspect", "m.pt", "--target", "gpu"], 1, "target 'gpu'"),
+        (["verify", "m.pt", "absent.onnx"], 1, "cannot read absent.onnx"),
+        (["bench", "m.pt", "m.pt", "m.pt"], 1, "3 files given; one or two can be timed"),
+        (["bench", "m.pt", "--size", "seq=many"], 1, "--size seq=many: give a whole number of at least 1"),
+        (["bench", "m.pt", "--map", "seq"], 1, "'seq' is not of the form name=value"),
+    ],
+)
+def test_help_and_refused_options_load_nothing(tmp_path, arguments, status, said):
+    (tmp_path / "m.pt").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == status and said in done.stdout + done.stderr, done
+    assert done.stderr.splitlines()[-1] == "loaded", "torch and its like were imported"
+    assert status == 0 or done.stderr.count("\n") == 2, "a refusal is one line"
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("export m.pt --target cpu-", ["cpu-single", "cpu-long"]),
+        ("export m.pt --dtype ", ["float32", "float16"]),
+        ("fold m.onnx --opset 2", ["23", "20"]),
+        ("inspect m.pt --no-shape g", ["gemm2d"]),
+    ],
+)
+def test_values_are_completed(tmp_path, typed, completed):
+    words = f"normfuse {typed}"
+    environment = {
+        "_NORMFUSE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from normfuse.cli import main; main()"],
+        cwd=tmp_path, env=ENVIRONMENT | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == completed, done
+
+
+# What every command has
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (["export", "m.pt", "--out", "new.onnx"], {"path", "fold", "verification", "graph", "versions"}),
+        (["fold", "m.onnx", "--out", "folded.onnx"], {"path", "fold", "verification", "graph", "source"}),
+        (["inspect", "m.pt"], {"inputs", "fold", "notes"}),
+        (["verify", "m.pt", "m.onnx", "--rounds", "1"], {"worst", "rtol", "cases"}),
+        (["bench", "m.onnx", "--rounds", "4"], {"paths", "shapes", "milliseconds"}),
+    ],
+)
+def test_json_is_all_of_standard_output(folder, monkeypatch, arguments, keys):
+    monkeypatch.chdir(folder)
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert keys <= json.loads(done.stdout).keys()
+    assert "✓" in done.stderr, "progress goes to standard error"
+    assert run(*arguments, "--json", "--quiet").stderr == ""
+
+
+def test_quiet_leaves_asked_for_numbers(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run("verify", "m.pt", "m.onnx", "--quiet").output == ""
+    for arguments in (["inspect", "m.pt"], ["bench", "m.onnx", "--rounds", "4"]):
+        done = run(*arguments, "-q")
+        assert done.exit_code == 0 and "✓" not in done.output and done.stdout
+
+
+def test_a_report_and_json_say_the_same(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = run("export", "m.pt", "-o", "again.onnx", "--report", "r.json", "--json")
+    assert json.loads(done.stdout) == json.loads((folder / "r.json").read_text())
+
+
+def test_numbers_that_json_lacks_are_null():
+    assert options.finite({"a": [float("inf"), float("nan"), 1.5, "inf"]}) == {"a": [None, None, 1.5, "inf"]}
+
+
+# What Python's functions have too
+
+
+def defaults(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+GROUPS = {
+    onnx.export: (options.ModelFolding, options.Tolerance, options.Writing),
+    onnx.fold_checkpoint: (options.ModelFolding,),
+    checkpoint.load: (options.Loading,),
+}
+
+
+@pytest.mark.parametrize("function", GROUPS, ids=lambda function: function.__name__)
+def test_options_have_the_names_and_defaults_of_arguments(function):
+    own = defaults(function)
+    for group in GROUPS[function]:
+        for field in dataclasses.fields(group):
+            if group is not options.Writing or field.name == "opset":
+                assert field.name in own, f"{function.__name__} lacks {field.name}"
+                assert (running._default(field) or None) == (own[field.name] or None), field.name
+
+
+def test_commands_have_the_defaults_of_their_functions():
+    from normfuse.cli.bench import bench
+    from normfuse.cli.models import verify
+    from normfuse.cli.plot import plot
+
+    for command, function in ((verify, onnx.verify), (bench, onnx.bench), (plot, plotting.plot_statistics)):
+        own = defaults(function)
+        for name, default in defaults(command).items():
+            assert name not in own or (own[name] or None) == (default or None), name
+    assert defaults(onnx.verify)["rtol"] is options.Tolerance().rtol
+    assert defaults(onnx.write)["opset"] is defaults(onnx.export)["opset"] is None
+
+
+def test_every_shaping_step_is_an_option():
+    assert STEPS == ("carry_biases", *shaping.PASSES)
+
+
+# Advice
+
+
+def test_errors_that_advise_print_the_command(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = run("export", "bare.pt", "--out", "b.onnx", "--target", "cpu")
+    wanted = "run: normfuse export bare.pt --out b.onnx --target cpu --model package.module:factory"
+    assert done.exit_code == 1 and done.stderr.rstrip().endswith(wanted)
