@@ -113,16 +113,17 @@ def group_norm(x, groups, weight, bias, eps):
 
 
 def region_norm(x, mask, eps, pool):
-    """x [B, C, H, W], mask bool [B, H, W]."""
+    """x [B, C, H, W], mask bool [B, H, W]. Pooled over the batch, eps counts N / n times for a region of n of N."""
     y = np.zeros_like(x)
     for c in range(x.shape[1]):
         for region in (False, True):
             for which in [[b] for b in range(x.shape[0])] if pool == "sample" else [list(range(x.shape[0]))]:
                 chosen = [x[b, c][mask[b] == region] for b in which]
                 values = np.concatenate(chosen)
+                added = eps * mask.size / max(len(values), 1) if pool == "batch" else eps
                 for b in which if len(values) else []:
                     at = mask[b] == region
-                    y[b, c][at] = (x[b, c][at] - values.mean()) / np.sqrt(values.var() + eps)
+                    y[b, c][at] = (x[b, c][at] - values.mean()) / np.sqrt(values.var() + added)
     return y
 
 
@@ -138,6 +139,10 @@ def layer_norm(x, eps):
 
 def rms_norm(x, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def divided_by_rms(x, eps):
+    return x / (np.sqrt((x**2).mean(-1, keepdims=True)) + eps)
 
 
 def adaptive_instance_norm(x, style, eps, unbiased, alpha):

@@ -5,6 +5,7 @@ from .around import reparametrize, split_domains
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error
 from .only_norms import DeadChannels, freeze_to_norms, remove_dead_channels
+from .originals import load_original
 from .placement import Placed, place
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
@@ -26,6 +27,7 @@ __all__ = [
     "freeze",
     "freeze_to_norms",
     "lightning_callback",
+    "load_original",
     "output_error",
     "place",
     "progressive",

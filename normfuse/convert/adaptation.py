@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..nn import MaskedBatchNorm, RepBatchNorm
 from ..nn._running_norm import check_count, check_fraction, check_positive
+from ..nn.batch_norm import deviation_of
 from ..ops._layout import accumulation_dtype, check_pad_mask
 from .swap import Swap, SwapReport, Where, _selector, put
 
@@ -59,7 +60,7 @@ class AdaptingNorm(nn.Module):
     def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """What the norm gives with other statistics, [channels] or [samples, channels]."""
         norm = self.norm
-        scale = torch.sqrt((norm.running_var + norm.eps) / (var + norm.eps))
+        scale = deviation_of(norm, norm.running_var) / deviation_of(norm, var)
         shift = norm.running_mean - mean * scale
         shape = [1] * x.dim()
         shape[0], shape[self.channel_dim] = -1, scale.shape[-1]
@@ -192,7 +193,8 @@ class UnMixBatchNorm(AdaptingNorm):
 
     and the sample is normalised by the statistics of that mixture. Components move by ``p * (m - component mean)``,
     averaged over samples, times ``1 - (1 - momentum) ** (samples / 64)``; variances likewise. Gradients flow through
-    the sample's statistics.
+    the sample's statistics, but not through p. Input [B, C] has no positions to take statistics over: it is normalised
+    by the source's alone, and nothing moves.
 
     Args:
         norm: the BatchNorm with the source's statistics.
@@ -233,10 +235,10 @@ class UnMixBatchNorm(AdaptingNorm):
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         values, keep = self._instances(x, pad_mask)
-        if values.numel() == 0:
+        if values.numel() == 0 or x.dim() == 2:
             return self.norm(x)
         mean, var, rows = _moments(values.to(self.means), keep, (2,))
-        likeness = nn.functional.cosine_similarity(mean[:, None], self.means, dim=-1)
+        likeness = nn.functional.cosine_similarity(mean.detach()[:, None], self.means, dim=-1)
         p = torch.softmax(likeness / self.temperature, dim=1)[..., None]
         means, vars_ = self.means.lerp(mean[:, None], p), self.vars.lerp(var[:, None], p)
         mixed = means.mean(1)

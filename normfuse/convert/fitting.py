@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MaskedBatchNorm, ProgressiveNorm, RepBatchNorm
 from ..nn._running_norm import ChannelNorm, normalised_input
+from ..nn.batch_norm import deviation_of
 from ..nn.calibration import keep_modes, run_batch
 from ..ops._layout import to_rows
 
@@ -115,7 +116,7 @@ def set_affine(
     static.set_statistics(mean, var)
     if fit:
         own = slope - static.alpha if isinstance(static, RepBatchNorm) else slope
-        static.weight.copy_(own * torch.sqrt((var if centred else square) + static.eps))
+        static.weight.copy_(own * deviation_of(static, var if centred else square))
         static.bias.copy_(shift + own * mean if centred else shift)
     total = target_var.sum()
     return (left / total).item() if total > 0 else 0.0

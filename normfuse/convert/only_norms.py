@@ -9,18 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..folding.dead import Dead, columns_of, find_dead, open_for_removal, weights_of
 from ..folding.engine import Folding
 from ..folding.rules.base import argument
-from ..nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
-from ..nn._running_norm import ChannelNorm, check_choice
+from ..nn import MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
+from ..nn._running_norm import check_choice
 from ..nn.calibration import keep_modes
-from .swap import _is_norm
+from ..nn.gains import gains_and_shifts, gains_of
 
 INITS = ("keep", "one", "uniform")
-_DYNAMIC = (nn.GroupNorm, _InstanceNorm, DyT, Derf)
 _STATIC = (_BatchNorm, MaskedBatchNorm, MovingAverageBatchNorm, UnifiedNorm, PowerNorm)
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -48,21 +46,31 @@ def freeze_to_norms(
     names = {name: module for name, module in model.named_modules()}
     if also is not None and also not in names:
         raise ValueError(f"also={also!r} is no module of the model; give one of its names, such as {list(names)[-1]!r}")
-    norms = [m for m in names.values() if _is_norm(m) or isinstance(m, (ChannelNorm, *_DYNAMIC))]
-    gains = [norm for norm in norms if isinstance(getattr(norm, "weight", None), Tensor)]
-    if not gains:
+    affine = {p: neutral for module in names.values() for p, neutral in gains_and_shifts(module).items()}
+    if not affine:
         raise ValueError(f"model of class {type(model).__name__} has no norm with a gain to train")
     model.requires_grad_(False)
-    for norm in gains:
-        norm.requires_grad_(True)
+    for module in names.values():
+        own = gains_and_shifts(module)
+        if own:
+            for parameter in module.parameters(recurse=False):  # with the learned scalars of a norm, such as alpha
+                parameter.requires_grad_(True)
         if init != "keep":
-            start = torch.ones(norm.weight.shape)
-            norm.weight.copy_(start if init == "one" else torch.rand(start.shape, generator=generator))
-            if isinstance(getattr(norm, "bias", None), Tensor):  # an RMSNorm has none
-                norm.bias.zero_()
+            _restart(module, own, init, generator)
     if also is not None:
         names[also].requires_grad_(True)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _restart(module: nn.Module, own: dict[nn.Parameter, float], init: str, generator: torch.Generator | None) -> None:
+    """Gains all 1 or drawn from 0 to 1, shifts 0."""
+    for parameter, neutral in own.items():
+        parameter.fill_(neutral)
+    if init == "uniform":
+        for parameter in gains_of(module):
+            drawn = torch.rand(parameter.shape, generator=generator).to(parameter)
+            # A gain that is stored as what is added to 1 starts at 0.
+            parameter.add_(drawn - 1)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn import Derf, DyT, MaskedBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import ChannelNorm
+from ..nn.gains import is_foreign_norm
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
-# Other libraries write norms of their own, without a base class; their names all end like this.
-_FOREIGN = re.compile(r"(Layer_?Norm|RMS_?Norm)(2d)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def _is_norm(module: nn.Module) -> bool:
         return False  # no other norm has a place for its shortcut
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, ChannelNorm, DyT, Derf)):
         return True
-    leaf = next(module.children(), None) is None
-    return leaf and _FOREIGN.search(type(module).__name__) is not None
+    return is_foreign_norm(module)
 
 
 def _channels(name: str, norm: nn.Module) -> int:

@@ -10,6 +10,9 @@ from ..ops._layout import cast
 from ._running_norm import check_count, check_fraction
 from .batch_norm import MaskedBatchNorm
 
+#: What the batch half of :class:`BatchChannelNorm` adds to its variance.
+BATCH_EPS = 1e-5
+
 
 class EstimatedBatchNorm(MaskedBatchNorm):
     """Batch Normalization by running statistics in training too (Qiao et al., 2019, arXiv 1911.09738).
@@ -64,7 +67,7 @@ class BatchChannelNorm(nn.Module):
         num_features: number of channels C, along dimension 1.
         num_groups: of the group half, a divisor of C.
         estimated: for micro-batches: the batch half uses estimated statistics (:class:`EstimatedBatchNorm`).
-        eps: of both halves.
+        eps: of the group half. The batch half keeps 1e-5 whatever this is, as in the authors' program.
         momentum: share of the new value in the batch half's statistics.
         ghost_size: see :class:`MaskedBatchNorm`.
         device, dtype: of the parameters.
@@ -92,7 +95,7 @@ class BatchChannelNorm(nn.Module):
         check_count("num_groups", num_groups, 1)
         half = EstimatedBatchNorm if estimated else MaskedBatchNorm
         self.batch_norm = half(
-            num_features, eps, momentum, channel_dim=1, ghost_size=ghost_size, device=device, dtype=dtype
+            num_features, BATCH_EPS, momentum, channel_dim=1, ghost_size=ghost_size, device=device, dtype=dtype
         )
         if num_features % num_groups:
             raise ValueError(

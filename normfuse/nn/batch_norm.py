@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormState, batch_norm
-from ..ops.batch_norm import BatchStatistics, batch_norm_with_statistics
-from ._running_norm import ChannelNorm, check_fraction
+from ..ops._layout import check_input, gain_and_shift
+from ..ops.batch_norm import BatchStatistics, affine_by_statistics, floored_batch_norm
+from ._running_norm import ChannelNorm, check_count, check_fraction, split_ghosts
+
+#: Tokens whose losses the authors of :class:`RegularizedBatchNorm` add up in a step.
+AUTHORS_TOKENS = 4096
+# So many penalties in a row that nobody asked for are a loss term that somebody forgot.
+_FORGOTTEN = 1000
 
 
 class MaskedBatchNorm(ChannelNorm):
@@ -64,6 +72,14 @@ class MaskedBatchNorm(ChannelNorm):
         statistics = {"running_mean": ((num_features,), 0.0), "running_var": ((num_features,), 1.0)}
         self._register_statistics(statistics, {"num_batches_tracked": ()}, device, dtype)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # BatchNorms of old, and other programs', have no counter; torch.nn.BatchNorm1d takes their state as well.
+        counter = prefix + "num_batches_tracked"
+        if prefix + "running_mean" in state_dict and counter not in state_dict:
+            known = not self.num_batches_tracked.is_meta
+            state_dict[counter] = self.num_batches_tracked if known else torch.tensor(0)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def state(self) -> BatchNormState:
         """The statistics, as operations take them."""
@@ -105,11 +121,16 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         mean_penalty * ‖running_mean − mean‖² + var_penalty * ‖running_var − var‖₁
 
     (sums over channels, running statistics after the update and without gradient, biased batch variance) in
-    ``penalty``; add :func:`batch_norm_penalty` of the model to the loss. Evaluation is that of batch normalisation.
+    ``penalty``, the sum over all forwards since :func:`batch_norm_penalty` was called last; add that function's result
+    to the loss. As in the authors' program the norm divides by ``sqrt(max(var, eps))`` instead of ``sqrt(var + eps)``,
+    in training and in evaluation, and padding comes out as zeros:
 
-    The authors tune both weights for each task. The defaults are those of their translation model in pre-norm; in
-    post-norm they take ``mean_penalty=60, var_penalty=0``, both with ``momentum=0.05``. Their program switches the
-    terms off by default, which is ``mean_penalty=0, var_penalty=0`` here, and keeps the running variance biased.
+        y = weight * (x - running_mean) / sqrt(max(running_var, eps)) + bias
+
+    The authors tune both weights for each task, for a loss that is *summed* over up to 4096 tokens, which is what
+    :func:`batch_norm_penalty` allows for. The defaults are those of their translation model in pre-norm; in post-norm
+    they take ``mean_penalty=60, var_penalty=0``, both with ``momentum=0.05``. Their program switches the terms off by
+    default, which is ``mean_penalty=0, var_penalty=0`` here, and keeps the running variance biased.
 
     Args:
         mean_penalty, var_penalty: weights of the two terms, at least 0.
@@ -125,17 +146,41 @@ class RegularizedBatchNorm(MaskedBatchNorm):
                 raise ValueError(f"{name}={value} is not allowed; give a number of at least 0")
         self.mean_penalty = mean_penalty
         self.var_penalty = var_penalty
+        self.forget_penalty()
+
+    def forget_penalty(self) -> None:
+        """Start the sum of penalties anew."""
         self.penalty: Tensor | None = None
+        self._summed = 0
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        if not self.training:
-            return super().forward(x, pad_mask)
-        y, batch, state = batch_norm_with_statistics(
-            x, self.weight, self.bias, self.state, pad_mask, self.momentum, self.eps, self.channel_dim, self.ghost_size,
-            process_group=self.group_to_share_with(),
-        )  # fmt: skip
-        self.penalty = self._penalise(batch, state)
-        return y
+        if self.training:
+            group = self.group_to_share_with()
+            sizes = split_ghosts(x, self.ghost_size) if group is None else [x.shape[0]]
+            y, batch, state = floored_batch_norm(
+                x, self.weight, self.bias, self.state, pad_mask, self.momentum, self.eps, self.channel_dim, sizes, group
+            )
+            self._add_penalty(self._penalise(batch, state))
+        else:
+            check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
+            weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
+            y = affine_by_statistics(
+                x, weight, bias, self.running_mean, self.running_var, self.eps, self.channel_dim, floor=True
+            )
+        return y if pad_mask is None else y.masked_fill(pad_mask.unsqueeze(self.channel_dim), 0.0)
+
+    def _add_penalty(self, penalty: Tensor) -> None:
+        if self._summed >= _FORGOTTEN:
+            warnings.warn(
+                f"{_FORGOTTEN} penalties of a RegularizedBatchNorm were not used and are dropped: add "
+                "normfuse.nn.batch_norm_penalty(model) to the loss, or give mean_penalty=0, var_penalty=0",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.forget_penalty()
+        if self.mean_penalty or self.var_penalty:
+            self.penalty = penalty if self.penalty is None else self.penalty + penalty
+            self._summed += 1
 
     def _penalise(self, batch: BatchStatistics, state: BatchNormState) -> Tensor:
         mean = (state.running_mean - batch.mean).square().sum(-1)
@@ -145,23 +190,51 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         return torch.where(seen, each, 0.0).sum() / seen.sum().clamp(min=1)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "penalty": None}  # it hangs on a graph, which can neither be copied nor stored
+        # It hangs on a graph, which can neither be copied nor stored.
+        return {**self.__dict__, "penalty": None, "_summed": 0}
 
     def extra_repr(self) -> str:
         return self._describe(momentum=self.momentum, mean_penalty=self.mean_penalty, var_penalty=self.var_penalty)
 
 
-def batch_norm_penalty(model: nn.Module) -> Tensor:
-    """The sum of the loss terms that the last training forward left in every :class:`RegularizedBatchNorm`.
+def deviation_of(norm: nn.Module, var: Tensor) -> Tensor:
+    """What ``norm``, with running statistics of ours or of PyTorch, divides by where its variance is ``var``."""
+    floor = isinstance(norm, RegularizedBatchNorm)
+    return torch.sqrt(var.clamp(min=norm.eps) if floor else var + norm.eps)
+
+
+def batch_norm_penalty(model: nn.Module, tokens: int = AUTHORS_TOKENS) -> Tensor:
+    """The loss term of every :class:`RegularizedBatchNorm` in ``model``, for a loss that is a *mean* over tokens.
+
+    It is the sum of the terms of all training forwards since the last call, divided by ``tokens``; the sums start anew.
+
+    Args:
+        model: contains the norms. With shared layers or several forwards before one backward all terms count.
+        tokens: how many tokens' losses the weights were chosen for. The authors' loss is a sum over up to 4096 tokens,
+            which the default turns into their balance for a mean loss. Give 1 with a summed loss.
+
+    Returns:
+        A scalar tensor with gradient; zero where the weights of all terms are 0.
 
     Raises:
-        ValueError: ``model`` has none, or none has run in training.
+        TypeError, ValueError: ``tokens`` is not a positive int; ``model`` has no such norm, or none has run in training
+            since the last call.
+
+    Example:
+        >>> norm = RegularizedBatchNorm(4)
+        >>> loss = norm(torch.randn(8, 4)).square().mean() + batch_norm_penalty(norm)
     """
+    check_count("tokens", tokens, 1)
     norms = [module for module in model.modules() if isinstance(module, RegularizedBatchNorm)]
     found = [norm.penalty for norm in norms if norm.penalty is not None]
+    weighted = [norm for norm in norms if norm.mean_penalty or norm.var_penalty]
+    if norms and not weighted:
+        return norms[0].running_mean.new_zeros(())
     if not found:
         raise ValueError(
             f"model of class {type(model).__name__} has no RegularizedBatchNorm with a penalty; "
             "run a forward in training mode first"
         )
-    return torch.stack(found).sum()
+    for norm in norms:
+        norm.forget_penalty()
+    return torch.stack(found).sum() / tokens

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, gain_and_shift, mean_or, per_channel, to_rows
 from ._running_norm import ChannelNorm
-from .batch_norm import MaskedBatchNorm
+from .batch_norm import MaskedBatchNorm, deviation_of
 from .power_norm import PowerNorm
 from .rep_batch_norm import RepBatchNorm
 
@@ -53,7 +53,7 @@ def norm_bounds(
         var = norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
         mean = norm.running_mean if centred else torch.zeros_like(var)
     weight, bias = gain_and_shift(norm.weight, norm.bias, var)
-    scale = weight * torch.rsqrt(var + norm.eps)
+    scale = weight / deviation_of(norm, var)
     shift = bias - mean * scale
     if isinstance(norm, RepBatchNorm):
         scale = scale + norm.alpha.to(scale.dtype)

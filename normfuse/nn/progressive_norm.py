@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype
-from ._running_norm import ChannelNorm, check_count
+from ._running_norm import ChannelNorm, check_count, check_fraction
 
 
 class ProgressiveNorm(nn.Module):
     """λ · ``original`` + (1 − λ) · ``static``, where λ falls from 1 to 0 as training goes on.
 
     With λ = 1 it is the original, with λ = 0 the static norm, bit for bit. :meth:`advance` counts an optimiser step;
-    λ is 1 up to step ``begin``, 0 from step ``end`` on, and falls linearly in between. The count is part of
-    ``state_dict``. Both norms run in every training forward until ``finish`` of the conversion puts the static one in
-    its place; evaluation at λ = 0 runs the static one alone.
+    λ is 1 before step ``begin``, ``r0`` at it, 0 from step ``end`` on, and falls linearly in between. The count is part
+    of ``state_dict``. Before ``begin`` the static norm rests: it does not run, and its statistics stay as they are, as
+    in the authors' program. After that both norms run in every training forward until ``finish`` of the conversion puts
+    the static one in its place; evaluation at λ = 0 runs the static one alone.
 
     Args:
         original: the norm that is replaced; called with the input alone.
         static: its replacement, with running statistics; called with the input and ``pad_mask``.
         begin, end: the steps between which λ falls, 0 <= begin < end.
+        r0: λ at step ``begin``, from 0 to 1.
         frozen: keep ``static`` in evaluation mode while training, so that its statistics stay as they were calibrated;
             gain and shift learn.
         evaluate_static: evaluate the static norm alone whatever λ is, as the authors of PRepBN do, who train from the
@@ -46,16 +48,19 @@ class ProgressiveNorm(nn.Module):
         *,
         begin: int = 0,
         end: int,
+        r0: float = 1.0,
         frozen: bool = False,
         evaluate_static: bool = False,
     ) -> None:
         super().__init__()
         check_count("begin", begin, 0)
         check_count("end", end, begin + 1)
+        check_fraction("r0", r0, "original's")
         self.original = original
         self.static = static
         self.begin = begin
         self.end = end
+        self.r0 = r0
         self.frozen = frozen
         self.evaluate_static = evaluate_static
         self.pad_mask: Tensor | None = None
@@ -70,7 +75,9 @@ class ProgressiveNorm(nn.Module):
 
     def _set_step(self, step: int) -> None:
         self._step = step
-        self.share = min(1.0, max(0.0, (self.end - step) / (self.end - self.begin)))
+        self.resting = step < self.begin
+        falling = self.r0 * min(1.0, max(0.0, (self.end - step) / (self.end - self.begin)))
+        self.share = 1.0 if self.resting else falling
         self.step.fill_(step)
         self._share.fill_(self.share)
 
@@ -103,6 +110,8 @@ class ProgressiveNorm(nn.Module):
                 f"{self.end}); train on until the conversion is done, call its finish(), then export"
             )
         original = self.original(x)
+        if self.training and self.resting:
+            return original
         static = self.static(x, pad_mask).to(original.dtype)
         return torch.lerp(static, original, self._share.to(original.dtype))
 
@@ -119,5 +128,6 @@ class ProgressiveNorm(nn.Module):
         self._set_step(int(self.step))
 
     def extra_repr(self) -> str:
-        shown = f"share={self.share:.3g}, step={self._step}, begin={self.begin}, end={self.end}, frozen={self.frozen}"
+        shown = f"share={self.share:.3g}, step={self._step}, begin={self.begin}, end={self.end}, r0={self.r0}"
+        shown += f", frozen={self.frozen}"
         return shown + (", evaluate_static=True" if self.evaluate_static else "")

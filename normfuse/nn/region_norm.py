@@ -15,14 +15,16 @@ class RegionNorm(nn.Module):
 
     Args:
         num_features: number of channels C.
-        eps: added to the variance.
+        eps: added to the variance; pooled over the batch, N / n times for a region of n of all N pixels, as in the
+            authors' program.
         pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
         shift_everywhere: add the sum of both shifts to every pixel, as the authors' program does; otherwise each
             region has its own.
         device, dtype: of ``weight`` and ``bias`` [2, C], zero at first; row 0 outside of the mask, row 1 inside.
 
     Shape:
-        x: [B, C, H, W]. mask: [B, 1, h, w], bool or numbers, not 0: inside; resized to H×W. Output like x.
+        x: [B, C, H, W]. mask: [B, 1, h, w], bool or integers (not 0: inside), or floating shares from 0 to 1, used as
+        they are; resized to H×W. Output like x.
 
     Raises:
         TypeError, ValueError: an option or a shape is not allowed.
@@ -61,7 +63,8 @@ class LearnableRegionNorm(nn.Module):
     """Learnable Region Normalization (RN-L): the regions come from the features, gain and shift from a map of them.
 
     ``map = sigmoid(conv([mean over channels; maximum over channels]))``, the region is ``map >= threshold`` (without
-    gradient), and ``y = x̂ * (1 + gain(map)) + shift(map)`` with one convolution each, pixel by pixel.
+    gradient), and ``y = x̂ * (1 + gain(map)) + shift(map)`` with one convolution each, pixel by pixel. The first
+    convolution has no bias.
 
     Args:
         threshold: from 0 to 1.
@@ -98,10 +101,10 @@ class LearnableRegionNorm(nn.Module):
         self.eps = eps
         self.pool = pool
 
-        def conv(channels: int) -> nn.Conv2d:
-            return nn.Conv2d(channels, 1, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
+        def conv(channels: int, bias: bool = True) -> nn.Conv2d:
+            return nn.Conv2d(channels, 1, kernel_size, padding=kernel_size // 2, bias=bias, device=device, dtype=dtype)
 
-        self.attention, self.gain, self.shift = conv(2), conv(1), conv(1)
+        self.attention, self.gain, self.shift = conv(2, bias=False), conv(1), conv(1)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)

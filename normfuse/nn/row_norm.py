@@ -131,8 +131,21 @@ class CRMSNorm(RMSNorm):
 
     The last channel is minus the sum of the others, so nobody stores it: ``weight * x / sqrt((Σx² + (Σx)²)/(C + 1) +
     eps)``. ``normalized_shape`` is C, one less than the network's width had the channel been kept. In evaluation it is
-    that formula in ATen operations. Else as :class:`RMSNorm`.
+    that formula in ATen operations. ``eps`` is 1e-5 by default, that of the LayerNorm it is converted from. Else as
+    :class:`RMSNorm`.
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = 1e-5,
+        elementwise_affine: bool = True,
+        *,
+        unit_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, unit_offset=unit_offset, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return crms_norm(x, self.weight, **self._options(x, residual))

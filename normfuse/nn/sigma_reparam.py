@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ..ops._layout import accumulation_dtype, cast
 from ..ops._recompute import statistics_of_this_run
 from ._running_norm import check_choice
 from .weight_standardization import output_axis
 
 INITS = ("one", "spectral")
+PROGRAMS = ("speech", "vision")
 
 
 class SigmaReparam(nn.Module):
@@ -19,67 +24,103 @@ class SigmaReparam(nn.Module):
 
     Attributes:
         gain: the learned spectral norm, a scalar parameter.
-        u, v: buffers, the current left [out] and right [in·kernel] singular vector.
+        u, v: buffers, the current left [out] and right [in·kernel] singular vector, in float32 or wider.
     """
 
-    def __init__(self, weight: Tensor, dim: int, init: str, iterate_in_evaluation: bool) -> None:
+    def __init__(self, weight: Tensor, dim: int, init: str, iterate_in_evaluation: bool, program: str) -> None:
         super().__init__()
         self.dim = dim
         self.iterate_in_evaluation = iterate_in_evaluation
+        self.program = program
         matrix = self._matrix(weight.detach())
-        left, lengths, right = torch.linalg.svd(
-            matrix.float() if matrix.dtype.itemsize < 4 else matrix, full_matrices=False
-        )
-        self.register_buffer("u", left[:, 0].to(weight.dtype).clone())
-        self.register_buffer("v", right[0].to(weight.dtype).clone())
+        left, lengths, right = torch.linalg.svd(cast(matrix, accumulation_dtype(matrix.dtype)), full_matrices=False)
+        self.register_buffer("u", left[:, 0].clone())
+        self.register_buffer("v", right[0].clone())
         gain = lengths[0] if init == "spectral" else torch.ones_like(lengths[0])
         self.gain = nn.Parameter(gain.to(weight.dtype))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return (weight if self.dim == 0 else weight.movedim(self.dim, 0)).flatten(1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaReparam:
+        before = {name: self._buffers[name] for name in ("u", "v")}
+        super()._apply(fn, recurse)
+        # A conversion to bfloat16 or float16 is for parameters: the vectors keep their digits.
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != accumulation_dtype(new.dtype):
+                self._buffers[name] = old.to(new.device, accumulation_dtype(new.dtype))
+        return self
+
     def forward(self, weight: Tensor) -> Tensor:
-        matrix, u, v = self._matrix(weight), self.u, self.v
-        if self.training or self.iterate_in_evaluation:
-            if self.training and not torch.compiler.is_compiling():
-                u, v = statistics_of_this_run((u, v))
-            fixed = matrix.detach()
-            new_v = F.normalize(fixed.t() @ u, dim=0)
-            new_u = F.normalize(fixed @ new_v, dim=0)
-            if self.training:
-                u.copy_(new_u)
-                v.copy_(new_v)
-            u, v = new_u, new_v
-        return weight * (self.gain / torch.dot(u, matrix @ v))
+        with _without_autocast(weight.device.type):
+            matrix, u, v = cast(self._matrix(weight), self.u.dtype), self.u, self.v
+            if self.training or self.iterate_in_evaluation:
+                if self.training and not torch.compiler.is_compiling():
+                    u, v = statistics_of_this_run((u, v))
+                new_u, new_v = self._iterate(matrix.detach(), u, v)
+                if self.training:
+                    u.copy_(new_u)
+                    v.copy_(new_v)
+                u, v = new_u, new_v
+            factor = cast(self.gain, matrix.dtype) / torch.dot(u, matrix @ v)
+            return weight * cast(factor, weight.dtype)
+
+    def _iterate(self, matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.program == "vision":
+            u = F.normalize(matrix @ v, dim=0)
+            return u, F.normalize(matrix.t() @ u, dim=0)
+        v = F.normalize(matrix.t() @ u, dim=0)
+        return F.normalize(matrix @ v, dim=0), v
 
     def extra_repr(self) -> str:
-        return f"iterate_in_evaluation={self.iterate_in_evaluation}"
+        return f"program={self.program!r}, iterate_in_evaluation={self.iterate_in_evaluation}"
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The iteration and σ keep their digits. A context of its own would be a region in exported programs."""
+    known = torch.amp.is_autocast_available(device_type)
+    active = known and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
 def sigma_reparam(
-    module: nn.Module, name: str = "weight", *, init: str = "one", iterate_in_evaluation: bool = False
+    module: nn.Module,
+    name: str = "weight",
+    *,
+    init: str | None = None,
+    iterate_in_evaluation: bool = False,
+    program: str = "speech",
 ) -> nn.Module:
     """Let ``module`` compute with ``gain * W / σ(W)`` (Zhai et al., 2023, arXiv 2303.06296).
 
     ``gain`` is learned; σ(W), the largest singular value, follows W by one power iteration per training forward and has
-    a gradient in W, but not in the singular vectors. A convolution's weight counts as [out, in·kernel].
+    a gradient in W, but not in the singular vectors. Both are computed in float32 or wider, under autocast too. A
+    convolution's weight counts as [out, in·kernel].
 
     Args:
         module: a linear layer or a convolution; changed in place.
         name: of the weight.
-        init: gain at first: "one" (speech, and the paper), or "spectral", σ of the weight as it is, which leaves the
-            function as it was (vision).
+        init: gain at first: "one" (the paper), or "spectral", σ of the weight as it is, which leaves the function as it
+            was. None: that of ``program``, "one" for speech, "spectral" for vision.
         iterate_in_evaluation: iterate once more in every evaluation forward, without keeping the result, as the
-            authors' program does. Otherwise evaluation uses the vectors of the last training step.
+            authors' programs do. Otherwise evaluation uses the vectors of the last training step.
+        program: which of the authors' two programs the iteration is that of: "speech" goes on from the left vector,
+            v ← Wᵀu and then u ← Wv; "vision" from the right one, u ← Wv and then v ← Wᵀu.
 
     Returns:
         ``module``. An exported program holds the weight as evaluation computes it, a constant into which norms fold.
 
     Raises:
         ValueError: an option is unknown, or ``name`` is no such weight.
+
+    Example:
+        >>> layer = sigma_reparam(torch.nn.Linear(8, 8), program="vision")
     """
+    check_choice("program", program, PROGRAMS)
+    init = ("spectral" if program == "vision" else "one") if init is None else init
     check_choice("init", init, INITS)
     axis = output_axis(module, name)
-    reparam = SigmaReparam(getattr(module, name), axis, init, iterate_in_evaluation)
+    reparam = SigmaReparam(getattr(module, name), axis, init, iterate_in_evaluation, program)
     parametrize.register_parametrization(module, name, reparam)
     return module

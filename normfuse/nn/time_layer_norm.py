@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import cast
+from ..ops._layout import accumulation_dtype, cast
 from ._running_norm import check_count, check_positive
 
 
@@ -19,6 +21,8 @@ class TimeRamp(nn.Module):
 
     def __init__(self, num_features: int, value: float, device: object, dtype: object) -> None:
         super().__init__()
+        #: What ``start`` and ``end`` are at first: 1 for a gain, 0 for a shift.
+        self.neutral = value
         for name, start in (("slope", 0.0), ("offset", 0.0), ("start", value), ("end", value)):
             self.register_parameter(name, nn.Parameter(torch.full((num_features,), start, device=device, dtype=dtype)))
 
@@ -28,16 +32,52 @@ class TimeRamp(nn.Module):
         return torch.lerp(self.end, self.start, s)
 
 
+class OffsetRMSNorm(nn.Module):
+    """``weight * x / (rms(x) + eps)`` over the last dimension: eps is added outside of the root.
+
+    Args:
+        num_features: size of the last dimension, C.
+        eps: added to the root of the mean square.
+        device, dtype: of ``weight`` [C], ones at first.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return divide_by_rms(x, self.eps) * cast(self.weight, x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def divide_by_rms(x: Tensor, eps: float) -> Tensor:
+    """``x / (rms(x) + eps)`` over the last dimension, computed in float32 or wider and rounded once."""
+    wide = cast(x, accumulation_dtype(x.dtype))
+    # The length's gradient is 0 at the origin, where that of a square root is infinite.
+    rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+    return cast(wide / (rms + eps), x.dtype)
+
+
 class TimeDependentLayerNorm(nn.Module):
     """LayerNorm whose gain and shift follow the time step (DiMR, Liu et al., 2024, arXiv 2406.09416).
 
     Gain and shift are :class:`TimeRamp` of ``t = log_snr / 4``. The normalisation stays at export; for a fixed time
-    :meth:`at` gives a plain LayerNorm or RMSNorm, whose gain and shift fold.
+    :meth:`at` gives a plain norm, whose gain and shift fold.
 
     Args:
         num_features: size of the last dimension, C.
-        eps: added to the variance (or mean square).
-        rms: divide by the root mean square only, as RMSNorm; there is no shift then.
+        eps: added to the variance; with ``rms`` to the root mean square itself, ``x / (rms + eps)``, as in the authors'
+            program. None: 1e-5, with ``rms`` 1e-8.
+        rms: divide by the root mean square only; there is no shift then.
         device, dtype: of the parameters.
 
     Shape:
@@ -51,13 +91,15 @@ class TimeDependentLayerNorm(nn.Module):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
+        eps: float | None = None,
         rms: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_count("num_features", num_features, 1)
+        if eps is None:
+            eps = 1e-8 if rms else 1e-5
         check_positive("eps", eps)
         self.num_features = num_features
         self.eps = eps
@@ -74,17 +116,17 @@ class TimeDependentLayerNorm(nn.Module):
         shape = (x.shape[0], *(1,) * (x.dim() - 2), self.num_features)
         gain = cast(self.gain(t), x.dtype).reshape(shape)
         if self.shift is None:
-            return F.rms_norm(x, (self.num_features,), eps=self.eps) * gain
+            return divide_by_rms(x, self.eps) * gain
         shift = cast(self.shift(t), x.dtype).reshape(shape)
         return torch.addcmul(shift, F.layer_norm(x, (self.num_features,), eps=self.eps), gain)
 
     @torch.no_grad()
-    def at(self, log_snr: float) -> nn.LayerNorm | nn.RMSNorm:
+    def at(self, log_snr: float) -> nn.LayerNorm | OffsetRMSNorm:
         """The plain norm that this one is at a fixed time, with a copy of its gain and shift."""
         like = self.gain.start
         t = torch.tensor(log_snr / 4, device=like.device, dtype=like.dtype)
         options = {"eps": self.eps, "device": like.device, "dtype": like.dtype}
-        norm = (nn.RMSNorm if self.shift is None else nn.LayerNorm)(self.num_features, **options)
+        norm = (OffsetRMSNorm if self.shift is None else nn.LayerNorm)(self.num_features, **options)
         norm.weight.copy_(self.gain(t))
         if self.shift is not None:
             norm.bias.copy_(self.shift(t))

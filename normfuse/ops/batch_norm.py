@@ -41,10 +41,20 @@ class BatchStatistics(NamedTuple):
 
 
 def affine_by_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, channel_dim: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    channel_dim: int,
+    floor: bool = False,
 ) -> Tensor:
-    """``weight * (x - mean) / sqrt(var + eps) + bias`` with [C] vectors, as one multiplication and one addition."""
-    scale = weight * torch.rsqrt(var + eps)
+    """``weight * (x - mean) / sqrt(var + eps) + bias`` with [C] vectors, as one multiplication and one addition.
+
+    ``floor``: divide by ``sqrt(max(var, eps))`` instead.
+    """
+    scale = weight * torch.rsqrt(var.clamp(min=eps) if floor else var + eps)
     shift = bias - mean * scale
     y = torch.addcmul(per_channel(shift, x, channel_dim), cast(x, scale.dtype), per_channel(scale, x, channel_dim))
     return cast(y, x.dtype)
@@ -132,6 +142,42 @@ def batch_norm_with_statistics(
         0, eps,
     )  # fmt: skip
     return y, BatchStatistics(mean.squeeze(1), var.squeeze(1), count), state
+
+
+def floored_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: BatchNormState, pad_mask: Tensor | None,
+    momentum: float | None, eps: float, channel_dim: int, ghost_sizes: list[int], process_group: ProcessGroup | None,
+) -> tuple[Tensor, BatchStatistics, BatchNormState]:  # fmt: skip
+    """Training forward that divides by ``sqrt(max(var, eps))``; results as of :func:`batch_norm_with_statistics`.
+
+    The kernels take the statistics; the affine map is made of ATen operations. ``ghost_sizes``: samples of each ghost
+    batch, which sum up to ``x.shape[0]``.
+    """
+    check_input(x, state.running_mean.shape[0], channel_dim, pad_mask, state.running_mean)
+    weight, bias = gain_and_shift(weight, bias, state.running_mean)
+    if not torch.compiler.is_compiling():
+        state = BatchNormState(*statistics_of_this_run(tuple(state)))
+    move = move_once if torch.compiler.is_compiling() else move_batch_statistics
+    results, found = [], []
+    masks = [None] * len(ghost_sizes) if pad_mask is None else pad_mask.split(ghost_sizes)
+    for part, mask in zip(x.split(ghost_sizes), masks, strict=True):
+        if process_group is not None:
+            rows = cast(to_rows(part, channel_dim), weight.dtype)
+            mean, var, count = moments_in_group(process_group, rows, None if mask is None else mask.reshape(-1))
+        else:
+            mean, var, count = _moments(part, mask, channel_dim)
+        move(mean.detach(), var.detach(), count, *state, False, momentum)
+        results.append(affine_by_statistics(part, weight, bias, mean, var, eps, channel_dim, floor=True))
+        found.append((mean, var, count))
+    y = results[0] if len(results) == 1 else torch.cat(results)
+    return y, BatchStatistics(*(torch.stack(values) for values in zip(*found, strict=True))), state
+
+
+def _moments(x: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [C] of the valid rows, with gradients, and their number [1]."""
+    _, mean, var, count = CellNorm.apply(x, pad_mask, None, None, None, channel_dim, 0, (1, 1, -1), None, 0, 1.0)
+    # The mask of cells without running statistics parts two regions; the first is what is no padding.
+    return mean[0, 0], var[0, 0], count[0, :1]
 
 
 def _statistics_in_group(

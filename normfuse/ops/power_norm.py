@@ -289,11 +289,18 @@ class _PowerNorm(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias, *[None] * 9, grad_x if ctx.needs_input_grad[13] else None
 
 
-def _evaluate(x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, eps: float, dim: int):
+def scale_channel_groups(x: Tensor, group_num: int, eps: float, dim: int) -> Tensor:
+    """The group scaling of ``x`` with its channels along ``dim``, in plain ATen operations."""
+    groups = x.movedim(dim, -1).unflatten(-1, (group_num, -1))
+    return rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2).movedim(-1, dim)
+
+
+def _evaluate(
+    x: Tensor, weight: Tensor, bias: Tensor, running_phi: Tensor, group_num: int, group_eps: float, eps: float, dim: int
+) -> Tensor:
     values = cast(x, running_phi.dtype)
     if group_num:
-        groups = values.movedim(dim, -1).unflatten(-1, (group_num, -1))
-        values = rms_norm(groups, groups.shape[-1:], eps=eps).flatten(-2).movedim(-1, dim)
+        values = scale_channel_groups(values, group_num, group_eps, dim)
     scale = per_channel(weight * torch.rsqrt(running_phi + eps), x, dim)
     return cast(torch.addcmul(per_channel(bias, x, dim), values, scale), x.dtype)
 
@@ -315,6 +322,7 @@ def power_norm(
     channel_dim: int = -1,
     process_group: ProcessGroup | None = None,
     residual: Tensor | None = None,
+    group_eps: float = 1e-5,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Power Normalization of ``x`` over all dimensions but ``channel_dim``.
 
@@ -333,13 +341,15 @@ def power_norm(
         alpha_fwd: share of the old value in each update of ``running_phi``.
         alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
         warmup_iters: steps that normalise by the statistic of the batch.
-        eps: added to quadratic means, inside the square root.
+        eps: added to ``running_phi`` and the batch's quadratic mean, inside the square root.
         backward: "reference" divides the gradient by the statistic of the batch, as the authors' program
             does; "paper" by the statistic that the forward pass used, as their paper says.
         channel_dim: dimension of the channels.
         process_group: take the statistics of a training step over all ranks of this group; every rank must
             then call, also one without rows. None: over this process alone.
         residual: like ``x``; added to it first, s = x + residual, in the same pass.
+        group_eps: added to the mean square of the group scaling, whatever ``eps`` is, as in the authors' program. Where
+            the two differ, the group scaling of a training step is an operation of its own.
 
     Returns:
         A tensor of the shape and dtype of ``x``; with ``residual`` the pair of that and s, which is what was
@@ -354,14 +364,19 @@ def power_norm(
     check_input(x, channels, channel_dim, pad_mask, state.running_phi)
     check_options(channels, group_num, backward)
     check_residual(x, residual)
-    fused = training and process_group is None
+    groups = group_num or 0
+    scaled_apart = training and groups > 0 and group_eps != eps
+    fused = training and process_group is None and not scaled_apart
     if residual is not None and not fused:
         x = x + residual
-    groups = group_num or 0
     weight, bias = gain_and_shift(weight, bias, state.running_phi)
     if not training:
-        y = _evaluate(x, weight, bias, state.running_phi, groups, eps, channel_dim)
+        y = _evaluate(x, weight, bias, state.running_phi, groups, group_eps, eps, channel_dim)
         return y if residual is None else (y, x)
+    s = x
+    if scaled_apart:
+        x = cast(scale_channel_groups(cast(x, state.running_phi.dtype), groups, group_eps, channel_dim), x.dtype)
+        groups = 0
     paper = backward == "paper"
     state = state_of_this_run(state, _FORWARD_STATISTICS)
     if fused and is_usual_step(x, channel_dim, state.skipped_forwards):
@@ -374,7 +389,7 @@ def power_norm(
         x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
         process_group, residual if fused else None,
     )  # fmt: skip
-    return result if residual is None or fused else (result, x)
+    return result if residual is None or fused else (result, s)
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

@@ -13,21 +13,29 @@ POOLS = ("sample", "batch")
 
 
 def _plain(values: Tensor, inside: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: str) -> Tensor:
-    """``values`` [B, C, P] normalised in plain ATen operations by their regions, ``inside`` [B, P] or not."""
-    # A one in the row of each pixel's region: products with it sum the pixels of a region, and hand each pixel its
-    # region's numbers.
-    regions = torch.stack([torch.logical_not(inside), inside], dim=1).to(values.dtype)
-    deviation = values - _mean(values @ regions.mT, regions, pool) @ regions
-    inv_std = torch.rsqrt(_mean(deviation.square() @ regions.mT, regions, pool) + eps)
-    return torch.addcmul(bias.t() @ regions, deviation, (inv_std * weight.t()) @ regions)
+    """``values`` [B, C, P] normalised in plain ATen operations by two regions.
 
+    ``inside`` [B, P], from 0 to 1, is the share m of a pixel in the inner region, 1 − m that in the outer one. With the
+    shares s of a region, n = Σs its size and N the number of all pixels:
 
-def _mean(totals: Tensor, regions: Tensor, pool: str) -> Tensor:
-    """Sums [B, C, 2] over pixels divided by their number; over all samples where they are pooled."""
-    counts = regions.sum(2)[:, None]
+        mean = Σ s x / n,   var = Σ s² (x − mean)² / n,   x̂ = Σ over regions of s (x − mean) / sqrt(var + eps')
+
+    where eps' is eps, or eps · N / n where statistics are pooled over the batch: what normalising a picture with the
+    other region filled by the mean comes to.
+    """
+    regions = torch.stack([1 - inside, inside], dim=1)
+    counts, pixels = regions.sum(2)[:, None], inside.shape[1]
     if pool == "batch":
-        totals, counts = totals.sum(0, keepdim=True).expand_as(totals), counts.sum(0, keepdim=True)
-    return totals / counts.clamp(min=1)
+        counts, pixels = counts.sum(0, keepdim=True), pixels * inside.shape[0]
+    counts = torch.where(counts == 0, 1, counts)
+
+    def mean(totals: Tensor) -> Tensor:  # of [B, C, 2] sums over pixels
+        return (totals.sum(0, keepdim=True) if pool == "batch" else totals) / counts
+
+    deviation = (values[:, :, None] - mean(values @ regions.mT)[..., None]) * regions[:, None]
+    added = eps * pixels / counts if pool == "batch" else eps
+    normalised = (deviation * torch.rsqrt(mean(deviation.square().sum(3)) + added)[..., None]).sum(2)
+    return torch.addcmul(bias.t() @ regions, normalised, weight.t() @ regions)
 
 
 def region_norm(
@@ -43,9 +51,11 @@ def region_norm(
 
     Args:
         x: [B, C, H, W], floating.
-        mask: [B, 1, h, w], bool or numbers (not 0: inside); resized to H×W by the nearest neighbour.
+        mask: [B, 1, h, w], bool or integers (not 0: inside), or floating: the share, from 0 to 1, of each pixel in the
+            inner region, used as it is. Resized to H×W by the nearest neighbour.
         weight, bias: [2, C], gain and shift outside (row 0) and inside (row 1); None stands for 1 and 0.
-        eps: added to the variance.
+        eps: added to the variance. Pooled over the batch it counts N / n times for a region of n of all N pixels, as in
+            the authors' program.
         pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
 
     Returns:
@@ -57,23 +67,25 @@ def region_norm(
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")
     inside, acc = region_mask(x, mask), accumulation_dtype(x.dtype)
+    plain = pool == "batch" or inside.dtype != torch.bool or x.numel() == 0
     weight = x.new_ones(2, x.shape[1], dtype=acc) if weight is None else cast(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else cast(bias, acc)
-    if torch.compiler.is_exporting() or x.numel() == 0:  # an exported program is made of plain operations
-        y = _plain(cast(x, acc).flatten(2), inside.flatten(1), weight, bias, eps, pool)
+    if plain or torch.compiler.is_exporting():  # an exported program is made of plain operations
+        y = _plain(cast(x, acc).flatten(2), cast(inside, acc).flatten(1), weight, bias, eps, pool)
         return cast(y.view(x.shape), x.dtype)
-    group = 1 if pool == "sample" else 0
-    return CellNorm.apply(x, inside[:, 0], weight, bias, None, 1, group, (1, 2, -1), None, 0, eps)[0]
+    return CellNorm.apply(x, inside[:, 0], weight, bias, None, 1, 1, (1, 2, -1), None, 0, eps)[0]
 
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """``mask`` as bool [B, 1, H, W] for ``x`` [B, C, H, W]."""
+    """``mask`` as bool, or floating shares, [B, 1, H, W] for ``x`` [B, C, H, W]."""
     if x.dim() != 4 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] != x.shape[0]:
         raise ValueError(
             f"x of shape {tuple(x.shape)} and mask of shape {tuple(mask.shape)} do not fit; "
             "give x [B, C, H, W] and mask [B, 1, h, w]"
         )
-    inside = mask if mask.dtype == torch.bool else mask != 0
-    if mask.shape[2:] == x.shape[2:]:
-        return inside
-    return F.interpolate(inside.to(x.dtype), size=x.shape[2:], mode="nearest") != 0
+    soft = mask.is_floating_point()
+    inside = mask if soft or mask.dtype == torch.bool else mask != 0
+    if mask.shape[2:] != x.shape[2:]:
+        inside = F.interpolate(inside if soft else inside.to(x.dtype), size=x.shape[2:], mode="nearest")
+        inside = inside if soft else inside != 0
+    return inside

@@ -230,7 +230,7 @@ def crms_norm(
     weight: Tensor | None = None,
     *,
     residual: Tensor | None = None,
-    eps: float | None = 1e-6,
+    eps: float | None = 1e-5,
     unit_offset: bool = False,
     fused: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -39,9 +39,22 @@ class _Projected(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Also what load_state_dict comes to, with the groups of torch's optimiser or of the authors' program.
         for group in self.param_groups:
-            group.setdefault("maximize", False)
+            if group.get("amsgrad"):
+                raise ValueError(
+                    f"the state is that of an optimiser with amsgrad=True, which {type(self).__name__} does not have; "
+                    "start a new optimiser"
+                )
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for parameter, entries in self.state.items():
+            self._adopt(parameter, entries)
         self._forget()
+
+    def _adopt(self, parameter: Tensor, entries: dict[str, Any]) -> None:
+        """The state of one parameter as other programs keep it, turned into this optimiser's; in place."""
+        raise NotImplementedError
 
     def _memory(self, like: Tensor, entries: int, number: int) -> Tensor:
         """A vector with any content for what is like ``like``: the same memory in every step and for every batch."""
@@ -103,7 +116,9 @@ class _Projected(Optimizer):
                     grads = torch._foreach_neg(grads)
                 updates, decay = self._updates(alike, grads, group), self._decay(group)
                 if matrix:
-                    torch._foreach_mul_(alike, self._factors(alike, grads, updates, group, decay))
+                    factors, along = self._factors(alike, grads, updates, group, decay)
+                    self._project_state(alike, along, group)
+                    torch._foreach_mul_(alike, factors)
                 elif decay:
                     torch._foreach_mul_(alike, 1 - group["lr"] * decay)
                 if isinstance(group["lr"], Tensor):
@@ -119,8 +134,11 @@ class _Projected(Optimizer):
 
     def _factors(
         self, weights: list[Tensor], grads: list[Tensor], updates: list[Tensor], group: dict[str, Any], decay: float
-    ) -> list[Tensor]:
-        """What each output channel of each weight is multiplied by: [out, 1, ...] each."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each output channel of each weight is multiplied by, and what of each is to go from ``updates``.
+
+        Both are [out, 1, ...] for each weight: its projected update is ``update - along * weight``.
+        """
         acc = torch.promote_types(weights[0].dtype, torch.float32)
         eps, layout = group["eps"], self._layout(weights, acc)
         layer, by_channel, by_layer = layout[0], *(group["delta"] * layout[1])
@@ -146,9 +164,16 @@ class _Projected(Optimizer):
         of_layer = (per_layer(along_p, "sum") / (whole_w + eps).square())[layer]
         projected = torch.where(channels[layer], of_channel, torch.where(whole[layer], of_layer, 0.0))
         spared = (1 - group["wd_ratio"]) * (channels | whole)[layer].to(acc)
-        factors = (1 - group["lr"] * (decay * (1 - spared) + projected)).to(weights[0].dtype)
-        pieces = factors.split([w.shape[0] for w in weights])
-        return [f.view(-1, *(1,) * (w.dim() - 1)) for f, w in zip(pieces, weights, strict=True)]
+        factors = 1 - group["lr"] * (decay * (1 - spared) + projected)
+
+        def per_weight(numbers: Tensor) -> list[Tensor]:
+            pieces = numbers.to(weights[0].dtype).split([w.shape[0] for w in weights])
+            return [piece.view(-1, *(1,) * (w.dim() - 1)) for piece, w in zip(pieces, weights, strict=True)]
+
+        return per_weight(factors), per_weight(projected)
+
+    def _project_state(self, weights: list[Tensor], along: list[Tensor], group: dict[str, Any]) -> None:
+        """Take the same part out of what the next updates are made of, where the method says so."""
 
     def _layout(self, weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The layer that each channel belongs to, and 1/sqrt(entries) [2, layers] of a channel and of a layer."""
@@ -207,7 +232,7 @@ class AdamP(_Projected):
     def _updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         for p in params:
             state = self.state[p]
-            if not state:
+            if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
@@ -248,6 +273,11 @@ class AdamP(_Projected):
             torch._foreach_lerp_(means, grads, 1 - 1 / beta1)
         return updates
 
+    def _adopt(self, parameter: Tensor, entries: dict[str, Any]) -> None:
+        if "step" in entries:
+            step = torch.as_tensor(entries["step"], dtype=torch.float32)
+            entries["step"] = step.to(parameter.device)
+
 
 class SGDP(_Projected):
     """SGD with momentum and projection; weight decay is decoupled and divided by ``1 - momentum``.
@@ -263,6 +293,9 @@ class SGDP(_Projected):
         delta: threshold of the cosine, times the root of the number of entries.
         wd_ratio: factor on weight decay where an update is projected.
         maximize: climb instead of descending.
+        project_buffer: without ``nesterov`` the velocity itself is projected, as in the authors' program, where update
+            and velocity are the same tensor. False: only the update is, as in their paper's algorithm. With
+            ``nesterov`` or without momentum the two are the same.
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
@@ -281,18 +314,20 @@ class SGDP(_Projected):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
         maximize: bool = False,
+        project_buffer: bool = True,
     ) -> None:
         super().__init__(
             params,
             {
                 "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
                 "nesterov": nesterov, "eps": eps, "delta": delta, "wd_ratio": wd_ratio, "maximize": maximize,
+                "project_buffer": project_buffer,
             },
         )  # fmt: skip
 
     def _updates(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         for p in params:
-            if not self.state[p]:
+            if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(velocities, group["momentum"])
@@ -305,6 +340,19 @@ class SGDP(_Projected):
             torch._foreach_add_(updates, velocities, alpha=group["momentum"])
         torch._foreach_neg_(updates)
         return updates
+
+    def _adopt(self, parameter: Tensor, entries: dict[str, Any]) -> None:
+        velocity = entries.pop("momentum", None)  # the authors' name
+        if velocity is not None:
+            entries["momentum_buffer"] = velocity
+        if entries.get("momentum_buffer", self) is None:  # what torch's SGD keeps without momentum
+            del entries["momentum_buffer"]
+
+    def _project_state(self, weights: list[Tensor], along: list[Tensor], group: dict[str, Any]) -> None:
+        if group["project_buffer"] and not group["nesterov"] and group["momentum"]:
+            # ``along`` is that of the negative updates.
+            velocities = [self.state[w]["momentum_buffer"] for w in weights]
+            torch._foreach_add_(velocities, torch._foreach_mul(weights, along))
 
     def _decay(self, group: dict[str, Any]) -> float:
         return group["weight_decay"] / (1 - group["momentum"])

@@ -8,7 +8,18 @@ from torch import nn
 
 from normfuse.convert import freeze_to_norms, remove_dead_channels
 from normfuse.folding import fold
-from normfuse.nn import DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
+from normfuse.nn import (
+    BatchChannelNorm,
+    DyT,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    RegionNorm,
+    RepBatchNorm,
+    RMSNorm,
+    TimeDependentLayerNorm,
+    UnifiedNorm,
+)
 
 C = 6
 
@@ -63,6 +74,33 @@ def test_every_kind_of_norm_counts(norm):
     assert (norm.weight == 3).all()
     freeze_to_norms(model, init="one")
     assert (norm.weight == 1).all() and all((p == 0).all() for n, p in norm.named_parameters() if n == "bias")
+
+
+def test_gains_and_shifts_of_every_shape_learn():
+    model = nn.ModuleList(
+        [
+            BatchChannelNorm(4, 2),
+            RegionNorm(4),
+            TimeDependentLayerNorm(4),
+            RMSNorm(4, unit_offset=True),
+            nn.Linear(4, 4),
+        ]
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3.0)
+    names = freeze_to_norms(model)
+    assert set(names) == {n for n, _ in model.named_parameters() if not n.startswith("4.")}
+    freeze_to_norms(model, init="one")
+    x, image = torch.randn(2, 4, dtype=torch.float32), torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(model[3](x), nn.functional.rms_norm(x, (4,)))
+    torch.testing.assert_close(model[2](x, torch.zeros(2)), nn.functional.layer_norm(x, (4,)))
+    torch.testing.assert_close(model[1](image, torch.ones(2, 1, 3, 3)), nn.functional.instance_norm(image))
+    assert (model[0].group_weight == 1).all() and (model[0].group_bias == 0).all() and (model[4].weight == 3).all()
+    freeze_to_norms(model, init="uniform", generator=torch.Generator().manual_seed(0))
+    for gain in (1 + model[1].weight, 1 + model[3].weight, model[2].gain.start, model[0].group_weight):
+        assert ((gain >= 0) & (gain < 1)).all()
+    assert (model[2].shift.start == 0).all()
 
 
 def test_dead_channels_go_and_the_function_stays():

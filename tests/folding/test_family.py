@@ -205,13 +205,13 @@ class TimedNorm(nn.Module):
 def test_a_time_dependent_norm_folds_at_a_fixed_time(rms: bool) -> None:
     model = trained(TimedNorm(TimeDependentLayerNorm(C, rms=rms)))
     x = torch.randn(2, 3, C).double()
-    name = "rms_norm" if rms else "layer_norm"
+    name = "linalg_vector_norm" if rms else "layer_norm"
     program, _ = folded(model, (x, torch.tensor([0.5, -1.0]).double()))
     assert name in kinds(program) and "sigmoid" in kinds(program)
     fixed = TimedNorm(model.norm.at(0.5))
     fixed.linear = model.linear
     program, _ = folded(fixed, (x,))
-    assert kinds(program) == [name, "linear"]
+    assert kinds(program) == [name, *(["mul", "add", "div"] if rms else []), "linear"]  # no gain
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -220,4 +220,4 @@ def test_region_norms_are_exported_as_they_are(learnable: bool) -> None:
     mask = () if learnable else ((torch.rand(2, 1, 5, 7) < 0.5),)
     model = trained(Image(norm))
     program, _ = folded(model, image(*mask))
-    assert kinds(program).count("rsqrt") == 1 and kinds(program).count("matmul") >= 4
+    assert kinds(program).count("rsqrt") == 1 and kinds(program).count("matmul") >= 3

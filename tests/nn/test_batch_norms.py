@@ -203,19 +203,85 @@ def test_the_penalty_is_the_papers_and_has_the_gradient_of_the_batch():
     x = torch.randn(6, C, **DOUBLE, requires_grad=True)
     y = norm(x)
     values = x.detach().numpy()
+    spec.eps = 0.0  # divided by the root of max(var, eps), and var is above eps
     np.testing.assert_allclose(y.detach().numpy(), spec.train([values], [None]), **EXACT)
     mean, var = values.mean(0), values.var(0)
     expected = 0.3 * ((spec.mean - mean) ** 2).sum() + 0.7 * np.abs(spec.var - var).sum()
-    penalty = batch_norm_penalty(nn.Sequential(norm))
+    penalty = batch_norm_penalty(nn.Sequential(norm), tokens=1)
     np.testing.assert_allclose(penalty.item(), expected, **EXACT)
     (grad,) = torch.autograd.grad(penalty, x)
     by_hand = 0.3 * 2 * (mean - spec.mean) / 6 + 0.7 * np.sign(var - spec.var) * 2 * (values - mean) / 6
     np.testing.assert_allclose(grad.numpy(), by_hand, **EXACT)
+    norm(x)
     assert copy.deepcopy(norm).penalty is None
     published = RegularizedBatchNorm(C)  # the authors' weights in pre-norm translation models
     assert (published.mean_penalty, published.var_penalty) == (0.1, 0.01)
     with pytest.raises(ValueError, match="has no RegularizedBatchNorm with a penalty"):
         batch_norm_penalty(nn.Sequential(copy.deepcopy(norm)))
+
+
+def test_penalties_of_several_forwards_add_up_and_are_for_a_mean_loss():
+    twins = [RegularizedBatchNorm(C, **DOUBLE), RegularizedBatchNorm(C, **DOUBLE)]
+    batches = [torch.randn(6, C, **DOUBLE) + i for i in range(3)]
+    apart = []
+    for x in batches:
+        twins[0](x)
+        apart.append(batch_norm_penalty(twins[0]))
+        twins[1](x)
+    torch.testing.assert_close(batch_norm_penalty(twins[1]), sum(apart))
+    with pytest.raises(ValueError, match="run a forward in training mode first"):
+        batch_norm_penalty(twins[1])  # it has been taken
+    twins[0](batches[0])
+    twins[1](batches[0])
+    torch.testing.assert_close(4096 * batch_norm_penalty(twins[0]), batch_norm_penalty(twins[1], tokens=1))
+    silent = RegularizedBatchNorm(C, 0.0, 0.0)
+    silent(torch.randn(4, C))
+    assert batch_norm_penalty(silent) == 0 and silent.penalty is None
+    with pytest.raises(ValueError, match="tokens=0 is not allowed"):
+        batch_norm_penalty(silent, tokens=0)
+
+
+def test_forgotten_penalties_are_told_and_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr("normfuse.nn.batch_norm._FORGOTTEN", 3)
+    norm = RegularizedBatchNorm(C)
+    for _ in range(3):
+        norm(torch.randn(4, C))
+    with pytest.warns(RuntimeWarning, match="3 penalties of a RegularizedBatchNorm were not used"):
+        norm(torch.randn(4, C))
+    last = norm.penalty
+    assert norm._summed == 1 and batch_norm_penalty(norm, tokens=1) == last
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_regularized_norms_divide_by_the_floored_deviation_and_zero_padding(training):
+    norm = with_affine(RegularizedBatchNorm(C, eps=1e-2, channel_dim=1, ghost_size=2, **DOUBLE)).train(training)
+    scales = torch.tensor([1e-3, 1e-2, 0.05, 1.0, 3.0], **DOUBLE)
+    norm.running_var.copy_(scales.square())
+    x = torch.randn(4, C, 7, **DOUBLE) * scales[:, None]
+    pad_mask = torch.zeros(4, 7, dtype=torch.bool)
+    pad_mask[1, 3:] = pad_mask[3, :2] = True
+    y = norm(x, pad_mask)
+    for part in (slice(0, 2), slice(2, 4)):
+        rows, keep = x[part].transpose(1, 2).reshape(-1, C), ~pad_mask[part].reshape(-1)
+        mean = rows[keep].mean(0) if training else torch.zeros(C, **DOUBLE)
+        var = rows[keep].var(0, unbiased=False) if training else scales.square()
+        expected = norm.weight * (rows - mean) / var.clamp(min=1e-2).sqrt() + norm.bias
+        got = y[part].transpose(1, 2).reshape(-1, C)
+        torch.testing.assert_close(got, torch.where(keep[:, None], expected, 0.0), rtol=1e-10, atol=1e-10)
+    if training:
+        inputs = torch.randn(4, C, 3, **DOUBLE, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda v: norm(v * scales[:, None]), inputs)
+
+
+def test_a_batch_norms_state_without_a_counter_loads():
+    state = nn.BatchNorm1d(C).state_dict()
+    del state["num_batches_tracked"]
+    for norm in (MaskedBatchNorm(C), RepBatchNorm(C), EstimatedBatchNorm(C)):
+        norm.num_batches_tracked.fill_(3)
+        norm.load_state_dict({**state, **({"alpha": torch.ones(())} if isinstance(norm, RepBatchNorm) else {})})
+        assert norm.num_batches_tracked == 3
+    with pytest.raises(RuntimeError, match="running_mean"):
+        MaskedBatchNorm(C).load_state_dict({k: v for k, v in state.items() if k != "running_mean"})
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -27,6 +27,7 @@ from normfuse.nn import (
     choose_domain,
     weight_standardization,
 )
+from normfuse.nn.time_layer_norm import OffsetRMSNorm
 from normfuse.ops import region_norm
 
 DOUBLE = {"dtype": torch.float64}
@@ -207,6 +208,24 @@ def test_region_norm(pool, shift_everywhere):
     assert (RegionNorm(2).weight == 0).all() and (RegionNorm(2).bias == 0).all()
 
 
+@pytest.mark.parametrize("shift_everywhere", [False, True])
+def test_a_soft_mask_is_used_as_it_is(shift_everywhere):
+    """Pooled over the batch, a region filled up with its mean and batch-normalised, times the root of its share."""
+    norm = randomised(RegionNorm(2, pool="batch", shift_everywhere=shift_everywhere, eps=1e-2, **DOUBLE))
+    x, mask = torch.randn(3, 2, 4, 6, **DOUBLE), torch.rand(3, 1, 4, 6, **DOUBLE)
+    xhat = torch.zeros_like(x)
+    for share in (mask, 1 - mask):
+        mean = (x * share).sum((0, 2, 3)) / share.sum()
+        filled = x * share + (1 - share) * mean[:, None, None]
+        root = (share.sum() / share.numel()).sqrt()
+        xhat += torch.nn.functional.batch_norm(filled, None, None, training=True, eps=1e-2) * root
+    (w0, w1), (b0, b1) = (p.detach()[..., None, None] for p in (norm.weight, norm.bias))
+    shift = b0 + b1 if shift_everywhere else (1 - mask) * b0 + mask * b1
+    torch.testing.assert_close(norm(x, mask), xhat * (1 + (1 - mask) * w0 + mask * w1) + shift)
+    halves = torch.randint(0, 2, (3, 1, 2, 3))
+    torch.testing.assert_close(norm(x, halves.double()), norm(x, halves))
+
+
 @pytest.mark.parametrize("pool", ["sample", "batch"])
 def test_region_norm_has_the_exact_gradient(pool):
     mask = torch.rand(2, 1, 3, 3) < 0.5
@@ -221,7 +240,7 @@ def test_learnable_region_norm():
     x = torch.randn(2, 3, 5, 6, **DOUBLE)
 
     def conv(layer, image):
-        weight, bias = numbers(layer.weight)[0], numbers(layer.bias)[0]
+        weight, bias = numbers(layer.weight)[0], 0.0 if layer.bias is None else numbers(layer.bias)[0]
         padded, result = np.pad(image, ((0, 0), (1, 1), (1, 1))), np.zeros(image.shape[1:])
         for h, w in np.ndindex(result.shape):
             result[h, w] = (weight * padded[:, h : h + 3, w : w + 3]).sum() + bias
@@ -245,10 +264,11 @@ def test_learnable_region_norm():
 def test_time_dependent_norm(rms):
     norm = TimeDependentLayerNorm(4, rms=rms, **DOUBLE)
     x, log_snr = torch.randn(3, 5, 4, **DOUBLE), torch.tensor([-6.0, 0.5, 8.0], **DOUBLE)
-    plain = norm_formulas.rms_norm if rms else norm_formulas.layer_norm
-    np.testing.assert_allclose(numbers(norm(x, log_snr)), plain(x.numpy(), 1e-5), **EXACT)  # at first no time in it
+    plain, eps = (norm_formulas.divided_by_rms, 1e-8) if rms else (norm_formulas.layer_norm, 1e-5)
+    x[0] *= 1e-8  # where eps counts
+    np.testing.assert_allclose(numbers(norm(x, log_snr)), plain(x.numpy(), eps), **EXACT)  # at first no time in it
     randomised(norm)
-    expected = plain(x.numpy(), 1e-5)
+    expected = plain(x.numpy(), eps)
     for b, value in enumerate(log_snr.tolist()):
         ramps = [
             norm_formulas.time_ramp(value / 4, *(numbers(p) for p in (r.slope, r.offset, r.start, r.end)))
@@ -259,9 +279,13 @@ def test_time_dependent_norm(rms):
         fixed = norm.at(value)
         np.testing.assert_allclose(numbers(fixed(x[b])), expected[b], **EXACT)
     np.testing.assert_allclose(numbers(norm(x, log_snr)), expected, **EXACT)
-    assert type(fixed) is (nn.RMSNorm if rms else nn.LayerNorm)
+    assert type(fixed) is (OffsetRMSNorm if rms else nn.LayerNorm)
+    x[0] *= 1e8
     x.requires_grad_()
     assert torch.autograd.gradcheck(norm, (x, log_snr.requires_grad_()))
+    zeros = torch.zeros(1, 4, **DOUBLE, requires_grad=True)
+    norm(zeros, log_snr[:1].detach()).sum().backward()
+    assert zeros.grad.isfinite().all()
 
 
 # -- styles, and no statistics ---------------------------------------------------------------------------------

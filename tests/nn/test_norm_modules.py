@@ -99,8 +99,8 @@ def test_repr_shows_the_options():
         "eps=1e-05, affine=True, channel_dim=1)"
     )
     assert repr(PowerNorm(8, group_num=None, backward="paper")) == (
-        "PowerNorm(8, group_num=None, alpha_fwd=0.9, alpha_bkw=0.9, warmup_iters=10000, backward='paper', "
-        "eps=1e-05, affine=True, channel_dim=-1)"
+        "PowerNorm(8, group_num=None, group_eps=1e-05, alpha_fwd=0.9, alpha_bkw=0.9, warmup_iters=10000, "
+        "backward='paper', eps=1e-05, affine=True, channel_dim=-1)"
     )
 
 

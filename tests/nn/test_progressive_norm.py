@@ -45,6 +45,24 @@ def test_the_share_falls_linearly_between_begin_and_end():
     torch.testing.assert_close(halfway(x), (halfway.original(x) + halfway.static(x)) / 2)
 
 
+def test_the_share_begins_at_r0_and_the_static_norm_rests_before():
+    norm = make(begin=2, end=6, r0=0.5).train()
+    before = copy.deepcopy(norm.static.state_dict())
+    shares = []
+    for step in range(7):
+        shares.append(norm.share)
+        x = torch.randn(4, C)
+        y = norm(x)
+        if step < 2:
+            assert torch.equal(y, norm.original(x))
+            assert all(torch.equal(v, before[k]) for k, v in norm.static.state_dict().items())
+        norm.advance()
+    assert shares == [1, 1, 0.5, 0.375, 0.25, 0.125, 0]
+    assert norm.static.num_batches_tracked == 5
+    with pytest.raises(ValueError, match="r0=2 is not allowed"):
+        make(r0=2)
+
+
 def test_gradients_reach_both_norms():
     norm = make()
     norm.advance(3)

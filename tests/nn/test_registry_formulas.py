@@ -80,6 +80,13 @@ def batch(norm, ghosts=1):
     return on_rows(rows, norm.channel_dim)
 
 
+def floored(norm):
+    """Divided by sqrt(max(var, eps)): the numbers drawn have variances far above eps."""
+    spec = norm_formulas.BatchNormSpec(C, eps=0.0)
+    spec.weight, spec.bias = affine_of(norm)
+    return on_rows(lambda x, training: spec.train([x], [None]) if training else spec.evaluate(x), norm.channel_dim)
+
+
 def rep_batch(norm):
     plain, alpha = batch(norm), norm.alpha.item()
     return lambda x, training: plain(x, training) + alpha * x
@@ -136,7 +143,7 @@ def region(norm):
 
 def convolved(layer, images):
     """Zero-padded convolution of [B, channels, H, W] to one channel."""
-    weight, bias = numbers(layer.weight)[0], layer.bias.item()
+    weight, bias = numbers(layer.weight)[0], 0.0 if layer.bias is None else layer.bias.item()
     size = weight.shape[-1]
     padded = np.pad(images, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))
@@ -225,7 +232,7 @@ FORMULAS = {
     "PowerNorm": power,
     "MaskedBatchNorm": batch,
     "MaskedBatchNorm(ghost_size=…)": lambda norm: batch(norm, ghosts=2),
-    "RegularizedBatchNorm": batch,
+    "RegularizedBatchNorm": floored,
     "RepBatchNorm": rep_batch,
     "ProgressiveNorm": progressive,
     "MovingAverageBatchNorm": moving_average,

@@ -18,6 +18,42 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_the_iteration_keeps_its_digits_under_autocast_and_in_half_precision(layer, dtype):
+    module = sigma_reparam(LAYERS[layer](), init="spectral")
+    twin = copy.deepcopy(module)
+    x = torch.randn(2, 5) if layer == "linear" else torch.randn(2, 4, 5, 5)
+    with torch.autocast("cpu", dtype=dtype):
+        y = module(x)
+    assert y.dtype == dtype
+    twin(x)
+    reparam, other = module.parametrizations.weight[0], twin.parametrizations.weight[0]
+    assert torch.equal(reparam.u, other.u) and torch.equal(reparam.v, other.v) and reparam.u.dtype == torch.float32
+    low = copy.deepcopy(twin).to(dtype)
+    assert low.parametrizations.weight[0].u.dtype == torch.float32 and low.weight.dtype == dtype
+    assert torch.equal(low.parametrizations.weight[0].u, other.u) or low.training  # the read above iterates in training
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(low.eval().weight.float(), twin.eval().weight, rtol=4 * eps, atol=4 * eps)
+
+
+def test_the_vision_program_goes_on_from_the_right_vector():
+    module = sigma_reparam(nn.Linear(5, 3).double(), program="vision")
+    reparam, original = module.parametrizations.weight[0], module.parametrizations.weight.original
+    assert reparam.gain.item() == pytest.approx(np.linalg.svd(original.detach().numpy(), compute_uv=False)[0])
+    with torch.no_grad():
+        original.add_(torch.randn_like(original))
+    v, matrix = reparam.v.numpy().copy(), original.detach().numpy()
+    weight = module.weight
+    u = matrix @ v / np.linalg.norm(matrix @ v)
+    v = matrix.T @ u / np.linalg.norm(matrix.T @ u)
+    np.testing.assert_allclose(reparam.u.numpy(), u, **EXACT)
+    np.testing.assert_allclose(reparam.v.numpy(), v, **EXACT)
+    np.testing.assert_allclose(weight.detach().numpy(), reparam.gain.item() * matrix / (u @ matrix @ v), **EXACT)
+    with pytest.raises(ValueError, match="program='text' is unknown"):
+        sigma_reparam(nn.Linear(2, 2), program="text")
+
+
 def iterate(matrix, u):
     v = matrix.T @ u
     v /= np.linalg.norm(v)

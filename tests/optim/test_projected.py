@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.optim import SGDP, AdamP
+from normfuse.nn import BatchChannelNorm, RegionNorm
+from normfuse.optim import SGDP, AdamP, no_decay
 
 # 40 steps of some hundred roundings in float64.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -42,7 +43,7 @@ class Spec:
         self.t += 1
         decay = self.weight_decay / (1 - self.options.get("momentum", 0.0))
         for i, (w, g) in enumerate(zip(self.params, grads, strict=True)):
-            p, scale = self.update(g, self.moments[i]), 1.0
+            p, scale, nesterov = self.update(g, self.moments[i]), 1.0, self.options.get("nesterov", False)
             if w.ndim > 1 and w.size:
                 for name, view in (("channel", (w.shape[0], -1)), ("layer", (1, -1))):
                     wv, gv, pv = (a.reshape(view) for a in (w, g, p))
@@ -53,6 +54,8 @@ class Spec:
                         unit = [a / (np.linalg.norm(a) + self.eps) for a in wv]
                         p = np.stack([b - (b @ u) * u for b, u in zip(pv, unit, strict=True)]).reshape(w.shape)
                         scale = self.wd_ratio
+                        if self.options.get("project_buffer", "momentum" in self.options) and not nesterov:
+                            self.moments[i]["v"] = p  # the authors' update is the velocity itself
                         self.seen.add(name)
                         break
                 else:
@@ -64,6 +67,7 @@ OPTIMIZERS = {
     "AdamP": (AdamP, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "AdamP, nesterov": (AdamP, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1, "nesterov": True}),
     "SGDP": (SGDP, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
+    "SGDP of the paper": (SGDP, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "project_buffer": False}),
     "SGDP, nesterov": (SGDP, {"lr": 0.05, "momentum": 0.5, "dampening": 0.2, "nesterov": True}),
     "SGDP, plain": (SGDP, {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.1, "delta": 0.3, "wd_ratio": 0.5}),
 }
@@ -177,6 +181,102 @@ def test_training_resumes_bit_for_bit(kind):
             step(run, held, grads)
     for a, b, c in zip(params, again, twin, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_training_goes_on_from_adamw(amsgrad):
+    params, others = parameters(), parameters()
+    theirs = torch.optim.AdamW(others, lr=0.02, weight_decay=0.1, amsgrad=amsgrad)
+    for number in range(3):
+        step(theirs, others, gradients(params, number))
+    ours = AdamP(others, delta=0.0)
+    if amsgrad:
+        with pytest.raises(ValueError, match="amsgrad=True, which AdamP does not have"):
+            ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        return
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    expected = [copy.deepcopy(others), None]
+    expected[1] = torch.optim.AdamW(expected[0])
+    expected[1].load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for number in range(3, 6):
+        grads = gradients(params, number)
+        step(ours, others, grads)
+        step(expected[1], expected[0], grads)
+    for a, b in zip(others, expected[0], strict=True):
+        torch.testing.assert_close(a, b)
+    assert ours.param_groups[0]["lr"] == 0.02 and ours.param_groups[0]["wd_ratio"] == 0.1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_training_goes_on_from_sgd(momentum):
+    params, others = parameters(), parameters()
+    theirs = torch.optim.SGD(others, lr=0.05, momentum=momentum)
+    for number in range(3):
+        step(theirs, others, gradients(params, number))
+    ours = SGDP(others, delta=0.0)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    twins = copy.deepcopy(others)
+    goes_on = torch.optim.SGD(twins, lr=1.0)
+    goes_on.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for number in range(3, 6):
+        grads = gradients(params, number)
+        step(ours, others, grads)
+        step(goes_on, twins, grads)
+    for a, b in zip(others, twins, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_states_of_the_authors_programs_load():
+    """Their steps are ints, and SGDP's velocity is called momentum."""
+    params = parameters()
+    for kind, options, renamed in (
+        (AdamP, {"lr": 0.02, "weight_decay": 0.1}, {}),
+        (SGDP, {"lr": 0.02, "momentum": 0.9}, {"momentum_buffer": "momentum"}),
+    ):
+        held, again = parameters(), None
+        ours = kind(held, **options)
+        for number in range(3):
+            step(ours, held, gradients(params, number))
+        state = copy.deepcopy(ours.state_dict())
+        for entries in state["state"].values():
+            for name, theirs in renamed.items():
+                entries[theirs] = entries.pop(name)
+            if "step" in entries:
+                entries["step"] = int(entries["step"])
+        for group in state["param_groups"]:
+            for name in ("maximize", "project_buffer"):
+                group.pop(name, None)
+        again = copy.deepcopy(held)
+        resumed = kind(again)
+        resumed.load_state_dict(state)
+        grads = gradients(params, 3)
+        step(ours, held, grads)
+        step(resumed, again, grads)
+        assert all(torch.equal(a, b) for a, b in zip(held, again, strict=True))
+
+
+def test_gains_of_more_axes_neither_decay_nor_are_projected():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(
+        shared, RegionNorm(4), nn.LayerNorm((3, 4)), shared, BatchChannelNorm(4, 2), nn.Embedding(5, 4)
+    )
+    model[5].weight.requires_grad_(False)
+    weights, exempt = no_decay(model, weight_decay=0.3)
+    assert [id(p) for p in weights["params"]] == [id(shared.weight)] and weights["weight_decay"] == 0.3
+    assert {id(p) for p in exempt["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad and p is not shared.weight
+    }
+    optimizer = AdamP([weights, exempt], lr=0.1)
+    gain = model[1].weight
+    start = torch.randn(2, 4)
+    with torch.no_grad():
+        gain.copy_(start)
+    gain.grad = torch.stack([-start[:, 1], start[:, 0], torch.zeros(2), torch.zeros(2)], 1)  # orthogonal
+    optimizer.step()
+    # Adam's first step has length lr: without projection every entry with a gradient moves by it.
+    torch.testing.assert_close((gain - start).abs(), 0.1 * (gain.grad != 0))
+    with pytest.raises(ValueError, match="weight_decay=-1 is not allowed"):
+        no_decay(model, weight_decay=-1)
 
 
 @pytest.mark.parametrize("kind", ["AdamP", "SGDP"])
