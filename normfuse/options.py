@@ -5,9 +5,7 @@ The functions of :mod:`normfuse.onnx` and the command share them. No torch is im
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
-from pathlib import Path
 
 from normfuse.errors import NormfuseError
 
@@ -63,13 +61,3 @@ def check_scale_range(bound: float | None) -> None:
     """ExportError for a bound on the range of scales that no channel could keep."""
     if bound is not None and not bound >= 1:
         raise ExportError(f"max_scale_range {bound:g} is below 1, the ratio of a scale to itself")
-
-
-def check_output(path: Path) -> None:
-    """ExportError if a file cannot be written there, known before any work is done."""
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ExportError(f"cannot write {path}: the folder {path.parent} is read-only")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.errors import NormfuseError
+from normfuse.files import Output
 
 
 class PlotError(NormfuseError):
@@ -65,14 +66,14 @@ def plot_statistics(statistics: str | Path | dict[str, Any], out: str | Path) ->
     out = Path(out)
     if out.suffix.lower() not in _FORMATS:
         raise PlotError(f"{out} ends in {out.suffix!r}; give one of {', '.join(_FORMATS)}")
+    output = Output(out, reads=[] if isinstance(statistics, dict) else [statistics], error=PlotError)
     layers = (statistics if isinstance(statistics, dict) else read_statistics(statistics))["layers"]
     figure = Figure(figsize=(12, 1 + 2 * len(layers)), layout="constrained")
     for axes, (name, series) in zip(figure.subplots(len(layers), 3, squeeze=False), layers.items(), strict=True):
         _draw_layer(axes, name, series)
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise PlotError(f"{out} cannot be written: {error.strerror}") from error
+    with output:
+        figure.savefig(output.staged, dpi=110, format=out.suffix[1:].lower())
+        output.publish()
     return out
 
 

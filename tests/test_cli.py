@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -254,15 +255,77 @@ def test_a_difference_beyond_the_tolerance_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
-def test_a_terminated_export_leaves_no_file(tmp_path):
+def ended_at(line, number, *arguments, cwd, path=()):
+    """The exit status and the error output of a command that gets a signal when it has printed a line."""
+    command = [sys.executable, "-m", "normfuse", *map(str, arguments)]
+    env = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([*map(str, path), ENVIRONMENT["PYTHONPATH"]])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=env, **pipes) as running:
+        while line not in running.stdout.readline():
+            assert running.poll() is None, running.stderr.read()
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    return running.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "normfuse: interrupted\n"), (signal.SIGTERM, 143, "normfuse: terminated\n")],
+)
+def test_an_export_that_is_ended_leaves_no_file(tmp_path, number, status, said):
     save_perceptron(tmp_path / "m.pt")
-    command = [sys.executable, "-m", "normfuse", "export", "m.pt", "--out", "m.onnx"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as running:
-        for line in running.stdout:
-            if "load m.pt" in line:  # the folder for the files is there, and seconds of work lie ahead
-                running.terminate()
-                break
-        assert running.wait(60) == 143
+    # The folder for the files is there, and seconds of work lie ahead.
+    done = ended_at("load m.pt", number, "export", "m.pt", "--out", "m.onnx", "--report", "r.json", cwd=tmp_path)
+    assert done == (status, said)
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
+    """They may catch whatever an import raises; this one stands for them."""
+    (tmp_path / "typer.py").write_text(
+        "import time\ntry:\n    print('importing', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    done = ended_at("importing", signal.SIGINT, "--help", cwd=tmp_path, path=[tmp_path])
+    assert done == (130, "normfuse: interrupted\n")
+
+
+def test_what_is_read_is_not_written_and_a_report_has_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_perceptron(tmp_path / "m.pt")
+    os.link(tmp_path / "m.pt", tmp_path / "hard.onnx")
+    (tmp_path / "link.onnx").symlink_to("m.pt")
+    (tmp_path / "stats.json").write_text("{}")
+    (tmp_path / "net.py").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    export, fold = ["export", "m.pt", "--out"], ["fold", "m.pt", "--out"]
+    for arguments, because in (
+        ([*export, "m.pt"], "cannot write m.pt: it is read as well"),
+        ([*export, "./hard.onnx"], "cannot write hard.onnx: it is read as well"),
+        ([*export, "link.onnx"], "cannot write link.onnx: it is read as well"),
+        ([*export, "m.onnx", "--report", "link.onnx"], "cannot write link.onnx: it is read as well"),
+        ([*export, "same", "--report", "./same"], "--report and --out are both same"),
+        ([*export, "net.py", "--model", "net:make"], "cannot write net.py: it is read as well"),
+        ([*export, "pipe"], "cannot write pipe: it is a pipe"),
+        ([*export, "/dev/full"], "cannot write /dev/full: it is a device"),
+        ([*export, "m.onnx", "--report", "/dev/stdout"], "cannot write /dev/stdout: it is "),
+        ([*export, "n" * 300], "file name too long"),
+        ([*fold, "m.pt"], "cannot write m.pt: it is read as well"),
+        (["plot", "stats.json", "--out", "stats.json"], "stats.json"),
+    ):
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 1 and because in done.stderr and done.stderr.count("\n") == 1, arguments
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    code = "import resource, normfuse.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); normfuse.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "export", "m.pt", "--out", "m.onnx"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "cannot write m.onnx: file too large" in refused(done)
     assert os.listdir(tmp_path) == ["m.pt"]
 
 

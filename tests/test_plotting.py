@@ -32,7 +32,7 @@ def test_plot_writes_the_picture(stored, tmp_path, ending, start):
     [
         ("absent.json", "a.png", "absent.json cannot be read: No such file"),
         ("stats.json", "a.txt", "ends in '.txt'; give one of .png, .svg, .pdf"),
-        ("stats.json", "nowhere/a.png", "cannot be written: No such file"),
+        ("stats.json", "nowhere/a.png", "nowhere/a.png: there is no folder"),
     ],
 )
 def test_plot_refuses_in_one_line(stored, tmp_path, source, out, message):

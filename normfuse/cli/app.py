@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import normfuse
+from normfuse import signals
 
 from .bench import bench
 from .fold import fold
@@ -53,6 +53,9 @@ def main() -> None:
     """Entry point of the command ``normfuse``."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows a mark instead of ending the run
-    # Ending a run must leave no half-written file: as an exception, a termination passes through every clean-up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    app(prog_name="normfuse")
+    signals.end_with_clean_up()
+    try:
+        app(prog_name="normfuse")
+    finally:
+        if signals.exit_status() is not None:
+            sys.exit(signals.exit_status())

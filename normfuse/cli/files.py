@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import normfuse
 from normfuse.errors import NormfuseError
-from normfuse.options import ExportError
+from normfuse.files import Output
 
 from .options import finite
 
@@ -36,11 +34,6 @@ def write_report(path: Path | None, result: ExportResult, **source: Path) -> dic
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with Output(path) as output:
+        output.staged.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        output.publish()

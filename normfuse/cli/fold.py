@@ -25,7 +25,9 @@ def fold(
     with printing.stages() as stages:
         from normfuse.console import print_result
         from normfuse.onnx import fold_file
+        from normfuse.onnx.publish import external_files
 
+        writing.check_targets(source, *external_files(source))
         options = asdict(folding) | asdict(tolerance)
         result = fold_file(source, writing.out, inputs=inputs.specs(), opset=writing.opset, progress=stages, **options)
     data = write_report(writing.report, result, source=source)

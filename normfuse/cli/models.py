@@ -27,6 +27,7 @@ def export(
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     check_readable(checkpoint)
+    writing.check_targets(checkpoint, *loading.files())
     with printing.stages() as stages:
         stages(f"load {checkpoint}")
         from normfuse.console import print_result

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normfuse.errors import NormfuseError
+from normfuse.files import OutputError, check_target, same_file
 from normfuse.options import (
     DTYPES,
     OPSETS,
@@ -23,7 +24,6 @@ from normfuse.options import (
     TARGETS,
     check_dtype,
     check_opset,
-    check_output,
     check_scale_range,
     steps_for,
 )
@@ -86,6 +86,11 @@ class Loading(Inputs):
 
     def check(self) -> None:
         pairs(self.model_args, "--model-arg")
+
+    def files(self) -> list[Path]:
+        """Where the module of --model may lie in this folder: it is read."""
+        name = "" if self.model is None else self.model.partition(":")[0].replace(".", "/")
+        return [Path(f"{name}.py"), Path(name) / "__init__.py"] if name else []
 
     def load(self, path: Path) -> Checkpoint:
         """The checkpoint; what the options say is read before the file is."""
@@ -187,9 +192,15 @@ class Writing:
 
     def check(self) -> None:
         check_opset(self.opset)
+        self.check_targets()
+
+    def check_targets(self, *reads: Path) -> None:
+        """OutputError for files that cannot be written, or that are read."""
         for path in (self.out, self.report):
             if path is not None:
-                check_output(path)
+                check_target(path, reads=reads)
+        if self.report is not None and same_file(self.out, self.report):
+            raise OutputError(f"--report and --out are both {self.out}: give the report a name of its own")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import typer
 
+from normfuse import signals
 from normfuse.errors import NormfuseError, one_line
 
 
@@ -78,6 +79,8 @@ def _one_line_errors(typed: list[str]) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("NORMFUSE_TRACEBACK"):
             raise
+        if signals.exit_status() is not None:  # what a library made of the signal's exception; its line is out
+            raise typer.Exit(signals.exit_status()) from error
         message = one_line(error, 1500)
         if isinstance(error, NormfuseError):
             message += f"; run: normfuse {shlex.join(typed)} {' '.join(error.advice)}" if error.advice else ""

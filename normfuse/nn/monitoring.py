@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..files import Output
 from ..ops._layout import accumulation_dtype, mean_square
 from ..ops._registry import library
 from ._running_norm import ChannelNorm, given_to_norm, running_norms
@@ -173,8 +174,10 @@ class Monitor:
         return {"format": _FORMAT, "version": 1, "every": self.every, "layers": layers}
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file, which ``normfuse plot`` draws."""
-        Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
+        """Write :meth:`to_json` to a file, which ``normfuse plot`` draws; OutputError if it cannot be written."""
+        with Output(path) as output:
+            output.staged.write_text(json.dumps(self.to_json(), allow_nan=False))
+            output.publish()
 
     def close(self) -> None:
         """Stop recording; the records stay."""

@@ -6,8 +6,6 @@ import copy
 import itertools
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,19 +19,20 @@ from torch import nn
 from normfuse.checkpoint import Checkpoint
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx import shaping
 from normfuse.onnx.graph import GraphSummary, summarize
+from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
-from normfuse.onnx.writer import WriteError, quiet, write
+from normfuse.onnx.writer import WriteError, quiet, write_staged
 from normfuse.options import (
     OPSETS,
     ExportError,
     check_dtype,
     check_opset,
-    check_output,
     check_scale_range,
     steps_for,
 )
@@ -44,7 +43,7 @@ class ExportResult:
     """What :func:`export` did.
 
     Attributes:
-        path: the ONNX file; weights beyond 2 GB are in ``<path>.data``.
+        path: the ONNX file; weights beyond 2 GB are in a file beside it, which it names.
         opset: the operator set that was chosen or asked for.
         rejected: newer opsets that were tried, and why they failed.
         dtype: of the weights in the file.
@@ -109,8 +108,8 @@ def export(
     Args:
         model: a checkpoint of :func:`normfuse.load`, or a module (then with ``example_inputs``), which is not
             changed.
-        path: the file to write. It appears, together with ``<path>.data`` for more than 2 GB, only after
-            verification.
+        path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
+            verification. A symbolic link stays and is followed.
         example_inputs, dynamic_shapes: for a module, as in :func:`normfuse.save`.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
         dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32).
@@ -143,10 +142,7 @@ def export(
         if example_inputs is None:
             raise ExportError("a module needs example_inputs to be exported")
         model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
-    check_output(path)
-    # Beside the target, hence on the same disk: moving the finished files is a rename.
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with Output(path, reads=[model.source], error=ExportError) as output:
         checkpoint, program = _traced(model, progress)
         notes: list[str] = []
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
@@ -158,7 +154,6 @@ def export(
         at_most = math.inf if max_scale_range is None else max_scale_range
         forms = _forms(checkpoint, program, dtype, at_most, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
-        staged = staging / path.name
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
         for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
             what = f"opset {candidate}" + (f", shaped for {target}" if form.steps else "")
@@ -166,11 +161,13 @@ def export(
             try:
                 progress(f"write ONNX, {what}")
                 shape = partial(_shape, form.steps, applied) if form.steps else None
-                files = write(form.program, staged, opset=candidate, dtype=dtype, inputs=checkpoint.inputs, shape=shape)
+                write_staged(
+                    form.program, output.staged, opset=candidate, dtype=dtype, inputs=checkpoint.inputs, shape=shape
+                )
                 progress(f"verify in ONNX Runtime, {what}")
-                proof = verify(checkpoint, staged, **limits)
+                proof = verify(checkpoint, output.staged, **limits)
             except (WriteError, VerificationError) as error:
-                why = str(error).replace(str(staging) + os.sep, "")
+                why = str(error).replace(str(output.folder) + os.sep, "")
                 if form.steps:
                     notes.append(f"{what}, was given up: {why}")
                 elif opset is not None:
@@ -178,14 +175,12 @@ def export(
                 else:
                     rejected[candidate] = why
                 continue
-            graph = summarize(staged)
-            move(files, path)
+            graph = summarize(output.staged)
+            publish(output)
             proof = Proof(form.proof.cases + proof.cases)
             return ExportResult(
                 path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes, form.growth
             )
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
 
 
@@ -358,9 +353,3 @@ def in_float32(checkpoint: Checkpoint) -> Checkpoint:
         ),
         example_inputs=tuple(t.float() if t.is_floating_point() else t for t in checkpoint.example_inputs),
     )
-
-
-def move(files: Sequence[Path], path: Path) -> None:
-    """Weights first: the ONNX file that names them appears last."""
-    for file in reversed(files):
-        os.replace(file, path.with_name(file.name))

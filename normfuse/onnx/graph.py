@@ -79,13 +79,13 @@ def summarize(path: str | os.PathLike[str]) -> GraphSummary:
     producers = {output: node for node in graph.node for output in node.output}
     norms = [node.name for node in graph.node if node.op_type in NORMS or _is_spelled_out_norm(node, producers)]
     affines = [node.name for node in graph.node if _is_affine(node, constants, producers)]
-    data = path.with_name(path.name + ".data")
-    external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
+    beside = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    files = [path, *(path.parent / name for name in beside)]
     return GraphSummary(
         nodes=dict(Counter(node.op_type for node in graph.node).most_common()),
         norms=norms,
         affines=affines,
-        bytes=path.stat().st_size + (data.stat().st_size if external and data.exists() else 0),
+        bytes=sum(file.stat().st_size for file in files if file.exists()),
         opset=max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0),
         dtype="float16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer) else "float32",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,15 @@ from torch import nn
 from normfuse.checkpoint import Checkpoint, Dimension, InputSpec, parse_input
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
-from normfuse.onnx.exporter import ExportResult, export, move
+from normfuse.files import Output
+from normfuse.onnx.exporter import ExportResult, export
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.operations import OPERATIONS, Untranslated
+from normfuse.onnx.publish import external_files, publish
 from normfuse.onnx.restored import restore
 from normfuse.onnx.verifier import RTOL, session, verify
 from normfuse.onnx.writer import save_model
-from normfuse.options import check_output
+from normfuse.options import ExportError
 
 _OLDEST = 13  # before, Softmax worked on flattened tensors and axes were attributes
 
@@ -182,7 +183,7 @@ def fold_file(
         ExportError, FoldError, VerificationError, WriteError: as in :func:`normfuse.onnx.export`.
     """
     source, path = Path(source), Path(path)
-    check_output(path)
+    output = Output(path, reads=[source, *external_files(source)], error=ExportError)
     progress(f"read {source}")
     summarize(source)
     try:
@@ -193,9 +194,9 @@ def fold_file(
     names = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     for value in model.graph.inputs:
         value.name = _identifier(str(value.name), "input")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        staged = Path(folder) / path.name
-        renamed = Path(folder) / "source.onnx"
+    with output:
+        staged = output.folder / "folded.onnx"
+        renamed = output.folder / "source.onnx"
         save_model(model, renamed)
         restore(model)
         checkpoint = _checkpoint(model, source, inputs)
@@ -206,11 +207,9 @@ def fold_file(
         for values, old in zip((written.graph.inputs, written.graph.outputs), names, strict=True):
             for value, name in zip(values, old, strict=True):
                 value.name = name
-        final = Path(folder) / "final" / path.name
-        final.parent.mkdir()
-        files = save_model(written, final)
-        session(final)
-        move(files, path)
+        save_model(written, output.staged)
+        session(output.staged)
+        publish(output)
     return replace(result, path=path)
 
 

@@ -21,9 +21,11 @@ from torch.utils import _pytree as pytree
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.errors import NormfuseError
+from normfuse.files import Output
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.layouts import contiguous_reshapes
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
+from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.options import DTYPES, OPSETS
 
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
@@ -45,7 +47,7 @@ def write(
     one_file_limit: int = _ONE_FILE_LIMIT,
     shape: Callable[[ir.Model], object] | None = None,
 ) -> list[Path]:
-    """Writes a program as ONNX and checks the file with ``onnx.checker``.
+    """Writes a program as ONNX and checks the file with ``onnx.checker``; it appears when it is complete.
 
     Args:
         program: an exported program, folded or not.
@@ -55,20 +57,40 @@ def write(
         dtype: ``float32``, or ``float16`` to convert weights and operations while inputs and outputs stay
             float32.
         inputs: names for the dynamic dimensions; without them the file shows the program's symbols.
-        one_file_limit: weights of more bytes than this go to ``<path>.data`` beside the file.
+        one_file_limit: weights of more bytes than this go to a file beside it, ``<path>.<random>.data``.
         shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.shaping`.
 
     Returns:
         The files written: the ONNX file, and the one with its weights if they are apart.
 
     Raises:
-        WriteError: an operation has no translation, a weight does not fit float16, the checker objects.
+        WriteError: an operation has no translation, a weight does not fit float16, the checker objects, `path` cannot
+            be written.
     """
+    path = Path(path)
+    options = {"dtype": dtype, "inputs": inputs, "one_file_limit": one_file_limit, "shape": shape}
+    with Output(path, error=WriteError) as output:
+        if opset is None:
+            _newest(program, output.staged, **options)
+        else:
+            write_staged(program, output.staged, opset=opset, **options)
+        publish(output)
+    return [path, *(output.target.with_name(name) for name in data_beside(output.target))]
+
+
+def write_staged(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    *,
+    opset: int,
+    dtype: str,
+    inputs: Sequence[InputSpec] = (),
+    one_file_limit: int = _ONE_FILE_LIMIT,
+    shape: Callable[[ir.Model], object] | None = None,
+) -> None:
+    """What :func:`write` does, at the place of the file itself: for a folder that nobody looks into."""
     if dtype not in DTYPES:
         raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if opset is None:
-        return _newest(program, path, dtype=dtype, inputs=inputs, one_file_limit=one_file_limit, shape=shape)
-    path = Path(path)
     with quiet():
         try:
             with contiguous_reshapes(program):
@@ -96,21 +118,20 @@ def write(
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
         if dtype == "float16":
             refuse_overflow(model)
-        files = save_model(model, path, one_file_limit)
+        save_model(model, path, one_file_limit)
         if dtype == "float16":
-            files = save_model(_as_float16(path), path, one_file_limit)
+            save_model(_as_float16(path), path, one_file_limit)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError and others without a common base
             raise WriteError(f"opset {opset}: onnx.checker objects: {one_line(error)}") from error
-    return files
 
 
-def _newest(program: torch.export.ExportedProgram, path: str | os.PathLike[str], **options: Any) -> list[Path]:
+def _newest(program: torch.export.ExportedProgram, path: Path, **options: Any) -> None:
     problems = []
     for opset in OPSETS:
         try:
-            return write(program, path, opset=opset, **options)
+            return write_staged(program, path, opset=opset, **options)
         except WriteError as error:
             problems.append(str(error))
     raise WriteError("no opset can be written: " + "; ".join(problems))
@@ -188,16 +209,16 @@ def _as_float16(path: Path) -> ir.Model:
     return model
 
 
-def save_model(model: ir.Model, path: Path, one_file_limit: int = _ONE_FILE_LIMIT) -> list[Path]:
-    """Saves a model, weights of more bytes than the limit apart in ``<path>.data``; returns the files."""
-    data = path.with_name(path.name + ".data")
+def save_model(model: ir.Model, path: Path, one_file_limit: int = _ONE_FILE_LIMIT) -> None:
+    """Saves a model in a folder of our own, weights of more bytes than the limit apart; removes those that were there.
+
+    :func:`normfuse.onnx.publish.publish` puts both in their place.
+    """
+    before = data_beside(path)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size <= one_file_limit:
-        ir.save(model, path)
-        data.unlink(missing_ok=True)
-        return [path]
-    ir.save(model, path, external_data=data.name)
-    return [path, data]
+    ir.save(model, path, external_data=data_name(path) if size > one_file_limit else None)
+    for name in before:
+        path.with_name(name).unlink()
 
 
 def _translation_problem(error: BaseException) -> str:

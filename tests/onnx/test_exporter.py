@@ -12,6 +12,7 @@ from torch.export import Dim
 import normfuse.onnx
 from normfuse.checkpoint import CheckpointError, load, save
 from normfuse.onnx import ExportError, VerificationError, WriteError, export
+from normfuse.onnx.publish import data_beside
 
 exporter = importlib.import_module("normfuse.onnx.exporter")
 writer = importlib.import_module("normfuse.onnx.writer")
@@ -80,7 +81,7 @@ def test_without_any_opset_that_passes_every_reason_is_given(tmp_path, monkeypat
     def refuse(*_, opset, **__):
         raise WriteError(f"no such thing in {opset}")
 
-    monkeypatch.setattr(exporter, "write", refuse)
+    monkeypatch.setattr(exporter, "write_staged", refuse)
     with pytest.raises(VerificationError, match=r"23: no such thing in 23; 20: .*; 18: no such thing in 18"):
         export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4))
     assert not list(tmp_path.iterdir())
@@ -166,11 +167,11 @@ def test_existing_files_stay_as_they_are_when_verification_fails(tmp_path, monke
 
 
 def test_external_weights_arrive_beside_the_file(tmp_path, monkeypatch):
-    real = exporter.write
-    monkeypatch.setattr(exporter, "write", lambda *a, **k: real(*a, **k, one_file_limit=10))
+    real = exporter.write_staged
+    monkeypatch.setattr(exporter, "write_staged", lambda *a, **k: real(*a, **k, one_file_limit=10))
     model = perceptron()
     result = export(model, tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), opset=20)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", *data_beside(result.path)]
     checkpoint = normfuse.Checkpoint.from_model(model, torch.ones(3, 4))
     assert normfuse.onnx.verify(checkpoint, result.path).cases
 
