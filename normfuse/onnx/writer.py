@@ -24,6 +24,7 @@ from normfuse.errors import NormfuseError
 from normfuse.files import Output
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.layouts import contiguous_reshapes
+from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.options import DTYPES, OPSETS
@@ -107,6 +108,7 @@ def write_staged(
             raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
         model = exported.model
         adopt(model)
+        mask_as_torch(model)
         expand_attention_masks(model)
         expand_rotary_caches(model)
         _name_dimensions(model, program, inputs)
