@@ -11,11 +11,11 @@ from torch.fx import Node
 
 from .arrays import CannotCarry, GroupMeans, collapse_equal, keep_axis, same_size, subtract_means, take_first
 from .gains import assign_zero_gains, demand_gains
+from .nodes import is_float, module_of, operation_name
 from .program import Program, largest_entry, piece
 from .report import FoldError
 from .rules import Rule, find_rule
 from .rules.affine import Coefficients
-from .rules.base import is_float
 from .scales import Outcome, Scales
 from .settle import tolerant_values
 
@@ -27,6 +27,10 @@ _ABOUT_SIZES = {
 }
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
+# Dtypes with so few exponents that scales take them away from the values: one byte leaves none to spare.
+_FEW_EXPONENTS = {
+    *(torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
 _ZERO = "a scale is zero, and not only weights read the result"
 _ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
 
@@ -103,6 +107,19 @@ class Folding:
             else:
                 self.rule_of[node] = find_rule(node, self)
                 self.rule_of[node].relate(node, self)
+                self._bound(node)
+
+    def _bound(self, node: Node) -> None:
+        """Keep the scales of values that are stored in few exponents close to one, whatever other values allow."""
+        scale, value = self.scale_of.get(node), node.meta.get("val")
+        pieces = zip(scale, value, strict=True) if isinstance(scale, list) else [(scale, value)]
+        for index, part in pieces:
+            if index is None or not isinstance(part, torch.Tensor) or part.dtype not in _FEW_EXPONENTS:
+                continue
+            if part.itemsize == 1:
+                self.scales.pin(index, f"its dtype {str(part.dtype).removeprefix('torch.')}")
+            else:
+                self.scales.bound(index)
 
     def solve(self) -> None:
         """Meet the demands one after another, norms first; what contradicts stays."""
@@ -115,7 +132,7 @@ class Folding:
             elif not a.all():
                 with_zeros.add(node)
             elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
-                self.kept[node] = self._why_not(node, outcome)
+                self.kept[node] = self.why_not(outcome) or self._what_fixes(node)
         if not self.keep_dynamic_norms:
             demand_gains(self)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
@@ -166,6 +183,7 @@ class Folding:
                 self.scale_of[node] = self.scales.fresh(tuple(value.shape))
                 self.stored.append(self.scale_of[node])
                 self.leaves.append(node)
+                self._bound(node)
             else:
                 self.scale_of[node] = self.scales.pinned((1,) * value.dim())
         return self.scale_of[node]
@@ -374,12 +392,7 @@ class Folding:
 
     def module(self, node: Node) -> tuple[str, str]:
         """Path and class name of the innermost module that an operation belongs to."""
-        stack = node.meta.get("nn_module_stack") or {}
-        entries = [entry for entry in stack.values() if not entry[0].startswith("_empty_nn_module_stack")]
-        if not entries:
-            return "", ""
-        path, cls = entries[-1]
-        return path, (cls if isinstance(cls, str) else cls.__name__).rpartition(".")[2]
+        return module_of(node)
 
     def path(self, node: Node) -> str:
         return self.module(node)[0] or node.name
@@ -388,8 +401,7 @@ class Folding:
         return "Norm" in self.module(node)[1]
 
     def describe(self, node: Node) -> str:
-        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-        path = self.module(node)[0]
+        name, path = operation_name(node), self.module(node)[0]
         shared = [
             self.program.name(c)
             for c in node.all_input_nodes
@@ -406,11 +418,17 @@ class Folding:
                 "finite and the running variance not negative"
             )
 
-    def _why_not(self, node: Node, outcome: Outcome) -> str:
+    def why_not(self, outcome: Outcome) -> str:
+        """Why a demand was refused, apart from what fixes its two sides."""
         if outcome is Outcome.RANGE:
             return f"the scales in one channel of its stream would span more than a factor of {self.max_scale_range:g}"
+        if outcome is Outcome.BOUND:
+            return "its scales would take values between two weights out of the range of float16"
         if outcome is Outcome.SIGN:
             return "some of its scales are negative, and what stands between two weights passes positive ones only"
+        return ""
+
+    def _what_fixes(self, node: Node) -> str:
         before = self.scales.why_pinned(self.scale(self.affine[node].operand))
         behind = self.scales.why_pinned(self.scale(node))
         if before and behind:

@@ -25,9 +25,10 @@ def demand_gains(fold: Folding) -> None:
             fold.kept_gain[node] = _NOT_FINITE
         elif gain.all():
             scale = fold.scale(node)
-            if not fold.scales.demand(scale, np.zeros_like(scale), gain):
+            if not (outcome := fold.scales.demand(scale, np.zeros_like(scale), gain)):
                 fixed = fold.scales.why_pinned(scale)
-                fold.kept_gain[node] = f"its result is fixed by {fixed}" if fixed else "its channels are mixed"
+                mixed = f"its result is fixed by {fixed}" if fixed else "its channels are mixed"
+                fold.kept_gain[node] = fold.why_not(outcome) or mixed
 
 
 def assign_zero_gains(fold: Folding, tolerant: set[Node]) -> None:

@@ -2,8 +2,9 @@
 
 Every channel of every tensor has one unknown scale. Operations relate them pairwise by ``scale[a] = ratio * scale[b]``;
 variable 0 is the constant one. Each variable points at a parent with the ratio between them, roots always have the
-lower number, so a class that holds variable 0 is *pinned* and every other class keeps one free factor. A variable may
-be required to be positive; a root then carries the sign that this asks of its own value.
+lower number, so a class that holds variable 0 is *pinned* and every other class keeps one free factor. What is asked of
+members is kept with their root, relative to its own value: the sign that makes positive members positive, the range of
+all scales, and the range of those that are bounded because their values are stored in few exponents.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ class Outcome(enum.Enum):
     CONTRADICTS = "the ratio contradicts what is known"
     SIGN = "a scale that must be positive would be negative"
     RANGE = "the scales of one class would span too much"
+    BOUND = "a bounded scale would leave its bounds"
 
     def __bool__(self) -> bool:
         return self is Outcome.MET
 
 
 class _Attached(NamedTuple):
-    """Roots that were given parents, and what the parents carried before."""
+    """Roots that were given parents, and what the roots above them carried before."""
 
     roots: np.ndarray
-    parents: np.ndarray
-    before: tuple[np.ndarray, np.ndarray, np.ndarray]
+    above: np.ndarray
+    sign: np.ndarray
+    ranges: np.ndarray
 
 
 class Scales:
@@ -42,33 +45,35 @@ class Scales:
 
     Args:
         max_range: largest allowed ratio between two scales of one class.
+        narrow_bits: largest allowed absolute logarithm, to base two, of a bounded scale.
     """
 
     ONE = 0
 
-    def __init__(self, max_range: float = np.inf) -> None:
+    def __init__(self, max_range: float = np.inf, narrow_bits: float = 5.0) -> None:
         self._max_bits = np.log2(max_range)
+        self._narrow_bits = narrow_bits
         self._count = 1
         self._parent = np.arange(1)
         self._ratio = np.ones(1)
         self._sign = np.ones(1, np.int8)  # of a root's value: +1, -1, or 0 where nothing is asked
-        self._low = np.zeros(1)  # of a root: the range of its members' scales relative to its own, in bits
-        self._high = np.zeros(1)
+        # Of a root, in bits relative to its own scale: lowest and highest scale of its members, and of bounded ones.
+        self._ranges = np.array([[0.0], [0.0], [np.inf], [-np.inf]])
         self._reason = np.zeros(1, np.int32)
         self._reasons: list[str] = [""]
         self._values: np.ndarray | None = None
+        self._members: np.ndarray | None = None  # of a root: how many variables its class has
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """New, unrelated variables in an array of the given shape."""
-        start = self._count
+        start, self._members = self._count, None
         self._count += int(np.prod(shape))
         if self._count > len(self._parent):  # variables beyond the count are roots of their own already
             more = max(self._count, 2 * len(self._parent)) - len(self._parent)
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), len(self._parent) + more)])
             self._ratio = np.concatenate([self._ratio, np.ones(more)])
             self._sign = np.concatenate([self._sign, np.zeros(more, np.int8)])
-            self._low = np.concatenate([self._low, np.zeros(more)])
-            self._high = np.concatenate([self._high, np.zeros(more)])
+            self._ranges = np.concatenate([self._ranges, np.repeat([[0.0], [0.0], [np.inf], [-np.inf]], more, 1)], 1)
             self._reason = np.concatenate([self._reason, np.zeros(more, np.int32)])
         return np.arange(start, self._count).reshape(shape)
 
@@ -91,6 +96,11 @@ class Scales:
         roots, _ = self._roots(index.ravel())
         self._sign[roots] = 1
 
+    def bound(self, index: np.ndarray) -> None:
+        """Keep scales within ``2 ** ±narrow_bits``, before any demand."""
+        roots, _ = self._roots(index.ravel())
+        self._ranges[2:, roots] = 0.0
+
     def demand(self, out: np.ndarray, inp: np.ndarray, ratio: np.ndarray) -> Outcome:
         """Ask for ``scale[out] = ratio * scale[inp]``.
 
@@ -103,7 +113,7 @@ class Scales:
         for step in reversed(attached) if not outcome else ():
             self._parent[step.roots] = step.roots
             self._ratio[step.roots] = 1.0
-            self._sign[step.parents], self._low[step.parents], self._high[step.parents] = step.before
+            self._sign[step.above], self._ranges[:, step.above] = step.sign, step.ranges
         return outcome
 
     def is_pinned(self, index: np.ndarray) -> bool:
@@ -113,22 +123,24 @@ class Scales:
     def why_pinned(self, index: np.ndarray) -> str:
         """The reason that fixed the first pinned variable of `index`; empty when none is pinned."""
         roots, _ = self._roots(index.ravel())
-        for variable in index.ravel()[roots == self.ONE]:
-            while self._parent[variable] != self.ONE:
-                variable = self._parent[variable]
-            return self._reasons[self._reason[variable]]
-        return ""
+        pinned = index.ravel()[roots == self.ONE][:1]
+        return self._reasons[int(self._reasons_of(pinned)[0])] if pinned.size else ""
 
     def alone(self, index: np.ndarray) -> bool:
         """Whether no variable of `index` is related to any other variable."""
-        roots, _ = self._roots(np.arange(self._count))
-        sizes = np.bincount(roots, minlength=len(roots))
+        if self._members is None:
+            self._members = np.bincount(self._all_roots(), minlength=self._count)
         flat = index.ravel()
-        return bool((roots[flat] == flat).all() and (sizes[flat] == 1).all() and (flat != self.ONE).all())
+        return bool(
+            (self._parent[flat] == flat).all() and (self._members[flat] == 1).all() and (flat != self.ONE).all()
+        )
 
     def accepts(self, index: np.ndarray, values: np.ndarray) -> bool:
-        """Whether :meth:`assign` may give these values: to variables alone, with the signs that are asked of them."""
-        return self.alone(index) and bool((self._sign[index] * values >= 0).all())
+        """Whether :meth:`assign` may give these values: to variables alone, with the signs and bounds asked of them."""
+        if not self.alone(index) or (self._sign[index] * values < 0).any():
+            return False
+        bounded = np.isfinite(self._ranges[2, index]) & (values != 0)
+        return bool((np.abs(np.log2(np.abs(values[bounded]))) <= self._narrow_bits).all())
 
     def solve(self, stored: np.ndarray, centre_beyond: float = 3.0) -> None:
         """Give every variable its value.
@@ -136,15 +148,24 @@ class Scales:
         A free class whose stored scales leave [2^-centre_beyond, 2^centre_beyond] is multiplied by the power of two
         that centres its range. `stored` names the variables that end up in weights.
         """
-        roots, values = self._roots(np.arange(self._count))
+        roots = self._all_roots()
+        values = self._ratio[: self._count].copy()
         bits = np.log2(np.abs(values[stored]))
         low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
         np.minimum.at(low, roots[stored], bits)
         np.maximum.at(high, roots[stored], bits)
+        power = np.zeros(len(roots))
         wide = np.maximum(-low, high) > centre_beyond
-        wide[self.ONE] = False
-        factor = np.ones(len(roots))
-        factor[wide] = np.exp2(-np.round((low[wide] + high[wide]) / 2))
+        power[wide] = -np.round((low[wide] + high[wide]) / 2)
+        lowest, highest = self._ranges[2:, : self._count]
+        bounded = lowest <= highest
+        power[bounded] = np.clip(
+            power[bounded],
+            np.ceil(-self._narrow_bits - lowest[bounded]),
+            np.floor(self._narrow_bits - highest[bounded]),
+        )
+        power[self.ONE] = 0.0
+        factor = np.exp2(power)
         factor[self._sign[: self._count] < 0] *= -1.0
         self._values = values * factor[roots]
 
@@ -162,9 +183,29 @@ class Scales:
         if not self._union(a.ravel(), b.ravel(), np.ones(a.size), [], reason):
             raise AssertionError("equal scales contradict: an equality was required after a ratio")
 
-    def _roots(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _all_roots(self) -> np.ndarray:
+        """The root of every variable; afterwards all of them point at it."""
+        while True:
+            parent = self._parent[: self._count]
+            below = np.flatnonzero(parent[parent] != parent)
+            if not below.size:
+                return parent
+            self._shorten(below)
+
+    def _shorten(self, index: np.ndarray) -> None:
+        """Let variables point at the parents of their parents."""
+        parent = self._parent[index]
+        above = self._parent[parent]
+        newly_pinned = index[(above == self.ONE) & (parent != self.ONE)]
+        self._reason[newly_pinned] = self._reason[self._parent[newly_pinned]]
+        self._ratio[index] *= self._ratio[parent]
+        self._parent[index] = above
+
+    def _roots(self, index: np.ndarray, *, shorten: bool = True) -> tuple[np.ndarray, np.ndarray]:
         root, ratio = index.copy(), np.ones(len(index))
         while True:
+            if shorten:
+                self._shorten(root)
             parent = self._parent[root]
             if np.array_equal(parent, root):
                 return root, ratio
@@ -180,8 +221,9 @@ class Scales:
         reason: int | None = None,
     ) -> Outcome:
         while True:
-            root_a, ratio_a = self._roots(a)
-            root_b, ratio_b = self._roots(b)
+            # Ways through links of this demand are not shortened, because it may be taken back.
+            root_a, ratio_a = self._roots(a, shorten=not attached)
+            root_b, ratio_b = self._roots(b, shorten=not attached)
             factor = ratio * ratio_b / ratio_a  # value[root_a] = factor * value[root_b]
             met = root_a == root_b
             if np.any(np.abs(factor[met] - 1.0) > AGREEMENT):
@@ -192,41 +234,71 @@ class Scales:
             root_a, root_b, factor = root_a[~met], root_b[~met], factor[~met]
             high, low = np.maximum(root_a, root_b), np.minimum(root_a, root_b)
             factor = np.where(root_a > root_b, factor, 1.0 / factor)
-            # One parent per root and round; what is left over meets again in the next round.
-            high, first = np.unique(high, return_index=True)
+            # One parent per root and round, the lowest; what is left over meets again in the next round.
+            order = np.lexsort((low, high))
+            high, first = np.unique(high[order], return_index=True)
+            first = order[first]
             low, factor = low[first], factor[first]
-            attached.append(_Attached(high, low, (self._sign[low], self._low[low], self._high[low])))
-            self._parent[high] = low
-            self._ratio[high] = factor
-            if not self._join_signs(high, low, factor):
-                return Outcome.SIGN
-            if not self._join_ranges(high, low, factor):
-                return Outcome.RANGE
-            for root in high[low == self.ONE] if reason is None else ():
-                partner = first[np.searchsorted(high, root)]
-                known = a[partner] if root_b[partner] == root else b[partner]
-                self._reason[root] = self._reason_code(known)
-            if reason is not None:
-                self._reason[high] = reason
+            known = np.where(root_b[first] == high, a[first], b[first])
+            outcome = self._attach(high, low, factor, known, attached, reason)
+            if not outcome:
+                return outcome
 
-    def _join_signs(self, high: np.ndarray, low: np.ndarray, factor: np.ndarray) -> bool:
-        """Pass the signs asked of attached roots on to their parents; False where two contradict."""
-        asked = self._sign[high] * np.sign(factor).astype(np.int8)
+    def _attach(
+        self,
+        high: np.ndarray,
+        low: np.ndarray,
+        factor: np.ndarray,
+        known: np.ndarray,
+        attached: list[_Attached],
+        reason: int | None,
+    ) -> Outcome:
+        """Give the roots `high` the roots `low` for parents; some of these may get parents themselves."""
+        pinned = low == self.ONE
+        self._reason[high[pinned]] = self._reasons_of(known[pinned]) if reason is None else reason
+        above, ratio, last = low.copy(), factor.copy(), np.arange(len(high))
+        while True:  # each round doubles the way: a chain of roots ends at the one that gets no parent
+            position = np.minimum(np.searchsorted(high, above), len(high) - 1)
+            chained = high[position] == above
+            if not chained.any():
+                break
+            position = position[chained]
+            above[chained], last[chained] = above[position], last[position]
+            ratio[chained] *= ratio[position]
+        self._reason[high] = self._reason[high[last]]
+        tops = np.unique(above)
+        attached.append(_Attached(high, tops, self._sign[tops], self._ranges[:, tops]))
+        self._parent[high], self._ratio[high] = above, ratio
+        self._members = None
+        if not self._join_signs(high, above, ratio):
+            return Outcome.SIGN
+        return self._join_ranges(high, above, tops, ratio)
+
+    def _join_signs(self, high: np.ndarray, above: np.ndarray, ratio: np.ndarray) -> bool:
+        """Pass the signs asked of attached roots on to the roots above; False where two contradict."""
+        asked = self._sign[high] * np.sign(ratio).astype(np.int8)
         for sign in (1, -1):
-            parents = low[asked == sign]
-            if (self._sign[parents] == -sign).any():
+            roots = above[asked == sign]
+            if (self._sign[roots] == -sign).any():
                 return False
-            self._sign[parents] = sign
+            self._sign[roots] = sign
         return True
 
-    def _join_ranges(self, high: np.ndarray, low: np.ndarray, factor: np.ndarray) -> bool:
-        """Let parents span what attached roots span; False where a class becomes too wide."""
-        bits = np.log2(np.abs(factor))
-        np.minimum.at(self._low, low, self._low[high] + bits)
-        np.maximum.at(self._high, low, self._high[high] + bits)
-        return bool((self._high[low] - self._low[low] <= self._max_bits).all())
+    def _join_ranges(self, high: np.ndarray, above: np.ndarray, tops: np.ndarray, ratio: np.ndarray) -> Outcome:
+        """Let the roots above span what attached roots span; refused where a class becomes too wide."""
+        bits = np.log2(np.abs(ratio))
+        for bound, ranges in zip((np.minimum, np.maximum) * 2, self._ranges, strict=True):
+            bound.at(ranges, above, ranges[high] + bits)
+        lowest, highest, lowest_bounded, highest_bounded = self._ranges[:, tops]
+        if (highest - lowest > self._max_bits).any():
+            return Outcome.RANGE
+        # A free class is multiplied by a whole power of two, which takes up to one bit of what is allowed.
+        pinned = np.maximum(-lowest_bounded, highest_bounded)
+        needed = np.where(tops == self.ONE, pinned, (highest_bounded - lowest_bounded + 1.0) / 2.0)
+        return Outcome.MET if (needed <= self._narrow_bits).all() else Outcome.BOUND
 
-    def _reason_code(self, variable: int) -> int:
-        while self._parent[variable] != self.ONE:
-            variable = self._parent[variable]
-        return int(self._reason[variable])
+    def _reasons_of(self, variables: np.ndarray) -> np.ndarray:
+        """The numbers of the reasons that pinned variables have."""
+        while (below := self._parent[variables] != self.ONE).any():
+            variables = np.where(below, self._parent[variables], variables)
+        return self._reason[variables]

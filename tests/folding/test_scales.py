@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -168,3 +170,134 @@ def test_agrees_with_potentials_found_by_search(demands: list[tuple[int, int, fl
     for a, b, r in met:
         np.testing.assert_allclose(scales[variables[a]], r * scales[variables[b]], rtol=1e-9)
     assert scales[np.array([Scales.ONE])] == 1.0
+
+
+Edge = tuple[int, int, float]  # scale[a] = ratio * scale[b]
+VARIABLES, RANGE, NARROW = 6, 2.0**6, 3.0
+
+
+@dataclass
+class Direct:
+    """The same system, solved by following edges from every variable: no union-find, no state but what was met."""
+
+    positive: frozenset[int]
+    bounded: frozenset[int]
+    met: list[Edge] = field(default_factory=list)
+
+    def demand(self, edges: list[Edge]) -> Outcome:
+        outcome = self._check([*self.met, *edges])
+        self.met += edges if outcome else []
+        return outcome
+
+    def _check(self, edges: list[Edge]) -> Outcome:
+        classes, refused = [], []
+        known: set[int] = set()
+        for start in range(VARIABLES):
+            if start not in known:
+                values, agree = self._values(start, edges)
+                if not agree:
+                    return Outcome.CONTRADICTS
+                known |= set(values)
+                classes.append(values)
+        for values in classes:
+            positive = {np.sign(values[v]) for v in self.positive | {Scales.ONE} if v in values}
+            bits = np.log2(np.abs(list(values.values())))
+            bounded = np.log2(np.abs([values[v] for v in self.bounded if v in values]))
+            if len(positive) > 1:
+                refused.append(Outcome.SIGN)
+            if bits.max() - bits.min() > np.log2(RANGE):
+                refused.append(Outcome.RANGE)
+            if bounded.size and not self._fits(bounded - (np.log2(values[0]) if 0 in values else 0.0), 0 in values):
+                refused.append(Outcome.BOUND)
+        return min(refused, key=list(Outcome).index, default=Outcome.MET)
+
+    def _fits(self, bits: np.ndarray, pinned: bool) -> bool:
+        """Whether the scales are within bounds; a free class is multiplied by a whole power, which takes one bit."""
+        return bool(np.abs(bits).max() <= NARROW if pinned else bits.max() - bits.min() + 1 <= 2 * NARROW)
+
+    def _values(self, start: int, edges: Iterable[Edge]) -> tuple[dict[int, float], bool]:
+        values, pending = {start: 1.0}, [start]
+        both = [(a, b, r) for a, b, r in edges] + [(b, a, 1.0 / r) for a, b, r in edges]
+        while pending:
+            here = pending.pop()
+            for a, b, ratio in both:
+                if b == here and a not in values:
+                    values[a] = ratio * values[here]
+                    pending.append(a)
+        return values, all(a not in values or np.isclose(values[a], r * values[b], rtol=1e-9) for a, b, r in both)
+
+
+# Ratios are powers of two, whose products are exact, so that equal ways and full ranges occur.
+EDGES = st.tuples(
+    *(st.integers(0, VARIABLES - 1),) * 2, st.sampled_from([1.0, -1.0, 2.0, -2.0, 0.5, 8.0, -0.125, 32.0])
+)
+
+
+@given(
+    st.lists(st.lists(EDGES, min_size=1, max_size=5), max_size=6),
+    st.frozensets(st.integers(1, VARIABLES - 1), max_size=3),
+    st.frozensets(st.integers(1, VARIABLES - 1), max_size=2),
+)
+@settings(max_examples=800, deadline=None)
+def test_agrees_with_a_direct_solution_on_signs_and_ranges(
+    demands: list[list[Edge]], positive: frozenset[int], bounded: frozenset[int]
+) -> None:
+    """Each demand relates several channels at once, in chains and stars; a refused one leaves nothing behind."""
+    scales, direct = Scales(RANGE, NARROW), Direct(positive, bounded)
+    scales.fresh((VARIABLES - 1,))
+    scales.require_positive(np.array(sorted(positive), np.int64))
+    scales.bound(np.array(sorted(bounded), np.int64))
+    for edges in demands:
+        a, b, ratio = (np.array(part) for part in zip(*edges, strict=True))
+        wanted = direct.demand(edges)
+        assert bool(scales.demand(a, b, ratio)) is bool(wanted), (edges, wanted)
+    scales.solve(np.arange(VARIABLES))
+    values = scales[np.arange(VARIABLES)]
+    for a, b, ratio in direct.met:
+        assert values[a] == ratio * values[b]
+    assert values[Scales.ONE] == 1.0
+    assert all(values[v] > 0 for v in positive)
+    assert all(abs(np.log2(abs(values[v]))) <= NARROW for v in bounded)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([(1, 0), (2, 1), (3, 2)])), ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_chains_of_unions_in_one_step_keep_sign_range_bounds_and_reason(order: tuple, steps: int) -> None:
+    """The last link's class asks for something; the chain that ties it to the first is entered at once or singly."""
+    edges = np.array(order)
+    for ratio, asked, outcome in (
+        (-1.0, "require_positive", Outcome.SIGN),
+        (8.0, "nothing", Outcome.RANGE),
+        (2.0, "bound", Outcome.BOUND),
+    ):
+        scales = Scales(2.0**8, 2.0)
+        scales.fresh((3,))
+        if asked != "nothing":
+            getattr(scales, asked)(np.array([3]))
+        parts = np.array_split(edges, steps)
+        outcomes = [scales.demand(part[:, 0], part[:, 1], np.full(len(part), ratio)) for part in parts]
+        assert outcomes == [Outcome.MET] * (steps - 1) + [outcome]
+        last = parts[-1]
+        assert steps > 1 or all(scales.alone(np.array([v])) for v in (1, 2, 3))
+        assert scales.demand(last[:, 0], last[:, 1], np.full(len(last), 1.0 if steps == 1 else ratio**-2))
+    scales = Scales()
+    scales.fresh((3,))
+    scales.pin(np.array([1]), "softmax")
+    chain = edges[(edges != 0).all(axis=1)]
+    assert scales.demand(chain[:, 0], chain[:, 1], np.full(len(chain), 2.0))
+    assert [scales.why_pinned(np.array([v])) for v in (1, 2, 3)] == ["softmax"] * 3
+
+
+def test_long_chains_take_no_longer_each() -> None:
+    """A chain of 20 000 in one step and one link at a time from the far end: ways are shortened as they are used."""
+    count = 20_000
+    chain = np.arange(1, count)
+    at_once, singly = Scales(), Scales()
+    at_once.fresh((count - 1,))
+    assert at_once.demand(chain, chain - 1, np.full(len(chain), -1.0))
+    singly.fresh((3000,))
+    for link in range(2999, 0, -1):
+        assert singly.demand(np.array([link]), np.array([link - 1]), np.array([-1.0]))
+    for scales, size in ((at_once, count), (singly, 3000)):
+        scales.solve(np.arange(size))
+        assert (scales[np.arange(size)] == (-1.0) ** np.arange(size)).all()

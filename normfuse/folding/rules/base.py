@@ -6,10 +6,10 @@ import enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse
+from ..nodes import argument, is_float
 
 if TYPE_CHECKING:
     from ..engine import Folding
@@ -79,6 +79,8 @@ class Opaque(Rule):
         fold.pin(node, reason)
 
 
+__all__ = ["OPAQUE", "Opaque", "Rule", "Use", "argument", "find_rule", "is_float", "rule_for"]
+
 _RULES: dict[object, list[Rule]] = {}
 OPAQUE = Opaque()
 R = TypeVar("R", bound=type[Rule])
@@ -103,22 +105,3 @@ def find_rule(node: Node, fold: Folding) -> Rule:
             if rule.matches(node, fold):
                 return rule
     return OPAQUE
-
-
-def argument(node: Node, name: str, default: Any = None) -> Any:
-    """An argument of an ATen operation by its schema's name, given by position, by keyword or not at all."""
-    schema = node.target._schema.arguments
-    for position, entry in enumerate(schema):
-        if entry.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            if name in node.kwargs:
-                return node.kwargs[name]
-            return entry.default_value if entry.has_default_value() else default
-    return default
-
-
-def is_float(node: object) -> bool:
-    """Whether a node is a floating-point tensor."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
