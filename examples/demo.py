@@ -40,9 +40,7 @@ def export_both(
 ) -> tuple[normfuse.onnx.ExportResult, normfuse.onnx.GraphSummary]:
     """The verified file without norms, and the same program written without folding."""
     result = normfuse.onnx.export(checkpoint, fused)
-    args, kwargs = checkpoint.arguments(checkpoint.example_inputs)
-    program = torch.export.export(checkpoint.module, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes)
-    normfuse.onnx.write(program, unfused, opset=result.opset, inputs=checkpoint.inputs)
+    normfuse.onnx.write(checkpoint.program, unfused, opset=result.opset, inputs=checkpoint.inputs)
     return result, normfuse.onnx.summarize(unfused)
 
 
@@ -88,8 +86,8 @@ def serve(trained: Run, data: Digits, folder: Path, rounds: int) -> dict[str, ob
     trained.save(model_file, data.test_images[:4])
     checkpoint = normfuse.load(model_file)
     result, with_norms = export_both(checkpoint, fused, unfused)
-    with torch.no_grad():
-        expected = checkpoint.module(data.test_images).argmax(1).numpy()
+    (logits,) = checkpoint.run([data.test_images])
+    expected = logits.argmax(1).numpy()
     got = classify(fused, data.test_images)
     labels = data.test_labels.numpy()
     timing = normfuse.onnx.bench([unfused, fused], rounds=rounds, threads=1)

@@ -20,8 +20,8 @@ def perceptron() -> nn.Module:
 
 def save_perceptron(path: Path, model: nn.Module | None = None, **options) -> nn.Module:
     model = perceptron() if model is None else model
-    options = {"factory": PERCEPTRON, "dynamic_shapes": {"x": {0: "batch"}}} | options
-    save(model, path, example_inputs=torch.ones(2, 4), **options)
+    defaults = {"factory": PERCEPTRON, "dynamic_shapes": {"x": {0: "batch"}}, "example_inputs": torch.ones(2, 4)}
+    save(model, path, **(defaults | options))
     return model
 
 

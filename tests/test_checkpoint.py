@@ -23,13 +23,11 @@ def test_round_trip_of_weights_inputs_and_dynamic_dimensions(tmp_path):
     save(model, tmp_path / "m.pt", example_inputs=(tokens, pad_mask), dynamic_shapes=shapes,
          kwargs={"depth": 2, "placement": "post"})  # fmt: skip
     loaded = load(tmp_path / "m.pt")
-    assert not loaded.module.training
     assert loaded.input_names == ("tokens", "pad_mask")
     assert loaded.inputs[0].dims == (Dimension("batch"), Dimension("seq", 2, 16))
     assert all(torch.equal(a, b) for a, b in zip(loaded.example_inputs, (tokens, pad_mask), strict=True))
-    assert loaded.dynamic_shapes["pad_mask"][1].max == 16
-    args, kwargs = loaded.arguments(loaded.example_inputs)
-    torch.testing.assert_close(loaded.module(*args, **kwargs), model(tokens, pad_mask), rtol=0, atol=0)
+    assert torch.equal(loaded.expected_outputs[0], model(tokens, pad_mask))
+    torch.testing.assert_close(loaded.run(loaded.example_inputs)[0], model(tokens, pad_mask))
 
 
 def test_the_file_is_data_and_appears_whole(tmp_path):
@@ -42,11 +40,14 @@ def test_the_file_is_data_and_appears_whole(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes_of_the_trained_module_come_back(tmp_path, dtype):
-    model = save_perceptron(tmp_path / "m.pt", perceptron().to(dtype))
-    loaded = load(tmp_path / "m.pt").module.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+def test_a_module_of_another_dtype_is_traced_in_float32_and_its_own_outputs_are_recorded(tmp_path, dtype):
+    model = save_perceptron(tmp_path / "m.pt", perceptron().to(dtype), example_inputs=torch.ones(2, 4, dtype=dtype))
+    loaded = load(tmp_path / "m.pt")
+    for name, tensor in loaded.program.state_dict.items():
+        assert torch.equal(tensor, model.state_dict()[name].float())
+    assert torch.equal(loaded.expected_outputs[0], model(torch.ones(2, 4, dtype=dtype)))
+    assert loaded.expected_outputs[0].dtype == dtype and loaded.inputs[0].dtype == torch.float32
+    assert f"traced in float32; the model has {str(dtype).removeprefix('torch.')}" in loaded.notes
 
 
 def test_a_buffer_outside_the_state_dict_keeps_its_dtype(tmp_path, monkeypatch):
@@ -60,13 +61,14 @@ def test_a_buffer_outside_the_state_dict_keeps_its_dtype(tmp_path, monkeypatch):
             return self.inner(x * self.table)
 
     monkeypatch.setattr(tiny_models, "Turned", Turned, raising=False)
+    model = Turned().to(torch.bfloat16)
     save(
-        Turned().to(torch.bfloat16),
+        model,
         tmp_path / "m.pt",
-        example_inputs=torch.ones(2, 4),
+        example_inputs=torch.ones(2, 4, dtype=torch.bfloat16),
         factory="tiny_models:Turned",
     )
-    assert load(tmp_path / "m.pt").module.table.dtype == torch.bfloat16
+    assert torch.equal(load(tmp_path / "m.pt").program.constants["table"], model.table.float())
 
 
 def test_shared_weights_are_stored_once_and_views_without_their_surroundings(tmp_path):
@@ -86,8 +88,7 @@ def test_keyword_inputs_that_skip_an_argument(tmp_path):
 
     save(Optional(), tmp_path / "m.pt", example_inputs={"x": torch.ones(2), "shift": torch.ones(2)})
     loaded = load(tmp_path / "m.pt", model=Optional)
-    args, kwargs = loaded.arguments(loaded.example_inputs)
-    assert args == () and list(kwargs) == ["x", "shift"]
+    assert loaded.input_names == ("x", "shift")
 
 
 def test_a_compiled_model_is_saved_as_the_model_itself(tmp_path):
@@ -102,7 +103,7 @@ def test_model_and_its_arguments_go_over_the_recorded_ones(tmp_path):
     model = perceptron()
     save(model, tmp_path / "m.pt", example_inputs=torch.ones(2, 4))
     assert "does not say how to build" in refusal(tmp_path / "m.pt")
-    assert load(tmp_path / "m.pt", model=PERCEPTRON).module.inner.in_features == 4
+    assert load(tmp_path / "m.pt", model=PERCEPTRON).program.state_dict["inner.weight"].shape == (4, 4)
     assert load(tmp_path / "m.pt", model=tiny_models.Perceptron, model_args={"classes": 3}) is not None
     assert "'clases'" in refusal(tmp_path / "m.pt", model=PERCEPTRON, model_args={"clases": 5})
     assert "head.weight" in refusal(tmp_path / "m.pt", model=PERCEPTRON, model_args={"classes": 5})
@@ -116,7 +117,7 @@ def test_a_model_from_the_working_directory_is_found_only_when_a_person_names_it
         save(net, "m.pt", example_inputs=torch.ones(1, 2), factory="own_model_of_mine:Net",
              kwargs={"in_features": 2, "out_features": 2})  # fmt: skip
     assert "cannot be imported here" in refusal(Path("m.pt"))
-    assert torch.equal(load("m.pt", model="own_model_of_mine:Net").module.weight, net.weight)
+    assert torch.equal(load("m.pt", model="own_model_of_mine:Net").program.state_dict["weight"], net.weight)
 
 
 @pytest.mark.parametrize("kind", ["state_dict", "safetensors", "legacy"])
@@ -132,7 +133,7 @@ def test_bare_weights_need_a_model_and_inputs(tmp_path, kind):
     assert "forward takes x" in refusal(path, model=PERCEPTRON, inputs=["tokens:int64[2]"])
     loaded = load(path, model=PERCEPTRON, inputs=["x:float32[batch,4]"])
     assert loaded.example_inputs[0].shape == (3, 4)
-    torch.testing.assert_close(loaded.module(*loaded.example_inputs), model(*loaded.example_inputs))
+    torch.testing.assert_close(loaded.run(loaded.example_inputs)[0], model(*loaded.example_inputs))
 
 
 def test_given_inputs_replace_recorded_ones_and_use_their_examples_if_they_fit(tmp_path):

@@ -75,7 +75,7 @@ def encoder(tmp_path_factory):
 def test_export_prints_its_stages_and_a_table_and_writes_both_files(encoder):
     folder, done = encoder
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    for text in ("trace with torch.export", "fold the norms", "verify in ONNX Runtime", "blocks.0.norms.0",
+    for text in ("load model.pt", "fold the norms", "verify in ONNX Runtime", "blocks.0.norms.0",
                  "UnifiedNorm", "3 of 3 norms folded", "0 norm nodes, 0 per-channel Mul/Add", "opset 2"):  # fmt: skip
         assert text in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110

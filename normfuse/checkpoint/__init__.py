@@ -19,8 +19,9 @@ never running anything the file holds.
 """
 
 from normfuse.checkpoint.archive import CheckpointError
-from normfuse.checkpoint.inputs import Dimension, InputSpec, parse_input
-from normfuse.checkpoint.loading import Checkpoint, load
+from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec, parse_input
+from normfuse.checkpoint.loading import load
 from normfuse.checkpoint.saving import save
 
-__all__ = ["Checkpoint", "CheckpointError", "Dimension", "InputSpec", "load", "parse_input", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "Derived", "Dimension", "InputSpec", "load", "parse_input", "save"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.export import Dim
 
 from normfuse.checkpoint.archive import CheckpointError
 
@@ -17,14 +15,10 @@ DTYPES = {
 }
 _SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?:<(?P<high>\d+))?")
 _DIM = re.compile(r"(?P<size>\d+)|(?:(?P<low>\d+)<=)?(?P<name>[A-Za-z_]\w*)(?:<=(?P<high>\d+))?")
+_TERM = re.compile(r"(?P<sign>[+-]?)(?:(?P<factor>\d+)\*)?(?P<name>[A-Za-z_]\w*)|(?P<offset>[+-]?\d+)")
 _EXAMPLE = 'e.g. "tokens:int64[batch,seq]<1000" or "image:float32[batch,3,32,32]"'
-_FIRST_SIZES = (
-    3,
-    8,
-    5,
-    7,
-    6,
-)  # sizes of dynamic dimensions in made-up examples: above 1, and told apart at a glance
+# Sizes of dynamic dimensions in made-up examples: above 1, and told apart at a glance.
+_FIRST_SIZES = (3, 8, 5, 7, 6)
 
 
 @dataclass(frozen=True)
@@ -46,14 +40,33 @@ class Dimension:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A size that follows from dynamic dimensions: the sum of ``factor · size``, and ``offset``. Example: past + 1."""
+
+    terms: tuple[tuple[Dimension, int], ...]
+    offset: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{factor:+d}*{dim.name}".replace("1*", "", abs(factor) == 1) for dim, factor in self.terms]
+        parts += [f"{self.offset:+d}"] * bool(self.offset)
+        return "".join(parts).removeprefix("+")
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        return self.offset + sum(factor * sizes[dim.name] for dim, factor in self.terms)
+
+
+Axis = int | Dimension | Derived
+
+
+@dataclass(frozen=True)
 class InputSpec:
-    """One input: ``dims`` holds an int for a fixed and a :class:`Dimension` for a dynamic axis. ``high``
-    bounds made-up integers (0 ≤ value < high); None means that values like those of the example input are
-    admissible."""
+    """One input: ``dims`` holds an int for a fixed, a :class:`Dimension` for a dynamic axis, and a
+    :class:`Derived` for one that follows from others. ``high`` bounds made-up integers (0 ≤ value < high); None
+    means that values like those of the example input are admissible."""
 
     name: str
     dtype: torch.dtype
-    dims: tuple[int | Dimension, ...]
+    dims: tuple[Axis, ...]
     high: int | None = None
 
     def __str__(self) -> str:
@@ -63,16 +76,23 @@ class InputSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> list[int]:
         """The shape for given sizes of the dynamic dimensions."""
-        return [sizes[dim.name] if isinstance(dim, Dimension) else dim for dim in self.dims]
+        return [size_of(dim, sizes) for dim in self.dims]
+
+
+def size_of(dim: Axis, sizes: Mapping[str, int]) -> int:
+    """The size of an axis for given sizes of the dynamic dimensions."""
+    if isinstance(dim, Derived):
+        return dim.size(sizes)
+    return sizes[dim.name] if isinstance(dim, Dimension) else dim
 
 
 def parse_input(text: str) -> InputSpec:
     """Reads ``name:dtype[dims]`` with an optional bound for integers.
 
-    A number is a fixed dimension, a word a dynamic one; ``seq<=512`` or ``2<=seq<=512`` bounds it. ``<N``
-    after the bracket says that integers run from 0 to N-1 (default: 0 and 1). Example:
-    ``"tokens:int64[batch,seq<=512]<30000"``. Raises CheckpointError saying what was given and what is
-    allowed.
+    A number is a fixed dimension, a word a dynamic one; ``seq<=512`` or ``2<=seq<=512`` bounds it;
+    ``past+1``, ``past+seq`` and ``32*height`` follow from others. ``<N`` after the bracket says that integers
+    run from 0 to N-1 (default: 0 and 1). Example: ``"tokens:int64[batch,seq<=512]<30000"``. Raises
+    CheckpointError saying what was given and what is allowed.
     """
     compact = re.sub(r"\s*([^\w\s]+)\s*", r"\1", text.strip())
     match = _SPEC.fullmatch(compact)
@@ -89,91 +109,59 @@ def parse_input(text: str) -> InputSpec:
     return InputSpec(match["name"], dtype, dims, high)
 
 
-def _parse_dim(dim: str, text: str) -> int | Dimension:
+def _parse_dim(dim: str, text: str) -> Axis:
     match = _DIM.fullmatch(dim)
     if match is None:
-        raise CheckpointError(f"input {text!r}: dimension {dim!r} is neither a number nor a word, {_EXAMPLE}")
+        return _parse_derived(dim, text)
     if match["size"] is not None:
         return int(match["size"])
     return Dimension(match["name"], int(match["low"] or 1), None if match["high"] is None else int(match["high"]))
 
 
-def specs_of(
-    names: Sequence[str],
-    examples: Sequence[torch.Tensor],
-    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None,
-) -> tuple[InputSpec, ...]:
-    """The specs of example inputs. ``dynamic_shapes`` is what torch.export takes: by input name or in order,
-    an ``{axis: Dim}`` or one entry per axis; a plain string serves as well as ``torch.export.Dim``."""
-    if dynamic_shapes is None:
-        dynamic_shapes = {}
-    if not isinstance(dynamic_shapes, Mapping):
-        if len(dynamic_shapes) != len(names):
-            raise CheckpointError(f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} example inputs")
-        dynamic_shapes = dict(zip(names, dynamic_shapes, strict=True))
-    unknown = [name for name in dynamic_shapes if name not in names]
-    if unknown:
-        raise CheckpointError(f"dynamic_shapes names {unknown[0]!r}, but the example inputs are {', '.join(names)}")
-    specs = []
-    for name, example in zip(names, examples, strict=True):
-        if example.dtype not in DTYPES.values():
-            raise CheckpointError(f"example input {name!r} is {example.dtype}; allowed are {', '.join(DTYPES)}")
-        axes = dynamic_shapes.get(name) or {}
-        if not isinstance(axes, Mapping):
-            axes = dict(enumerate(axes))
-        dims: list[int | Dimension] = list(example.shape)
-        for axis, dim in axes.items():
-            if dim is None or isinstance(dim, int):
-                continue
-            if not -example.dim() <= axis < example.dim():
-                raise CheckpointError(
-                    f"dynamic_shapes[{name!r}] names axis {axis} of a tensor with {example.dim()} axes"
-                )
-            dims[axis] = _dimension(dim, name, axis)
-        specs.append(InputSpec(name, example.dtype, tuple(dims)))
-    consistent_sizes(specs, examples)
-    return tuple(specs)
-
-
-def _dimension(dim: Any, name: str, axis: int) -> Dimension:
-    if isinstance(dim, str):
-        return Dimension(dim)
-    if not isinstance(dim, Dim):
-        raise CheckpointError(
-            f"dynamic_shapes[{name!r}][{axis}] is {dim!r}; give the dimension a name, e.g. "
-            "torch.export.Dim('batch'): "
-            "names become the axes of the ONNX file"
-        )
-    low = dim.min if isinstance(dim.min, int) else 1
-    high = dim.max if isinstance(dim.max, int) and dim.max < 2**31 else None
-    return Dimension(dim.__name__, max(low, 1), high)
+def _parse_derived(dim: str, text: str) -> Derived:
+    terms = list(_TERM.finditer(dim))
+    spaced = all(term.start() == 0 or dim[term.start()] in "+-" for term in terms)
+    if not spaced or "".join(term[0] for term in terms) != dim or not any(term["name"] for term in terms):
+        raise CheckpointError(f"input {text!r}: dimension {dim!r} is neither a number nor a word, {_EXAMPLE}")
+    named = [(Dimension(t["name"]), int(f"{t['sign']}{t['factor'] or 1}")) for t in terms if t["name"]]
+    return Derived(tuple(named), sum(int(t["offset"]) for t in terms if not t["name"]))
 
 
 def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor]) -> dict[str, int]:
     """The size of every dynamic dimension in the examples; CheckpointError if an example does not fit its
     spec."""
-    sizes: dict[str, int] = {}
     for spec, example in zip(specs, examples, strict=True):
         if example.dtype != spec.dtype or example.dim() != len(spec.dims):
             raise CheckpointError(f"example input {spec.name!r} is {example.dtype} {list(example.shape)}, not {spec}")
-        for dim, size in zip(spec.dims, example.shape, strict=True):
-            expected = sizes.setdefault(dim.name, size) if isinstance(dim, Dimension) else dim
-            if size != expected:
-                raise CheckpointError(
-                    f"example input {spec.name!r} has shape {list(example.shape)}, but {dim} is {expected} elsewhere"
-                )
+    axes = [
+        (spec, example, dim, size)
+        for spec, example in zip(specs, examples, strict=True)
+        for dim, size in zip(spec.dims, example.shape, strict=True)
+    ]
+    sizes: dict[str, int] = {}
+    for _, _, dim, size in axes:
+        if isinstance(dim, Dimension):
+            sizes.setdefault(dim.name, size)
+    for _, _, dim, size in axes:  # a name that stands by itself nowhere follows from the first sum that holds it
+        unknown = [term for term in dim.terms if term[0].name not in sizes] if isinstance(dim, Derived) else []
+        if len(unknown) == 1:
+            root, factor = unknown[0]
+            sizes[root.name] = (size - dim.size({**sizes, root.name: 0})) // factor
+    for spec, example, dim, size in axes:
+        if size != (expected := size_of(dim, sizes)):
+            raise CheckpointError(
+                f"example input {spec.name!r} has shape {list(example.shape)}, but {dim} is {expected} elsewhere"
+            )
     return sizes
 
 
 def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
     """The dynamic dimensions by name, each with the narrowest bounds given for it."""
     found: dict[str, Dimension] = {}
-    for spec in specs:
-        for dim in spec.dims:
-            if isinstance(dim, Dimension):
-                other = found.get(dim.name, dim)
-                highs = [high for high in (dim.maximum, other.maximum) if high is not None]
-                found[dim.name] = Dimension(dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None)
+    for dim in _named(axis for spec in specs for axis in spec.dims):
+        other = found.get(dim.name, dim)
+        highs = [high for high in (dim.maximum, other.maximum) if high is not None]
+        found[dim.name] = Dimension(dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None)
     for dim in found.values():
         if dim.maximum is not None and dim.maximum < dim.minimum:
             raise CheckpointError(
@@ -182,15 +170,12 @@ def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
     return found
 
 
-def to_dynamic_shapes(specs: Sequence[InputSpec]) -> dict[str, dict[int, Dim]] | None:
-    """The ``dynamic_shapes`` of torch.export, by input name; None if every dimension is fixed."""
-    dims = {name: Dim(name, min=dim.minimum, max=dim.maximum) for name, dim in dimensions(specs).items()}
-    if not dims:
-        return None
-    return {
-        spec.name: {axis: dims[dim.name] for axis, dim in enumerate(spec.dims) if isinstance(dim, Dimension)}
-        for spec in specs
-    }
+def _named(axes: Iterable[Axis]) -> Iterator[Dimension]:
+    for axis in axes:
+        if isinstance(axis, Dimension):
+            yield axis
+        elif isinstance(axis, Derived):
+            yield from (dim for dim, _ in axis.terms)
 
 
 def first_sizes(specs: Sequence[InputSpec]) -> dict[str, int]:
@@ -223,7 +208,10 @@ def make_up(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generato
 
 
 def resize(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The example, cut or repeated along each axis to ``shape``: every value stays an admissible one."""
+    """The example, cut or repeated along each axis to ``shape``: every value stays an admissible one. Zeros where
+    the example is empty."""
+    if not example.numel():
+        return example.new_zeros(tuple(shape))
     for axis, size in enumerate(shape):
         if size != example.shape[axis]:
             example = example.index_select(axis, torch.arange(size) % example.shape[axis])
@@ -241,7 +229,7 @@ def redraw(
     """
     shape = spec.shape(sizes)
     if example.numel() == 0:
-        return example.new_zeros(shape)
+        return make_up(spec, sizes, generator)
     values = example.unique()
     if spec.high is not None and spec.high > 2:
         return torch.randint(spec.high, shape, generator=generator).to(spec.dtype)

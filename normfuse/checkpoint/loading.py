@@ -1,12 +1,10 @@
-"""Reading a checkpoint: check the file, build the module, load it strictly, look at its statistics."""
+"""Reading a checkpoint: check the file, build the module, load it strictly, look at its statistics, trace it."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +14,11 @@ from torch import nn
 from normfuse.checkpoint import archive, factory
 from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
+from normfuse.checkpoint.arguments import bind, parameters_of
+from normfuse.checkpoint.capture import Checkpoint, capture
 from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
-from normfuse.checkpoint.saving import argument_names, named_examples, unwrapped
 
-_SECOND_MOMENTS = ("running_var", "running_phi")
 _NAME_INPUTS = 'name them: --input "tokens:int64[batch,seq]" (inputs=[…])'
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model ready to be exported.
-
-    Attributes:
-        module: the module in evaluation mode, on the CPU.
-        inputs: one :class:`InputSpec` per input, in the order of ``example_inputs``.
-        example_inputs: tensors that the module takes; saved with it, or made up from the specs.
-        source: where it came from, for messages.
-        program: the exported program itself if the file held one (``.pt2``), else None.
-    """
-
-    module: nn.Module
-    inputs: tuple[InputSpec, ...]
-    example_inputs: tuple[torch.Tensor, ...]
-    source: str
-    program: torch.export.ExportedProgram | None = None
-
-    @classmethod
-    def from_model(
-        cls,
-        model: nn.Module,
-        example_inputs: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
-        dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
-    ) -> Checkpoint:
-        """A live module as a checkpoint, with arguments as in :func:`normfuse.save`. The module is not
-        changed: unless it is in evaluation mode on the CPU already, a copy is made. Raises CheckpointError as
-        loading does."""
-        model = unwrapped(model)
-        names, examples = named_examples(model, example_inputs)
-        specs = specs_module.specs_of(names, examples, dynamic_shapes)
-        tensors = [*model.parameters(), *model.buffers()]
-        if any(part.training for part in model.modules()) or any(t.device.type != "cpu" for t in tensors):
-            model = copy.deepcopy(model).cpu().eval()
-        check_numbers(model, type(model).__name__)
-        return cls(model, specs, tuple(e.detach().cpu() for e in examples), type(model).__name__)
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        return tuple(spec.name for spec in self.inputs)
-
-    @property
-    def dynamic_shapes(self) -> dict[str, dict[int, torch.export.Dim]] | None:
-        """What torch.export takes under this name."""
-        return specs_module.to_dynamic_shapes(self.inputs)
-
-    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-        """Positional and keyword arguments that hand ``tensors`` (in the order of ``inputs``) to the
-        module."""
-        if self.program is not None or argument_names(self.module)[: len(self.inputs)] == list(self.input_names):
-            return tuple(tensors), {}
-        return (), dict(zip(self.input_names, tensors, strict=True))
 
 
 def load(
@@ -121,8 +65,6 @@ def load(
             state = _bare_state(content, path)
         module = _build(path, metadata, model, model_args)
         _fill(module, state, metadata, path)
-    module = module.eval()
-    check_numbers(module, str(path))
     if specs is not None:
         examples = examples if _fit(examples, specs) else _made_up(specs)
     elif metadata:
@@ -132,13 +74,22 @@ def load(
             f"{path} does not say which inputs the model takes; {_NAME_INPUTS}",
             advice=['--input "tokens:int64[batch,seq]"'],
         )
-    allowed = argument_names(module)
+    return captured(module, specs, examples, str(path))
+
+
+def captured(
+    module: nn.Module, specs: Sequence[InputSpec], examples: Mapping[str, torch.Tensor], source: str
+) -> Checkpoint:
+    """Traces a module whose ``forward`` takes one tensor per spec, by name."""
+    allowed = parameters_of(module)
     for spec in specs:
         if spec.name not in allowed:
             raise CheckpointError(f"input {spec.name!r}: {type(module).__name__}.forward takes {', '.join(allowed)}")
-    tensors = tuple(examples[spec.name] for spec in specs)
-    specs_module.consistent_sizes(specs, tensors)
-    return Checkpoint(module, tuple(specs), tensors, str(path))
+    by_name = {spec.name: spec for spec in specs}
+    tensors = {name: examples[name] for name in by_name}
+    specs_module.consistent_sizes(specs, list(tensors.values()))
+    call = bind(module, tensors)
+    return capture(module, call, [by_name[name] for name in call.names], source)
 
 
 def _checked(
@@ -242,30 +193,6 @@ def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mappin
         raise CheckpointError(f"{path} does not fit {name}: {' and '.join(problems)}")
 
 
-def check_numbers(module: nn.Module, source: str) -> None:
-    """Refuses, naming the tensor, parameters and norm statistics that are not finite, NaN in any other buffer
-    (masks may hold infinities), and a negative ``running_var`` or ``running_phi``."""
-
-    def refuse(name: str, what: str) -> None:
-        raise CheckpointError(f"{source}: {name} {what}; the training it comes from has diverged or the file is wrong")
-
-    for prefix, part in module.named_modules():
-        statistics = any(isinstance(getattr(part, name, None), torch.Tensor) for name in _SECOND_MOMENTS)
-        for own, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            name = f"{prefix}.{own}" if prefix else own
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                continue
-            if tensor.isnan().any():
-                refuse(name, f"holds NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
-            if (statistics or isinstance(tensor, nn.Parameter)) and not tensor.isfinite().all():
-                refuse(name, f"holds infinity ({int(tensor.isinf().sum())} of {tensor.numel()} values)")
-            if own in _SECOND_MOMENTS and (tensor < 0).any():
-                refuse(
-                    name,
-                    f"is negative (as low as {tensor.min().item():.3g}), which no mean of squares can be",
-                )
-
-
 def _recorded_specs(metadata: Mapping[str, Any], path: Path) -> list[InputSpec]:
     try:
         return [
@@ -310,14 +237,9 @@ def _from_program(program: torch.export.ExportedProgram, path: Path, specs: list
     elif [spec.name for spec in specs] != list(names):
         raise CheckpointError(f"{path} takes {', '.join(map(str, names))} in this order; --input names others")
     saved = program.example_inputs
-    examples = None if saved is None else [*saved[0], *saved[1].values()]
-    if examples is None or len(examples) != len(specs):
-        made_up = _made_up(specs)
-        examples = [made_up[spec.name] for spec in specs]
-    specs_module.consistent_sizes(specs, examples)
-    module = program.module()
-    check_numbers(module, str(path))
-    return Checkpoint(module, tuple(specs), tuple(examples), str(path), program)
+    tensors = () if saved is None else (*saved[0], *saved[1].values())
+    examples = dict(zip(names, tensors, strict=True)) if len(tensors) == len(specs) else _made_up(specs)
+    return captured(program.module(), specs, examples, str(path))
 
 
 def _program_dim(program: torch.export.ExportedProgram, size: Any) -> int | Dimension:

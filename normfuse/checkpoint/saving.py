@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from torch import nn
 import normfuse
 from normfuse.checkpoint import factory as factories
 from normfuse.checkpoint.archive import FORMAT, VERSION, CheckpointError, digest, one_line
-from normfuse.checkpoint.inputs import Dimension, InputSpec, specs_of
+from normfuse.checkpoint.arguments import bind, dynamic_axes
+from normfuse.checkpoint.capture import asked
+from normfuse.checkpoint.inputs import Dimension, InputSpec
+from normfuse.checkpoint.wrappers import unwrapped
 
 
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
-    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
     factory: str | type[nn.Module] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> None:
@@ -49,10 +52,13 @@ def save(
     Raises:
         CheckpointError: an argument cannot be recorded as data, or the file cannot be written.
     """
-    model = unwrapped(model)
+    model, _ = unwrapped(model)
     path = Path(path)
-    names, examples = named_examples(model, example_inputs)
-    specs = specs_of(names, examples, dynamic_shapes)
+    call = bind(model, example_inputs)
+    if any(len(where) > 1 or not isinstance(leaf, torch.Tensor) for where, leaf in call.leaves()):
+        raise CheckpointError("example_inputs: only arguments that are tensors can be recorded")
+    specs, _ = asked(call, dynamic_axes(call, dynamic_shapes))
+    names, examples = call.names, call.tensors
     state = _packed(model.state_dict())
     kwargs = None if kwargs is None else _recordable_kwargs(kwargs)
     metadata = json.dumps(
@@ -78,58 +84,6 @@ def save(
         **groups,
     }
     _write(content, path)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
-    return model
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """The names of the arguments that ``module.forward`` takes, in order; CheckpointError for ``*args``,
-    ``**kwargs``."""
-    names = []
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            break
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            names.append(name)
-    return names
-
-
-def named_examples(model: nn.Module, given: Any) -> tuple[list[str], list[torch.Tensor]]:
-    """Names and tensors of example inputs given as a tensor, a sequence or a mapping; CheckpointError if they
-    are not what ``model.forward`` takes."""
-    allowed = argument_names(model)
-    if isinstance(given, torch.Tensor):
-        given = (given,)
-    if isinstance(given, Mapping):
-        unknown = [name for name in given if name not in allowed]
-        if unknown:
-            raise CheckpointError(
-                f"example_inputs names {unknown[0]!r}, but {type(model).__name__}.forward takes {', '.join(allowed)}"
-            )
-        names, examples = list(given), list(given.values())
-    else:
-        examples = list(given)
-        names = allowed[: len(examples)]
-        if len(names) < len(examples):
-            raise CheckpointError(
-                f"{len(examples)} example inputs, but {type(model).__name__}.forward names {len(allowed)} arguments"
-            )
-    if not examples:
-        raise CheckpointError("example_inputs is empty; give the tensors that forward takes")
-    for name, example in zip(names, examples, strict=True):
-        if not isinstance(example, torch.Tensor):
-            raise CheckpointError(
-                f"example input {name!r} is a {type(example).__name__}, not a tensor; leave out arguments "
-                "that have "
-                "defaults, or name the tensors by giving example_inputs as a dict"
-            )
-    return names, examples
 
 
 def _packed(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

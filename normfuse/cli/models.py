@@ -79,11 +79,10 @@ def verify(
         stages(f"load {checkpoint}")
         from normfuse.onnx import summarize
         from normfuse.onnx import verify as run
-        from normfuse.onnx.exporter import in_float32
         from normfuse.onnx.verifier import RTOL
 
         graph = summarize(onnx)
-        loaded = in_float32(loading.load(checkpoint))
+        loaded = loading.load(checkpoint)
         allowed = RTOL[graph.dtype] if tolerance.rtol is None else tolerance.rtol
         stages(f"run {onnx} in ONNX Runtime")
         proof = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)

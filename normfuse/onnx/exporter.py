@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 from normfuse.checkpoint import Checkpoint
-from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
@@ -27,7 +25,7 @@ from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
-from normfuse.onnx.writer import WriteError, quiet, write_staged
+from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
     OPSETS,
     ExportError,
@@ -52,7 +50,8 @@ class ExportResult:
         graph: what is in the file.
         target: what the graph was shaped for.
         shaping: how often each shaping pass applied; empty if none was asked for or shaping was given up.
-        notes: decisions on shaping and ranges in words, such as why shaping was given up.
+        notes: decisions in words: bounds of dimensions that tracing found, arguments that became constants, why
+            shaping was given up.
         growth: how large values become inside, for float16; None for float32.
     """
 
@@ -89,8 +88,8 @@ def export(
     model: nn.Module | Checkpoint,
     path: str | os.PathLike[str],
     *,
-    example_inputs: Sequence[torch.Tensor] | torch.Tensor | Mapping[str, torch.Tensor] | None = None,
-    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     opset: int | None = None,
     dtype: str = "float32",
     rtol: float | None = None,
@@ -110,7 +109,7 @@ def export(
             changed.
         path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
             verification. A symbolic link stays and is followed.
-        example_inputs, dynamic_shapes: for a module, as in :func:`normfuse.save`.
+        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.Checkpoint.from_model`.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
         dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32).
         rtol, atol: allowed difference, see :func:`normfuse.onnx.verify`; rtol defaults to 1e-4 for float32,
@@ -131,20 +130,21 @@ def export(
         progress: called with the name of each stage when it begins.
 
     Raises:
-        ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
+        CheckpointError, ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
     """
     check_dtype(dtype)
     check_scale_range(max_scale_range)
     check_opset(opset)
     steps = steps_for(target, no_shape)
     path = Path(path)
-    if not isinstance(model, Checkpoint):
-        if example_inputs is None:
-            raise ExportError("a module needs example_inputs to be exported")
-        model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
-    with Output(path, reads=[model.source], error=ExportError) as output:
-        checkpoint, program = _traced(model, progress)
-        notes: list[str] = []
+    if not isinstance(model, Checkpoint) and example_inputs is None:
+        raise ExportError("a module needs example_inputs to be exported")
+    reads = [model.source] if isinstance(model, Checkpoint) else []
+    with Output(path, reads=reads, error=ExportError) as output:
+        if not isinstance(model, Checkpoint):
+            progress("trace with torch.export")
+            model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
+        notes = list(model.notes)
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
         options = {
             "copy_shared": copy_shared,
@@ -152,7 +152,7 @@ def export(
             "keep_dynamic_norms": keep_dynamic_norms,
         }
         at_most = math.inf if max_scale_range is None else max_scale_range
-        forms = _forms(checkpoint, program, dtype, at_most, steps, limits, options, progress, notes)
+        forms = _forms(model, dtype, at_most, steps, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
         for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
@@ -162,10 +162,16 @@ def export(
                 progress(f"write ONNX, {what}")
                 shape = partial(_shape, form.steps, applied) if form.steps else None
                 write_staged(
-                    form.program, output.staged, opset=candidate, dtype=dtype, inputs=checkpoint.inputs, shape=shape
+                    form.program,
+                    output.staged,
+                    opset=candidate,
+                    dtype=dtype,
+                    inputs=model.inputs,
+                    outputs=model.outputs,
+                    shape=shape,
                 )
                 progress(f"verify in ONNX Runtime, {what}")
-                proof = verify(checkpoint, output.staged, **limits)
+                proof = verify(model, output.staged, **limits)
             except (WriteError, VerificationError) as error:
                 why = str(error).replace(str(output.folder) + os.sep, "")
                 if form.steps:
@@ -197,7 +203,6 @@ class _Form:
 
 def _forms(
     checkpoint: Checkpoint,
-    program: torch.export.ExportedProgram,
     dtype: str,
     max_scale_range: float,
     steps: tuple[str, ...],
@@ -207,7 +212,7 @@ def _forms(
     notes: list[str],
 ) -> list[_Form]:
     """What to write, best first; the last one is not shaped."""
-    own = None
+    program, own = checkpoint.program, None
     if dtype in LARGEST:
         progress(f"run the example inputs to see whether values fit {dtype}")
         own = largest_values(program, checkpoint)
@@ -255,10 +260,10 @@ class FoldedCheckpoint:
     """What :func:`fold_checkpoint` gives.
 
     Attributes:
-        checkpoint: in float32; itself if it was.
+        checkpoint: what was folded.
         program: the folded program.
         report: what became of each norm.
-        notes: decisions on ranges and biases in words.
+        notes: decisions in words: those of the checkpoint, and on ranges and biases.
     """
 
     checkpoint: Checkpoint
@@ -279,77 +284,16 @@ def fold_checkpoint(
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> FoldedCheckpoint:
-    """Traces and folds a checkpoint as :func:`export` with the same arguments does, and writes nothing.
+    """Folds a checkpoint as :func:`export` with the same arguments does, and writes nothing.
 
-    Raises ExportError if the module cannot be traced, FoldError if it cannot be folded, VerificationError if the
-    folded program differs from the module.
+    Raises FoldError if it cannot be folded, VerificationError if the folded program differs from the checkpoint's.
     """
     check_dtype(dtype)
     check_scale_range(max_scale_range)
     steps = steps_for(target, no_shape)
-    checkpoint, program = _traced(checkpoint, progress)
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
     limits = {"rtol": RTOL["float32"], "atol": 0.0}
     options = {"copy_shared": copy_shared, "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms}
     at_most = math.inf if max_scale_range is None else max_scale_range
-    form = _forms(checkpoint, program, dtype, at_most, steps, limits, options, progress, notes)[0]
+    form = _forms(checkpoint, dtype, at_most, steps, limits, options, progress, notes)[0]
     return FoldedCheckpoint(checkpoint, form.program, form.report, notes)
-
-
-def _traced(checkpoint: Checkpoint, progress: Callable[[str], None]) -> tuple[Checkpoint, torch.export.ExportedProgram]:
-    checkpoint = in_float32(checkpoint)
-    progress("trace with torch.export")
-    return checkpoint, trace(checkpoint)
-
-
-def trace(checkpoint: Checkpoint) -> torch.export.ExportedProgram:
-    """torch.export on the example inputs, with the dynamic dimensions kept. Raises ExportError in one
-    line."""
-    if checkpoint.program is not None:
-        return checkpoint.program
-    dims = specs.dimensions(checkpoint.inputs)
-    # torch.export takes a size of 0 or 1 for a constant: such examples are repeated for tracing.
-    sizes = {
-        name: size if size > 1 else specs.clamp(3, dims[name])
-        for name, size in specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs).items()
-    }
-    tensors = [
-        specs.resize(example, spec.shape(sizes))
-        for spec, example in zip(checkpoint.inputs, checkpoint.example_inputs, strict=True)
-    ]
-    args, kwargs = checkpoint.arguments(tensors)
-    try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(checkpoint.module, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes)
-    except Exception as error:  # torch.export has no common base for what it raises
-        name = type(checkpoint.module).__name__
-        raise ExportError(f"torch.export cannot trace {name}: {_tracing_problem(error)}") from error
-
-
-def _tracing_problem(error: Exception) -> str:
-    text = str(error)
-    if "Constraints violated" in text:
-        reasons = [line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("- ")]
-        fixes = text.partition("Suggested fixes:")[2].strip().split("\n\n")[0]
-        return one_line(
-            f"a dynamic dimension cannot take every size: {' '.join(reasons)[:200]} Suggested: {fixes}; "
-            "bound it "
-            "(--input \"x:int64[batch,seq<=512]\", Dim('seq', max=512)) or make it fixed"
-        )
-    return f"{type(error).__name__}: {one_line(text.split('The error above occurred')[0], 300)}"
-
-
-def in_float32(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with module and inputs in float32; itself if they are. The original is left as it is."""
-    tensors = [*checkpoint.module.parameters(), *checkpoint.module.buffers(), *checkpoint.example_inputs]
-    others = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32}
-    if not others or checkpoint.program is not None:
-        return checkpoint
-    return replace(
-        checkpoint,
-        module=copy.deepcopy(checkpoint.module).float(),
-        inputs=tuple(
-            replace(spec, dtype=torch.float32) if spec.dtype.is_floating_point else spec for spec in checkpoint.inputs
-        ),
-        example_inputs=tuple(t.float() if t.is_floating_point() else t for t in checkpoint.example_inputs),
-    )

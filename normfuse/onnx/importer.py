@@ -19,6 +19,7 @@ from torch import nn
 from normfuse.checkpoint import Checkpoint, Dimension, InputSpec, parse_input
 from normfuse.checkpoint import inputs as specs
 from normfuse.checkpoint.archive import one_line
+from normfuse.checkpoint.loading import captured
 from normfuse.files import Output
 from normfuse.onnx.exporter import ExportResult, export
 from normfuse.onnx.graph import GraphError, summarize
@@ -219,8 +220,8 @@ def _checkpoint(model: ir.Model, source: Path, inputs: Sequence[str | InputSpec]
     given = None if inputs is None else [parse_input(i) if isinstance(i, str) else i for i in inputs]
     described = given or [_spec(value) for value in model.graph.inputs]
     sizes, generator = specs.first_sizes(described), torch.Generator().manual_seed(0)
-    examples = tuple(specs.make_up(spec, sizes, generator) for spec in described)
-    return Checkpoint(module, tuple(described), examples, str(source))
+    examples = {spec.name: specs.make_up(spec, sizes, generator) for spec in described}
+    return captured(module, described, examples, str(source))
 
 
 def _spec(value: ir.Value) -> InputSpec:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import sympy
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, TopologicalSortPass
 from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.checkpoint.tracing import user_sizes
 from normfuse.errors import NormfuseError
 from normfuse.files import Output
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
@@ -45,6 +47,7 @@ def write(
     opset: int | None = None,
     dtype: str = "float32",
     inputs: Sequence[InputSpec] = (),
+    outputs: Sequence[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
     shape: Callable[[ir.Model], object] | None = None,
 ) -> list[Path]:
@@ -57,7 +60,8 @@ def write(
             written in.
         dtype: ``float32``, or ``float16`` to convert weights and operations while inputs and outputs stay
             float32.
-        inputs: names for the dynamic dimensions; without them the file shows the program's symbols.
+        inputs: names for the inputs and their dynamic dimensions; without them the file shows the program's own.
+        outputs: names for the outputs; without them keys of a dictionary, else ``output_0``, ``output_1``, …
         one_file_limit: weights of more bytes than this go to a file beside it, ``<path>.<random>.data``.
         shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.shaping`.
 
@@ -69,7 +73,7 @@ def write(
             be written.
     """
     path = Path(path)
-    options = {"dtype": dtype, "inputs": inputs, "one_file_limit": one_file_limit, "shape": shape}
+    options = {"dtype": dtype, "inputs": inputs, "outputs": outputs, "one_file_limit": one_file_limit, "shape": shape}
     with Output(path, error=WriteError) as output:
         if opset is None:
             _newest(program, output.staged, **options)
@@ -86,6 +90,7 @@ def write_staged(
     opset: int,
     dtype: str,
     inputs: Sequence[InputSpec] = (),
+    outputs: Sequence[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
     shape: Callable[[ir.Model], object] | None = None,
 ) -> None:
@@ -100,7 +105,8 @@ def write_staged(
                     (),
                     dynamo=True,
                     opset_version=opset,
-                    output_names=output_names(program),
+                    input_names=[spec.name for spec in inputs] or None,
+                    output_names=list(outputs) or output_names(program),
                     verbose=False,
                     custom_translation_table=translations(),
                 )
@@ -157,12 +163,10 @@ def output_names(program: torch.export.ExportedProgram) -> list[str]:
 def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> None:
     """Replaces torch's symbols (``s27``) by the names that the dimensions were given."""
     symbols = {}
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    for spec in inputs:
-        value = values.get(spec.name)
-        for dim, size in zip(spec.dims, () if value is None else value.shape, strict=False):
-            if isinstance(dim, Dimension) and isinstance(size, torch.SymInt):
-                symbols[str(size)] = dim.name
+    for spec, sizes in zip(inputs, user_sizes(program), strict=False):
+        for dim, size in zip(spec.dims, sizes, strict=True):
+            if not isinstance(dim, int) and isinstance(size, sympy.Symbol):
+                symbols[str(size)] = dim.name if isinstance(dim, Dimension) else f"({dim})"
     if not symbols:
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")

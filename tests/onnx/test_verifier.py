@@ -6,21 +6,17 @@ from onnx import numpy_helper
 from torch import nn
 
 from normfuse.checkpoint import Checkpoint
-from normfuse.checkpoint.saving import argument_names
 from normfuse.onnx import VerificationError, verify, write
 
 
 def made(model, *example, dims=("batch",)):
-    names = argument_names(model)[: len(example)]
-    shapes = [dict(enumerate(dims)) for _ in names]
+    shapes = [dict(enumerate(dims)) for _ in example]
     return Checkpoint.from_model(model, example, shapes)
 
 
 def exported(checkpoint, path):
-    args, kwargs = checkpoint.arguments(checkpoint.example_inputs)
-    program = torch.export.export(checkpoint.module, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes)
-    write(program, path, inputs=checkpoint.inputs)
-    return program
+    write(checkpoint.program, path, inputs=checkpoint.inputs)
+    return checkpoint.program
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +70,7 @@ def test_a_difference_within_the_tolerance_passes_and_tightening_it_fails(percep
 def test_a_planted_difference_in_the_program_is_caught(perceptron):
     checkpoint, _, path = perceptron
     other = tiny_models.trained(tiny_models.Perceptron(), seed=1)
-    wrong = torch.export.export(other, checkpoint.example_inputs, dynamic_shapes=checkpoint.dynamic_shapes)
+    wrong = made(other, *checkpoint.example_inputs).program
     with pytest.raises(VerificationError, match="folded program differs"):
         verify(checkpoint, path, program=wrong)
 
@@ -160,7 +156,7 @@ def test_a_network_that_loses_digits_itself_is_told_apart_from_a_wrong_fold(perc
         def forward(self, x):
             return (x + 1e4 * self.factor) - 1e4 * self.factor
 
-    other = torch.export.export(Cancelling(30.0), (torch.randn(3, 4),))
+    other = made(Cancelling(30.0), torch.randn(3, 4), dims=()).program
     with pytest.raises(VerificationError, match="own rounding"):
         verify(made(Cancelling(1.7), torch.randn(3, 4), dims=()), None, program=other, rtol=1e-4)
     checkpoint, _, path = perceptron

@@ -1,0 +1,148 @@
+"""Values of any structure: where their tensors are, what these are called, and how to put others in their place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import keyword
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Path = tuple[Any, ...]  # keys, indices and field names from the outermost structure inwards
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, nn.Module)
+
+
+def children(value: Any) -> dict[Any, Any] | None:
+    """What a structure holds, by key, index or field name; None for a tensor, a number, anything without parts.
+
+    Structures are mappings, lists, tuples, named tuples, dataclasses, and any object that keeps tensors in its
+    attributes. None of them needs to be registered with ``torch.utils._pytree``.
+    """
+    if isinstance(value, (torch.Tensor, torch.SymInt, *_PLAIN)) or callable(value):
+        return None
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, (list, tuple)):
+        return dict(zip(_fields(value), value, strict=True))
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+    return dict(getattr(value, "__dict__", {})) or None
+
+
+def _fields(value: Sequence[Any]) -> Iterable[Any]:
+    """Names of a named tuple's entries, indices of any other's."""
+    names = getattr(type(value), "_fields", None)
+    if names is None and hasattr(type(value), "n_fields"):  # what torch.max(x, dim=0) returns
+        names = getattr(type(value), "__match_args__", None)
+    return names if names is not None and len(names) == len(value) else range(len(value))
+
+
+def leaves(value: Any) -> list[tuple[Path, Any]]:
+    """The parts of a value that have no parts themselves, with their paths, in order."""
+    found: list[tuple[Path, Any]] = []
+    _walk(value, (), lambda path, leaf: found.append((path, leaf)), ())
+    return found
+
+
+def replaced(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The value with other tensors in place of its own, in order. No container of the original is changed."""
+    remaining = iter(tensors)
+    return _walk(value, (), lambda _, leaf: next(remaining) if isinstance(leaf, torch.Tensor) else leaf, ())
+
+
+def _walk(value: Any, path: Path, visit: Callable[[Path, Any], Any], around: tuple[int, ...]) -> Any:
+    parts = children(value)
+    if parts is None or id(value) in around or not _holds_tensors(value, around):
+        return visit(path, value)
+    new = {key: _walk(part, (*path, key), visit, (*around, id(value))) for key, part in parts.items()}
+    return _rebuilt(value, new)
+
+
+def _holds_tensors(value: Any, around: tuple[int, ...]) -> bool:
+    """Whether the walk goes into a value: always into mappings, lists and tuples, else for the sake of a tensor."""
+    if isinstance(value, (torch.Tensor, torch.SymInt, Mapping, list, tuple)):
+        return True
+    if id(value) in around:
+        return False
+    parts = children(value)
+    return parts is not None and any(_holds_tensors(part, (*around, id(value))) for part in parts.values())
+
+
+def _rebuilt(value: Any, new: dict[Any, Any]) -> Any:
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        return kind(new)
+    if isinstance(value, tuple):
+        entries = list(new.values())
+        if hasattr(kind, "_make"):
+            return kind._make(entries)
+        return kind(entries)
+    if kind is list:
+        return list(new.values())
+    try:
+        other = copy.copy(value)
+        for key, part in new.items():
+            if isinstance(value, (Mapping, list)):
+                other[key] = part
+            else:
+                object.__setattr__(other, key, part)  # reaches frozen dataclasses as well
+    except TypeError:
+        if not isinstance(value, Mapping):
+            raise
+        return new  # a mapping that cannot be written to
+    return other
+
+
+def input_names(paths: Sequence[Path]) -> list[str]:
+    """Names of a module's inputs. A path begins with an argument's name.
+
+    ``xs[0]`` is ``xs_0`` and ``batch["ids"]`` is ``batch_ids``; where ``batch`` is the only argument, it is ``ids``.
+    """
+    alone = len({path[0] for path in paths}) == 1
+    if alone and all(len(path) > 1 and isinstance(path[1], str) for path in paths):
+        paths = [path[1:] for path in paths]
+    return distinct([identifier(path, "input") for path in paths])
+
+
+def output_names(paths: Sequence[Path], taken: Iterable[str]) -> list[str]:
+    """Names of a module's outputs: keys and fields; ``output`` for a single tensor, else ``output_0``, ``output_1``, …
+
+    Args:
+        paths: of the tensors in what the module returns.
+        taken: names of inputs; an output of the same name gets ``_out`` behind it.
+    """
+    if len(paths) == 1 and not any(isinstance(key, str) for key in paths[0]):
+        names = ["output"]
+    else:
+        names = [identifier(path if isinstance(path[0], str) else ("output", *path), "output") for path in paths]
+    taken = set(taken)
+    return distinct([f"{name}_out" if name in taken else name for name in names])
+
+
+def identifier(path: Path, default: str) -> str:
+    """A path as one word of letters, digits and underscores."""
+    name = re.sub(r"\W+", "_", "_".join(map(str, path)), flags=re.ASCII).strip("_") or default
+    return f"{default}_{name}" if name[0].isdigit() else name
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with numbers behind those that have been there before."""
+    seen: set[str] = set()
+    result = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in seen:
+            candidate, count = f"{name}_{count}", count + 1
+        seen.add(candidate)
+        result.append(candidate)
+    return result
+
+
+def parameter_names(names: Sequence[str]) -> list[str]:
+    """Names that may stand in a Python signature."""
+    return [f"{name}_" if keyword.iskeyword(name) else name for name in names]

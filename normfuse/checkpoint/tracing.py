@@ -1,0 +1,218 @@
+"""From a module and one call of it to a flat program: tensors in, tensors out, whatever the structure around them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx import GraphModule
+
+from normfuse.checkpoint import structure
+from normfuse.checkpoint.archive import CheckpointError, one_line
+from normfuse.checkpoint.arguments import Call
+from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec
+from normfuse.checkpoint.structure import Path
+
+_INNER = "model"  # what the traced module is called inside the one that flattens its arguments
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A flat program.
+
+    Attributes:
+        program: takes the tensors of a call, returns the tensors in what the module returns.
+        paths: where each of these is in what the module returns.
+        left_out: what else it returns, by path; None is not mentioned.
+    """
+
+    program: ExportedProgram
+    paths: tuple[Path, ...]
+    left_out: tuple[tuple[Path, Any], ...]
+
+
+def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> Traced:
+    """Traces ``module.forward`` with torch.export.
+
+    Args:
+        module: in evaluation mode.
+        call: how it is called.
+        specs: dtype and dimensions of each tensor of the call. Bounds, and whether a dimension can vary at all, are
+            what tracing finds: see :func:`normfuse.checkpoint.dimensions.found`.
+        tensors: what to trace with; torch.export takes a size of 0 or 1 for a constant.
+
+    Raises:
+        CheckpointError: torch.export cannot trace it.
+    """
+    paths: list[Path] = []
+    left_out: list[tuple[Path, Any]] = []
+
+    def forward(self: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _relate(specs, tensors)
+        args, kwargs = call.with_tensors(tensors)
+        leaves = structure.leaves(self.model(*args, **kwargs))
+        outputs = [(path, _as_tensor(leaf)) for path, leaf in leaves]
+        paths[:] = [path for path, tensor in outputs if tensor is not None]
+        left_out[:] = [(path, leaf) for path, leaf in leaves if leaf is not None and _as_tensor(leaf) is None]
+        return tuple(tensor for _, tensor in outputs if tensor is not None)
+
+    names = structure.parameter_names(call.names)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    flat = type("Flat", (nn.Module,), {"forward": forward})().eval()
+    flat.add_module(_INNER, module)
+    shapes = {
+        name: {axis: _free(dim) for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)}
+        for name, spec in zip(names, specs, strict=True)
+    }
+    try:
+        with torch.no_grad():
+            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export has no common base for what it raises
+        raise CheckpointError(f"torch.export cannot trace {type(module).__name__}: {_problem(error)}") from error
+    if not paths:
+        raise CheckpointError(f"{type(module).__name__} returns no tensor")
+    _lift_out(program, module)
+    _separate_outputs(program)
+    program.validate()
+    return Traced(program, tuple(paths), tuple(left_out))
+
+
+def _as_tensor(leaf: Any) -> torch.Tensor | None:
+    """A tensor, or a number that follows from a dynamic size as one; None for anything that is the same every time."""
+    if isinstance(leaf, torch.SymInt):
+        return torch.scalar_tensor(leaf, dtype=torch.int64)
+    return leaf if isinstance(leaf, torch.Tensor) else None
+
+
+def _free(dim: Dimension | Derived) -> Any:
+    """A dimension of which tracing may find that it is bounded, fixed, or follows from others."""
+    if isinstance(dim, Derived):
+        return Dim.AUTO
+    return Dim.AUTO(min=dim.minimum, max=dim.maximum)
+
+
+def _relate(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> None:
+    """Tells torch.export which sizes are equal, or follow from others, by their names."""
+    axes = [(d, n) for spec, x in zip(specs, tensors, strict=True) for d, n in zip(spec.dims, x.shape, strict=True)]
+    sizes: dict[str, Any] = {}
+    for dim, size in axes:
+        if isinstance(dim, Dimension):
+            torch._check(size == sizes.setdefault(dim.name, size))
+    for dim, size in axes:
+        if not isinstance(dim, Derived):
+            continue
+        unknown = [term for term in dim.terms if term[0].name not in sizes]
+        if len(unknown) == 1:
+            root, factor = unknown[0]
+            rest = size - dim.size({**sizes, root.name: 0})
+            torch._check(rest % factor == 0)
+            sizes[root.name] = rest // factor
+        else:
+            torch._check(size == dim.size(sizes))
+
+
+def _problem(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(str(error).split('The error above occurred')[0], 300)}"
+
+
+def _lift_out(program: ExportedProgram, module: nn.Module) -> None:
+    """Calls everything as the module itself does, not the one around it: parameters, constants, paths of modules."""
+    prefix = f"{_INNER}."
+
+    def outer(name: str) -> str:
+        return name.removeprefix(_INNER).removeprefix(".") if name == _INNER or name.startswith(prefix) else name
+
+    for tensors in (program.state_dict, program.constants):
+        renamed = {outer(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        if spec.target is not None:
+            spec.target = outer(spec.target)
+            node, kind = placeholders[spec.arg.name], spec.arg.name.partition("_")[0]
+            name = spec.arg.name.replace(f"{kind}_{_INNER}_", f"{kind}_", 1)
+            if name not in placeholders:
+                node.name = node.target = spec.arg.name = name
+    for spec in program.graph_signature.output_specs:
+        if spec.target is not None:
+            spec.target = outer(spec.target)
+    calls = program.module_call_graph
+    calls[:] = [calls[0]] + [entry for entry in calls[1:] if entry.fqn not in ("", _INNER)]
+    for entry in calls:
+        entry.fqn = outer(entry.fqn)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    for body in program.graph_module.modules():
+        for node in body.graph.nodes if isinstance(body, GraphModule) else ():
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                inner = [(outer(path), cls) for path, cls in list(stack.values())[1:]] or [("", kind)]
+                node.meta["nn_module_stack"] = {f"L__self__{path and '_'}{path}": (path, cls) for path, cls in inner}
+
+
+def _separate_outputs(program: ExportedProgram) -> None:
+    """Copies outputs that are inputs or constants, or were outputs before: ONNX has one value for one name."""
+    seen: set[torch.fx.Node] = set()
+    output = program.graph.output_node()
+    values = list(output.args[0])
+    for index, (value, spec) in enumerate(zip(values, program.graph_signature.output_specs, strict=True)):
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            continue
+        if value in seen or value.op == "placeholder":
+            with program.graph.inserting_before(output):
+                copied = program.graph.call_function(torch.ops.aten.clone.default, (value,))
+            copied.meta = {key: value.meta[key] for key in ("val", "nn_module_stack") if key in value.meta}
+            values[index], spec.arg = copied, TensorArgument(copied.name)
+        seen.add(value)
+    output.args = (tuple(values),)
+    program.graph_module.recompile()
+
+
+def user_sizes(program: ExportedProgram) -> list[tuple[Any, ...]]:
+    """The sizes of every tensor that a program takes: integers and symbols."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return [
+        tuple(size if isinstance(size, int) else size.node.expr for size in values[spec.arg.name].shape)
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    ]
+
+
+def bounds(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int, int | None]]:
+    """The sizes that tracing allows each symbol. What torch.export says of 0 and 1 is left out: it never tries them."""
+    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for expression, allowed in program.range_constraints.items():
+        affine = linear(expression)
+        if affine is None or len(affine[0]) != 1:
+            continue
+        (symbol, factor), offset = affine[0][0], affine[1]
+        low, high = found.get(symbol, (0, None))
+        if factor > 0:
+            if allowed.upper.is_Integer and allowed.upper < 2**31:
+                upper = (int(allowed.upper) - offset) // factor
+                high = upper if high is None else min(high, upper)
+            lower = -((offset - int(allowed.lower)) // factor)
+            low = max(low, lower if lower > 2 else 0)
+        found[symbol] = (low, high)
+    return found
+
+
+def linear(expression: Any) -> tuple[list[tuple[sympy.Symbol, int]], int] | None:
+    """Symbols with their factors, and an offset; None for an expression that is no such sum."""
+    terms, offset = [], 0
+    for part, factor in expression.expand().as_coefficients_dict().items():
+        if not factor.is_Integer or not (part == 1 or isinstance(part, sympy.Symbol)):
+            return None
+        if part == 1:
+            offset = int(factor)
+        else:
+            terms.append((part, int(factor)))
+    return sorted(terms, key=lambda term: str(term[0])), offset
