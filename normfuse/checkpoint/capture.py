@@ -25,6 +25,7 @@ from normfuse.checkpoint.numbers import check_numbers
 from normfuse.checkpoint.structure import Path
 from normfuse.checkpoint.tracing import trace
 from normfuse.checkpoint.wrappers import unwrapped
+from normfuse.errors import NormfuseError
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def _record(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> M
     try:
         with torch.no_grad():
             outputs = module(*args, **kwargs)
+    except NormfuseError:
+        raise
     except Exception as error:  # the module is free to fail in its own way
         guess = f"; {call.guess}" if call.guess else ""
         why = f"{type(error).__name__}: {one_line(error, 240)}{guess}"
