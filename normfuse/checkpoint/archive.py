@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from normfuse.checkpoint.pickled import way_out
 from normfuse.errors import NormfuseError, one_line, some_of
 
 FORMAT = "normfuse checkpoint"
@@ -130,11 +131,10 @@ def read(path: Path, kind: str, trust: bool) -> Any:
         foreign = _foreign_globals(path) if kind == "torch" else []
         if not foreign and "load key" in str(error):
             raise CheckpointError(f"{path} is not a checkpoint: neither torch.save nor safetensors wrote it") from error
-        named = f" (it asks for {some_of(foreign)})" if foreign else ""
+        named = f" ({some_of(foreign)})" if foreign else ""
         raise CheckpointError(
-            f"{path} holds pickled objects{named}: reading them can run code, so it was not read; save a "
-            "state_dict "
-            "or use normfuse.save instead, or give --trust (trust=True) if you know who made it",
+            f"{path} holds pickled objects{named}: reading them can run code, so it was not read; if you know who made "
+            f"it, keep its weights alone, {way_out(path)}, or give --trust (trust=True)",
             advice=["--trust"],
         ) from error
     except Exception as error:  # torch.load raises at least four more types for files that are not whole

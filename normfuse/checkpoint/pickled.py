@@ -1,0 +1,41 @@
+"""What a refused pickle holds, found by disassembling it, and how to get its weights out."""
+
+from __future__ import annotations
+
+import pickletools
+import shlex
+import zipfile
+from pathlib import Path
+
+# Names under which scripts keep weights, the likeliest first.
+PREFERRED = (
+    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params",
+    "parameters", "generator", "backbone", "encoder",
+)  # fmt: skip
+
+
+def way_out(path: Path) -> str:
+    """The command that keeps the weights of a file and nothing else, for those who trust the file."""
+    entry = _entry(path)
+    target = path.with_suffix(".weights.pt").name
+    code = f"import torch; torch.save(torch.load({path.name!r}, weights_only=False){entry}, {target!r})"
+    return f'python -c "{code}"' if "'" not in path.name else f"python -c {shlex.quote(code)}"
+
+
+def _entry(path: Path) -> str:
+    """How the weights are reached: by the key that the file holds, or as a module's state."""
+    names, modules = set(), False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            for opcode, argument, _ in pickletools.genops(archive.read(record)):
+                if opcode.name == "GLOBAL" and "torch.nn.modules" in str(argument):
+                    modules = True
+                elif isinstance(argument, str):
+                    names.add(argument)
+                    modules = modules or argument.startswith("torch.nn.modules")
+    except Exception:  # a pickle that cannot be disassembled has no names to show
+        return ""
+    found = [name for name in PREFERRED if name in names]
+    state = ".state_dict()" if modules else ""
+    return f"['{found[0]}']{state}" if found else state

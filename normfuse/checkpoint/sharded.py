@@ -1,0 +1,51 @@
+"""Weights that lie in a folder, or in several files with an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from normfuse.checkpoint import archive
+from normfuse.checkpoint.archive import CheckpointError, one_line
+
+INDEX = ".index.json"
+_STEMS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+NAMES = tuple(name + ending for name in _STEMS for ending in ("", INDEX))  # the first one that is there is read
+
+
+def weight_file(folder: Path) -> Path:
+    """The file with a folder's weights, as transformers, diffusers and accelerate name it; CheckpointError if there is
+    none."""
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} holds no weights: none of {', '.join(_STEMS)}, whole or with {INDEX}")
+
+
+def read_index(path: Path, trust: bool) -> dict[str, Any]:
+    """The tensors of all files that an index (``….index.json``) names, by name."""
+    try:
+        files = json.loads(path.read_text())["weight_map"]
+        by_file: dict[str, list[str]] = {}
+        for name, file in files.items():
+            by_file.setdefault(file, []).append(name)
+        # A name with a folder in it could lead anywhere on the disk.
+        outside = [file for file in by_file if Path(file).name != file]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of weights ({one_line(error, 120)})") from error
+    if outside:
+        raise CheckpointError(f"{path} names {outside[0]!r}; only files beside the index are read")
+    tensors: dict[str, Any] = {}
+    for file, names in by_file.items():
+        content = archive.read(path.with_name(file), archive.file_kind(path.with_name(file)), trust)
+        absent = [name for name in names if name not in content]
+        if absent:
+            raise CheckpointError(f"{path} says that {file} holds {absent[0]!r}; it does not")
+        tensors.update({name: content[name] for name in names})
+    return tensors
