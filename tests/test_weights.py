@@ -12,7 +12,7 @@ from checkpoints import Canary
 from safetensors.torch import save_file
 from torch import nn
 
-from normfuse.checkpoint import CheckpointError, archive, pickled, sharded, weights
+from normfuse.checkpoint import CheckpointError, archive, load, pickled, sharded, weights
 
 
 class Net(nn.Module):
@@ -34,7 +34,7 @@ class Net(nn.Module):
 @pytest.fixture
 def state():
     torch.manual_seed(1)
-    return {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in Net().state_dict().items()} | {
+    return {name: torch.rand_like(t) + 0.5 if t.is_floating_point() else t for name, t in Net().state_dict().items()} | {
         "head.weight": (table := torch.randn(5, 4)),
         "table.weight": table,
     }
@@ -239,3 +239,55 @@ def test_shards(tmp_path, state, kind):
 def test_a_folder_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no weights: none of model\.safetensors"):
         sharded.weight_file(tmp_path)
+
+
+# Through load
+
+
+INPUTS = ["x:float32[batch,4]"]
+
+
+def test_loading_takes_what_is_found_and_says_so(tmp_path, state):
+    torch.save({"state_dict": state, "state_dict_ema": changed(state), "epoch": 3}, tmp_path / "c.pt")
+    loaded = load(tmp_path / "c.pt", model=Net, inputs=INPUTS)
+    assert "weights taken from 'state_dict'" in loaded.notes[0] and "--weights state_dict_ema" in loaded.notes[1]
+    average = load(tmp_path / "c.pt", model=Net, inputs=INPUTS, weights="state_dict_ema")
+    module = Net().eval()
+    for checkpoint, tensors in ((loaded, state), (average, changed(state))):
+        module.load_state_dict(tensors)
+        torch.testing.assert_close(checkpoint.expected_outputs[0], module(checkpoint.example_inputs[0]).detach())
+
+
+def test_half_weights_with_single_inputs_are_computed_in_single(tmp_path, state):
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    torch.save(half, tmp_path / "c.pt")
+    loaded = load(tmp_path / "c.pt", model=Net, inputs=INPUTS)
+    module = Net().eval()
+    module.load_state_dict(half)  # into float32
+    assert torch.equal(loaded.expected_outputs[0], module(loaded.example_inputs[0]))
+
+
+def test_folders_are_loaded(tmp_path, state):
+    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(tmp_path, model=Net, inputs=INPUTS).program.state_dict["head.weight"], state["head.weight"])
+
+
+def test_a_trusted_file_may_hold_its_module_among_others(tmp_path):
+    torch.save({"model": Net(), "epoch": 3}, tmp_path / "c.pt")
+    assert load(tmp_path / "c.pt", inputs=INPUTS, trust=True).outputs == ("output",)
+    with pytest.raises(CheckpointError, match="holds pickled objects"):
+        load(tmp_path / "c.pt", inputs=INPUTS)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path, state):
+    for change, because in (
+        ({"norm.running_var": None}, "1 tensor missing from the file .norm.running_var"),
+        ({"extra.weight": torch.ones(2)}, "1 tensor unknown to the module .extra.weight"),
+        ({"block.0.weight": torch.ones(3, 4)}, "size mismatch for block.0.weight"),
+        ({"norm.weight": torch.ones(4).to_sparse()}, "sparse, quantised or expanded"),
+        ({"norm.weight": torch.ones(1).expand(4)}, "sparse, quantised or expanded"),
+    ):
+        model = {name: value for name, value in (state | change).items() if value is not None}
+        torch.save({"model": prefixed(model, "module.")}, tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match=because):
+            load(tmp_path / "c.pt", model=Net, inputs=INPUTS)

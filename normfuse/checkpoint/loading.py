@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse.checkpoint import archive, factory
+from normfuse.checkpoint import archive, factory, sharded
 from normfuse.checkpoint import inputs as specs_module
+from normfuse.checkpoint import weights as weights_module
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import bind, parameters_of
 from normfuse.checkpoint.capture import Checkpoint, capture
@@ -27,19 +28,24 @@ def load(
     model: str | Callable[..., nn.Module] | nn.Module | None = None,
     model_args: Mapping[str, Any] | None = None,
     inputs: Sequence[str | InputSpec] | None = None,
+    weights: str | None = None,
     trust: bool = False,
 ) -> Checkpoint:
-    """Loads a checkpoint of :func:`normfuse.save`, a bare ``state_dict`` or a ``.safetensors`` file, without
-    running anything that the file holds.
+    """Loads a checkpoint of :func:`normfuse.save`, or the weights that a training script saved, without running
+    anything that the file holds.
 
     Args:
-        path: the file.
+        path: the file: of :func:`normfuse.save`, of ``torch.save``, ``.safetensors``, an index of several
+            (``….index.json``), or a folder that holds one of the last two. Weights are found under the names that
+            training scripts use, whatever wrappers left in front of theirs.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
             callable, or a module to load into. None: the class that the file names, if it is an nn.Module
             subclass that can be imported as things stand.
         model_args: keyword arguments for it; they go over those that the file records.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
+        weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
+            the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
         trust: also read pickled modules and ``.pt2`` archives. Reading those can run any code: only for files
             whose maker you know.
 
@@ -49,22 +55,28 @@ def load(
             changed on disk.
     """
     path = Path(path)
-    kind = archive.file_kind(path)
-    content = archive.read(path, kind, trust)
+    content = _read(path, trust)
     specs = None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]
     if isinstance(content, torch.export.ExportedProgram):
         return _from_program(content, path, specs)
     metadata: dict[str, Any] = {}
     examples: dict[str, torch.Tensor] = {}
-    if isinstance(content, nn.Module):
-        module = content
-    else:
-        if isinstance(content, Mapping) and "format" in content:
-            metadata, state, examples = _checked(content, path)
-        else:
-            state = _bare_state(content, path)
+    notes: list[str] = []
+    held = weights_module.module_in(content) if trust and model is None else None
+    if held is not None:
+        module = held
+    elif isinstance(content, Mapping) and "format" in content:
+        metadata, state, examples = _checked(content, path)
         module = _build(path, metadata, model, model_args)
         _fill(module, state, metadata, path)
+    else:
+        module = _build(path, metadata, model, model_args)
+        state, notes = weights_module.take(content, module, str(path), weights)
+        if not _only_tensors(state):
+            raise CheckpointError(f"{path} holds sparse, quantised or expanded tensors; save plain dense ones")
+        # Weights in float16 with inputs in float32 were trained in mixed precision: the module computes in its own.
+        single = any(spec.dtype == torch.float32 for spec in specs or ())
+        _fill(module, state, metadata, path, in_own_dtype=single)
     if specs is not None:
         examples = examples if _fit(examples, specs) else _made_up(specs)
     elif metadata:
@@ -74,11 +86,23 @@ def load(
             f"{path} does not say which inputs the model takes; {_NAME_INPUTS}",
             advice=['--input "tokens:int64[batch,seq]"'],
         )
-    return captured(module, specs, examples, str(path))
+    return captured(module, specs, examples, str(path), notes)
+
+
+def _read(path: Path, trust: bool) -> Any:
+    if path.is_dir():
+        path = sharded.weight_file(path)
+    if path.name.endswith(sharded.INDEX):
+        return sharded.read_index(path, trust)
+    return archive.read(path, archive.file_kind(path), trust)
 
 
 def captured(
-    module: nn.Module, specs: Sequence[InputSpec], examples: Mapping[str, torch.Tensor], source: str
+    module: nn.Module,
+    specs: Sequence[InputSpec],
+    examples: Mapping[str, torch.Tensor],
+    source: str,
+    notes: Sequence[str] = (),
 ) -> Checkpoint:
     """Traces a module whose ``forward`` takes one tensor per spec, by name."""
     allowed = parameters_of(module)
@@ -89,7 +113,7 @@ def captured(
     tensors = {name: examples[name] for name in by_name}
     specs_module.consistent_sizes(specs, list(tensors.values()))
     call = bind(module, tensors)
-    return capture(module, call, [by_name[name] for name in call.names], source)
+    return capture(module, call, [by_name[name] for name in call.names], source, notes=notes)
 
 
 def _checked(
@@ -140,19 +164,6 @@ def _only_tensors(group: Any) -> bool:
     )
 
 
-def _bare_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
-    if _only_tensors(content) and content:
-        return content
-    if isinstance(content, Mapping):
-        keys = some_of([str(key) for key in content], 6)
-        raise CheckpointError(
-            f"{path} is no state_dict: it holds {keys or 'nothing'}; save the module's state_dict by itself, "
-            "or use "
-            "normfuse.save"
-        )
-    raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict")
-
-
 def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
@@ -171,10 +182,16 @@ def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapp
     return factory.build(build, {**(metadata.get("kwargs") or {}), **(model_args or {})}, label)
 
 
-def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], path: Path) -> None:
+def _fill(
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    path: Path,
+    in_own_dtype: bool = False,
+) -> None:
     """Strict loading in the dtypes of the file, so that the module computes as the trained one did."""
     extra = metadata.get("extra_dtypes") or {}
-    for name, own in [*module.named_parameters(), *module.named_buffers()]:
+    for name, own in () if in_own_dtype else (*module.named_parameters(), *module.named_buffers()):
         dtype = state[name].dtype if name in state else DTYPES.get(extra.get(name), own.dtype)
         if own.is_floating_point() and dtype.is_floating_point and own.dtype != dtype:
             own.data = own.data.to(dtype)
@@ -184,6 +201,9 @@ def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], metadata: Mappin
     except Exception as error:  # RuntimeError for shapes; a module's own hooks may raise anything
         detail = one_line(error).partition(f"for {name}: ")[2] or one_line(error)
         raise CheckpointError(f"{path} does not fit {name}: {detail}") from error
+    if not metadata:
+        needed = set(weights_module.missing_from(state, module))
+        missing = [name for name in missing if name in needed]
     problems = [
         f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({some_of(names)})"
         for what, names in (("missing from the file", missing), ("unknown to the module", unexpected))

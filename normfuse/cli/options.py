@@ -80,6 +80,13 @@ class Loading(Inputs):
         list[str],
         typer.Option("--model-arg", metavar="NAME=VALUE", help="Argument for it (JSON or text); repeatable."),
     ] = field(default_factory=list)
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which weights to take, where a file holds two groups [the trained ones, not their average].",
+        ),
+    ] = None
     trust: Annotated[
         bool, typer.Option("--trust", help="Read pickled modules and .pt2 files, which can run any code when read.")
     ] = False
@@ -98,7 +105,14 @@ class Loading(Inputs):
 
         specs = self.specs()
         arguments = {name: _json_or_text(value) for name, value in pairs(self.model_args, "--model-arg")}
-        return load(path, model=self.model, model_args=arguments or None, inputs=specs, trust=self.trust)
+        return load(
+            path,
+            model=self.model,
+            model_args=arguments or None,
+            inputs=specs,
+            weights=self.weights,
+            trust=self.trust,
+        )
 
 
 @dataclass(frozen=True)
