@@ -97,7 +97,7 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range
         i, j = i + 1, j + 1
         while not same_size(product_old, product_new) and (i < len(old) or j < len(new)):
             # Equality is proven for all sizes; which side to extend is only a guess from the example's sizes.
-            if j == len(new) or (i < len(old) and _example(product_old) <= _example(product_new)):
+            if j == len(new) or (i < len(old) and example_size(product_old) <= example_size(product_new)):
                 product_old = product_old * old[i]
                 i += 1
             else:
@@ -108,7 +108,8 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range
     return groups
 
 
-def _example(size: Size) -> int:
+def example_size(size: Size) -> int:
+    """A size, for a dynamic dimension that of the example."""
     hint = size if isinstance(size, int) else size.node.hint
     return 1 if hint is None else int(hint)
 

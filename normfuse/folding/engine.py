@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,19 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .arrays import CannotCarry, GroupMeans, collapse_equal, keep_axis, same_size, subtract_means, take_first
+from .arrays import (
+    CannotCarry,
+    GroupMeans,
+    collapse_equal,
+    example_size,
+    keep_axis,
+    same_size,
+    subtract_means,
+    take_first,
+)
 from .gains import assign_zero_gains, demand_gains
 from .nodes import is_float, module_of, operation_name
+from .operations import NORMALISING
 from .program import Program, largest_entry, piece
 from .report import FoldError
 from .rules import Rule, find_rule
@@ -122,9 +133,9 @@ class Folding:
                 self.scales.bound(index)
 
     def solve(self) -> None:
-        """Meet the demands one after another, norms first; what contradicts stays."""
+        """Meet the demands one after another, those that save most first; what contradicts stays."""
         with_zeros = set()
-        for node in sorted(self.demands, key=lambda n: not self.is_norm(n)):
+        for node in sorted(self.demands, key=self._saved, reverse=True):
             operand, a, b = self.affine[node]
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 self._refuse_not_finite(node)
@@ -397,9 +408,6 @@ class Folding:
     def path(self, node: Node) -> str:
         return self.module(node)[0] or node.name
 
-    def is_norm(self, node: Node) -> bool:
-        return "Norm" in self.module(node)[1]
-
     def describe(self, node: Node) -> str:
         name, path = operation_name(node), self.module(node)[0]
         shared = [
@@ -411,12 +419,18 @@ class Folding:
         return (f"{name} in {path}" if path else name) + because
 
     def _refuse_not_finite(self, node: Node) -> None:
-        if self.is_norm(node):
+        # Elsewhere, an infinite number can be a mask.
+        if node.target in NORMALISING or node.target is aten.addcmul.default:
             path, kind = self.module(node)
             raise FoldError(
-                f"{kind} {path!r}: its scale or shift is not finite; its weight, bias and running statistics must be "
-                "finite and the running variance not negative"
+                f"{kind or operation_name(node)} {path or node.name!r}: its scale or shift is not finite; its weight, "
+                "bias and running statistics must be finite and the running variance not negative"
             )
+
+    def _saved(self, node: Node) -> int:
+        """How many results of operations are never computed when a demand is met, for the example's sizes."""
+        _, a, b = self.affine[node]
+        return (int((a != 1).any()) + int(b.any())) * math.prod(map(example_size, node.meta["val"].shape))
 
     def why_not(self, outcome: Outcome) -> str:
         """Why a demand was refused, apart from what fixes its two sides."""

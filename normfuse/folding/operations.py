@@ -23,6 +23,20 @@ CASTS = {
 COPIES = {aten.clone.default, aten.lift_fresh_copy.default, aten.detach_.default}
 #: Dropout, which in evaluation returns its operand.
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+#: Operations that normalise, and what they are called.
+NORMALISING = {
+    aten.layer_norm.default: "LayerNorm",
+    aten.native_layer_norm.default: "LayerNorm",
+    aten.rms_norm.default: "RMSNorm",
+    aten._fused_rms_norm.default: "RMSNorm",
+    aten.group_norm.default: "GroupNorm",
+    aten.native_group_norm.default: "GroupNorm",
+    aten.instance_norm.default: "InstanceNorm",
+    aten.batch_norm.default: "BatchNorm",
+    aten.native_batch_norm.default: "BatchNorm",
+    aten._native_batch_norm_legit.no_stats: "BatchNorm",
+    aten._native_batch_norm_legit_no_training.default: "BatchNorm",
+}
 # Movements whose schemas announce no view, because they may or do copy.
 _MOVEMENTS = {
     *(aten._unsafe_view.default, aten.repeat.default, aten.roll.default, aten.flip.default, aten.index_select.default),

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .constants import Constants, storage_of, widen
 from .exported import copy_graph, copy_signature, rebuild
 from .nodes import argument, module_of, operation_name
+from .operations import NORMALISING
 from .regions import bodies, open_regions
 from .report import FoldError
 
@@ -109,6 +110,14 @@ class Program:
         if target is None:
             return None
         return self.state_dict[target] if target in self.state_dict else self.constants[target]
+
+    def norms_in_branches(self) -> Iterator[tuple[str, Node]]:
+        """Norms in graphs that operations of this one call, and what calls them."""
+        module = self._original.graph_module
+        for node, body in bodies(module, module.graph):
+            caller = next((operation_name(user) for user in node.users), node.name)
+            for graph in (part.graph for part in body.modules() if isinstance(part, GraphModule)):
+                yield from ((caller, inner) for inner in graph.nodes if inner.target in NORMALISING)
 
     # -- rewriting ---------------------------------------------------------------------------------------------
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch.fx import Node
 
 from .engine import Folding
+from .nodes import argument, module_of, operation_name
+from .operations import NORMALISING
 from .report import DynamicNormRecord, NormRecord
 from .rules import OPAQUE
 from .settle import sources_of_shift
-
-aten = torch.ops.aten
-_CORES = {
-    aten.layer_norm.default: "LayerNorm",
-    aten.rms_norm.default: "RMSNorm",
-    aten.group_norm.default: "GroupNorm",
-}
 
 
 def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
@@ -26,8 +20,8 @@ def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
     spilling = {source for node in folding.spilled for source in sources_of_shift(node, folding)}
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
     for node, (_, a, _) in folding.affine.items():
-        path, kind = folding.module(node)
-        norm = folding.is_norm(node)
+        path, kind = module_of(node)
+        norm = "Norm" in kind or node.target in NORMALISING
         if not norm and a.size == 1:
             continue
         key = path if norm else node.name
@@ -43,31 +37,74 @@ def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
 
 
 def collect_dynamic(folding: Folding) -> list[tuple[DynamicNormRecord, list[Node]]]:
-    """One record per norm that computes its statistics from its input, with the operations that read it."""
-    records = []
-    for node in folding.dynamic:
-        rule = folding.rule_of[node]
-        gain, shift = rule.gain(node, folding), rule.shift(node, folding)
-        gone = np.array_equal(folding.scales[folding.scale(node)], gain)
-        rest = (shift - folding.shift_of[node]).any()
-        path, kind = folding.module(node)
-        core = _CORES[node.target]
-        record = DynamicNormRecord(
-            name=path or node.name,
-            kind=kind if folding.is_norm(node) else core,
-            core="RMSNorm" if node in folding.without_mean else core,
-            gain=_fate(bool((gain != 1).any()), gone),
-            shift=_fate(bool(shift.any()), not rest),
-        )
-        reasons = {
-            "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
-            "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
-            "mean": folding.with_mean.get(node, ""),
-        }
-        if not folding.keep_dynamic_norms:
-            record.reasons = {what: why for what, why in reasons.items() if why}
-        records.append((record, list(_operations_around(node, folding, backward=False))))
+    """One record per norm that computes its statistics from its input, with the operations that read it.
+
+    Norms that no rule knows, and those in branches that folding does not follow, have one as well.
+    """
+    records: list[tuple[DynamicNormRecord, list[Node]]] = []
+    dynamic = set(folding.dynamic)
+    for node in folding.program.graph.nodes:
+        if node in dynamic:
+            records.append((_record(node, folding), list(_operations_around(node, folding, backward=False))))
+        elif node.target in NORMALISING and node not in folding.affine and not folding.program.is_constant(node):
+            records.append((_untouched(node, _why_untouched(node, folding)), []))
+    for name, node in folding.program.norms_in_branches():
+        records.append((_untouched(node, f"it runs inside {name}, which folding does not follow"), []))
     return records
+
+
+def _record(node: Node, folding: Folding) -> DynamicNormRecord:
+    rule = folding.rule_of[node]
+    gain, shift = rule.gain(node, folding), rule.shift(node, folding)
+    gone = np.array_equal(folding.scales[folding.scale(node)], gain)
+    rest = (shift - folding.shift_of[node]).any()
+    core = NORMALISING[node.target]
+    name, kind = _name_and_kind(node)
+    record = DynamicNormRecord(
+        name=name,
+        kind=kind,
+        core="RMSNorm" if node in folding.without_mean else core,
+        gain=_fate(bool((gain != 1).any()), gone),
+        shift=_fate(bool(shift.any()), not rest),
+    )
+    reasons = {
+        "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
+        "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
+        "mean": folding.with_mean.get(node, ""),
+    }
+    if not folding.keep_dynamic_norms:
+        record.reasons = {what: why for what, why in reasons.items() if why}
+    return record
+
+
+def _untouched(node: Node, why: str) -> DynamicNormRecord:
+    name, kind = _name_and_kind(node)
+    has = {entry: argument(node, entry) is not None for entry in ("weight", "bias")}
+    gain, shift = ("kept" if has[entry] else "none" for entry in ("weight", "bias"))
+    what = "gain" if has["weight"] else "shift" if has["bias"] else "statistics"
+    return DynamicNormRecord(name, kind, NORMALISING[node.target], gain, shift, reasons={what: why})
+
+
+def _why_untouched(node: Node, folding: Folding) -> str:
+    measured = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(operation_name(node))
+    if measured and argument(node, measured):
+        over = "each batch" if measured == "training" else "each sample"
+        return f"it has no running statistics and measures {over}"
+    shape = argument(node, "normalized_shape")
+    if shape is not None and len(shape) > 1:
+        return f"it normalises over {len(shape)} axes at once"
+    constants = [c for name in ("weight", "bias") if (c := argument(node, name)) is not None]
+    if not all(map(folding.program.is_constant, constants)):
+        return "its gain or shift is computed from the input"
+    if not all(map(folding.usable_weight, constants)):
+        return "its gain or shift is shared and may not be copied"
+    return "no rule of folding knows this form of it"
+
+
+def _name_and_kind(node: Node) -> tuple[str, str]:
+    """A norm is called like its module, if it has one of its own."""
+    path, kind = module_of(node)
+    return path or node.name, kind if "Norm" in kind else NORMALISING[node.target]
 
 
 def _fate(present: bool, gone: bool) -> str:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .exported import copy_graph, copy_signature, rebuild
+from .nodes import tensors_of
 from .operations import returns_alias
 
 aten = torch.ops.aten
@@ -180,7 +181,7 @@ class _Opening:
     def _operand_casts(self, node: Node, args: Any, kwargs: Any, region: _Region) -> dict[Node, torch.dtype]:
         """The casts of operands that autocast stands for at one operation."""
         operands = {n: n.meta["val"] for n in _nodes(args, kwargs) if isinstance(n.meta.get("val"), torch.Tensor)}
-        if region.autocast is None or not region.autocast[2] or not operands:
+        if region.autocast is None or not region.autocast[2] or not operands or not tensors_of(node):
             return {}
         if not isinstance(node.target, torch._ops.OpOverload):
             raise _Closed

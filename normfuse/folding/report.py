@@ -57,10 +57,12 @@ class DynamicNormRecord:
     Attributes:
         name: path of the module, e.g. ``blocks.0.norm1``.
         kind: class of the module, or the operation's name.
-        core: what is left: ``RMSNorm``, ``LayerNorm`` or ``GroupNorm``.
+        core: what is left: ``RMSNorm``, ``LayerNorm``, ``GroupNorm``, ``InstanceNorm`` or ``BatchNorm`` (without
+            running statistics).
         gain, shift: ``folded`` (into weights), ``kept`` (inside the norm's operation) or ``none`` (there was none).
         absorbed_by: names of the weights that read its result and were changed.
-        reasons: why something stayed: under ``gain``, ``shift``, and ``mean`` for a LayerNorm that is no RMSNorm.
+        reasons: why something stayed: under ``gain``, ``shift``, and ``mean`` for a LayerNorm that is no RMSNorm;
+            under ``statistics`` where there is nothing but these.
             Empty as well if all was to be kept.
     """
 
