@@ -34,7 +34,9 @@ class Net(nn.Module):
 @pytest.fixture
 def state():
     torch.manual_seed(1)
-    return {name: torch.rand_like(t) + 0.5 if t.is_floating_point() else t for name, t in Net().state_dict().items()} | {
+    return {
+        name: torch.rand_like(t) + 0.5 if t.is_floating_point() else t for name, t in Net().state_dict().items()
+    } | {
         "head.weight": (table := torch.randn(5, 4)),
         "table.weight": table,
     }

@@ -397,6 +397,10 @@ class Folding:
         """Whether a node looks at the values of tensors, not only at their sizes."""
         return node.target not in _ABOUT_SIZES
 
+    def returns(self, reader: Node, value: Node) -> bool:
+        """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""
+        return reader.op == "output" or reader in self.program.shared_by_outputs.get(value, ())
+
     def same_shape(self, a: Node, b: Node) -> bool:
         shapes = (a.meta["val"].shape, b.meta["val"].shape)
         return all(same_size(x, y) for x, y in zip(*shapes, strict=True))

@@ -67,7 +67,7 @@ def who_stops(node: Node, fold: Folding) -> str:
     while pending:
         current = pending.pop(0)
         for user in current.users:
-            if user.op == "output":
+            if fold.returns(user, current):
                 return "the model's output cannot take a shift"
             if user in seen or user not in fold.rule_of or not fold.reads_values(user):
                 continue

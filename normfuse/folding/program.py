@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
+from .aliases import memory_of, output_values, separate_outputs, shared_by_outputs
 from .constants import Constants, storage_of, widen
 from .exported import copy_graph, copy_signature, rebuild
 from .nodes import argument, module_of, operation_name
@@ -60,6 +61,9 @@ class Program:
                 self.graph.erase_node(node)
         self._parameters = sum(spec.kind == InputKind.PARAMETER for spec in self.signature.input_specs)
         self._behind_parameters = list(self.graph.nodes)[self._parameters]
+        #: Values in which several outputs lie, and the readers that lead to these.
+        self.shared_by_outputs = shared_by_outputs(self.graph)
+        self._memory = [memory_of(value) for value in output_values(self.graph)]
         self._new: set[Node] = set()
         self._stored: dict[object, dict[Any, list[tuple[torch.Tensor, Node]]]] = {}
 
@@ -198,6 +202,7 @@ class Program:
         self.graph.eliminate_dead_code()
         live = {node.name for node in self.graph.nodes if node.op == "placeholder" and node.users}
         self._count_copies(live)
+        separate_outputs(self.graph, self.signature, self._memory, self.is_constant)
         dead = {
             spec.arg.name
             for spec in self.signature.input_specs

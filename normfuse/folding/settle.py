@@ -165,7 +165,7 @@ def _adds_to_stream(node: Node, fold: Folding) -> bool:
 
 
 def _tolerates(user: Node, node: Node, tolerant: set[Node], fold: Folding) -> bool:
-    if user.op == "output":
+    if fold.returns(user, node):
         return False
     if user not in fold.rule_of or not fold.reads_values(user):
         return True
@@ -178,7 +178,7 @@ def _stopping(node: Node, fold: Folding) -> list[Node]:
     return [
         user
         for user in node.users
-        if user.op == "output"
+        if fold.returns(user, node)
         or (fold.reads_values(user) and fold.rule_of[user].use(user, node, fold.shift_of[node], fold) is Use.STOP)
     ]
 
