@@ -28,7 +28,22 @@ except ImportError:
     )
 
 ROOT = Path(__file__).parent.resolve()
-HEADERS = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
+
+
+def sources(folder: str, pattern: str) -> list[Path]:
+    """The files of a folder below csrc; there must be some, or the library would be built without them."""
+    found = sorted((ROOT / "csrc" / folder).glob(pattern))
+    if not found:
+        sys.exit(f"csrc/{folder} has no {pattern}: the source distribution is incomplete.")
+    return found
+
+
+def relative(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+HEADERS = sources("", "*.h") + sources("cuda", "*.cuh") + sources("cpu", "*.h")
+CUDA_SOURCES = sources("cuda", "*.cu")
 TORCH_TARGET = 0x020B000000000000  # 2.11, the oldest torch whose stable ABI the bindings use
 
 
@@ -95,7 +110,7 @@ class Build(BuildExtension):
         if not command_file.exists() or command_file.read_text() != " ".join(base):
             command_file.write_text(" ".join(base))
         objects = []
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for source in CUDA_SOURCES:
             target = folder / f"{source.stem}.o"
             inputs = [source, *HEADERS, command_file]
             if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
@@ -129,11 +144,8 @@ setup(
     ext_modules=[
         CppExtension(
             "normfuse._C",
-            [
-                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("bindings*.cpp")),
-                *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-            ],
-            depends=[str(p.relative_to(ROOT)) for p in [*HEADERS, *sorted((ROOT / "csrc" / "cpu").glob("*.h"))]],
+            relative(sources("", "bindings*.cpp") + sources("cpu", "*.cpp")),
+            depends=relative(HEADERS),
             py_limited_api=True,
             extra_compile_args={
                 "cxx": [
