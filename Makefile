@@ -2,6 +2,12 @@
 #   make demo     train, export and serve a small model; leaves pictures and files in demo/
 #   make test     style, C++ tests, Python tests
 #   make bench    time the training step on this machine, draw table and chart
+#   make wheel    the source distribution and the wheel that is built from it, in dist/
+# For developers:
+#   make test-quick      style, and the Python tests that take under two minutes
+#   make test-wheel      install that wheel into a fresh environment and test it there, outside of the checkout
+#   make test-ecosystem  timm, transformers, accelerate, Lightning; installs them
+#   make compat          the oldest dependencies that are allowed, and other Pythons: PYTHONS="python3.12 python3.13"
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -9,6 +15,10 @@ PYTEST_ARGS ?= -q -n $(JOBS)
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+PYTHONS ?= $(PYTHON)
+# Quick ones that touch every part of the package: the library, the operations, folding, the command.
+WHEEL_TESTS ?= tests/test_package.py tests/test_native.py tests/golden tests/ops/test_operations.py tests/folding/test_placements.py tests/test_cli.py
+QUICK ?= tests --ignore tests/kernels --ignore tests/property --ignore tests/test_examples.py
 # Without a sanitizer, pytest goes on in the same folder.
 CMAKE_BUILD := build/emulator
 CODE := normfuse tests examples benchmarks setup.py
@@ -18,7 +28,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Tools that pip installs (cmake, ninja, clang-format) come before the machine's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint cpp-test py-test bench format clean
+.PHONY: demo test test-quick test-wheel test-ecosystem compat wheel lint cpp-test py-test bench format clean
 
 demo: $(STAMPS)/built
 	$(BIN)/python examples/demo.py
@@ -46,6 +56,38 @@ cpp-test: $(STAMPS)/requirements
 
 py-test: $(STAMPS)/built
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-quick: $(STAMPS)/built
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(QUICK)
+
+# libtorch and libc10 are those of the torch that is installed; nothing of them may go into the wheel.
+wheel: $(STAMPS)/requirements
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	mkdir -p dist
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+
+# An environment and a folder that know nothing of this checkout, so that what is tested is what was installed.
+test-wheel: wheel
+	rm -rf build/wheel-test
+	$(PYTHON) -m venv build/wheel-test/env
+	build/wheel-test/env/bin/python -m pip install -q -r requirements/torch.txt
+	build/wheel-test/env/bin/python -m pip install -q -r requirements/dev.txt
+	build/wheel-test/env/bin/python -m pip install -q --no-deps $$(ls -t dist/*.whl | head -n 1)
+	cp -r tests examples pyproject.toml build/wheel-test
+	cd build/wheel-test && env/bin/python -m pytest -q $(WHEEL_TESTS)
+
+test-ecosystem: $(STAMPS)/built
+	$(BIN)/python -m pip install --no-deps -r requirements/ecosystem.txt
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/ecosystem tests/zoo
+
+# Each with the oldest allowed dependencies, then with the newest. torch comes first: the extension is built against it.
+compat:
+	for python in $(PYTHONS); do for age in oldest newest; do \
+	  tools/compat.sh $$python $$age $(WHEEL_TESTS) || exit 1; \
+	done; done
 
 bench: $(STAMPS)/built
 	$(BIN)/python benchmarks/training_step.py --threads 1
