@@ -1,4 +1,4 @@
-"""Draws the README's table and chart of the training step from the JSON in benchmarks/results.
+"""Draws the table and chart of docs/benchmarks.md of the training step from the JSON in benchmarks/results.
 
 python benchmarks/report.py
 """
@@ -98,22 +98,22 @@ def draw(runs: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--chart", type=Path, default=ROOT / "docs" / "images" / "training_step.png")
     args = parser.parse_args()
     files = sorted(args.results.glob("training_step-*.json"))
     if not files:
         parser.error(f"no training_step-*.json in {args.results}; run benchmarks/training_step.py first")
     runs = [json.loads(file.read_text()) for file in files]
-    readme = args.readme.read_text()
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        parser.error(f"{args.readme} needs one line {BEGIN!r} and one {END!r} for the table to stand between")
-    before, _, rest = readme.partition(BEGIN)
-    chart = os.path.relpath(args.chart, args.readme.parent)
+    page = args.page.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        parser.error(f"{args.page} needs one line {BEGIN!r} and one {END!r} for the table to stand between")
+    before, _, rest = page.partition(BEGIN)
+    chart = os.path.relpath(args.chart, args.page.parent)
     tables = "\n\n".join([*(table(run) for run in runs), f"![Training step as multiples of a copy]({chart})"])
-    args.readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
+    args.page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
     draw(runs, args.chart)
-    print(f"written: {args.readme}, {args.chart}")
+    print(f"written: {args.page}, {args.chart}")
 
 
 if __name__ == "__main__":
