@@ -27,6 +27,7 @@ from .program import Program, largest_entry, piece
 from .report import FoldError
 from .rules import Rule, find_rule
 from .rules.affine import Coefficients
+from .rules.carry import Carry
 from .scales import Outcome, Scales
 from .settle import tolerant_values
 
@@ -42,6 +43,7 @@ MAX_FREE_ENTRIES = 1 << 22
 _FEW_EXPONENTS = {
     *(torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
 }
+_REFUSED = "normfuse_refused_range"  # under this name, what stays for its range says for which
 _ZERO = "a scale is zero, and not only weights read the result"
 _ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
 
@@ -55,6 +57,7 @@ class Folding:
         affine: coefficients of every affine map with constant coefficients.
         demands: the affine maps that ask for a ratio.
         kept: affine maps that stay, with the reason.
+        refused_range: those that stay for the range of scales, and which was allowed.
         stored: scale variables that go into weights.
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
         settled_early: norms whose shift had grown too large to travel further.
@@ -88,6 +91,7 @@ class Folding:
         self.affine: dict[Node, Coefficients] = {}
         self.demands: list[Node] = []
         self.kept: dict[Node, str] = {}
+        self.refused_range: dict[Node, float] = {}
         self.stored: list[np.ndarray] = []
         self.leaves: list[Node] = []
         self.chosen: dict[Node, np.ndarray] = {}
@@ -135,6 +139,8 @@ class Folding:
     def solve(self) -> None:
         """Meet the demands one after another, those that save most first; what contradicts stays."""
         with_zeros = set()
+        for stored in self.stored:
+            self.scales.store(stored)
         for node in sorted(self.demands, key=self._saved, reverse=True):
             operand, a, b = self.affine[node]
             if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -142,8 +148,10 @@ class Folding:
                 self.kept[node] = "a constant factor is not finite"
             elif not a.all():
                 with_zeros.add(node)
-            elif not (outcome := self.scales.demand(self.scale(node), self.scale(operand), a)):
+            elif not (outcome := self._demand(node)):
                 self.kept[node] = self.why_not(outcome) or self._what_fixes(node)
+                if outcome in (Outcome.RANGE, Outcome.BOUND):
+                    self.refused_range[node] = self.max_scale_range if outcome is Outcome.RANGE else math.inf
         if not self.keep_dynamic_norms:
             demand_gains(self)
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
@@ -151,15 +159,32 @@ class Folding:
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
             operand, a, b = self.affine[node]
             values = a * self.scales[self.scale(operand)]
-            if node in tolerant and self.scales.accepts(self.scale(node), values):
-                self.scales.assign(self.scale(node), values)
-            else:
+            if node not in tolerant or not self.scales.rescale(self.scale(node), values, self.scales_behind(node)):
                 self.kept[node] = _ZERO if self.fold_zeros else _ZERO_BEFORE_ADD
         if not self.keep_dynamic_norms:
             assign_zero_gains(self, tolerant)
         for node, (_, _, b) in self.affine.items():
             if not np.isfinite(b).all():
                 self._refuse_not_finite(node)
+
+    def _demand(self, node: Node) -> Outcome:
+        # What an earlier fold kept for its range it would not keep again: all scales begin at one once more.
+        if node.meta.get("custom", {}).get(_REFUSED, 0.0) >= self.max_scale_range:
+            return Outcome.RANGE
+        operand, a, _ = self.affine[node]
+        return self.scales.demand(self.scale(node), self.scale(operand), a)
+
+    def scales_behind(self, node: Node) -> np.ndarray:
+        """The scale variables of a value and of those that are it, rearranged or mapped, and nothing else."""
+        found, pending = [], [node]
+        while pending:
+            current = pending.pop()
+            scale = self.scale_of[current]
+            found += [part.ravel() for part in (scale if isinstance(scale, list) else [scale])]
+            for user in current.users:
+                if (user in self.affine and user not in self.kept) or isinstance(self.rule_of.get(user), Carry):
+                    pending += [user] if user in self.scale_of else []
+        return np.concatenate(found)
 
     def rewrite(self) -> None:
         for node, rule in list(self.rule_of.items()):
@@ -342,7 +367,10 @@ class Folding:
         if (factor == 1).all():
             return operand
         constant = self._constant(f"{self.path(before)}.scale", factor, operand)
-        return self.program.insert(before, aten.mul.Tensor, (operand, constant), before)
+        product = self.program.insert(before, aten.mul.Tensor, (operand, constant), before)
+        if before in self.refused_range:
+            product.meta["custom"] = {**product.meta.get("custom", {}), _REFUSED: self.refused_range[before]}
+        return product
 
     def add(self, operand: Node, shift: np.ndarray, *, before: Node | None = None, after: Node | None = None) -> Node:
         """``operand + shift``, or the operand itself for a shift of zero."""

@@ -37,9 +37,8 @@ def assign_zero_gains(fold: Folding, tolerant: set[Node]) -> None:
         gain, scale = _rule(node, fold).gain(node, fold), fold.scale(node)
         if node in fold.kept_gain or gain.all():
             continue
-        if node in tolerant and fold.scales.accepts(scale, gain) and not who_stops(node, fold):
-            fold.scales.assign(scale, gain)
-        else:
+        goes = node in tolerant and not who_stops(node, fold)
+        if not goes or not fold.scales.rescale(scale, gain, fold.scales_behind(node)):
             fold.kept_gain[node] = "it is zero in places, and not only weights read the result"
 
 

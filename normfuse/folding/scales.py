@@ -64,8 +64,11 @@ class Scales:
         self._values: np.ndarray | None = None
         self._members: np.ndarray | None = None  # of a root: how many variables its class has
 
-    def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
-        """New, unrelated variables in an array of the given shape."""
+    def fresh(self, shape: tuple[int, ...], *, stored: bool = True) -> np.ndarray:
+        """New, unrelated variables in an array of the given shape.
+
+        Those with which nothing is `stored`, because they name a tensor that another one stands for, count in no range.
+        """
         start, self._members = self._count, None
         self._count += int(np.prod(shape))
         if self._count > len(self._parent):  # variables beyond the count are roots of their own already
@@ -75,7 +78,10 @@ class Scales:
             self._sign = np.concatenate([self._sign, np.zeros(more, np.int8)])
             self._ranges = np.concatenate([self._ranges, np.repeat([[0.0], [0.0], [np.inf], [-np.inf]], more, 1)], 1)
             self._reason = np.concatenate([self._reason, np.zeros(more, np.int32)])
-        return np.arange(start, self._count).reshape(shape)
+        index = np.arange(start, self._count).reshape(shape)
+        if not stored:
+            self._ranges[:2, start : self._count] = [[np.inf], [-np.inf]]
+        return index
 
     def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
         """An array that refers to the constant one everywhere."""
@@ -95,6 +101,11 @@ class Scales:
         """Require positive scales, before any demand."""
         roots, _ = self._roots(index.ravel())
         self._sign[roots] = 1
+
+    def store(self, index: np.ndarray) -> None:
+        """Let scales count in the range of their classes, before any demand."""
+        roots, _ = self._roots(index.ravel())
+        self._ranges[:2, roots] = 0.0
 
     def bound(self, index: np.ndarray) -> None:
         """Keep scales within ``2 ** ±narrow_bits``, before any demand."""
@@ -135,13 +146,6 @@ class Scales:
             (self._parent[flat] == flat).all() and (self._members[flat] == 1).all() and (flat != self.ONE).all()
         )
 
-    def accepts(self, index: np.ndarray, values: np.ndarray) -> bool:
-        """Whether :meth:`assign` may give these values: to variables alone, with the signs and bounds asked of them."""
-        if not self.alone(index) or (self._sign[index] * values < 0).any():
-            return False
-        bounded = np.isfinite(self._ranges[2, index]) & (values != 0)
-        return bool((np.abs(np.log2(np.abs(values[bounded]))) <= self._narrow_bits).all())
-
     def solve(self, stored: np.ndarray, centre_beyond: float = 3.0) -> None:
         """Give every variable its value.
 
@@ -169,10 +173,34 @@ class Scales:
         factor[self._sign[: self._count] < 0] *= -1.0
         self._values = values * factor[roots]
 
-    def assign(self, index: np.ndarray, values: np.ndarray) -> None:
-        """Set the value of variables that accept it, after :meth:`solve`."""
+    def rescale(self, index: np.ndarray, values: np.ndarray, members: np.ndarray) -> bool:
+        """Set the values of variables, zeros included, and with them their classes, after :meth:`solve`.
+
+        Returns False, and changes nothing, where a class holds others than `members`, or where a sign or a bound that
+        is asked of it does not allow the values.
+        """
         assert self._values is not None
-        self._values[index] = values
+        if self._members is None:
+            self._members = np.bincount(self._all_roots(), minlength=self._count)
+        flat, members = index.ravel(), np.unique(members)
+        roots, first, inverse = np.unique(self._parent[flat], return_index=True, return_inverse=True)
+        current = self._values[flat]
+        if (roots == self.ONE).any() or not current.all():
+            return False
+        factors = np.broadcast_to(values, index.shape).ravel() / current
+        factor = factors[first]
+        if (np.abs(factors - factor[inverse]) > AGREEMENT * np.abs(factors)).any():
+            return False
+        members = members[np.isin(self._parent[members], roots)]
+        known = np.bincount(np.searchsorted(roots, self._parent[members]), minlength=len(roots))
+        if (known != self._members[roots]).any() or ((self._sign[roots] != 0) & (factor < 0)).any():
+            return False
+        bounded = np.isfinite(self._ranges[2, roots]) & (factor != 0)
+        bits = np.log2(np.abs(self._values[roots] * factor)[bounded]) + self._ranges[2:, roots[bounded]]
+        if (np.abs(bits) > self._narrow_bits).any():
+            return False
+        self._values[members] *= factor[np.searchsorted(roots, self._parent[members])]
+        return True
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         assert self._values is not None, "solve() has not run"

@@ -72,7 +72,7 @@ def _carry_shifts(fold: Folding) -> None:
     for node in order:
         if node not in fold.rule_of or node not in fold.scale_of:
             continue
-        if fold.carry_biases and node in tolerant and _adds_to_stream(node, fold):
+        if node in tolerant and _lets_go(node, fold):
             fold.chosen[node] = fold.rule_of[node].constant_part(node, fold)
         fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
         if isinstance(fold.shift_of[node], list) or not fold.shift_of[node].any():
@@ -141,7 +141,8 @@ def _constants(node: Node, constants: dict[Node, _Constants], fold: Folding) -> 
         before = fold.incoming(node, operand)
         gain = _size(a * before) / _size(before) if before.any() else 0.0
         return _Constants(0.0, math.hypot(gain * fresh, min(gain, 1.0) * old, _size(b)))
-    return _Constants(fresh, old) if arriving else _Constants(_size(fold.shift_of[node]), 0.0)
+    made_here = node in fold.chosen or not arriving
+    return _Constants(_size(fold.shift_of[node]), 0.0) if made_here else _Constants(fresh, old)
 
 
 def _rides(node: Node, fold: Folding) -> bool:
@@ -150,10 +151,17 @@ def _rides(node: Node, fold: Folding) -> bool:
     return any(isinstance(rule, Sum) or (isinstance(rule, Carry) and _rides(user, fold)) for user, rule in rules)
 
 
+def _lets_go(node: Node, fold: Folding) -> bool:
+    """Whether an operation's constant part, if all readers take it, goes to them: where it would be an Add of its own,
+    and where biases are to leave residual streams."""
+    if node in fold.affine:
+        return node in fold.kept
+    rule = fold.rule_of[node]
+    return isinstance(rule, Weighted) and (not rule.has_bias or (fold.carry_biases and _adds_to_stream(node, fold)))
+
+
 def _adds_to_stream(node: Node, fold: Folding) -> bool:
     """Whether a weight operation's result goes into an addition and nowhere else."""
-    if not isinstance(fold.rule_of[node], Weighted):
-        return False
     while len(node.users) == 1:
         (node,) = node.users
         rule = fold.rule_of.get(node)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from normfuse.folding import fold
-from tests.folding.checks import any_gauge
+from tests.folding.checks import any_gauge, operations
 
 from .programs import Plan, Program, example_input, plans
 from .quick_export import quick_export
@@ -58,3 +58,12 @@ def allowed_error(plan: Plan) -> float:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_folding_changes_nothing(plan: Plan) -> None:
     assert relative_error(plan) <= allowed_error(plan)
+
+
+@given(plans())
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_folding_a_folded_program_changes_nothing(plan: Plan) -> None:
+    options = {"copy_shared": plan.seed % 2 == 0, "carry_biases": plan.seed % 3 == 0}
+    once, _ = fold(quick_export(Program(plan).eval(), (example_input(plan),)), **options)
+    twice, _ = fold(once, **options)
+    assert operations(twice) == operations(once)

@@ -57,7 +57,7 @@ class Affine(Rule):
         if (a == 1).all():
             fold.scale_of[node] = np.broadcast_to(inner, shape)
             return
-        fold.scale_of[node] = fold.scales.fresh(shape)
+        fold.scale_of[node] = fold.scales.fresh(shape, stored=False)
         fold.demands.append(node)
 
     def chooses_shift(self, node: Node, fold: Folding) -> bool:
@@ -75,8 +75,10 @@ class Affine(Rule):
         return fold.affine[node].a
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        if node in fold.kept:
-            return fold.chosen_shift(node)
+        return fold.chosen_shift(node) if node in fold.kept else self.constant_part(node, fold)
+
+    def constant_part(self, node: Node, fold: Folding) -> np.ndarray:
+        """The shift that a map which stays gives to its result."""
         operand, a, b = fold.affine[node]
         return a * fold.incoming(node, operand) + b
 
