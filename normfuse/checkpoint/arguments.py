@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from normfuse.checkpoint import structure
 from normfuse.checkpoint.archive import CheckpointError, one_line
-from normfuse.checkpoint.inputs import DTYPES, Derived, Dimension
+from normfuse.checkpoint.inputs import DTYPES, Derived, Dimension, parse_dimension
 from normfuse.checkpoint.structure import Path
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -60,7 +60,12 @@ class Call:
 
 def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of ``module.forward`` by name."""
-    return dict(inspect.signature(module.forward).parameters)
+    return dict(_signature(module).parameters)
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    # accelerate's mixed precision, which hides the arguments, keeps the forward it was put around.
+    return inspect.signature(vars(module).get("_original_forward", module.forward))
 
 
 def bind(module: nn.Module, example_inputs: Any) -> Call:
@@ -92,7 +97,7 @@ def bind(module: nn.Module, example_inputs: Any) -> Call:
     if len(args) > len(ordered) and rest is None:
         raise CheckpointError(f"{len(args)} example inputs, but {name}.forward names {len(ordered)} arguments")
     try:
-        inspect.signature(module.forward).bind(*args, **kwargs)
+        _signature(module).bind(*args, **kwargs)
     except TypeError as error:
         raise CheckpointError(f"example_inputs does not fit {name}.forward: {one_line(error)}") from error
     given = dict(zip(ordered, args, strict=False))
@@ -221,7 +226,7 @@ def _axes(spec: Any, example: torch.Tensor, name: str) -> Axes:
 
 def _axis(dim: Any, name: str, axis: int) -> Dimension | Derived | _Hint:
     if isinstance(dim, str):
-        return Dimension(dim)
+        return parse_dimension(dim, f"dynamic_shapes[{name!r}][{axis}]")
     if isinstance(dim, _Hint):
         return dim
     if not isinstance(dim, Dim):

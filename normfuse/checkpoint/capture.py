@@ -22,10 +22,13 @@ from normfuse.checkpoint.arguments import Axes, Call, bind, dynamic_axes
 from normfuse.checkpoint.dimensions import found
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_numbers
+from normfuse.checkpoint.sizes import narrowed
 from normfuse.checkpoint.structure import Path
 from normfuse.checkpoint.tracing import trace
 from normfuse.checkpoint.wrappers import unwrapped
 from normfuse.errors import NormfuseError
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Checkpoint:
 
         The module's modes, parameters and buffers and the example inputs are as they were afterwards. It is traced as
         it stands, hooks and parametrisations included; wrappers of training (DistributedDataParallel, torch.compile,
-        moving averages) are taken off. A module on a GPU, or in another dtype than float32, is copied.
+        moving averages, accelerate's autocast) are looked through, PEFT's adapters merged into a copy. A module on a
+        GPU, or in another dtype than float32, is copied.
 
         Args:
             model: the module.
@@ -77,10 +81,10 @@ class Checkpoint:
             >>> Checkpoint.from_model(nn.Linear(4, 2), torch.ones(3, 4), ({0: "batch"},)).outputs
             ('output',)
         """
-        model, notes = unwrapped(model)
-        call = bind(model, example_inputs)
+        live, plain, notes = unwrapped(model)
+        call = bind(live, example_inputs)
         specs, unnamed = asked(call, dynamic_axes(call, dynamic_shapes))
-        return capture(model, call, specs, type(model).__name__, unnamed=unnamed, notes=notes)
+        return capture(live, call, specs, type(live).__name__, plain=plain, unnamed=unnamed, notes=notes)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -93,7 +97,7 @@ class Checkpoint:
 
     @cached_property
     def _module(self) -> nn.Module:
-        return self.program.module()
+        return self.program.module(check_guards=False)  # whose sizes have become dimensions and notes
 
 
 def capture(
@@ -102,6 +106,7 @@ def capture(
     specs: Sequence[InputSpec],
     source: str,
     *,
+    plain: nn.Module | None = None,
     unnamed: frozenset[str] = frozenset(),
     notes: Sequence[str] = (),
 ) -> Checkpoint:
@@ -112,21 +117,31 @@ def capture(
         call: how it is called.
         specs: dtype and dimensions of each tensor of the call.
         source: for messages.
+        plain: what to trace in place of `module`, if not itself.
         unnamed: dimensions among them whose names nobody gave.
         notes: what was decided before.
     """
-    module, tensors = _on_cpu(module, call)
-    check_numbers(module, source)
+    same = plain is None or plain is module
+    module = _on_cpu(module)
+    plain = module if same else _on_cpu(plain)
+    check_numbers(plain, source)
     notes = [*notes, *_fixed_arguments(call)]
-    with _evaluation(module):
+    with _evaluation(*{module, plain}):
+        tensors = [tensor.detach().cpu().clone() for tensor in call.tensors]
         tensors = _with_rows(specs, tensors, notes)
         live = _record(module, call, tensors)
-        plain, specs, single = _in_float32(module, specs, tensors, notes)
+        plain, specs, single = _in_float32(plain, specs, tensors, notes)
         sizes, specs = _traceable_sizes(plain, call, specs, single, unnamed)
         resized = [specs_module.resize(x, spec.shape(sizes)) for spec, x in zip(specs, single, strict=True)]
         traced = trace(plain, call, specs, resized)
-    specs, changes = found(traced.program, specs, unnamed)
-    expected = _expected(live, traced.paths, source)
+        specs, changes = found(traced, specs, unnamed)
+        expected = _expected(live, traced.paths, source)
+        specs, narrower = narrowed(
+            traced.program,
+            specs,
+            resized,
+            lambda tensors: _expected(_record(plain, call, tensors), traced.paths, source),
+        )
     names = structure.output_names(traced.paths, [spec.name for spec in specs])
     if traced.left_out:
         listed = [
@@ -134,7 +149,8 @@ def capture(
         ]
         changes.append(f"no tensors, left out of the outputs: {some_of(listed)}")
     traced.program.example_inputs = (tuple(single), {})
-    return Checkpoint(traced.program, specs, tuple(names), tuple(single), expected, source, (*notes, *changes))
+    notes = [*notes, *changes, *narrower]
+    return Checkpoint(traced.program, specs, tuple(names), tuple(single), expected, source, tuple(notes))
 
 
 def asked(call: Call, axes: Sequence[Axes]) -> tuple[list[InputSpec], frozenset[str]]:
@@ -157,17 +173,27 @@ def _fixed_arguments(call: Call) -> list[str]:
     return [f"fixed in the program: {some_of(constants, 6)}"] if constants else []
 
 
-def _on_cpu(module: nn.Module, call: Call) -> tuple[nn.Module, list[torch.Tensor]]:
-    """The module and copies of the call's tensors on the CPU."""
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """The module on the CPU: itself, unless it is elsewhere, or would change when its mode does."""
     own = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in own:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise CheckpointError(f"tensor {name!r} is not initialised yet: run the model once before")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name!r} has no data (meta device): load the weights before")
-    if any(tensor.device.type != "cpu" for _, tensor in own):
-        module = copy.deepcopy(module).cpu()
-    return module, [tensor.detach().cpu().clone() for tensor in call.tensors]
+    if any(tensor.device.type != "cpu" for _, tensor in own) or _own_modes(module):
+        module = _copied(module).cpu()
+    return module
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever the parts of a module raise
+        raise CheckpointError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {one_line(error, 160)}), which it must "
+            "be unless it is in evaluation mode, in float32 and on the CPU"
+        ) from error
 
 
 def _with_rows(specs: Sequence[InputSpec], tensors: list[torch.Tensor], notes: list[str]) -> list[torch.Tensor]:
@@ -196,7 +222,7 @@ def _in_float32(
         return module, list(specs), list(tensors)
     notes.append(f"traced in float32; the model has {some_of(others)}")
     wide = [replace(s, dtype=torch.float32) if s.dtype.is_floating_point else s for s in specs]
-    return copy.deepcopy(module).float(), wide, [t.float() if t.is_floating_point() else t for t in tensors]
+    return _copied(module).float(), wide, [t.float() if t.is_floating_point() else t for t in tensors]
 
 
 def _traceable_sizes(
@@ -207,19 +233,30 @@ def _traceable_sizes(
     A dimension whose name nobody gave stays fixed at 1 where the module takes no other size.
     """
     dims, sizes = specs_module.dimensions(specs), specs_module.consistent_sizes(specs, tensors)
-    larger = {name: size if size > 1 else specs_module.clamp(3, dims[name]) for name, size in sizes.items()}
-    small = {name for name, size in sizes.items() if size != larger[name]} & unnamed
-    try:
-        if small:
-            resized = [specs_module.resize(x, spec.shape(larger)) for spec, x in zip(specs, tensors, strict=True)]
+    grown = {name: specs_module.clamp(3, dims[name]) for name, size in sizes.items() if size < 2}
+    named = {name: size for name, size in grown.items() if name not in unnamed}
+    candidates = [sizes | grown, sizes | named]
+    # A dimension that has another name may be the sum of one that grew and something else: past + 1, say.
+    more = sum(named.values()) - sum(sizes[name] for name in named)
+    candidates += [sizes | named | {name: size + more} for name, size in sizes.items() if name not in grown]
+    problem: CheckpointError | None = None
+    for candidate in candidates if grown else ():
+        fixed = {name: size for name, size in candidate.items() if size < 2 and name in unnamed}
+        dims_now = [tuple(fixed.get(d.name, d) if isinstance(d, Dimension) else d for d in spec.dims) for spec in specs]
+        resized = [specs_module.resize(x, spec.shape(candidate)) for spec, x in zip(specs, tensors, strict=True)]
+        try:
             _record(module, call, resized)
-        return larger, specs
-    except CheckpointError:
-        fixed = [
-            tuple(sizes[d.name] if isinstance(d, Dimension) and d.name in small else d for d in spec.dims)
-            for spec in specs
-        ]
-        return larger, [replace(spec, dims=row) for spec, row in zip(specs, fixed, strict=True)]
+        except CheckpointError as error:
+            problem = problem or error
+            continue
+        return candidate, [replace(spec, dims=row) for spec, row in zip(specs, dims_now, strict=True)]
+    if problem is not None:
+        listed = ", ".join(f"{name}={size}" for name, size in grown.items())
+        raise CheckpointError(
+            f"a dimension of size 1 is traced with another size, and {problem} with {listed}: give examples in which "
+            "dynamic dimensions have sizes above 1, or make these fixed"
+        ) from problem
+    return sizes, specs
 
 
 def _record(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Mapping[Path, Any]:
@@ -249,33 +286,54 @@ def _expected(live: Mapping[Path, Any], paths: Sequence[Path], source: str) -> t
 
 
 @contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, as a program without the fast path of attention computes it; leaves the module as it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
+def _evaluation(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, as a program without the fast path of attention computes it; leaves modules as they were."""
+    parts = list({id(part): part for module in modules for part in module.modules()}.values())
+    before = [(part, dict(vars(part)), [dict(vars(part)[kind]) for kind in _REGISTERED]) for part in parts]
+    buffers = [(buffer, buffer.clone(), buffer._version) for module in modules for buffer in module.buffers()]
     fast, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        if any(training for _, training in modes):
+        for module in modules:
             _evaluate(module)
+            if "_original_forward" in vars(module):  # accelerate's mixed precision is around it
+                vars(module)["forward"] = vars(module)["_original_forward"]
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")  # of torch.export, about what is decided and noted here
             yield
     finally:
         logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in modes:
-            part.training = training
+        for part, attributes, registered in before:  # modes, and what forward assigned: traced tensors among them
+            for kind, tensors in zip(_REGISTERED, registered, strict=True):
+                _restore(vars(part)[kind], tensors)
+            _restore(vars(part), attributes)
         with torch.no_grad():
-            for buffer, before, version in buffers:
+            for buffer, value, version in buffers:
                 if buffer._version != version:
-                    buffer.copy_(before)
+                    buffer.copy_(value)
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in now.keys() - before.keys():
+        del now[name]
+    now.update((name, value) for name, value in before.items() if now.get(name, now) is not value)
 
 
 def _evaluate(module: nn.Module) -> None:
+    if not any(part.training for part in module.modules()):
+        return
     try:
         module.eval()
     except NotImplementedError:  # the module of an exported program: its mode was decided when it was traced
         for part in module.modules():
             part.training = False
+
+
+def _own_modes(module: nn.Module) -> bool:
+    """Whether a part that is to change its mode does more then than change it, such as merging weights."""
+    return any(
+        part.training and (type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval)
+        for part in module.modules()
+    )

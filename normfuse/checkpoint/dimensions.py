@@ -7,21 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
-from torch.export import ExportedProgram
 
 from normfuse.checkpoint.archive import CheckpointError
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.inputs import dimensions as dimensions_of
-from normfuse.checkpoint.tracing import bounds, linear, user_sizes
+from normfuse.checkpoint.tracing import Traced, linear, user_sizes
 
 
 def found(
-    program: ExportedProgram, asked: Sequence[InputSpec], unnamed: Collection[str]
+    traced: Traced, asked: Sequence[InputSpec], unnamed: Collection[str]
 ) -> tuple[tuple[InputSpec, ...], list[str]]:
     """The dimensions of a program's inputs.
 
     Args:
-        program: from :func:`normfuse.checkpoint.tracing.trace`.
+        traced: the program.
         asked: the dimensions that were to be dynamic.
         unnamed: names among them that nobody gave.
 
@@ -31,10 +30,10 @@ def found(
     Raises:
         CheckpointError: a size follows from others in a way that is no sum.
     """
-    sizes = user_sizes(program)
+    sizes = user_sizes(traced.program)
     axes = [(spec, axis, dim, size) for spec, row in zip(asked, sizes, strict=True)
             for axis, (dim, size) in enumerate(zip(spec.dims, row, strict=True))]  # fmt: skip
-    symbols = _name_symbols(program, asked, axes, unnamed)
+    symbols = _name_symbols(traced, asked, axes, unnamed)
     notes: list[str] = []
     dims = [_axis(spec, axis, dim, size, symbols, unnamed, notes) for spec, axis, dim, size in axes]
     wanted = dimensions_of(asked)
@@ -50,13 +49,13 @@ def found(
 
 
 def _name_symbols(
-    program: ExportedProgram,
+    traced: Traced,
     asked: Sequence[InputSpec],
     axes: Sequence[tuple[InputSpec, int, Axis, Any]],
     unnamed: Collection[str],
 ) -> dict[sympy.Symbol, Dimension]:
     """A dimension for every symbol that is the size of an axis: the first name that somebody gave, with its bounds."""
-    wanted, allowed = dimensions_of(asked), bounds(program)
+    wanted = dimensions_of(asked)
     symbols: dict[sympy.Symbol, Dimension] = {}
     for given in (True, False):
         for _, _, dim, size in axes:
@@ -64,7 +63,7 @@ def _name_symbols(
                 continue
             if (dim.name not in unnamed) is given:
                 asked_for = wanted[dim.name]
-                low, high = allowed.get(size, (0, None))
+                low, high = traced.bounds.get(size, (0, None))
                 highs = [bound for bound in (high, asked_for.maximum) if bound is not None]
                 symbols[size] = Dimension(dim.name, max(low, asked_for.minimum), min(highs, default=None))
     return symbols

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ DTYPES = {
     name: getattr(torch, name) for name in "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split()
 }
 _SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?:<(?P<high>\d+))?")
-_DIM = re.compile(r"(?P<size>\d+)|(?:(?P<low>\d+)<=)?(?P<name>[A-Za-z_]\w*)(?:<=(?P<high>\d+))?")
+_DIM = re.compile(r"(?:(?P<low>\d+)<=)?(?P<name>[A-Za-z_]\w*)(?:<=(?P<high>\d+))?")
 _TERM = re.compile(r"(?P<sign>[+-]?)(?:(?P<factor>\d+)\*)?(?P<name>[A-Za-z_]\w*)|(?P<offset>[+-]?\d+)")
 _EXAMPLE = 'e.g. "tokens:int64[batch,seq]<1000" or "image:float32[batch,3,32,32]"'
 # Sizes of dynamic dimensions in made-up examples: above 1, and told apart at a glance.
@@ -35,7 +35,7 @@ class Dimension:
             raise CheckpointError(f"dimension {self.name!r} needs a word as its name and integers as its bounds")
 
     def __str__(self) -> str:
-        low = f"{self.minimum}<=" if self.minimum > 1 else ""
+        low = f"{self.minimum}<=" if self.minimum != 1 else ""
         return f"{low}{self.name}" + ("" if self.maximum is None else f"<={self.maximum}")
 
 
@@ -101,7 +101,7 @@ def parse_input(text: str) -> InputSpec:
     dtype = DTYPES.get(match["dtype"])
     if dtype is None:
         raise CheckpointError(f"input {text!r}: dtype {match['dtype']!r} is not one of {', '.join(DTYPES)}")
-    dims = tuple(_parse_dim(dim, text) for dim in match["dims"].split(",")) if match["dims"] else ()
+    dims = tuple(_parse_axis(dim, text) for dim in match["dims"].split(",")) if match["dims"] else ()
     integer = not dtype.is_floating_point and dtype != torch.bool
     if match["high"] is not None and (not integer or int(match["high"]) < 1):
         raise CheckpointError(f"input {text!r}: a bound <{match['high']} needs an integer dtype and must be at least 1")
@@ -109,20 +109,21 @@ def parse_input(text: str) -> InputSpec:
     return InputSpec(match["name"], dtype, dims, high)
 
 
-def _parse_dim(dim: str, text: str) -> Axis:
-    match = _DIM.fullmatch(dim)
-    if match is None:
-        return _parse_derived(dim, text)
-    if match["size"] is not None:
-        return int(match["size"])
-    return Dimension(match["name"], int(match["low"] or 1), None if match["high"] is None else int(match["high"]))
+def _parse_axis(dim: str, text: str) -> Axis:
+    return int(dim) if dim.isdecimal() else parse_dimension(dim, f"input {text!r}")
 
 
-def _parse_derived(dim: str, text: str) -> Derived:
-    terms = list(_TERM.finditer(dim))
-    spaced = all(term.start() == 0 or dim[term.start()] in "+-" for term in terms)
-    if not spaced or "".join(term[0] for term in terms) != dim or not any(term["name"] for term in terms):
-        raise CheckpointError(f"input {text!r}: dimension {dim!r} is neither a number nor a word, {_EXAMPLE}")
+def parse_dimension(text: str, label: str) -> Dimension | Derived:
+    """Reads ``seq``, ``seq<=512``, ``2<=seq<=512``, ``past+1``, ``past+seq`` or ``32*height``."""
+    compact = re.sub(r"\s*([^\w\s]+)\s*", r"\1", text.strip())
+    match = _DIM.fullmatch(compact)
+    if match is not None:
+        low = 1 if match["low"] is None else int(match["low"])
+        return Dimension(match["name"], low, None if match["high"] is None else int(match["high"]))
+    terms = list(_TERM.finditer(compact))
+    apart = all(term.start() == 0 or term[0][0] in "+-" for term in terms)
+    if not apart or "".join(term[0] for term in terms) != compact or not any(term["name"] for term in terms):
+        raise CheckpointError(f"{label}: dimension {text!r} needs a word or a number, {_EXAMPLE}")
     named = [(Dimension(t["name"]), int(f"{t['sign']}{t['factor'] or 1}")) for t in terms if t["name"]]
     return Derived(tuple(named), sum(int(t["offset"]) for t in terms if not t["name"]))
 
@@ -158,7 +159,11 @@ def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor
 def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
     """The dynamic dimensions by name, each with the narrowest bounds given for it."""
     found: dict[str, Dimension] = {}
-    for dim in _named(axis for spec in specs for axis in spec.dims):
+    axes = [axis for spec in specs for axis in spec.dims]
+    own = [axis for axis in axes if isinstance(axis, Dimension)]
+    names = {dim.name for dim in own}
+    roots = [root for axis in axes if isinstance(axis, Derived) for root, _ in axis.terms if root.name not in names]
+    for dim in (*own, *roots):
         other = found.get(dim.name, dim)
         highs = [high for high in (dim.maximum, other.maximum) if high is not None]
         found[dim.name] = Dimension(dim.name, max(dim.minimum, other.minimum), min(highs) if highs else None)
@@ -168,14 +173,6 @@ def dimensions(specs: Sequence[InputSpec]) -> dict[str, Dimension]:
                 f"dimension {dim.name!r} can have no size: it is at least {dim.minimum} and at most {dim.maximum}"
             )
     return found
-
-
-def _named(axes: Iterable[Axis]) -> Iterator[Dimension]:
-    for axis in axes:
-        if isinstance(axis, Dimension):
-            yield axis
-        elif isinstance(axis, Derived):
-            yield from (dim for dim, _ in axis.terms)
 
 
 def first_sizes(specs: Sequence[InputSpec]) -> dict[str, int]:

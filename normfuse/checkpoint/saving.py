@@ -52,7 +52,7 @@ def save(
     Raises:
         CheckpointError: an argument cannot be recorded as data, or the file cannot be written.
     """
-    model, _ = unwrapped(model)
+    model, _, _ = unwrapped(model)
     path = Path(path)
     call = bind(model, example_inputs)
     if any(len(where) > 1 or not isinstance(leaf, torch.Tensor) for where, leaf in call.leaves()):

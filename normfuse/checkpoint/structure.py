@@ -6,28 +6,30 @@ import copy
 import dataclasses
 import keyword
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 Path = tuple[Any, ...]  # keys, indices and field names from the outermost structure inwards
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, nn.Module)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_WHOLE = (torch.Tensor, nn.Module, type(None), bool, int, float, complex, str, bytes, type, *_SYMBOLS)
+_DEPTH = 3  # of objects in objects that are no containers; what is deeper belongs to something else
 
 
 def children(value: Any) -> dict[Any, Any] | None:
     """What a structure holds, by key, index or field name; None for a tensor, a number, anything without parts.
 
-    Structures are mappings, lists, tuples, named tuples, dataclasses, and any object that keeps tensors in its
+    Structures are mappings, lists, tuples, named tuples, dataclasses, and objects that keep tensors in their
     attributes. None of them needs to be registered with ``torch.utils._pytree``.
     """
-    if isinstance(value, (torch.Tensor, torch.SymInt, *_PLAIN)) or callable(value):
+    if isinstance(value, _WHOLE) or callable(value):
         return None
     if isinstance(value, Mapping):
         return dict(value.items())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return dict(zip(_fields(value), value, strict=True))
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
@@ -45,32 +47,38 @@ def _fields(value: Sequence[Any]) -> Iterable[Any]:
 def leaves(value: Any) -> list[tuple[Path, Any]]:
     """The parts of a value that have no parts themselves, with their paths, in order."""
     found: list[tuple[Path, Any]] = []
-    _walk(value, (), lambda path, leaf: found.append((path, leaf)), ())
+    _walk(value, (), lambda path, leaf: found.append((path, leaf)))
     return found
 
 
 def replaced(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """The value with other tensors in place of its own, in order. No container of the original is changed."""
     remaining = iter(tensors)
-    return _walk(value, (), lambda _, leaf: next(remaining) if isinstance(leaf, torch.Tensor) else leaf, ())
+    return _walk(value, (), lambda _, leaf: next(remaining) if isinstance(leaf, torch.Tensor) else leaf)
 
 
-def _walk(value: Any, path: Path, visit: Callable[[Path, Any], Any], around: tuple[int, ...]) -> Any:
+def _walk(value: Any, path: Path, visit: Callable[[Path, Any], Any], depth: int = 0) -> Any:
+    """Visits every leaf; the value itself if nothing in it was changed, else a copy."""
     parts = children(value)
-    if parts is None or id(value) in around or not _holds_tensors(value, around):
+    if parts is None or not (_container(value) or _holds_tensors(value, depth)):
         return visit(path, value)
-    new = {key: _walk(part, (*path, key), visit, (*around, id(value))) for key, part in parts.items()}
-    return _rebuilt(value, new)
+    depth += not _container(value)
+    new = {key: _walk(part, (*path, key), visit, depth) for key, part in parts.items()}
+    return value if all(new[key] is part for key, part in parts.items()) else _rebuilt(value, new)
 
 
-def _holds_tensors(value: Any, around: tuple[int, ...]) -> bool:
-    """Whether the walk goes into a value: always into mappings, lists and tuples, else for the sake of a tensor."""
-    if isinstance(value, (torch.Tensor, torch.SymInt, Mapping, list, tuple)):
+def _container(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple, deque)) or (dataclasses.is_dataclass(value) and not callable(value))
+
+
+def _holds_tensors(value: Any, depth: int) -> bool:
+    """Whether there are tensors in an object that is no container, not too deep inside."""
+    if isinstance(value, torch.Tensor):
         return True
-    if id(value) in around:
-        return False
     parts = children(value)
-    return parts is not None and any(_holds_tensors(part, (*around, id(value))) for part in parts.values())
+    if parts is None or depth >= _DEPTH:
+        return False
+    return any(_holds_tensors(part, depth + 1) for part in parts.values())
 
 
 def _rebuilt(value: Any, new: dict[Any, Any]) -> Any:
@@ -78,23 +86,17 @@ def _rebuilt(value: Any, new: dict[Any, Any]) -> Any:
     if kind in (dict, OrderedDict):
         return kind(new)
     if isinstance(value, tuple):
-        entries = list(new.values())
-        if hasattr(kind, "_make"):
-            return kind._make(entries)
-        return kind(entries)
-    if kind is list:
-        return list(new.values())
-    try:
-        other = copy.copy(value)
-        for key, part in new.items():
-            if isinstance(value, (Mapping, list)):
-                other[key] = part
-            else:
-                object.__setattr__(other, key, part)  # reaches frozen dataclasses as well
-    except TypeError:
-        if not isinstance(value, Mapping):
-            raise
-        return new  # a mapping that cannot be written to
+        return kind._make(new.values()) if hasattr(kind, "_make") else kind(new.values())
+    if kind in (list, deque):
+        return kind(new.values())
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return new
+    other = copy.copy(value)
+    for key, part in new.items():
+        if isinstance(value, (Mapping, list)):
+            other[key] = part
+        elif part is not getattr(value, key):
+            object.__setattr__(other, key, part)  # reaches frozen dataclasses as well
     return other
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import sympy
@@ -31,11 +35,13 @@ class Traced:
         program: takes the tensors of a call, returns the tensors in what the module returns.
         paths: where each of these is in what the module returns.
         left_out: what else it returns, by path; None is not mentioned.
+        bounds: smallest and largest size for each symbol in its inputs' sizes, where there is one.
     """
 
     program: ExportedProgram
     paths: tuple[Path, ...]
     left_out: tuple[tuple[Path, Any], ...]
+    bounds: dict[sympy.Symbol, tuple[int, int | None]]
 
 
 def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> Traced:
@@ -73,22 +79,29 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         for name, spec in zip(names, specs, strict=True)
     }
     try:
-        with torch.no_grad():
+        # torch.export prints the graph of a model that it gives up; the error says what is wrong with it.
+        with torch.no_grad(), redirect_stderr(StringIO()):
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
     except Exception as error:  # torch.export has no common base for what it raises
         raise CheckpointError(f"torch.export cannot trace {type(module).__name__}: {_problem(error)}") from error
     if not paths:
         raise CheckpointError(f"{type(module).__name__} returns no tensor")
+    allowed = _bounds(program)
+    for expression in [key for key in program.range_constraints if not isinstance(key, sympy.Symbol)]:
+        # Sizes 0 and 1 are allowed in spite of a bound of 2, which stands for all; past + 1 >= 3 is taken literally.
+        del program.range_constraints[expression]
     _lift_out(program, module)
     _separate_outputs(program)
     program.validate()
-    return Traced(program, tuple(paths), tuple(left_out))
+    return Traced(program, tuple(paths), tuple(left_out), allowed)
 
 
 def _as_tensor(leaf: Any) -> torch.Tensor | None:
     """A tensor, or a number that follows from a dynamic size as one; None for anything that is the same every time."""
     if isinstance(leaf, torch.SymInt):
         return torch.scalar_tensor(leaf, dtype=torch.int64)
+    if isinstance(leaf, torch.SymFloat):
+        return torch.scalar_tensor(leaf)
     return leaf if isinstance(leaf, torch.Tensor) else None
 
 
@@ -120,7 +133,15 @@ def _relate(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> None
 
 
 def _problem(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error).split('The error above occurred')[0], 300)}"
+    """Why torch.export gave up, and the line of the model where it did."""
+    text = str(error)
+    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n {4}(\S.*)', text)
+    place = f" ({os.path.basename(lines[-1][0])}, line {lines[-1][1]}: {one_line(lines[-1][2], 80)})" if lines else ""
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return (
+            f"a decision or a number depends on the values of a tensor{place}; torch.where and its like can be traced"
+        )
+    return f"{type(error).__name__}: {one_line(text.split('The error above occurred')[0], 300)}"
 
 
 def _lift_out(program: ExportedProgram, module: nn.Module) -> None:
@@ -128,7 +149,8 @@ def _lift_out(program: ExportedProgram, module: nn.Module) -> None:
     prefix = f"{_INNER}."
 
     def outer(name: str) -> str:
-        return name.removeprefix(_INNER).removeprefix(".") if name == _INNER or name.startswith(prefix) else name
+        inner = name.removeprefix(_INNER).removeprefix(".") if name == _INNER or name.startswith(prefix) else name
+        return re.sub(r"(^|\.)_orig_mod(\.|$)", r"\1", inner).removesuffix(".")  # of parts that are compiled
 
     for tensors in (program.state_dict, program.constants):
         renamed = {outer(name): tensor for name, tensor in tensors.items()}
@@ -186,7 +208,7 @@ def user_sizes(program: ExportedProgram) -> list[tuple[Any, ...]]:
     ]
 
 
-def bounds(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int, int | None]]:
+def _bounds(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int, int | None]]:
     """The sizes that tracing allows each symbol. What torch.export says of 0 and 1 is left out: it never tries them."""
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for expression, allowed in program.range_constraints.items():
