@@ -1,0 +1,182 @@
+"""A live module is traced as it stands, and nothing of it is changed."""
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+import normfuse.onnx
+from normfuse.checkpoint import Checkpoint, CheckpointError
+
+X = torch.randn(3, 4)
+
+
+def agrees(checkpoint: Checkpoint, expected: torch.Tensor) -> bool:
+    assert torch.equal(checkpoint.expected_outputs[0], expected)
+    (computed,) = checkpoint.run(checkpoint.example_inputs)
+    return torch.allclose(computed, expected, atol=1e-6)
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer, keeps a result, and is partly frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.norm.eval()
+
+    def forward(self, x):
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        self.last = self.norm(self.linear(x))
+        return self.last
+
+
+def test_modes_buffers_attributes_and_examples_stay_as_they_are():
+    model, x = Stateful(), X.clone()
+    buffers = (model.calls, model.replaced, model.norm.num_batches_tracked)
+    before = [buffer.clone() for buffer in buffers]
+    modes = [part.training for part in model.modules()]
+    Checkpoint.from_model(model, x)
+    assert modes == [part.training for part in model.modules()] == [True, True, False]
+    assert (model.calls, model.replaced, model.norm.num_batches_tracked) == buffers
+    assert all(torch.equal(*pair) for pair in zip(buffers, before, strict=True))
+    assert not hasattr(model, "last") and torch.equal(x, X)
+
+
+def test_a_module_that_changes_its_input_does_not_change_the_example():
+    class Changing(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    x = X.clone()
+    checkpoint = Checkpoint.from_model(Changing(), x)
+    assert torch.equal(x, X) and torch.equal(checkpoint.example_inputs[0], X)
+
+
+def test_a_mode_that_does_more_than_change_happens_to_a_copy():
+    class Merging(nn.Linear):
+        """As some adapters do, adds to its weights when evaluation begins, which rounds."""
+
+        def train(self, mode=True):
+            if mode != self.training:
+                self.weight.data += 0.1 if not mode else -0.1
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(4, 4), nn.ReLU())
+    weight = model[0].weight.clone()
+    checkpoint = Checkpoint.from_model(model, X)
+    assert torch.equal(model[0].weight, weight) and model[0].training
+    assert agrees(checkpoint, copy.deepcopy(model).eval()(X))
+
+
+def changed_eps():
+    model = tiny_models.trained(tiny_models.Perceptron())
+    model.norm.eps = 0.5
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model[0].register_forward_hook(lambda module, args, output: output - 1)
+    return model
+
+
+def plain_attribute():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = Scaled(4, 4)
+    model.scale = torch.rand(4)
+    return model
+
+
+LIVE = {
+    "eps changed": changed_eps,
+    "hooks": hooked,
+    "a tensor as attribute": plain_attribute,
+    "weight_norm": lambda: weight_norm(nn.Linear(4, 4)),
+    "spectral_norm": lambda: spectral_norm(nn.Linear(4, 4)),
+    "a parametrisation": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("case", LIVE)
+def test_what_is_traced_is_the_live_module(case):
+    model = LIVE[case]().eval()
+    expected = model(X)
+    assert agrees(Checkpoint.from_model(model, X), expected)
+    assert torch.equal(model(X), expected)
+
+
+def test_attention_is_traced_without_its_fast_path():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.tensor([[False, False, True, True], [False] * 4])
+    inputs = {"src": torch.randn(2, 4, 8), "src_key_padding_mask": padding}
+    checkpoint = Checkpoint.from_model(model, inputs, {name: {0: "batch", 1: "seq"} for name in inputs})
+    assert not any("transformer_encoder_layer" in str(node.target) for node in checkpoint.program.graph.nodes)
+    torch.testing.assert_close(checkpoint.run(checkpoint.example_inputs)[0], checkpoint.expected_outputs[0])
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_names_are_those_of_the_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)))
+    program = Checkpoint.from_model(model, X).program
+    assert set(program.state_dict) == set(model.state_dict())
+    stacks = [list(node.meta["nn_module_stack"].values()) for node in program.graph.nodes if "layer_norm" in node.name]
+    assert [path for path, _ in stacks[0]] == ["", "1", "1.0"] and "Sequential" in stacks[0][0][1]
+    assert next(node.name for node in program.graph.nodes if node.op == "placeholder") == "p_0_weight"
+    assert program.module().state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_program_of_an_exported_program_is_captured_again():
+    program = torch.export.export(nn.Linear(4, 2), (X,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    checkpoint = Checkpoint.from_model(program.module(), X, ({0: "rows"},))
+    assert agrees(checkpoint, program.module()(X)) and str(checkpoint.inputs[0]) == "input:float32[rows,4]"
+
+
+class Deciding(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Diverged(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.bias.data[1] = float("nan")
+
+
+REFUSED = {
+    "no module": (lambda: {"weight": X}, "model is a dict"),
+    "torchscript": (lambda: torch.jit.script(nn.Linear(4, 4)), "model is TorchScript"),
+    "no data": (lambda: nn.Linear(4, 4, device="meta"), "tensor 'weight' has no data"),
+    "not run yet": (lambda: nn.LazyLinear(4), "tensor 'weight' is not initialised"),
+    "a decision": (Deciding, r"values of a tensor \(test_capture.py, line \d+: return x if x.sum\(\) > 0 else -x\)"),
+    "numbers of a diverged training": (Diverged, r"bias holds NaN \(1 of 4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_line(case, capfd):
+    make, because = REFUSED[case]
+    with pytest.raises(CheckpointError, match=because) as caught:
+        Checkpoint.from_model(make(), X)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_notes_are_in_the_result(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    result = normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=X.double(), opset=20)
+    assert result.notes == ["traced in float32; the model has float64"]
