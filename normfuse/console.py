@@ -91,12 +91,12 @@ def print_result(console: Console, result: ExportResult) -> None:
             highlight=False,
         )
     graph, proof = result.graph, result.proof
-    console.print(
-        f"verified on {len(proof.shapes)} inputs: folded program within "
-        f"{proof.worst('folded program'):.1e}, "
-        f"ONNX file within {proof.worst('ONNX file'):.1e} of the output's largest value",
-        highlight=False,
-    )
+    forms = dict.fromkeys(case.form for case in proof.cases)
+    if forms:
+        within = ", ".join(f"{form} within {proof.worst(form):.1e}" for form in forms)
+        console.print(
+            f"verified on {len(proof.shapes)} inputs: {within} of the output's largest value", highlight=False
+        )
     left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
     console.print(
         f"{escape(str(result.path))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "

@@ -92,7 +92,7 @@ def test_help_and_refused_options_load_nothing(tmp_path, arguments, status, said
     [
         ("export m.pt --target cpu-", ["cpu-single", "cpu-long"]),
         ("export m.pt --dtype ", ["float32", "float16"]),
-        ("fold m.onnx --opset 2", ["23", "20"]),
+        ("export m.pt --opset 2", ["23", "20"]),
         ("inspect m.pt --no-shape g", ["gemm2d"]),
     ],
 )
@@ -159,7 +159,8 @@ def defaults(function):
 
 
 GROUPS = {
-    onnx.export: (options.ModelFolding, options.Tolerance, options.Writing),
+    onnx.export: (options.ModelFolding, options.Tolerance, options.ModelWriting),
+    onnx.fold_file: (options.Folding, options.Tolerance),
     onnx.fold_checkpoint: (options.ModelFolding,),
     checkpoint.load: (options.Loading,),
 }
@@ -170,7 +171,7 @@ def test_options_have_the_names_and_defaults_of_arguments(function):
     own = defaults(function)
     for group in GROUPS[function]:
         for field in dataclasses.fields(group):
-            if group is not options.Writing or field.name == "opset":
+            if group is not options.ModelWriting or field.name == "opset":
                 assert field.name in own, f"{function.__name__} lacks {field.name}"
                 assert (running._default(field) or None) == (own[field.name] or None), field.name
 

@@ -13,14 +13,14 @@ from .options import Folding, Inputs, Printing, Tolerance, Writing
 
 
 def fold(
-    source: Annotated[Path, typer.Argument(help="An ONNX file from elsewhere, of operator set 13 or newer.")],
+    source: Annotated[Path, typer.Argument(help="An ONNX file from elsewhere, of operator set 7 or newer.")],
     writing: Writing,
     inputs: Inputs,
     folding: Folding,
     tolerance: Tolerance,
     printing: Printing,
 ) -> None:
-    """Fold BatchNorms, Mul and Add per channel and LayerNorm gains of an ONNX file, and verify the result."""
+    """Fold BatchNorms, Mul and Add per channel of an ONNX file; all else stays as it is. Verify the result."""
     check_readable(source)
     with printing.stages() as stages:
         from normfuse.console import print_result
@@ -29,6 +29,6 @@ def fold(
 
         writing.check_targets(source, *external_files(source))
         options = asdict(folding) | asdict(tolerance)
-        result = fold_file(source, writing.out, inputs=inputs.specs(), opset=writing.opset, progress=stages, **options)
+        result = fold_file(source, writing.out, inputs=inputs.specs(), progress=stages, **options)
     data = write_report(writing.report, result, source=source)
     printing.result(data, lambda console: print_result(console, result))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .files import check_readable, write_report
-from .options import Loading, ModelFolding, Printing, Tolerance, Writing
+from .options import Loading, ModelFolding, ModelWriting, Printing, Tolerance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="From normfuse.save, or
 
 def export(
     checkpoint: CheckpointArgument,
-    writing: Writing,
+    writing: ModelWriting,
     loading: Loading,
     folding: ModelFolding,
     tolerance: Tolerance,

@@ -198,14 +198,9 @@ class Writing:
     """Where the result goes."""
 
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")]
-    opset: Annotated[
-        int | None,
-        typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].", autocompletion=_among(OPSETS)),
-    ] = None
     report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None
 
     def check(self) -> None:
-        check_opset(self.opset)
         self.check_targets()
 
     def check_targets(self, *reads: Path) -> None:
@@ -215,6 +210,20 @@ class Writing:
                 check_target(path, reads=reads)
         if self.report is not None and same_file(self.out, self.report):
             raise OutputError(f"--report and --out are both {self.out}: give the report a name of its own")
+
+
+@dataclass(frozen=True)
+class ModelWriting(Writing):
+    """Where the result goes, and in which version of ONNX's operators."""
+
+    opset: Annotated[
+        int | None,
+        typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].", autocompletion=_among(OPSETS)),
+    ] = None
+
+    def check(self) -> None:
+        check_opset(self.opset)
+        super().check()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ The spine is :func:`export`; each of its steps can be called alone::
 """
 
 from normfuse.onnx.benchmark import BenchError, bench
+from normfuse.onnx.editing import fold_file
 from normfuse.onnx.exporter import ExportResult, FoldedCheckpoint, export, fold_checkpoint
 from normfuse.onnx.graph import GraphError, GraphSummary, summarize
-from normfuse.onnx.importer import fold_file
 from normfuse.onnx.verifier import Proof, VerificationError, verify
 from normfuse.onnx.writer import WriteError, write
 from normfuse.options import ExportError

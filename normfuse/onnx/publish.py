@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -42,9 +43,14 @@ def _external(path: Path) -> list[ir.ExternalTensor]:
     return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
 
 
-def publish(output: Output) -> None:
-    """Put a staged ONNX file in place with its weights; what the file that it replaces named goes afterwards."""
+def publish(output: Output, beside: Sequence[str] | None = None) -> None:
+    """Put a staged ONNX file in place with its weights; what the file that it replaces named goes afterwards.
+
+    Args:
+        output: where it is staged.
+        beside: names of the staged files with its weights; None for all that it names.
+    """
     replaced = data_beside(output.target)
     if output.target.exists():
         replaced.append(f"{output.target.name}.data")  # as most tools call it, even if the old file is damaged
-    output.publish(data_beside(output.staged), replaced)
+    output.publish(data_beside(output.staged) if beside is None else beside, replaced)

@@ -128,7 +128,7 @@ def write_staged(
             refuse_overflow(model)
         save_model(model, path, one_file_limit)
         if dtype == "float16":
-            save_model(_as_float16(path), path, one_file_limit)
+            save_model(as_float16(path), path, one_file_limit)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError and others without a common base
@@ -206,7 +206,8 @@ def refuse_overflow(model: ir.Model) -> None:
         )
 
 
-def _as_float16(path: Path) -> ir.Model:
+def as_float16(path: Path) -> ir.Model:
+    """The model in a file with weights and operations in float16; inputs and outputs keep their types."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # By path, because the converter's shape inference on a model in memory ends at 2 GiB.

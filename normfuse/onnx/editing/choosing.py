@@ -1,0 +1,209 @@
+"""Which maps of a file are worth folding: none that costs an operation, or one of ONNX Runtime's own fusions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from normfuse.folding import FoldReport, fold
+from normfuse.onnx.graph import GraphError
+from normfuse.onnx.writer import quiet
+
+from .edits import Edited, edit
+from .onnx_file import OnnxFile
+from .reading import Reader, Reading, aten
+from .trial import Observed, plain_session
+
+_MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))
+_ROUNDS = 4
+_RMS_NORM_SINCE = 23  # the operator set in which a LayerNorm without a mean is one operation
+_STORED_FOR = re.compile(r"\.(scale|shift)(_folded(_\d+)?)*$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to fold a file.
+
+    Attributes:
+        edited: the file after it.
+        report: what became of the norms.
+        operations: how many the file has, constants left out.
+        run: how many ONNX Runtime is left with after its own optimisations.
+        note: what to say about it.
+    """
+
+    edited: Edited
+    report: FoldReport
+    operations: int
+    run: int
+    note: str = ""
+
+
+def choose(
+    file: OnnxFile,
+    observed: Mapping[str, Observed],
+    inputs: Mapping[str, Observed],
+    folder: Path,
+    *,
+    keep_dynamic_norms: bool,
+    options: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> tuple[list[Choice], FoldReport]:
+    """Ways to fold a file that leave fewer operations, in it and in what ONNX Runtime makes of it; best first.
+
+    ONNX Runtime knows attention, GELU and LayerNorm by what other tools write for them. Where a factor in the middle
+    of that has gone into a weight, it no longer does, and the file has fewer operations but takes longer. So factors of
+    one number, and what stands behind a LayerNorm written out in arithmetic, are left alone where that is the case.
+
+    Returns:
+        The ways, and the report of the widest one for files of which nothing is worth folding.
+    """
+    count = operations(file.proto)
+    run = optimised_operations(file.proto, file.path.parent, folder)
+    found: list[Choice] = []
+    first: FoldReport | None = None
+    for pinned in (frozenset(), delicate(file)):
+        if first is not None and not pinned:
+            break
+        progress("fold" if first is None else "fold, factors of one number left alone")
+        choice = _settled(file, observed, inputs, folder, pinned, keep_dynamic_norms=True, **options)
+        first = first or choice.report
+        if choice.operations < count and choice.run <= run:
+            found.append(choice)
+    found.sort(key=lambda choice: (choice.run, choice.operations))
+    if (
+        not keep_dynamic_norms
+        and file.version >= _RMS_NORM_SINCE
+        and any(node.op_type == "LayerNormalization" and file.is_own(node) for node in file.nodes)
+    ):
+        progress("fold the gains of LayerNorms")
+        choice = _settled(file, observed, inputs, folder, delicate(file), keep_dynamic_norms=False, **options)
+        best = found[0] if found else Choice(Edited(file.proto), choice.report, count, run)
+        # An RMSNorm and an addition of its own take less time than a LayerNorm that ONNX Runtime fused with one.
+        cheaper = sum(record.core == "RMSNorm" for record in choice.report.dynamic)
+        fewer = choice.operations < best.operations or cheaper
+        if fewer and choice.operations <= best.operations and choice.run <= best.run + cheaper:
+            found.insert(0, choice)
+    assert first is not None
+    return found, first
+
+
+def _settled(
+    file: OnnxFile,
+    observed: Mapping[str, Observed],
+    inputs: Mapping[str, Observed],
+    folder: Path,
+    pinned: frozenset[int],
+    **options: Any,
+) -> Choice:
+    """Fold, and leave alone what would only have moved; until nothing that is added could have been spared."""
+    best: Choice | None = None
+    for _ in range(_ROUNDS):
+        reading = Reader(file, observed, inputs, pinned).read()
+        with quiet():  # PyTorch remarks on names that Python does not have
+            folded, report = fold(reading.program, **options)
+        edited = edit(reading, folded)
+        choice = Choice(edited, _in_words_of_the_file(report, reading), operations(edited.proto), 0)
+        if best is None or choice.operations < best.operations:
+            best = choice
+        moved = _moved(reading, folded, report)
+        if moved <= pinned:
+            break
+        pinned |= moved
+    assert best is not None
+    return replace(best, run=optimised_operations(best.edited.proto, file.path.parent, folder))
+
+
+def _moved(reading: Reading, folded: Any, report: FoldReport) -> frozenset[int]:
+    """Maps of which an operation is left, so that nothing is gained by touching them."""
+    found = set()
+    names = {node.name for node in folded.graph.nodes}
+    gone = {max(origin.nodes) for name, origin in reading.origins.items() if name not in names}
+    added = [n for n in folded.graph.nodes if n.op == "call_function" and n.name not in reading.names]
+    added = [n for n in added if n.target in (aten.mul.Tensor, aten.add.Tensor)]
+    if not added:
+        return frozenset()
+    for record in report.norms:
+        position = _position(record.name, reading)
+        if record.status == "partly folded" and position is not None:
+            node = reading.file.proto.graph.node[position]
+            if node.op_type in ("Add", "Sub"):
+                found.add(position)
+    targets = {spec.arg.name: spec.target for spec in folded.graph_signature.input_specs}
+    pieces: dict[int, int] = {}
+    for node in added:
+        for argument in node.args:
+            target = targets.get(getattr(argument, "name", ""), "") or ""
+            position = _position(_STORED_FOR.sub("", target), reading) if _STORED_FOR.search(target) else None
+            if position is not None and position in gone:
+                pieces[position] = pieces.get(position, 0) + 1
+    found |= {position for position, count in pieces.items() if count > 1}
+    if not found:  # additions of single numbers are in no report
+        found |= {p for p in delicate(reading.file) if reading.file.proto.graph.node[p].op_type in ("Add", "Sub")}
+    return frozenset(found)
+
+
+def _position(name: str, reading: Reading) -> int | None:
+    while name and name not in reading.paths:
+        name = name.rpartition(".")[0]
+    return reading.paths.get(name)
+
+
+def _in_words_of_the_file(report: FoldReport, reading: Reading) -> FoldReport:
+    """The report with the names of the file's operations."""
+    for record in report.norms:
+        while record.name and record.name not in reading.paths and "." in record.name:
+            record.name = record.name.rpartition(".")[0]
+    return report
+
+
+def delicate(file: OnnxFile) -> frozenset[int]:
+    """Maps that may be part of what ONNX Runtime fuses: by one number, or behind a norm written out in arithmetic."""
+    makers = {name: node for node in file.nodes for name in node.output if name}
+    found, behind = set(), set()
+    for position, node in zip(file.positions, file.nodes, strict=True):
+        if node.op_type not in _MAPS or len(node.input) != 2:
+            continue
+        constants = [name for name in node.input if name in file.constants]
+        if any(int(np.prod(file.constants[name].dims)) == 1 for name in constants):
+            found.add(position)
+        source = next((name for name in node.input if name not in file.constants), "")
+        if constants and (source in behind or _is_normalised(makers.get(source), makers)):
+            found.add(position)
+            behind.update(node.output)
+    return frozenset(found)
+
+
+def _is_normalised(node: onnx.NodeProto | None, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether an operation divides by the root of something, as a norm does."""
+    if node is None:
+        return False
+    if node.op_type in ("Div", "Mul"):
+        roots = [makers.get(name) for name in node.input]
+        return any(r is not None and r.op_type in ("Sqrt", "Reciprocal", "Pow") for r in roots)
+    return False
+
+
+def operations(model: ModelProto) -> int:
+    """The operations of the main graph, constants left out."""
+    return sum(node.op_type != "Constant" for node in model.graph.node)
+
+
+def optimised_operations(model: ModelProto, weights: Path, folder: Path) -> int:
+    """What is left of a model's operations once ONNX Runtime has optimised it; all of them where it cannot say."""
+    path = folder / "optimised.onnx"
+    try:
+        plain_session(model.SerializeToString(), str(weights.resolve()), optimised=str(path))
+        return operations(onnx.load(path, load_external_data=False))
+    except (GraphError, ValueError):  # beyond 2 GiB neither side can be written in one piece
+        return operations(model)
+    finally:
+        for left in folder.glob("optimised.onnx*"):
+            left.unlink()

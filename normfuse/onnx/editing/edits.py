@@ -1,0 +1,338 @@
+"""What folding decided, written into the file it was read from: weights, biases, and operations that go or come."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from .onnx_file import graphs_of, reads
+from .reading import Origin, Reading, Slot, arguments, aten
+
+_ADDED = {aten.mul.Tensor: "Mul", aten.add.Tensor: "Add"}
+_SUFFIX = re.compile(r"(_folded(_\d+)?)+$")
+
+
+class EditError(ValueError):
+    """Folding made something that cannot be written as edits of the file; one line."""
+
+
+@dataclass
+class Edited:
+    """A model after the edits.
+
+    Attributes:
+        proto: the model; constants beside the file still lie there.
+        fresh: names of the constants that are new or changed.
+    """
+
+    proto: ModelProto
+    fresh: set[str] = field(default_factory=set)
+
+
+def edit(reading: Reading, folded: ExportedProgram) -> Edited:
+    """The file of a reading, changed as its program was."""
+    return _Editor(reading, folded).run()
+
+
+class _Editor:
+    def __init__(self, reading: Reading, folded: ExportedProgram) -> None:
+        self._reading, self._folded = reading, folded
+        self._proto = ModelProto()
+        self._proto.CopyFrom(reading.file.proto)
+        self._graph = self._proto.graph
+        self._nodes: list[NodeProto | None] = list(self._graph.node)
+        self._used_before = _uses(self._graph)
+        self._taken = _all_names(self._proto)
+        self._names = dict(reading.names)
+        self._before = {node.name: node for node in reading.program.graph.nodes}
+        self._behind: dict[int, list[NodeProto]] = {}  # new operations by the position that they follow
+        self._places: dict[str, int] = {}  # where values of the program are written
+        self._targets = {spec.arg.name: spec.target for spec in folded.graph_signature.input_specs if spec.target}
+        self._fresh: dict[tuple[str, bool], str] = {}
+        self._wished: dict[str, set[str]] = {}  # which new constants want to be called as an old one is
+        self._renamed: dict[str, str] = {}
+
+    def run(self) -> Edited:
+        nodes = list(self._folded.graph.nodes)
+        alive = {node.name for node in nodes}
+        for name, origin in self._reading.origins.items():
+            if name in alive:
+                self._places[name] = max(origin.nodes)
+        for node in nodes:
+            if node.op == "call_function" and node.name in self._reading.origins:
+                self._rewire(node, self._reading.origins[node.name])
+            elif node.op == "call_function" and node.name not in self._before:
+                self._insert(node)
+        for name, origin in self._reading.origins.items():
+            if name not in alive:
+                for position in origin.nodes:
+                    self._nodes[position] = None
+        self._keep_output_names(nodes[-1])
+        self._assemble()
+        self._clear()
+        self._settle_names()
+        self._check()
+        return Edited(self._proto, set(self._fresh.values()))
+
+    # -- operations --------------------------------------------------------------------------------------------
+
+    def _rewire(self, node: Node, origin: Origin) -> None:
+        """Let an operation that stays read what it reads in the folded program."""
+        before, args = self._before[node.name], node.args
+        if (before.target, node.target) == (aten.layer_norm.default, aten.rms_norm.default):
+            self._nodes[origin.nodes[0]].op_type = "RMSNormalization"  # all attributes mean the same
+            args = (*args[:3], None, *args[3:])
+        elif node.target is not before.target:
+            raise EditError(f"{node.name} became {node.target}")
+        old, new = dict(arguments(before.args)), dict(arguments(args))
+        for slot in origin.slots:
+            was, now = old.get(slot.path), new.get(slot.path)
+            if (was and was.name) != (now and now.name):
+                self._set(slot, was, now, origin)
+        known = {slot.path for slot in origin.slots}
+        if any(isinstance(value, Node) and path not in known and path not in old for path, value in new.items()):
+            raise EditError(f"{node.name} got an operand that the file has no place for")
+
+    def _set(self, slot: Slot, old: Node | None, new: Node | None, origin: Origin) -> None:
+        target = self._nodes[slot.node]
+        if new is None and len(origin.nodes) > 1 and slot.node == origin.nodes[-1]:
+            self._drop_bias(origin)
+            return
+        if new is None and not slot.required:
+            if slot.operand < len(target.input):
+                target.input[slot.operand] = ""
+            while target.input and not target.input[-1]:
+                target.input.pop()
+            return
+        if new is None:
+            fill = 1.0 if target.op_type in ("LayerNormalization", "RMSNormalization") else 0.0
+            tensor = torch.full_like(self._value(old), fill)
+            name = self._store(f"{old.name}:{fill}", False, tensor, self._names.get(old.name, old.name))
+        else:
+            name = self._name(new, slot.transposed, old)
+        if slot.operand is None:
+            for graph in graphs_of(target):
+                _rename(graph, {self._names[old.name]: name})
+            return
+        while len(target.input) <= slot.operand:
+            target.input.append("")
+        target.input[slot.operand] = name
+
+    def _drop_bias(self, origin: Origin) -> None:
+        """A product whose bias went: it writes what the Add behind it wrote."""
+        product, addition = (self._nodes[position] for position in origin.nodes)
+        self._renamed[product.output[0]] = addition.output[0]
+        self._nodes[origin.nodes[-1]] = None
+
+    def _insert(self, node: Node) -> None:
+        """A Mul or an Add that was not there before."""
+        if node.target not in _ADDED:
+            raise EditError(f"{node.target} was added")
+        operands = [argument for argument in node.args[:2] if isinstance(argument, Node)]
+        if len(operands) != 2:
+            raise EditError(f"{node.name} has {len(operands)} operands")
+        place = max(self._places.get(self._source(operand).name, -1) for operand in operands)
+        result = self._free(f"{self._base(operands[0])}_{_ADDED[node.target].lower()}")
+        self._names[node.name] = result
+        self._places[node.name] = place
+        inputs = [self._name(operand, False, None) for operand in operands]
+        self._behind.setdefault(place, []).append(helper.make_node(_ADDED[node.target], inputs, [result], name=result))
+
+    def _source(self, node: Node) -> Node:
+        """The operation that writes a value, where that is one of several."""
+        return node.args[0] if node.op == "call_function" and "getitem" in str(node.target) else node
+
+    def _base(self, node: Node) -> str:
+        return _SUFFIX.sub("", self._names.get(node.name, node.name))
+
+    def _keep_output_names(self, output: Node) -> None:
+        """The results of the graph are called as before, whatever writes them now."""
+        own = [value.name for value in self._graph.output]
+        fixed = {*own, *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
+        for name, result in zip(own, output.args[0], strict=False):
+            written = self._names.get(result.name)
+            if written is None:
+                written = self._name(result, False, None)
+            if written == name:
+                continue
+            maker = self._source(result).name
+            if written in fixed or written in self._renamed or maker not in self._places:
+                place = self._places.get(maker, -1)
+                self._behind.setdefault(place, []).append(helper.make_node("Identity", [written], [name], name=name))
+            else:
+                self._renamed[written] = name
+
+    # -- constants ---------------------------------------------------------------------------------------------
+
+    def _name(self, node: Node, transposed: bool, old: Node | None) -> str:
+        """What a value is called in the file; a new constant is stored there."""
+        if node.name in self._names:
+            return self._names[node.name]
+        if node.op != "placeholder":
+            raise EditError(f"{node.name} has no name in the file")
+        wish = self._names.get(old.name) if isinstance(old, Node) else None
+        if wish is None and isinstance(old, Node) and transposed:
+            wish = self._names.get(old.args[0].name) if old.target is aten.t.default else None
+        tensor = self._folded.state_dict[self._targets[node.name]].detach()
+        name = self._store(node.name, transposed, tensor, wish or _SUFFIX.sub("", self._targets[node.name]))
+        if wish is not None:
+            self._wished.setdefault(wish, set()).add(name)
+        return name
+
+    def _store(self, key: str, transposed: bool, tensor: torch.Tensor, base: str) -> str:
+        if (key, transposed) not in self._fresh:
+            name = self._free(base)
+            self._graph.initializer.append(_to_proto(tensor.t() if transposed else tensor, name))
+            if self._proto.ir_version < 4:
+                stored = self._graph.initializer[-1]
+                self._graph.input.append(helper.make_tensor_value_info(name, stored.data_type, stored.dims))
+            self._fresh[key, transposed] = name
+        return self._fresh[key, transposed]
+
+    def _value(self, node: Node) -> torch.Tensor:
+        return torch.empty(tuple(node.meta["val"].shape), dtype=node.meta["val"].dtype)
+
+    def _free(self, base: str) -> str:
+        name, count = f"{base}_folded" if base in self._taken else base, 1
+        while name in self._taken:
+            name, count = f"{base}_folded_{count}", count + 1
+        self._taken.add(name)
+        return name
+
+    # -- the graph as a whole ----------------------------------------------------------------------------------
+
+    def _assemble(self) -> None:
+        """Operations in the order of the file, new ones behind what they read."""
+        order = list(self._behind.get(-1, []))
+        for position, node in enumerate(self._nodes):
+            order += [node] if node is not None else []
+            order += self._behind.get(position, [])
+        _replace(self._graph.node, order)
+        if self._renamed:
+            chains = {}
+            for old, new in self._renamed.items():
+                while new in self._renamed:
+                    new = self._renamed[new]
+                chains[old] = new
+            _rename(self._graph, chains, outputs=True)
+
+    def _clear(self) -> None:
+        """Take away constants, and what computes them, that nothing reads any more."""
+        kept = {value.name for value in self._graph.output}
+        nodes = list(self._graph.node)
+        read = {id(node): [name for name in reads(node) if name] for node in nodes}
+        while True:
+            uses = {name for node in nodes for name in read[id(node)]} | kept
+            idle = self._used_before.keys() - uses
+            left = [n for n in nodes if not any(n.output) or not all(name in idle for name in n.output if name)]
+            if len(left) == len(nodes):
+                break
+            nodes = left
+        if len(nodes) < len(self._graph.node):
+            _replace(self._graph.node, nodes)
+        stored = {tensor.name for tensor in self._reading.file.proto.graph.initializer} - {*self._reading.file.settable}
+        for entries in (self._graph.initializer, self._graph.input):
+            left = [entry for entry in entries if entry.name not in idle or entry.name not in stored]
+            if len(left) < len(entries):
+                _replace(entries, left)
+        written = {name for node in self._graph.node for name in node.output}
+        written |= {value.name for value in self._graph.input} | {tensor.name for tensor in self._graph.initializer}
+        _replace(self._graph.value_info, [info for info in self._graph.value_info if info.name in written])
+
+    def _settle_names(self) -> None:
+        """A changed constant is called as the old one was, and stands where it stood, if that one is gone."""
+        left = {tensor.name for tensor in self._graph.initializer}
+        left |= {name for node in self._graph.node for name in node.output}
+        left |= {value.name for value in (*self._graph.input, *self._graph.output)}
+        places = {t.name: place for place, t in enumerate(self._reading.file.proto.graph.initializer)}
+        listed = {v.name: place for place, v in enumerate(self._reading.file.proto.graph.input)}
+        renamed = {}
+        for old, wishing in self._wished.items():
+            if old not in left and len(wishing) == 1 and old not in renamed.values():
+                renamed[next(iter(wishing))] = old
+        if not renamed:
+            return
+        for entries in (self._graph.initializer, self._graph.input):
+            for entry in entries:
+                entry.name = renamed.get(entry.name, entry.name)
+        _rename(self._graph, renamed)
+        self._fresh = {key: renamed.get(name, name) for key, name in self._fresh.items()}
+        _sort(self._graph.initializer, places)
+        _sort(self._graph.input, listed)
+
+    def _check(self) -> None:
+        known = {"", *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
+        known |= {tensor.values.name for tensor in self._graph.sparse_initializer}
+        known |= {name for node in self._graph.node for name in node.output}
+        missing = [name for node in self._graph.node for name in reads(node) if name not in known]
+        missing += [value.name for value in self._graph.output if value.name not in known]
+        if missing:
+            raise EditError(f"nothing would write {missing[0]!r} any more")
+
+
+def _uses(graph: GraphProto) -> Counter[str]:
+    uses = Counter(name for node in graph.node for name in reads(node) if name)
+    uses.update(value.name for value in graph.output)
+    return uses
+
+
+def _all_names(model: ModelProto) -> set[str]:
+    """Every name in a model's graphs."""
+
+    def inside(graph: GraphProto) -> Iterator[str]:
+        yield from (value.name for value in (*graph.input, *graph.output, *graph.value_info))
+        yield from (tensor.name for tensor in graph.initializer)
+        yield from (tensor.values.name for tensor in graph.sparse_initializer)
+        for node in graph.node:
+            yield from (node.name, *node.input, *node.output)
+            for inner in graphs_of(node):
+                yield from inside(inner)
+
+    return set(inside(model.graph))
+
+
+def _rename(graph: GraphProto, names: dict[str, str], *, outputs: bool = False) -> None:
+    """Let everything in a graph, and in the graphs of its operations, read and write under other names."""
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in names:
+                node.input[place] = names[name]
+        for place, name in enumerate(node.output if outputs else ()):
+            if name in names:
+                node.output[place] = names[name]
+        for inner in graphs_of(node):
+            _rename(inner, names)
+            for value in inner.output:
+                value.name = names.get(value.name, value.name)
+
+
+def _sort(entries: Any, places: dict[str, int]) -> None:
+    """In the order of the file; what is new comes last."""
+    _replace(entries, sorted(entries, key=lambda entry: places.get(entry.name, len(places))))
+
+
+def _replace(entries: Any, by: Sequence[Any]) -> None:
+    """Let a repeated field hold these messages, some of which it holds already."""
+    copies = []
+    for entry in by:
+        copied = type(entry)()
+        copied.CopyFrom(entry)
+        copies.append(copied)
+    del entries[:]
+    entries.extend(copies)
+
+
+def _to_proto(tensor: torch.Tensor, name: str) -> TensorProto:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        raw = tensor.view(torch.int16).numpy().tobytes()
+        return TensorProto(name=name, data_type=TensorProto.BFLOAT16, dims=tensor.shape, raw_data=raw)
+    return numpy_helper.from_array(tensor.numpy(), name)

@@ -1,0 +1,278 @@
+"""An ONNX file that comes from elsewhere: read, folded, and edited where folding decided something."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx import TensorProto
+from onnx_ir.passes.common import ShapeInferencePass
+
+from normfuse.checkpoint import InputSpec, parse_input
+from normfuse.errors import one_line, some_of
+from normfuse.files import Output
+from normfuse.folding import FoldError, FoldReport
+from normfuse.onnx import shaping
+from normfuse.onnx.exporter import ExportResult
+from normfuse.onnx.graph import GraphError, summarize
+from normfuse.onnx.publish import publish
+from normfuse.onnx.ranges import SCALE_RANGES
+from normfuse.onnx.verifier import Case, Proof, VerificationError
+from normfuse.onnx.writer import as_float16, refuse_overflow, save_model
+from normfuse.options import ExportError, check_dtype, check_scale_range, steps_for
+
+from . import saving
+from .choosing import choose
+from .comparing import Comparison
+from .edits import Edited, EditError
+from .onnx_file import OnnxFile, tensors_of
+from .trial import Observed, Search, Trial, describe_inputs, observe
+
+_SHAPED_SINCE = 23  # the operator set with Attention as one operation
+
+
+def fold_file(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    inputs: Sequence[str | InputSpec] | None = None,
+    dtype: str = "float32",
+    rtol: float | None = None,
+    atol: float = 0.0,
+    copy_shared: bool = True,
+    keep_dynamic_norms: bool = False,
+    max_scale_range: float | None = None,
+    target: str = "portable",
+    no_shape: Collection[str] = (),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> ExportResult:
+    """Folds the norms of an ONNX file; all that folding does not touch stays as it was.
+
+    BatchNormalization and Mul, Add, Sub and Div with a constant go into the weights around them. Names, types,
+    dimensions, operator sets, properties, functions and the order of operations stay; what is unknown (If, Loop,
+    quantised parts, operations of other domains) stays where it is and reads what it read. Where nothing folds, or
+    nothing would be gained, the result is a copy, and its ``notes`` say so. Original and result are compared in ONNX
+    Runtime, both without optimisations, on inputs that the file itself describes.
+
+    Args:
+        source: the file to read, of any operator set from 7 on, with weights in it or beside it.
+        path: the file to write; weights lie beside it if they did before.
+        inputs: bounds for made-up inputs, if the file says too little: ``"tokens:int64[batch,seq<=512]<30000"``.
+        dtype: ``float32`` leaves types as they are; ``float16`` converts weights and operations of a float32 file,
+            while inputs and outputs stay float32.
+        rtol, atol: allowed difference, relative to the largest value of an output, and on top. None for rtol is 1e-4
+            for float32, 2e-2 for float16 and for quantised files, and never less than four times the difference that
+            ONNX Runtime's own optimisations make.
+        copy_shared: whether a weight that several operations read may be stored more than once.
+        keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
+        max_scale_range: the largest ratio between the scales of one channel in different places; None is what the
+            file's type bears.
+        target: what to shape transformers of operator set 23 for, as in :func:`normfuse.onnx.export`; files of older
+            sets are left as they are, and ``notes`` say so.
+        no_shape: shaping steps to leave out.
+        progress: called with the name of each stage when it begins.
+
+    Returns:
+        What was done. Its ``proof`` compares the new file with the old one; a copy has no comparison.
+
+    Raises:
+        GraphError: it is no ONNX file, contradicts itself, or runs at no size that was tried.
+        ExportError: an option is wrong, or the result cannot be written there.
+        WriteError, VerificationError: a weight, or a result, does not bear float16.
+
+    Example::
+
+        result = normfuse.onnx.fold_file("resnet50.onnx", "folded.onnx")
+        print(result.report.nodes_before, result.report.nodes_after, result.proof.worst("ONNX file"))
+    """
+    source = Path(source)
+    check_dtype(dtype)
+    check_scale_range(max_scale_range)
+    steps = steps_for(target, no_shape)
+    progress(f"read {source}")
+    given = [parse_input(spec) if isinstance(spec, str) else spec for spec in inputs or ()]
+    file = OnnxFile(source)
+    with Output(path, reads=[source, *file.beside()], error=ExportError) as output:
+        progress("find inputs that it takes")
+        trials = find_trials(file, given)
+        own = file_dtype(file)
+        job = _Job(file, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
+        options = {"copy_shared": copy_shared, "carry_biases": "carry_biases" in steps}
+        result = job.fold(options, keep_dynamic_norms, math.inf if max_scale_range is None else max_scale_range)
+        if dtype == "float16" and own != "float16":
+            result = job.convert(result)
+        if steps:
+            result = job.shape(result, steps, target)
+        if result.changed:
+            graph = summarize(output.staged)
+            publish(output)
+        else:
+            job.notes.append(f"nothing folds: {output.path} is a copy of {source}")
+            beside = saving.copy(file, output.staged, output.target.parent)
+            graph = summarize(output.staged)
+            publish(output, beside)
+    report = result.report
+    report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
+    proof = Proof(result.cases)
+    return ExportResult(
+        output.path, file.version, {}, job.dtype, report, proof, graph, target, result.shaping, job.notes
+    )
+
+
+def find_trials(file: OnnxFile, given: Sequence[InputSpec] = ()) -> list[Trial]:
+    """Inputs of several sizes that a file takes. Raises GraphError in one line if there are none."""
+    try:
+        search = Search(file, describe_inputs(file, given))
+        first = search.first()
+    except GraphError as error:
+        raise GraphError(f"{file.path}: {error}") from error
+    return [first, *search.others(first)]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Where a job stands: what lies in the staging folder, if anything, and the comparisons that it passed."""
+
+    report: FoldReport
+    changed: bool = False
+    cases: list[Case] = field(default_factory=list)
+    shaping: dict[str, int] = field(default_factory=dict)
+
+
+class _Job:
+    """One file on its way."""
+
+    def __init__(
+        self,
+        file: OnnxFile,
+        trials: Sequence[Trial],
+        staged: Path,
+        dtype: str,
+        rtol: float | None,
+        atol: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._file, self._trials, self._staged, self._progress = file, trials, staged, progress
+        self.dtype = dtype
+        self._comparison = Comparison(
+            file.path, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol
+        )
+        self.notes: list[str] = []
+        if file.settable:
+            listed = some_of(file.settable)
+            self.notes.append(f"left alone, because callers may set them (they are listed among the inputs): {listed}")
+        if self._comparison.random:
+            random = some_of(self._comparison.random)
+            self.notes.append(f"random from run to run, hence not compared: {random}")
+
+    def fold(self, options: Mapping[str, Any], keep_dynamic_norms: bool, at_most: float) -> _Result:
+        """The best way to fold that agrees with the original."""
+        if len(self._comparison.random) == len(self._comparison.names):
+            return _Result(FoldReport())  # nothing could be compared
+        file, trials = self._file, self._trials
+        self._progress("see what flows through it")
+        observed, shapes = observe(file, trials), _observed_inputs(file, trials)
+        refused: list[str] = []
+        first: FoldReport | None = None
+        for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self.dtype]):
+            try:
+                choices, seen = choose(
+                    file, observed, shapes, self._staged.parent, keep_dynamic_norms=keep_dynamic_norms,
+                    options={**options, "max_scale_range": bound}, progress=self._progress,
+                )  # fmt: skip
+            except Exception as error:  # a graph that folding cannot take costs the folding, not the file
+                known = isinstance(error, FoldError | EditError | GraphError)
+                refused.append(one_line(error) if known else f"{type(error).__name__}: {one_line(error)}")
+                continue
+            first = first or seen
+            for choice in choices:
+                self._progress("compare with the original in ONNX Runtime")
+                saving.save(file, choice.edited, self._staged)
+                try:
+                    cases = self._comparison.compare(self._staged)
+                except (VerificationError, GraphError) as error:
+                    refused.append(str(error))
+                    continue
+                self.notes.append(_difference(file, choice.edited))
+                return _Result(choice.report, True, cases)
+            if not choices:
+                break
+        if refused:
+            self.notes.append(f"left as it was: {refused[0]}")
+        elif first is not None and any(record.status != "kept" for record in first.norms):
+            self.notes.append("left as it was: fewer operations would be left neither in it nor in what is run of it")
+        first = first or FoldReport()
+        for record in first.norms:
+            if record.status != "kept":
+                record.status, record.reason, record.absorbed_by = "kept", "nothing would be gained", []
+        return _Result(first)
+
+    def convert(self, result: _Result) -> _Result:
+        """Weights and operations in float16."""
+        self._progress("convert to float16")
+        if not result.changed:
+            saving.save(self._file, Edited(self._file.proto), self._staged)
+        refuse_overflow(ir.load(self._staged))
+        save_model(as_float16(self._staged), self._staged)
+        return replace(result, changed=True, cases=self._comparison.compare(self._staged))
+
+    def shape(self, result: _Result, steps: Sequence[str], target: str) -> _Result:
+        """The graph shaped for a target; as it was if that is not for it, or fails."""
+        if self._file.version < _SHAPED_SINCE:
+            self.notes.append(f"not shaped for {target}: that is for transformers of operator set {_SHAPED_SINCE}")
+            return result
+        self._progress("shape the graph")
+        aside = self._staged.with_name("shaped.onnx")
+        try:
+            model = ir.external_data.load_to_model(ir.load(self._staged if result.changed else self._file.path))
+            ShapeInferencePass()(model)  # what the passes go by
+            applied = shaping.shape(model, steps)
+            if not any(applied.values()):
+                return replace(result, shaping=applied)
+            save_model(model, aside)
+            cases = self._comparison.compare(aside)
+        except Exception as error:  # a graph that a pass cannot take must cost the shaping only
+            self.notes.append(f"shaping was given up: {one_line(error)}")
+            return result
+        save_model(ir.external_data.load_to_model(ir.load(aside)), self._staged)
+        return replace(result, changed=True, cases=cases, shaping=applied)
+
+
+def _observed_inputs(file: OnnxFile, trials: Sequence[Trial]) -> dict[str, Observed]:
+    return {
+        value.name: Observed(
+            value.type.tensor_type.elem_type, tuple(tuple(np.shape(trial.feeds[value.name])) for trial in trials)
+        )
+        for value in file.inputs
+        if value.type.HasField("tensor_type")
+    }
+
+
+def _difference(file: OnnxFile, edited: Edited) -> str:
+    """Which operations went and came, in words."""
+    before, after = (
+        Counter(node.op_type for node in model.graph.node if node.op_type != "Constant")
+        for model in (file.proto, edited.proto)
+    )
+    gone, new = ((a - b) for a, b in ((before, after), (after, before)))
+    texts = [", ".join(f"{kind} ×{count}" for kind, count in counts.items()) for counts in (gone, new)]
+    return f"gone: {texts[0]}" + (f"; new: {texts[1]}" if texts[1] else "")
+
+
+def file_dtype(file: OnnxFile) -> str:
+    """The narrowest floating-point type of a file's weights and inputs."""
+    kinds = {tensor.data_type for tensor in tensors_of(file.proto)}
+    kinds |= {value.type.tensor_type.elem_type for value in file.inputs}
+    return "float16" if TensorProto.FLOAT16 in kinds else "float32"
+
+
+def _is_quantised(file: OnnxFile) -> bool:
+    kinds = {node.op_type for node in file.nodes}
+    return any("Quantize" in kind or "Integer" in kind or kind.startswith("QLinear") for kind in kinds)

@@ -1,0 +1,327 @@
+"""An ONNX file as it lies on the disk: its graph, checked, and its constants, read when they are asked for."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from normfuse.errors import one_line
+from normfuse.onnx.graph import GraphError
+
+STANDARD = ("", "ai.onnx")
+# A file is parsed in memory as one message, which ends at 2 GiB; larger models keep their weights beside it.
+_LARGEST = 2**31 - 1
+_DEEPEST = 64  # graphs within graphs
+_PACKED = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
+
+
+class OnnxFile:
+    """A model and where its weights lie. Nothing is run, and nothing outside of its folder is read.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        proto: the whole model; weights beside the file are not in it.
+        nodes: the operations of the main graph in an order in which each comes after what it reads.
+        positions: of those operations in the file.
+        inputs: what a caller has to give.
+        settable: constants that a caller may set, which is what initialisers listed as inputs are from IR 4 on.
+        opsets: the version of each domain.
+        functions: domain and name of every operation that the file defines itself.
+
+    Raises:
+        GraphError: it is no ONNX file, or one that contradicts itself; one line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.proto = _parse(self.path)
+        graph = self.proto.graph
+        self.opsets = {("" if o.domain in STANDARD else o.domain): o.version for o in self.proto.opset_import}
+        self.functions = {(f.domain if f.domain not in STANDARD else "", f.name) for f in self.proto.functions}
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        fixed = {*self._initializers, *(tensor.values.name for tensor in graph.sparse_initializer)}
+        self.inputs = [value for value in graph.input if value.name not in fixed]
+        overridable = self.proto.ir_version >= 4
+        self.settable = [value.name for value in graph.input if value.name in fixed and overridable]
+        self._check(fixed)
+        order = _ordered(graph, {value.name for value in graph.input} | fixed, self.path)
+        self.nodes = [graph.node[position] for position in order]
+        self.positions = order
+
+    @property
+    def version(self) -> int:
+        """The version of ONNX's own operators."""
+        return self.opsets.get("", 0)
+
+    @cached_property
+    def constants(self) -> dict[str, TensorProto]:
+        """Initialisers that no caller may set, and what Constant operations hold."""
+        found = {name: tensor for name, tensor in self._initializers.items() if name not in self.settable}
+        if ("", "Constant") in self.functions:
+            return found
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.domain in STANDARD and node.output:
+                tensor = _held(node)
+                if tensor is not None:
+                    found[node.output[0]] = tensor
+        return found
+
+    def array(self, name: str) -> np.ndarray:
+        """The value of a constant; weights beside the file are mapped, not copied."""
+        tensor = self.constants[name]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        file, offset, length = self.place(tensor)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if not length:
+            return np.zeros(tuple(tensor.dims), dtype)
+        if tensor.data_type in _PACKED:
+            raise GraphError(f"{self.path}: the packed weight {name!r} lies beside the file")
+        return np.memmap(file, dtype, "r", offset, tuple(tensor.dims))
+
+    def place(self, tensor: TensorProto) -> tuple[Path, int, int]:
+        """The file in which a tensor's data lie, where they begin, and their length in bytes."""
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        inside = Path(os.path.normpath(location))
+        if not location or inside.is_absolute() or ".." in inside.parts or "\0" in location:
+            raise GraphError(f"{self.path}: the weight {tensor.name!r} is said to lie in {location!r}, not beside it")
+        file = self.path.parent / inside
+        roots = {Path(os.path.realpath(folder)) for folder in (self.path.parent, self.path.resolve().parent)}
+        if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in roots):
+            raise GraphError(f"{self.path}: {location!r}, where {tensor.name!r} is said to lie, leads outside")
+        if not file.is_file():
+            raise GraphError(f"the weights of {self.path} cannot be read: there is no file {file}")
+        needed = _bytes(tensor, self.path)
+        try:
+            offset = int(entries.get("offset") or 0)
+            length = int(entries.get("length") or needed)
+        except ValueError:
+            raise GraphError(f"{self.path}: where the weight {tensor.name!r} begins is no number") from None
+        if offset < 0 or length != needed or offset + length > file.stat().st_size:
+            raise GraphError(
+                f"the weights of {self.path} cannot be read: {file.name} does not hold the {needed} bytes of "
+                f"{tensor.name!r} at {offset}"
+            )
+        return file, offset, length
+
+    def beside(self) -> list[Path]:
+        """The files beside it in which weights lie."""
+        external = (t for t in tensors_of(self.proto) if t.data_location == TensorProto.EXTERNAL)
+        return list(dict.fromkeys(self.place(tensor)[0] for tensor in external))
+
+    def is_own(self, node: NodeProto) -> bool:
+        """Whether an operation is ONNX's, and not a function of the file that bears its name."""
+        return node.domain in STANDARD and ("", node.op_type) not in self.functions
+
+    def _check(self, fixed: set[str]) -> None:
+        graph = self.proto.graph
+        names = [tensor.name for tensor in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
+        repeated = next((name for name in names if names.count(name) > 1), None) if len(fixed) < len(names) else None
+        if repeated is not None:
+            raise GraphError(f"{self.path}: two initialisers are called {repeated!r}")
+        for values in (graph.input, graph.output):
+            listed = [value.name for value in values]
+            if len(set(listed)) < len(listed) or "" in listed:
+                raise GraphError(f"{self.path}: inputs, or outputs, without a name of their own: {', '.join(listed)}")
+        if not graph.output:
+            raise GraphError(f"{self.path}: the graph has no output")
+        for tensor in tensors_of(self.proto):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                self.place(tensor)
+            else:
+                _check_length(tensor, self.path)
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors in a model, those in graphs of operations and in functions among them."""
+    yield from _in_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _in_node(node)
+
+
+def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _in_node(node)
+
+
+def _in_node(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []:
+            yield from (sparse.values, sparse.indices)
+    for graph in graphs_of(node):
+        yield from _in_graph(graph)
+
+
+def graphs_of(node: NodeProto) -> list[GraphProto]:
+    """The graphs that an operation holds: the branches of If, the bodies of Loop and Scan."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+    ]
+
+
+def outer_names(node: NodeProto) -> list[str]:
+    """What the graphs of an operation read from around them."""
+    return list(dict.fromkeys(name for graph in graphs_of(node) for name in _free_names(graph, 0)))
+
+
+def _free_names(graph: GraphProto, depth: int) -> Iterator[str]:
+    if depth > _DEEPEST:
+        raise GraphError(f"graphs are nested more than {_DEEPEST} deep")
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for node in graph.node:
+        inner = (name for within in graphs_of(node) for name in _free_names(within, depth + 1))
+        yield from (name for name in (*node.input, *inner) if name and name not in own)
+        own.update(node.output)
+    yield from (value.name for value in graph.output if value.name not in own)
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Everything an operation reads, in order; absent operands are empty."""
+    return [*node.input, *outer_names(node)]
+
+
+def _parse(path: Path) -> ModelProto:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise GraphError(f"{path} is larger than 2 GiB: no ONNX file is")
+        data = path.read_bytes()
+    except OSError as error:
+        raise GraphError(f"cannot read {path}: {error.strerror or error}") from error
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except (DecodeError, ValueError, RecursionError) as error:
+        raise GraphError(f"{path} is no ONNX file: {one_line(error)}") from error
+    if not model.graph.node or not model.opset_import or model.ir_version < 1:
+        raise GraphError(f"{path} is no ONNX file with a graph: no operations, operator set or version in it")
+    return model
+
+
+def _ordered(graph: GraphProto, given: set[str], path: Path) -> list[int]:
+    """Positions of the operations in an order in which each comes after what it reads."""
+    makers: dict[str, int] = {}
+    for position, node in enumerate(graph.node):
+        if not node.op_type:
+            raise GraphError(f"{path}: operation {position} has no type")
+        for name in filter(None, node.output):
+            if name in makers or name in given:
+                raise GraphError(f"{path}: {name!r} is written more than once")
+            makers[name] = position
+    for value in graph.output:
+        if value.name not in makers and value.name not in given:
+            raise GraphError(f"{path}: nothing writes the output {value.name!r}")
+    waiting, readers = [], [[] for _ in graph.node]
+    for position, node in enumerate(graph.node):
+        names = {name for name in reads(node) if name} - given
+        unknown = sorted(names - makers.keys())
+        if unknown:
+            raise GraphError(f"{path}: {label(node)} reads {unknown[0]!r}, which nothing writes")
+        sources = {makers[name] for name in names}
+        waiting.append(len(sources))
+        for source in sources:
+            readers[source].append(position)
+    # In the order of the file, as far as that is one: the smallest position that waits for nothing comes next.
+    ready = [position for position, count in enumerate(waiting) if not count]
+    order = []
+    while ready:
+        position = heapq.heappop(ready)
+        order.append(position)
+        for reader in readers[position]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, reader)
+    if len(order) < len(waiting):
+        stuck = next(position for position, count in enumerate(waiting) if count)
+        raise GraphError(f"{path}: {label(graph.node[stuck])} reads what is made from its own result")
+    return order
+
+
+def label(node: NodeProto) -> str:
+    """An operation in words."""
+    return f"{node.op_type} {node.name or next(iter(node.output), '')!r}"
+
+
+def _held(node: NodeProto) -> TensorProto | None:
+    """What a Constant holds, as a tensor; None for texts and sparse tensors."""
+    attribute = next(iter(node.attribute), None)
+    if attribute is None:
+        return None
+    if attribute.name == "value":
+        return attribute.t
+    if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
+        value = helper.get_attribute_value(attribute)
+        kind = np.float32 if "float" in attribute.name else np.int64
+        return numpy_helper.from_array(np.array(value, kind))
+    return None
+
+
+def _entries(tensor: TensorProto, path: Path) -> int:
+    if any(size < 0 for size in tensor.dims):
+        raise GraphError(f"{path}: the tensor {tensor.name!r} has a negative size: {list(tensor.dims)}")
+    return math.prod(tensor.dims)
+
+
+def _bytes(tensor: TensorProto, path: Path) -> int:
+    entries = _entries(tensor, path)
+    if tensor.data_type in _PACKED:
+        return math.ceil(entries * _PACKED[tensor.data_type])
+    try:
+        return entries * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (KeyError, TypeError) as error:
+        raise GraphError(f"{path}: the tensor {tensor.name!r} is of no known type ({tensor.data_type})") from error
+
+
+def _check_length(tensor: TensorProto, path: Path) -> None:
+    """GraphError where a tensor's data are not as many as its sizes say."""
+    entries, needed = _entries(tensor, path), None
+    if tensor.data_type == TensorProto.STRING:
+        found, needed = len(tensor.string_data), entries
+    elif tensor.HasField("raw_data"):
+        found, needed = len(tensor.raw_data), _bytes(tensor, path)
+    else:
+        _bytes(tensor, path)
+        found = max(len(getattr(tensor, f)) for f in ("float_data", "int32_data", "int64_data", "double_data",
+                                                      "uint64_data"))  # fmt: skip
+        if tensor.data_type in _PACKED:
+            needed = math.ceil(entries * _PACKED[tensor.data_type])
+        elif tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+            needed = 2 * entries
+        else:
+            needed = entries
+    if found != needed:
+        raise GraphError(f"{path}: the tensor {tensor.name!r} {list(tensor.dims)} has {found} entries or bytes of data")
+
+
+_TORCH = {
+    TensorProto.FLOAT: torch.float32, TensorProto.DOUBLE: torch.float64, TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32,
+    TensorProto.INT16: torch.int16, TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8,
+    TensorProto.BOOL: torch.bool,
+}  # fmt: skip
+
+
+def torch_dtype(kind: int) -> torch.dtype | None:
+    """PyTorch's type for one of ONNX; None where it has none that folding could take."""
+    return _TORCH.get(kind)

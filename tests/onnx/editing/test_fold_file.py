@@ -1,0 +1,499 @@
+"""An ONNX file goes in, the same file without its norms comes out: what folds, and what stays as it was."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_text import draw, model
+from typer.testing import CliRunner
+
+from normfuse.cli import app
+from normfuse.onnx import ExportError, GraphError, fold_file
+
+ONE = np.ones(4, np.float32)
+NORM = "c = Conv <pads: ints = [1, 1, 1, 1]> (x, k) n = BatchNormalization (c, gain, shift, mean, variance) "
+
+
+def weights(dtype=np.float32):
+    found = {
+        "k": draw(4, 3, 3, 3),
+        "gain": draw(4),
+        "shift": draw(4),
+        "mean": draw(4),
+        "variance": ONE,
+        "k2": draw(2, 4, 1, 1),
+    }
+    return {name: array.astype(dtype) for name, array in found.items()}
+
+
+def images(tail="r = Relu (n) y = Conv (r, k2)", opset=17, inputs="float[batch, 3, 8, 8] x", ir=8, extra=(), **more):
+    """A convolution with a BatchNormalization, and what follows."""
+    proto = model(inputs, "float y", NORM + tail, opset, **weights(), **more)
+    proto.ir_version = ir
+    proto.opset_import.extend(helper.make_opsetid(domain, 1) for domain in extra)
+    return proto
+
+
+def folded(proto, tmp_path, **options):
+    onnx.save(proto, tmp_path / "in.onnx")
+    result = fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx", **options)
+    return result, onnx.load(tmp_path / "out.onnx")
+
+
+def read(body, constants):
+    """Those of the constants that a body reads."""
+    return {name: value for name, value in constants.items() if re.search(rf"[(,] ?{name}[,)]", body)}
+
+
+def kinds(proto):
+    return [node.op_type for node in proto.graph.node]
+
+
+def plain(path, feeds):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"]).run(None, feeds)
+
+
+def assert_equal(tmp_path, feeds, rtol=1e-5):
+    for before, after in zip(*(plain(tmp_path / name, feeds) for name in ("in.onnx", "out.onnx")), strict=True):
+        assert before.dtype == after.dtype and before.shape == after.shape
+        assert np.abs(before - after).max() <= rtol * np.abs(before).max()
+
+
+# What folds
+
+
+def test_a_norm_behind_a_convolution_goes_into_it(tmp_path):
+    result, after = folded(images(), tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Conv"]
+    (record,) = result.report.norms
+    assert (record.kind, record.status, record.absorbed_by) == ("BatchNormalization", "folded", ["k", "k.bias", "k2"])
+    assert (result.report.nodes_before, result.report.nodes_after) == (4, 3)
+    assert [tensor.name for tensor in after.graph.initializer] == ["k", "k2", "k.bias"]
+    assert result.proof.cases and all(case.passed for case in result.proof.cases)
+    assert "gone: BatchNormalization ×1" in result.notes
+    for batch in (1, 5):
+        assert_equal(tmp_path, {"x": draw(batch, 3, 8, 8)})
+
+
+PRODUCTS = {
+    "a Gemm": ("f = Flatten (x) l = Gemm (f, w, b) m = Mul (l, gain) y = Add (m, shift)", ["Flatten", "Gemm"]),
+    "a transposed Gemm without bias": (
+        "f = Flatten (x) l = Gemm <transB: int = 1> (f, wt) m = Mul (l, gain) y = Add (m, shift)", ["Flatten", "Gemm"]
+    ),
+    "a MatMul and the Add of its bias": (
+        "l = MatMul (x, w) a = Add (l, b) m = Mul (a, gain) y = Add (m, shift)", ["MatMul", "Add"]
+    ),
+    "a MatMul that gets a bias": ("l = MatMul (x, w) m = Mul (l, gain) y = Add (m, shift)", ["MatMul", "Add"]),
+    "in front of a product": (
+        "m = Mul (x, narrow) a = Add (m, narrow) l = MatMul (a, w) y = Relu (l)", ["MatMul", "Add", "Relu"]
+    ),
+    "a table": (
+        "i = Cast <to: int = 7> (x) g = Gather (table, i) m = Mul (g, gain) y = MatMul (m, square)",
+        ["Cast", "Gather", "MatMul"],
+    ),
+    "a transposed convolution": (
+        "u = Unsqueeze (x, axis) t = ConvTranspose (u, kt) y = Mul (t, column)", ["Unsqueeze", "ConvTranspose"]
+    ),
+    "through movements": (
+        "l = MatMul (x, w) t = Transpose <perm: ints = [1, 0]> (l) m = Mul (t, column) "
+        "a, z = Split <axis: int = 0> (m, halves) y = Concat <axis: int = 0> (z, a)",
+        ["MatMul", "Transpose", "Split", "Concat"],
+    ),
+    "a difference and a quotient": ("l = MatMul (x, w) s = Sub (l, shift) y = Div (s, gain)", ["MatMul", "Add"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_maps_per_channel_go_into(tmp_path, case):
+    body, left = PRODUCTS[case]
+    constants = {
+        "w": draw(3, 4), "wt": draw(4, 3), "b": draw(4), "gain": draw(4) + 3, "shift": draw(4), "narrow": draw(3) + 2,
+        "table": draw(7, 4), "square": draw(4, 4), "kt": draw(3, 4, 2), "column": draw(4, 1), "axis": np.array([2]),
+        "halves": np.array([2, 2]),
+    }  # fmt: skip
+    used = {
+        name: value
+        for name, value in constants.items()
+        if f" {name})" in body or f"({name}," in body or f", {name}," in body
+    }
+    _, after = folded(model("float[batch, 3] x", "float y", body, 17, **used), tmp_path)
+    assert kinds(after) == left
+    assert_equal(tmp_path, {"x": np.abs(draw(5, 3))})
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 11, 12, 13, 15, 18, 21])
+def test_operator_sets(tmp_path, opset):
+    result, after = folded(images(opset=opset, ir=4), tmp_path)
+    assert result.opset == opset == after.opset_import[0].version and "BatchNormalization" not in kinds(after)
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+def test_a_weight_that_two_read_is_stored_twice_unless_forbidden(tmp_path):
+    body = "l = MatMul (x, w) m = Mul (l, gain) s = Softmax (m) r = MatMul (s, w) y = Softmax (r)"
+    proto = model("float[batch, 4] x", "float y", body, w=draw(4, 4), gain=draw(4) + 3)
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["MatMul", "Softmax", "MatMul", "Softmax"]
+    assert [tensor.name for tensor in after.graph.initializer] == ["w", "w_folded"]
+    assert_equal(tmp_path, {"x": draw(3, 4)})
+    result, after = folded(proto, tmp_path, copy_shared=False)
+    assert after == proto and result.report.norms[0].status == "kept"
+
+
+# What stays as it was
+
+
+@pytest.mark.parametrize("name", ["X", "onnx::Conv_0", "input.1", "in/put:0", "class", "self", "a b"])
+def test_any_name(tmp_path, name):
+    proto = images()
+    proto.graph.input[0].name = proto.graph.node[0].input[0] = name
+    proto.graph.output[0].name = proto.graph.node[-1].output[0] = name + ".out"
+    _, after = folded(proto, tmp_path)
+    assert after.graph.input[0] == proto.graph.input[0] and after.graph.output[0] == proto.graph.output[0]
+    assert "BatchNormalization" not in kinds(after)
+    assert_equal(tmp_path, {name: draw(2, 3, 8, 8)})
+
+
+def test_what_describes_a_model(tmp_path):
+    proto = images()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch size"
+    proto.producer_name, proto.producer_version, proto.domain, proto.model_version = "tool", "7", "org.example", 5
+    proto.doc_string, proto.graph.doc_string, proto.graph.node[0].doc_string = "model", "graph", "node"
+    proto.metadata_props.add(key="names", value="{0: 'cat'}")
+    _, after = folded(proto, tmp_path)
+    for field in (
+        "ir_version",
+        "producer_name",
+        "producer_version",
+        "domain",
+        "model_version",
+        "doc_string",
+        "metadata_props",
+        "opset_import",
+    ):
+        assert getattr(after, field) == getattr(proto, field)
+    assert after.metadata_props == proto.metadata_props
+    assert after.graph.doc_string == "graph" and after.graph.node[0].doc_string == "node"
+    assert after.graph.input == proto.graph.input and after.graph.output == proto.graph.output
+
+
+def test_a_result_keeps_its_name_when_the_norm_that_wrote_it_goes(tmp_path):
+    proto = images("r = Relu (n) y = Identity (r)")
+    del proto.graph.node[2:]
+    proto.graph.output[0].name = "n"
+    proto.graph.value_info.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv"] and after.graph.node[0].output == ["n"] and not after.graph.value_info
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+def test_dimensions_without_a_name_or_a_size(tmp_path):
+    for number, change in enumerate(("", -1, None)):
+        proto = images()
+        for dim in proto.graph.input[0].type.tensor_type.shape.dim[::2]:
+            dim.Clear()
+            if change:
+                dim.dim_value = change
+        if change is None:
+            proto.graph.input[0].type.tensor_type.ClearField("shape")
+        (tmp_path / str(number)).mkdir()
+        _, after = folded(proto, tmp_path / str(number))
+        assert kinds(after) == ["Conv", "Relu", "Conv"] and after.graph.input == proto.graph.input
+
+
+def test_float16_stays_float16(tmp_path):
+    body = NORM + "r = Relu (n) y = Conv (r, k2)"
+    proto = model("float16[batch, 3, 8, 8] x", "float16 y", body, 17, **weights(np.float16))
+    result, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Conv"] and result.dtype == "float16"
+    assert {tensor.data_type for tensor in after.graph.initializer} == {TensorProto.FLOAT16}
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8).astype(np.float16)}, rtol=2e-2)
+
+
+def test_bfloat16_and_double(tmp_path):
+    body = "l = MatMul (x, w) m = Mul (l, gain) y = MatMul (m, v)"
+    arrays = {"w": draw(3, 4), "gain": draw(4) + 3, "v": draw(4, 2)}
+    proto = model("double[batch, 3] x", "double y", body, **{name: a.astype(np.float64) for name, a in arrays.items()})
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["MatMul", "MatMul"]
+    assert_equal(tmp_path, {"x": draw(2, 3).astype(np.float64)}, rtol=1e-14)
+
+
+def test_initialisers_listed_as_inputs(tmp_path):
+    """Up to IR 3 they have to be listed; from then on it means that a caller may set them."""
+    proto = images(opset=9, ir=3)
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Conv"]
+    listed = {value.name for value in after.graph.input}
+    assert listed == {"x", *(tensor.name for tensor in after.graph.initializer)}
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+    proto.ir_version = 4
+    result, after = folded(proto, tmp_path)
+    assert after == proto and any("callers may set them" in note for note in result.notes)
+    assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["raw", "float_data", "beside", "a Constant"])
+def test_weights_wherever_they_are(tmp_path, where):
+    proto = images()
+    if where == "float_data":
+        for tensor in proto.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.FLOAT, array.shape, array.ravel()))
+    if where == "a Constant":
+        held = [helper.make_node("Constant", [], [t.name], value=t) for t in proto.graph.initializer]
+        nodes = [*held, *proto.graph.node]
+        del proto.graph.node[:], proto.graph.initializer[:]
+        proto.graph.node.extend(nodes)
+    if where == "beside":
+        onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
+        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+        after = onnx.load(tmp_path / "out.onnx")
+    else:
+        _, after = folded(proto, tmp_path)
+    assert [kind for kind in kinds(after) if kind != "Constant"] == ["Conv", "Relu", "Conv"]
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+UNKNOWN = {
+    "If": (
+        "yes = Constant <value = bool {1}> () r = If (yes) <then_branch = t () => (float[a, b, c, d] p) "
+        "{ p = Relu (n) }, else_branch = e () => (float[a, b, c, d] q) { q = Neg (n) }> y = Conv (r, k2)",
+        ["Constant", "If", "Conv"],
+    ),
+    "quantised": (
+        "q, s, z = DynamicQuantizeLinear (n) r = DequantizeLinear (q, s, z) y = Conv (r, k2)",
+        ["DynamicQuantizeLinear", "DequantizeLinear", "Conv"],
+    ),
+    "recurrent": (
+        "p = GlobalAveragePool (n) f = Flatten (p) u = Unsqueeze (f, first) "
+        "y, h = RNN <hidden_size: int = 2> (u, w, v)",
+        ["GlobalAveragePool", "Flatten", "Unsqueeze", "RNN"],
+    ),
+    "of ONNX Runtime": ("g = com.microsoft.QuickGelu (n) y = Conv (g, k2)", ["QuickGelu", "Conv"]),
+    "with a shape from data": (
+        "a = ReduceMax <keepdims: int = 0> (n) b = Clip (a, zero, zero) s = Cast <to: int = 7> (b) "
+        "u = Unsqueeze (s, first) h = Shape (n) o = Concat <axis: int = 0> (u, h) r = Reshape (n, h) "
+        "y = Conv (r, k2)",
+        ["ReduceMax", "Clip", "Cast", "Unsqueeze", "Shape", "Concat", "Reshape", "Conv"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_is_unknown_passes_through_and_the_rest_folds(tmp_path, case):
+    tail, left = UNKNOWN[case]
+    constants = {"w": draw(1, 2, 4), "v": draw(1, 2, 2), "first": np.array([0]), "zero": np.float32(0)}
+    _, after = folded(images(tail, **read(tail, constants)), tmp_path)
+    assert kinds(after) == ["Conv", *left]
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+@pytest.mark.parametrize("domain", ["own", ""])
+def test_functions_of_the_file_stay_even_where_they_shadow_an_operator(tmp_path, domain):
+    kind = "Twice" if domain else "Relu"
+    proto = images("r = Relu (n) y = Conv (r, k2)", extra=[domain] if domain else [])
+    proto.graph.node[2].op_type, proto.graph.node[2].domain = kind, domain
+    body = [helper.make_node("Neg", ["a"], ["z"])]
+    proto.functions.append(helper.make_function(domain, kind, ["a"], ["z"], body, [helper.make_opsetid("", 17)]))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv", kind, "Conv"] and after.functions == proto.functions
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+# What is not worth it
+
+
+def test_a_file_without_norms_is_copied(tmp_path):
+    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
+    result, _ = folded(proto, tmp_path)
+    assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+    assert any(note.startswith("nothing folds") for note in result.notes) and not result.proof.cases
+
+
+SPELLED_OUT = (
+    "u = ReduceMean <axes: ints = [-1]> (x) d = Sub (x, u) p = Pow (d, two) v = ReduceMean <axes: ints = [-1]> (p) "
+    "e = Add (v, eps) r = Sqrt (e) c = Div (d, r) a = Mul (c, gain) b = Add (a, shift) m = MatMul (b, up) "
+    "f = Add (m, bias) q = Div (f, root) t = Erf (q) o = Add (t, one) k = Mul (f, o) g = Mul (k, half) "
+    "n = MatMul (g, down) s = Add (x, n) z = Mul (s, gain) y = MatMul (z, head)"
+)
+
+
+def test_what_onnx_runtime_fuses_is_left_for_it(tmp_path):
+    """A LayerNorm and a GELU in arithmetic: without their factors they would be run operation by operation."""
+    numbers = {"two": 2.0, "eps": 1e-5, "root": 2**0.5, "one": 1.0, "half": 0.5}
+    constants = {"gain": draw(4), "shift": draw(4), "up": draw(4, 6), "bias": draw(6), "down": draw(6, 4)}
+    constants |= {name: np.float32(value) for name, value in numbers.items()} | {"head": draw(4, 3)}
+    proto = model("float[batch, seq, 4] x", "float[batch, seq, 3] y", SPELLED_OUT, 13, **constants)
+    _, after = folded(proto, tmp_path)
+    left = kinds(proto)
+    left.remove("Mul")
+    assert sorted(kinds(after)) == sorted(left)  # the Mul in front of the head, and nothing else
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
+def test_gains_of_layer_norms_take_what_stands_behind_them(tmp_path):
+    body = (
+        "n = LayerNormalization (x, gain, shift) a = Mul (n, scale) b = Add (a, shift) p = MatMul (b, up) g = Gelu (p) "
+        "y = MatMul (g, down)"
+    )
+    constants = {"gain": draw(4), "shift": draw(4), "scale": draw(4), "up": draw(4, 6), "down": draw(6, 4)}
+    _, after = folded(model("float[batch, seq, 4] x", "float[batch, seq, 4] y", body, **constants), tmp_path)
+    assert kinds(after)[:2] == ["LayerNormalization", "MatMul"] and len(kinds(after)) <= 5
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
+def test_layer_norms_become_rms_norms_where_the_operator_set_has_them(tmp_path):
+    body = (
+        "e = Gather (table, tokens) n = LayerNormalization (e, gain, shift) p = MatMul (n, up) f = Add (p, bias) "
+        "g = Gelu (f) q = MatMul (g, down) s = Add (e, q) m = LayerNormalization (s, gain, shift) h = MatMul (m, head) "
+        "y = Add (h, last)"
+    )
+    constants = {"table": draw(9, 4), "gain": draw(4), "shift": draw(4), "up": draw(4, 6), "bias": draw(6)}
+    constants |= {"down": draw(6, 4), "head": draw(4, 3), "last": draw(3)}
+    for opset, kind in ((23, "RMSNormalization"), (20, "LayerNormalization")):
+        proto = model("int64[batch, seq] tokens", "float[batch, seq, 3] y", body, opset, **constants)
+        _, after = folded(proto, tmp_path)
+        assert kinds(after).count(kind) == 2 and len(kinds(after)) <= len(kinds(proto))
+        assert_equal(tmp_path, {"tokens": np.array([[0, 8, 3]])})
+        _, after = folded(proto, tmp_path, keep_dynamic_norms=True)
+        assert kinds(after).count("LayerNormalization") == 2
+
+
+# Options and refusals
+
+
+def test_inputs_can_be_bounded(tmp_path):
+    body = "t = Clip (tokens, low, high) e = Gather (table, t) s = Mul (e, gain) y = MatMul (s, w)"
+    constants = {"table": draw(7, 4), "gain": draw(4), "w": draw(4, 2), "low": np.int64(0), "high": np.int64(6)}
+    proto = model("int64[batch, seq] tokens", "float[batch, seq, 2] y", body, **constants)
+    result, after = folded(proto, tmp_path, inputs=["tokens:int64[batch,seq<=4]<7"])
+    assert kinds(after) == ["Clip", "Gather", "MatMul"]
+    assert all(int(shapes.rpartition(",")[2].strip("]")) <= 4 for shapes in result.proof.shapes)
+
+
+def test_float16_on_request(tmp_path):
+    _, after = folded(images(), tmp_path, dtype="float16")
+    assert (
+        "BatchNormalization" not in kinds(after)
+        and after.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    )
+    assert {tensor.data_type for tensor in after.graph.initializer} == {TensorProto.FLOAT16}
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)}, rtol=2e-2)
+
+
+def test_shaping_is_for_transformers_of_new_operator_sets(tmp_path):
+    result, _ = folded(images(), tmp_path, target="cpu-single")
+    assert any("not shaped for cpu-single" in note for note in result.notes)
+    body = (
+        "p = MatMul (x, up) b = Add (p, bias) g = Gelu (b) q = MatMul (g, down) c = Add (q, last) s = Add (x, c) "
+        "y = Mul (s, gain)"
+    )
+    constants = {"up": draw(4, 6), "bias": draw(6), "down": draw(6, 4), "last": draw(4), "gain": draw(4)}
+    proto = model("float[batch, seq, 4] x", "float[batch, seq, 4] y", body, 23, **constants)
+    result, after = folded(proto, tmp_path, target="cpu-single")
+    assert result.shaping["gemm2d"] == 2 and "Gemm" in kinds(after)
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
+def test_results_that_are_random_are_not_compared(tmp_path):
+    _, after = folded(images("r = Relu (n) y = Conv (r, k2) z = RandomNormalLike (n)"), tmp_path)
+    assert "BatchNormalization" not in kinds(after)
+    proto = images("z = RandomNormalLike (n) y = Add (n, z)")
+    result, after = folded(proto, tmp_path)
+    assert after == proto and any("random from run to run" in note for note in result.notes)
+
+
+def test_a_difference_costs_the_folding_not_the_file(tmp_path):
+    result, after = folded(images(), tmp_path, rtol=0.0)
+    assert "BatchNormalization" in kinds(after)
+    assert any("left as it was: folded, it differs" in note for note in result.notes)
+    assert result.report.norms[0].status == "kept"
+
+
+def test_a_copy_takes_the_weights_beside_the_file_along(tmp_path):
+    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
+    (tmp_path / "there").mkdir()
+    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["in.weights", "out.onnx"]
+    x = draw(2, 4)
+    assert np.array_equal(
+        *(plain(path, {"x": x})[0] for path in (tmp_path / "in.onnx", tmp_path / "there" / "out.onnx"))
+    )
+    (tmp_path / "there" / "in.weights").write_bytes(b"another's")
+    with pytest.raises(GraphError, match=r"in\.weights is there already"):
+        fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
+    assert (tmp_path / "there" / "in.weights").read_bytes() == b"another's"
+
+
+REFUSED = {
+    "a size that nothing takes": ("float[batch, 5, 8, 8] x", "y = Conv (x, k)", "runs at no size that was tried"),
+    "an operation nobody knows": (
+        "float[2, 2] x",
+        "y = com.microsoft.Unheard (x)",
+        "ONNX Runtime cannot load it.*Unheard",
+    ),
+    "an input that is no tensor": ("map(int64, float) x", "y = ai.onnx.ml.DictVectorizer (x)", "is no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_line_and_leave_no_file(tmp_path, case):
+    inputs, body, why = REFUSED[case]
+    if "map" in inputs:
+        value = helper.make_value_info(
+            "x", helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(1, None))
+        )
+        node = helper.make_node("CastMap", ["x"], ["y"], domain="ai.onnx.ml")
+        out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+        proto = helper.make_model(helper.make_graph([node], "g", [value], [out]), opset_imports=opsets, ir_version=8)
+    else:
+        proto = model(inputs, "float y", body, 17, **({"k": draw(4, 3, 3, 3)} if "(x, k)" in body else {}))
+    onnx.save(proto, tmp_path / "in.onnx")
+    with pytest.raises(GraphError, match=why) as caught:
+        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_options_are_checked_first(tmp_path):
+    for options, why in (
+        ({"target": "tpu"}, "target 'tpu'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"max_scale_range": 0.5}, "below 1"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            fold_file("absent.onnx", tmp_path / "out.onnx", **options)
+    onnx.save(images(), tmp_path / "in.onnx")
+    with pytest.raises(GraphError, match="there is no input 'z'; the file takes x"):
+        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx", inputs=["z:float32[1]"])
+    with pytest.raises(ExportError, match="it is read as well"):
+        fold_file(tmp_path / "in.onnx", tmp_path / "in.onnx")
+
+
+def test_the_command_line(tmp_path):
+    onnx.save(images(), tmp_path / "in.onnx")
+    command = [
+        "fold",
+        str(tmp_path / "in.onnx"),
+        "--out",
+        str(tmp_path / "out.onnx"),
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 norms folded" in done.output and "4 → 3" in done.output
+    assert json.loads((tmp_path / "r.json").read_text())["source"].endswith("in.onnx")
+    (tmp_path / "in.onnx").write_bytes(b"\xff" * 99)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is no ONNX file" in done.stderr
