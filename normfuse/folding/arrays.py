@@ -51,6 +51,13 @@ def to_rank(array: np.ndarray, rank: int) -> np.ndarray:
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
+def without_leading_ones(array: np.ndarray) -> np.ndarray:
+    """Drop leading axes of size one, which say nothing."""
+    while array.ndim > 1 and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
 def keep_axis(array: np.ndarray, axis: int, size: int, collapse: Collapse) -> np.ndarray:
     """The entries along one axis as a vector of `size` numbers; other variation is collapsed."""
     axis %= array.ndim

@@ -191,10 +191,10 @@ class _Stream:
         elif value.op == "placeholder":
             raise _Refused("the model's input is part of it")
         elif isinstance(rule, Weighted | Embedding):
-            axis = (rule.output_axis(value) if isinstance(rule, Weighted) else -1) % groups.ndim
-            if any(a != axis for a in varying(groups)):
+            axes = rule.output_axes(value) if isinstance(rule, Weighted) else (groups.ndim - 1,)
+            if not set(varying(groups)) <= set(axes):
                 raise _Refused(f"the channels that are normalised together are not the output channels of {what}")
-            if isinstance(rule, Weighted) and not rule.can_centre(value):
+            if isinstance(rule, Weighted) and not rule.can_centre(value, groups):
                 raise _Refused(f"{what} is grouped: each output channel sees other inputs")
             self.writers[value] = groups
         elif isinstance(rule, DynamicNorm):

@@ -16,13 +16,14 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .arrays import CannotCarry, collapse_equal, keep_axis, varying
+from .arrays import CannotCarry, along_axis, collapse_equal, keep_axis, varying
 from .engine import Folding
 from .program import Program
 from .report import RemovedChannels
 from .rules.base import Use, argument, is_float
 from .rules.carry import AveragePool, Identity, Maximum, Mean
-from .rules.weights import Convolution, Linear, TransposedConvolution
+from .rules.products import Linear
+from .rules.weights import Convolution, TransposedConvolution
 
 aten = torch.ops.aten
 # Rearrangements that name no sizes: these would no longer be right.
@@ -110,7 +111,7 @@ def _is_plain_weight(node: Node, fold: Folding) -> bool:
 
 def find_dead(writer: Node, fold: Folding) -> Dead | RemovedChannels | None:
     """The dead channels of one writer's result, a record of why constant ones stay, or None if there are none."""
-    rank, axis = writer.meta["val"].dim(), fold.rule_of[writer].output_axis(writer)
+    rank, (axis,) = writer.meta["val"].dim(), fold.rule_of[writer].output_axes(writer)
     size = int(writer.meta["val"].shape[axis])
     if size == 1:
         return None  # and one stays
@@ -196,7 +197,7 @@ def _is_elementwise(node: Node) -> bool:
 
 def columns_of(reader: Node, inside: dict[Node, Channels], fold: Folding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index, constancy and number of the channel that each column of a reader's weight reads."""
-    operand, axis = argument(reader, "input"), fold.rule_of[reader].input_axis(reader)
+    operand, (axis,) = argument(reader, "input"), fold.rule_of[reader].input_axes(reader)
     size = int(operand.meta["val"].shape[axis])
     try:
         return tuple(keep_axis(part, axis, size, collapse_equal) for part in inside[operand])
@@ -228,10 +229,13 @@ def _shrink(found: Dead, fold: Folding) -> list[str]:
     for reader in readers:
         rule, (index, _, number) = fold.rule_of[reader], columns_of(reader, inside, fold)
         _, weight, bias = rule.operands(reader)
-        shift = torch.from_numpy(np.where(dead[index], number, 0.0))
+        (axis,) = rule.input_axes(reader)
+        shift = along_axis(np.where(dead[index], number, 0.0), axis, argument(reader, "input").meta["val"].dim())
         if shift.any():
             constant = rule.through(reader, weight, shift, fold)
-            rule.set_bias(reader, weight, bias, constant + (program.constant(bias) if bias else 0.0), fold)
+            if bias is not None:
+                constant = constant + rule.bias_of(reader, program.constant(bias).numpy())
+            rule.set_bias(reader, weight, bias, constant, fold)
         cut(reader, weight, 1, index)
     for constant in fold.rule_of[writer].operands(writer)[1:]:
         if constant is not None:

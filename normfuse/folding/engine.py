@@ -19,6 +19,7 @@ from .arrays import (
     same_size,
     subtract_means,
     take_first,
+    without_leading_ones,
 )
 from .gains import assign_zero_gains, demand_gains
 from .nodes import is_float, module_of, operation_name
@@ -385,10 +386,7 @@ class Folding:
         self._replacements.append((node, by))
 
     def _constant(self, name: str, value: np.ndarray, like: Node) -> Node:
-        # Leading axes of size one say nothing.
-        while value.ndim > 1 and value.shape[0] == 1:
-            value = value[0]
-        return self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)
+        return self.program.add_parameter(name, torch.from_numpy(np.array(without_leading_ones(value))), like)
 
     def set_argument(self, node: Node, name: str, value: Node | None) -> None:
         """Replace an argument of an ATen operation, given by its schema's name."""

@@ -304,6 +304,10 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, w: aten.matmul.default(w, x), (SEQUENCE,), ((2, 5, 4),)),
         Case(lambda x, w: aten.matmul.default(w, x), ((4, 6),), ((5, 4),)),
         Case(lambda x, w: aten.matmul.default(w, x), ((4,),), ((5, 4),)),
+        Case(aten.matmul.default, (SEQUENCE,), ((1, 6, 5),)),
+        Case(aten.matmul.default, ((1, 4, 6),), ((3, 6, 5),)),
+        Case(aten.matmul.default, ((4, 6),), ((3, 2, 6, 5),)),
+        Case(aten.matmul.default, ((6,),), ((2, 6, 5),)),
         Case(aten.matmul.default, ((2, 3, 4, 5), (2, 3, 5, 6))),
         Case(aten.matmul.default, ((3, 4, 5), (2, 3, 5, 6))),
         Case(aten.matmul.default, ((2, 3, 4, 5), (5, 6))),
@@ -321,6 +325,39 @@ CASES: dict[object, list[Case]] = {
         Case(aten.bmm.default, ((2, 4, 5),), ((2, 5, 6),)),
         Case(lambda x, w: aten.bmm.default(w, x), ((2, 5, 6),), ((2, 4, 5),)),
     ],
+    aten.baddbmm.default: [
+        Case(lambda x, w, b: aten.baddbmm.default(b, x, w), ((2, 4, 6),), ((2, 6, 5), (5,))),
+        Case(lambda x, w, b: aten.baddbmm.default(b, x, w, beta=2, alpha=3), ((2, 4, 6),), ((2, 6, 5), (2, 1, 5))),
+        Case(lambda x, w, b: aten.baddbmm.default(b, w, x, alpha=3), ((2, 6, 5),), ((2, 4, 6), (2, 4, 5))),
+        Case(lambda x, w, b: aten.baddbmm.default(b, x, w, beta=0), ((2, 4, 6),), ((2, 6, 5), (5,))),
+        Case(lambda x, y, b: aten.baddbmm.default(b, x, y), ((2, 4, 6), (2, 6, 5)), ((5,),)),
+    ],
+    aten.addbmm.default: [
+        Case(lambda x, w, b: aten.addbmm.default(b, x, w), ((2, 4, 6),), ((2, 6, 5), (5,))),
+        Case(lambda x, w, b: aten.addbmm.default(b, w, x, beta=2, alpha=3), ((2, 6, 5),), ((2, 4, 6), (4, 5))),
+    ],
+    aten.addmv.default: [
+        Case(lambda x, w, b: aten.addmv.default(b, x, w, alpha=2), ((4, 6),), ((6,), (4,))),
+        Case(lambda x, w, b: aten.addmv.default(b, w, x, beta=3), ((6,),), ((4, 6), (4,))),
+    ],
+    aten.mv.default: [
+        Case(aten.mv.default, ((4, 6),), ((6,),)),
+        Case(lambda x, w: aten.mv.default(w, x), ((6,),), ((4, 6),)),
+    ],
+    aten.outer.default: [
+        Case(aten.outer.default, ((4,),), ((6,),)),
+        Case(lambda x, w: aten.outer.default(w, x), ((6,),), ((4,),)),
+    ],
+    aten.inner.default: [
+        Case(aten.inner.default, (SEQUENCE,), ((3, 6),)),
+        Case(lambda x, w: aten.inner.default(w, x), (SEQUENCE,), ((3, 5, 6),)),
+        Case(aten.inner.default, (SEQUENCE,), ((6,),)),
+    ],
+    aten.tensordot.default: [
+        Case(lambda x, w, d=d: aten.tensordot.default(x, w, *d), (SEQUENCE,), (w,))
+        for w, d in (((6, 5), ([2], [0])), ((5, 6, 4), ([-1, 1], [1, 2])), ((5, 4), ([1], [-1])))
+    ]
+    + [Case(lambda x, w: aten.tensordot.default(w, x, [1], [2]), (SEQUENCE,), ((5, 6),))],
     aten.einsum.default: [
         Case(lambda x, w, e=e: aten.einsum.default(e, [x, w]), (x,), (w,))
         for e, x, w in (
@@ -335,6 +372,15 @@ CASES: dict[object, list[Case]] = {
             ("bsi,so->bio", SEQUENCE, (4, 5)),
             ("bsi,ii->bsi", SEQUENCE, (6, 6)),
             ("...i,io->o", SEQUENCE, (6, 5)),
+            ("bsi,eio->beso", SEQUENCE, (3, 6, 5)),
+            ("bsi,sio->bso", SEQUENCE, (4, 6, 5)),
+            ("bsi,sio->ob", SEQUENCE, (4, 6, 5)),
+            ("bsi,i->bs", SEQUENCE, (6,)),
+            ("bsi,i->bsi", SEQUENCE, (6,)),
+            ("bsi,si", SEQUENCE, (4, 6)),
+            ("b...,...o->b...o", SEQUENCE, (1, 6, 3)),
+            ("bsi,sio->bso", SEQUENCE, (1, 6, 5)),
+            ("bsi,so->bo", SEQUENCE, (4, 5)),
         )
     ]
     + [

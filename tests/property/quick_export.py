@@ -10,6 +10,7 @@ autocast, gradients, nested or keyword inputs, tied parameters, and strides (fol
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ class _Recorder(ProxyTorchDispatchMode):
             self._placeholder("p_" + name.replace(".", "_"), parameter, InputKind.PARAMETER, name)
         for name, buffer in model.named_buffers():
             self._placeholder("b_" + name.replace(".", "_"), buffer, InputKind.BUFFER, name)
-        first, *_ = [self._placeholder("x", x, InputKind.USER_INPUT, None) for x in inputs]
+        names = list(inspect.signature(model.forward).parameters)
+        first, *_ = [self._placeholder(*named, InputKind.USER_INPUT, None) for named in zip(names, inputs, strict=True)]
         self._behind_constants = first
 
     def _placeholder(self, name: str, tensor: Tensor, kind: InputKind, target: str | None) -> Node:
@@ -164,6 +166,7 @@ class _Recorder(ProxyTorchDispatchMode):
             sorted(self.specs, key=lambda spec: order[spec.arg.name]),
             [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results],
         )
+        names = list(inspect.signature(model.forward).parameters)
         spec_in, spec_out = pytree.tree_structure((inputs, {})), pytree.tree_structure(outputs)
         return ExportedProgram(
             root=nn.Module(),
@@ -171,7 +174,7 @@ class _Recorder(ProxyTorchDispatchMode):
             graph_signature=signature,
             state_dict=dict(model.named_parameters()) | dict(model.named_buffers()),
             range_constraints={},
-            module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], spec_in, spec_out, ["x"]))],
+            module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], spec_in, spec_out, names))],
             example_inputs=(inputs, {}),
             constants=self.constants,
             verifiers=[TrainingIRVerifier],

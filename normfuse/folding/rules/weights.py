@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, varying
+from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, take_first, varying, without_leading_ones
 from ..program import piece
 from .base import Rule, Use, argument, is_float, rule_for
 
@@ -18,66 +17,97 @@ if TYPE_CHECKING:
     from ..engine import Folding
 
 aten = torch.ops.aten
-# All axes but the last stay where they are: "...i,io->...o", "bsi,oi->bso".
-_PROJECTION = re.compile(r"((?:\.\.\.)?[a-zA-Z]*)([a-zA-Z]),([a-zA-Z]{2})->\1([a-zA-Z])")
 
 
 class Weighted(Rule):
-    """``y = W x + bias`` over one axis, the others being batch.
+    """``y = W x + bias``, a linear map with a constant weight.
 
     With ``x = s_x * f_x + t_x`` and ``y = s_y * f_y + t_y``:
 
         W'    = diag(1 / s_y) W diag(s_x)
         bias' = (bias + W t_x - t_y) / s_y
 
-    A missing bias is created where it is needed; one that has become zero is dropped.
+    Scales and shifts may vary along the axes of the input that the weight reads and along the axes of the result that
+    it writes; where an axis of the weight is both (experts, heads), each entry has a map of its own. A missing bias is
+    created where it is needed; one that has become zero is dropped.
     """
 
     owns_constants = True
-    #: Names of the arguments in the operation's schema.
-    names = ("input", "weight", "bias")
+    #: Name of the bias in the operation's schema.
+    bias_name = "bias"
     #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
     has_bias = True
 
     def matches(self, node: Node, fold: Folding) -> bool:
         operand, weight, bias = self.operands(node)
-        if not is_float(operand) or fold.program.is_constant(operand) or not fold.usable_weight(weight):
+        if not is_float(operand) or fold.program.is_constant(operand):
             return False
-        if bias is None:
-            return weight.meta["val"].dim() >= 2
-        outputs = node.meta["val"].shape[self.output_axis(node)]
-        per_output = tuple(bias.meta["val"].shape) == (outputs,)  # others broadcast
-        return weight.meta["val"].dim() >= 2 and fold.program.is_constant(bias) and per_output
+        if not fold.usable_weight(weight) or not is_float(weight):
+            return False
+        return bias is None or (fold.program.is_constant(bias) and self.bias_fits(node, bias.meta["val"].shape))
+
+    def bias_fits(self, node: Node, shape: torch.Size) -> bool:
+        """Whether a bias of this shape is added to the output channels; others broadcast."""
+        (axis,) = self.output_axes(node)
+        return tuple(shape) == (node.meta["val"].shape[axis],)
 
     def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
-        return tuple(argument(node, name) for name in self.names)
+        return tuple(argument(node, name) for name in ("input", "weight", self.bias_name))
 
     def chooses_shift(self, node: Node, fold: Folding) -> bool:
         return True
 
-    def input_axis(self, node: Node) -> int:
-        return -1
+    def input_axes(self, node: Node) -> tuple[int, ...]:
+        """The axes of the input that the weight reads."""
+        raise NotImplementedError
 
-    def output_axis(self, node: Node) -> int:
-        return -1
+    def output_axes(self, node: Node) -> tuple[int, ...]:
+        """The axes of the result that the weight writes."""
+        raise NotImplementedError
+
+    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
+        """Numbers about the input, which vary along the axes that the weight reads, laid against the weight."""
+        raise NotImplementedError
+
+    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
+        """Numbers about the result, which vary along the axes that the weight writes, laid against the weight."""
+        raise NotImplementedError
+
+    def contracted(self, node: Node) -> tuple[int, ...]:
+        """The axes of the weight that the product sums over."""
+        raise NotImplementedError
+
+    def written(self, node: Node, total: Tensor) -> np.ndarray:
+        """Sums over the weight's contracted axes, which are kept with size one, as an array over the result."""
+        raise NotImplementedError
+
+    def factor_of_product(self, node: Node) -> float:
+        """What the product is multiplied by."""
+        return 1.0
+
+    def factor_of_bias(self, node: Node) -> float:
+        """What the bias is multiplied by."""
+        return 1.0
+
+    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
+        """Whether the weight can produce its result less means over groups of its entries."""
+        return True
 
     def relate(self, node: Node, fold: Folding) -> None:
         operand, _, _ = self.operands(node)
         inner = fold.scale(operand)
-        axis = self.input_axis(node) % inner.ndim
-        fold.require_equal(inner, tuple(a for a in varying(inner) if a != axis))
-        value = node.meta["val"]
-        shape = [1] * value.dim()
-        shape[self.output_axis(node)] = int(value.shape[self.output_axis(node)])
+        fold.require_equal(inner, self._others(node, inner))
+        shape = [1] * node.meta["val"].dim()
+        for axis in self.output_axes(node):
+            shape[axis] = int(node.meta["val"].shape[axis])
         fold.scale_of[node] = fold.scales.fresh(tuple(shape))
         fold.stored += [inner, fold.scale_of[node]]
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         if shift is None:
             return Use.ABSORB
-        axis = self.input_axis(node) % shift.ndim
         try:
-            collapse_equal(shift, tuple(a for a in varying(shift) if a != axis))
+            collapse_equal(shift, self._others(node, shift))
         except CannotCarry:
             return Use.STOP
         return Use.ABSORB
@@ -86,181 +116,69 @@ class Weighted(Rule):
         return fold.chosen_shift(node)
 
     def constant_part(self, node: Node, fold: Folding) -> np.ndarray:
-        """``bias + W t_x``, what the result holds whatever the input is, as an array over the result's channels."""
-        operand, weight, bias = self.operands(node)
-        value = node.meta["val"]
-        shape = [1] * value.dim()
-        shape[self.output_axis(node)] = size = int(value.shape[self.output_axis(node)])
-        constant = torch.zeros(size, dtype=torch.float64) if bias is None else fold.program.constant(bias)
-        t_x = fold.incoming(node, operand)
-        if t_x.any():
-            t_x = fold.vector(t_x, self.input_axis(node), int(operand.meta["val"].shape[self.input_axis(node)]))
-            constant = constant + self.through(node, weight, t_x, fold)
-        return constant.numpy().reshape(shape)
+        """``bias + W t_x``, what the result holds whatever the input is; nothing where it differs between positions."""
+        constant = self._constant(node, fold)
+        positions = tuple(axis for axis in varying(constant) if axis not in self.output_axes(node))
+        return fold.no_shift(node) if positions else np.broadcast_to(constant, fold.scale_of[node].shape)
 
     def rewrite(self, node: Node, fold: Folding) -> None:
         operand, weight, bias = self.operands(node)
-        size = int(operand.meta["val"].shape[self.input_axis(node)])
-        s_x, t_x = (
-            fold.vector(numbers, self.input_axis(node), size)
-            for numbers in (fold.scales[fold.scale(operand)], fold.incoming(node, operand))
-        )
-        s_y, t_y = (
-            fold.vector(numbers, self.output_axis(node), int(node.meta["val"].shape[self.output_axis(node)]))
-            for numbers in (fold.scales[fold.scale(node)], fold.shift_of[node])
-        )
+        s_x, s_y = fold.scales[fold.scale(operand)], fold.scales[fold.scale(node)]
+        t_x, t_y = fold.incoming(node, operand), fold.shift_of[node]
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
         centre = fold.centred.get(node)
         if fold.program.computed(weight) and not rescaled and centre is None:
             fold.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
         if not rescaled and not t_x.any() and not t_y.any() and centre is None:
             return
-        constant = fold.program.constant(bias) if bias is not None else torch.zeros_like(s_y)
-        if t_x.any():
-            constant = constant + self.through(node, weight, t_x, fold)
-        constant = (constant - t_y) / s_y
+        constant = (self._constant(node, fold) - t_y) / s_y
         if centre is not None:
-            centre = centre.ravel()
-            constant = subtract_means(constant, centre)
-            centre = along_axis(centre, self.weight_axis(node), weight.meta["val"].dim())
+            constant = subtract_means(torch.from_numpy(constant), centre).numpy()
         if rescaled or centre is not None:
-            shape = weight.meta["val"].shape
-            factors = (self.rows(node, shape, 1.0 / s_y), self.columns(node, shape, s_x)) if rescaled else ()
+            s_x = take_first(s_x, self._others(node, s_x))
+            factors = (self.rows(node, 1.0 / s_y), self.columns(node, s_x)) if rescaled else ()
+            centre = None if centre is None else self.rows(node, centre).numpy()
             fold.scale_weight(node, weight, *factors, centre=centre)
-        self.set_bias(node, weight, bias, constant, fold)
+        self.set_bias(node, weight, bias, constant / self.factor_of_bias(node), fold)
 
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
-        fold.set_bias(node, self.names[2], bias, value, name=_bias_name(fold.program.name(weight)), like=weight)
+    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: np.ndarray, fold: Folding) -> None:
+        """Let the operation add `value`, an array over the result's channels."""
+        name = _bias_name(fold.program.name(weight))
+        if self.has_bias:
+            stored = torch.from_numpy(np.array(self.bias_layout(node, value)))
+            fold.set_bias(node, self.bias_name, bias, stored, name=name, like=weight)
+        elif value.any():
+            fold.append_add(node, without_leading_ones(value), name=name, like=weight)
 
-    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        """Numbers per output channel, laid against the weight."""
-        return numbers[:, None]
+    def bias_of(self, node: Node, value: np.ndarray) -> np.ndarray:
+        """The operation's bias as an array over the result."""
+        (axis,) = self.output_axes(node)
+        return along_axis(value, axis, node.meta["val"].dim())
 
-    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        """Numbers per input channel, laid against the weight."""
-        return numbers[None, :]
+    def bias_layout(self, node: Node, value: np.ndarray) -> np.ndarray:
+        """An array over the result's channels, as the operation's bias holds it."""
+        (axis,) = self.output_axes(node)
+        return np.broadcast_to(value.ravel(), (int(node.meta["val"].shape[axis]),))
 
-    def outputs_first(self, node: Node) -> bool:
-        """Whether the weight's first axis holds the output channels, or else its last."""
-        return True
+    def through(self, node: Node, weight: Node, shift: np.ndarray, fold: Folding) -> np.ndarray:
+        """What a constant input contributes to the result: ``W shift``, as an array over the result's channels."""
+        laid, contracted = self.columns(node, collapse_equal(shift, self._others(node, shift))), self.contracted(node)
+        parts = [block * piece(laid, rows) for rows, block in fold.program.blocks(weight)]
+        parts = [part.sum(contracted, keepdim=True) for part in parts] if contracted else parts
+        return self.written(node, sum(parts) if 0 in contracted else torch.cat(parts)) * self.factor_of_product(node)
 
-    def weight_axis(self, node: Node) -> int:
-        """The weight's axis that holds the output channels."""
-        return 0 if self.outputs_first(node) else 1
+    def _constant(self, node: Node, fold: Folding) -> np.ndarray:
+        operand, weight, bias = self.operands(node)
+        constant = fold.no_shift(node)
+        if bias is not None:
+            constant = self.bias_of(node, fold.program.constant(bias).numpy()) * self.factor_of_bias(node)
+        t_x = fold.incoming(node, operand)
+        return constant + self.through(node, weight, t_x, fold) if t_x.any() else constant
 
-    def can_centre(self, node: Node) -> bool:
-        """Whether the weight can produce its result less means over output channels."""
-        return True
-
-    def through(self, node: Node, weight: Node, shift: Tensor, fold: Folding) -> Tensor:
-        """What a constant input contributes to the output: ``W shift``."""
-        shift = self.columns(node, weight.meta["val"].shape, shift)
-        parts = [(block * piece(shift, rows)) for rows, block in fold.program.blocks(weight)]
-        if self.outputs_first(node):
-            return torch.cat([part.flatten(1).sum(1) for part in parts])
-        return sum(part.sum(0) for part in parts)
-
-
-@rule_for(aten.linear.default)
-class Linear(Weighted):
-    """``y = x Wᵀ + bias`` with W[out, in] over the last axis."""
-
-
-class Product(Weighted):
-    """``y = x W`` with a weight written as [in, out]."""
-
-    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return numbers[None, :]
-
-    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return numbers[:, None]
-
-    def outputs_first(self, node: Node) -> bool:
-        return False
-
-
-@rule_for(aten.addmm.default)
-class Addmm(Product):
-    """``y = bias + x W`` with a bias over the last axis."""
-
-    names = ("mat1", "mat2", "self")
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return argument(node, "beta") == 1 and argument(node, "alpha") == 1 and super().matches(node, fold)
-
-
-@rule_for(aten.matmul.default, aten.mm.default)
-class Matmul(Product):
-    """``y = x W`` with W[in, out]; a bias that folding creates follows as an Add."""
-
-    has_bias = False
-
-    def operands(self, node: Node) -> tuple[Node, Node, None]:
-        return node.args[0], node.args[1], None
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        two_axes = is_float(node.args[1]) and node.args[1].meta["val"].dim() == 2
-        return two_axes and node.args[0].meta["val"].dim() >= 2 and super().matches(node, fold)
-
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
-        if value.any():
-            fold.append_add(node, value.numpy(), name=_bias_name(fold.program.name(weight)), like=weight)
-
-
-@rule_for(aten.matmul.default)
-class LeftMatmul(Weighted):
-    """``y = W x`` with W[out, in] over the last axis but one; a bias that folding creates follows as an Add."""
-
-    has_bias = False
-
-    def operands(self, node: Node) -> tuple[Node, Node, None]:
-        return node.args[1], node.args[0], None
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        two_axes = is_float(node.args[0]) and node.args[0].meta["val"].dim() == 2
-        return two_axes and node.args[1].meta["val"].dim() >= 2 and super().matches(node, fold)
-
-    def input_axis(self, node: Node) -> int:
-        return -2
-
-    def output_axis(self, node: Node) -> int:
-        return -2
-
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: Tensor, fold: Folding) -> None:
-        if value.any():
-            column = value.numpy()[:, None]
-            fold.append_add(node, column, name=_bias_name(fold.program.name(weight)), like=weight)
-
-
-@rule_for(aten.einsum.default)
-class Einsum(Matmul):
-    """``...i,io->...o`` and ``...i,oi->...o`` written as a contraction of the last axis with a weight."""
-
-    def operands(self, node: Node) -> tuple[Node, Node, None]:
-        return *node.args[1], None
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return self._layout(node) is not None and Weighted.matches(self, node, fold)
-
-    def _layout(self, node: Node) -> str | None:
-        """``io`` or ``oi``, how the weight is laid out; None where the contraction is another one."""
-        found = _PROJECTION.fullmatch(node.args[0].replace(" ", ""))
-        if found is None:
-            return None
-        others, inner, weight, outer = found.groups()
-        letters = others.removeprefix("...") + inner + outer
-        if len(set(letters)) != len(letters) or weight not in (inner + outer, outer + inner):
-            return None
-        return "io" if weight[0] == inner else "oi"
-
-    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return numbers[:, None] if self.outputs_first(node) else numbers[None, :]
-
-    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return numbers[None, :] if self.outputs_first(node) else numbers[:, None]
-
-    def outputs_first(self, node: Node) -> bool:
-        return self._layout(node) == "oi"
+    def _others(self, node: Node, numbers: np.ndarray) -> tuple[int, ...]:
+        """The axes along which numbers about the input vary, though the weight does not read them."""
+        read = self.input_axes(node)
+        return tuple(axis for axis in varying(numbers) if axis not in read)
 
 
 @rule_for(
@@ -281,11 +199,11 @@ class Convolution(Weighted):
         batched = argument(node, "input").meta["val"].dim() == argument(node, "weight").meta["val"].dim()
         return batched and super().matches(node, fold)
 
-    def input_axis(self, node: Node) -> int:
-        return 1
+    def input_axes(self, node: Node) -> tuple[int, ...]:
+        return (1,)
 
-    def output_axis(self, node: Node) -> int:
-        return 1
+    def output_axes(self, node: Node) -> tuple[int, ...]:
+        return (1,)
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         padding = argument(node, "padding")
@@ -294,14 +212,32 @@ class Convolution(Weighted):
             return Use.STOP
         return super().use(node, operand, shift, fold)
 
-    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return _over_kernel(numbers, shape)
+    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
+        return self._over_kernel(node, torch.from_numpy(np.array(numbers)))
 
-    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return _per_group(numbers, shape, argument(node, "groups"))
+    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
+        return self._per_group(node, torch.from_numpy(np.array(numbers)))
 
-    def can_centre(self, node: Node) -> bool:
+    def contracted(self, node: Node) -> tuple[int, ...]:
+        return tuple(range(1, argument(node, "weight").meta["val"].dim()))
+
+    def written(self, node: Node, total: Tensor) -> np.ndarray:
+        return total.transpose(0, 1).numpy()
+
+    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
         return argument(node, "groups") == 1  # other groups of the convolution read other inputs
+
+    def _over_kernel(self, node: Node, numbers: Tensor) -> Tensor:
+        """Numbers along the weight's first axis."""
+        return numbers.transpose(0, 1)
+
+    def _per_group(self, node: Node, numbers: Tensor) -> Tensor:
+        """Numbers along the weight's second axis, which holds the channels of one group."""
+        groups, first = argument(node, "groups"), argument(node, "weight").meta["val"].shape[0]
+        if numbers.numel() == 1:
+            return numbers
+        grouped = numbers.reshape(groups, -1).repeat_interleave(first // groups, dim=0)
+        return grouped.reshape(*grouped.shape, *(1,) * (numbers.dim() - 2))
 
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -311,14 +247,11 @@ class TransposedConvolution(Convolution):
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         return Use.STOP
 
-    def rows(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return _per_group(numbers, shape, argument(node, "groups"))
+    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
+        return self._per_group(node, torch.from_numpy(np.array(numbers)))
 
-    def columns(self, node: Node, shape: torch.Size, numbers: Tensor) -> Tensor:
-        return _over_kernel(numbers, shape)
-
-    def weight_axis(self, node: Node) -> int:
-        return 1
+    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
+        return self._over_kernel(node, torch.from_numpy(np.array(numbers)))
 
 
 @rule_for(aten.embedding.default)
@@ -348,17 +281,6 @@ class Embedding(Rule):
         if (s_y != 1).any() or t_y.any() or centre is not None:
             centre = None if centre is None else centre.reshape(1, -1)
             fold.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
-
-
-def _over_kernel(numbers: Tensor, shape: torch.Size) -> Tensor:
-    """Numbers along the weight's first axis."""
-    return numbers.reshape(-1, *(1,) * (len(shape) - 1))
-
-
-def _per_group(numbers: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    """Numbers along the weight's second axis, which holds one group's channels: [first axis, second axis, 1, ...]."""
-    grouped = numbers.reshape(groups, -1).repeat_interleave(shape[0] // groups, dim=0)
-    return grouped.reshape(*grouped.shape, *(1,) * (len(shape) - 2))
 
 
 def _bias_name(weight_name: str) -> str:

@@ -1,0 +1,131 @@
+"""Products with weights of any shape, pieces of weights, and attention on several inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checks import any_gauge, assert_nothing_left, folded, operations
+from .networks import look_trained
+from .test_rules import C, MapNorm, sequence, status
+
+
+class Weights(nn.Module):
+    """A norm between a function that takes no scale and products with parameters."""
+
+    def __init__(self, product: Callable[[Weights, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.product = MapNorm(), product
+        self.matrix, self.heads = nn.Parameter(torch.randn(3 * C, C)), nn.Parameter(torch.randn(3, C, 4))
+        self.square = nn.Parameter(torch.randn(C, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(self, self.norm(torch.tanh(x)))
+
+
+PRODUCTS: dict[str, Callable[[Weights, Tensor], Tensor]] = {
+    "chunk": lambda m, x: F.linear(x, m.matrix.chunk(3)[0]) - F.linear(x, m.matrix.chunk(3)[2]),
+    "split": lambda m, x: F.linear(x, m.matrix.split([C, 2 * C])[1]),
+    "unbind": lambda m, x: x @ m.heads.unbind(0)[1],
+    "select": lambda m, x: x @ m.heads[2],
+    "narrow": lambda m, x: F.linear(x, m.matrix.narrow(0, 2, 5)),
+    "stack": lambda m, x: x @ torch.stack([m.heads[1], m.heads[0]]).sum(0),
+    "cat": lambda m, x: F.linear(x, torch.cat([m.matrix[:2], m.matrix[5:7]])),
+    "experts": lambda m, x: torch.einsum("bsi,eio->beso", x, m.heads),
+    "experts on the left": lambda m, x: torch.einsum("eio,bsi->beso", m.heads, x),
+    "batches": lambda m, x: torch.bmm(x, m.heads),
+    "broadcast batches": lambda m, x: x[:, None] @ m.heads,
+    "tensordot": lambda m, x: torch.tensordot(x, m.heads, dims=([2], [1])),
+    "baddbmm": lambda m, x: torch.baddbmm(m.heads[:, :1], x, m.heads, beta=2, alpha=0.5),
+    "implicit einsum": lambda m, x: torch.einsum("bsi,io", x, m.square),
+    "heads of their own": lambda m, x: torch.einsum(
+        "bshi,hio->bsho", F.linear(x, m.matrix).unflatten(-1, (3, C)), m.heads
+    ),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_take_scale_and_shift(product: Callable[[Weights, Tensor], Tensor]) -> None:
+    _, report = folded(Weights(product), sequence())
+    assert status(report) == ["folded"], report.norms[0].reason
+    with any_gauge(0):
+        folded(Weights(product), sequence(), carry_biases=True)
+
+
+class Heads(nn.Module):
+    """Norms on what each head's own weights write, and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write, self.read = nn.Parameter(torch.randn(3, C, 4)), nn.Parameter(torch.randn(3, 4, 2))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bsi,hio->bhso", x, self.write)
+        return torch.einsum("bhsi,hio->bhso", self.norm(x), self.read)
+
+
+def test_layer_norm_over_heads_that_weights_of_three_axes_write() -> None:
+    program, report = folded(Heads(), sequence())
+    assert report.dynamic[0].core == "RMSNorm" and report.centred == ["write"]
+    assert operations(program) == ["aten.einsum.default", "aten.rms_norm.default", "aten.einsum.default"]
+
+
+class Cross(nn.Module):
+    """nn.MultiheadAttention on two or three inputs takes the weights of queries, keys and values from one parameter."""
+
+    def __init__(self, inputs: int, *, bias: bool = True, kdim: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(inputs))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, bias=bias, kdim=kdim, vdim=kdim)
+        nn.init.uniform_(self.attention.in_proj_bias) if bias else None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        inputs = [norm(x.mT).mT for norm, x in zip(self.norms, inputs, strict=True)]
+        query, key, value = (*inputs, *inputs[-1:] * (3 - len(inputs)))
+        return self.attention(query, key, value, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_multihead_attention_on_several_inputs(inputs: int, bias: bool) -> None:
+    tensors = tuple(torch.randn(2, length, 4, dtype=torch.float64) for length in (3, 5, 5)[:inputs])
+    program, report = folded(look_trained(Cross(inputs, bias=bias)), tensors)
+    assert_nothing_left(program, report)
+    assert report.bytes_copied == 0
+
+
+def test_pieces_of_one_weight_are_not_shared() -> None:
+    """Without copies, pieces that do not overlap may change on their own; those that do may not."""
+    _, report = folded(
+        look_trained(Cross(2)), (torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()), copy_shared=False
+    )
+    assert status(report) == ["folded", "folded"]
+
+    class Overlap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.norm = nn.Parameter(torch.randn(4, C)), MapNorm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.norm(x), self.weight[:3]) + F.linear(torch.tanh(x), self.weight[1:])
+
+    _, report = folded(Overlap(), sequence(), copy_shared=False)
+    assert status(report) == ["kept"] and "shared" in report.norms[0].reason
+
+
+def test_a_product_that_sums_over_positions_stays() -> None:
+    _, report = folded(Weights(lambda m, x: torch.einsum("bsi,io->bo", x, m.square)), sequence())
+    assert status(report) == ["kept"] and "einsum" in report.norms[0].reason
+
+
+def test_a_diagonal_is_no_product() -> None:
+    _, report = folded(Weights(lambda m, x: torch.einsum("bsi,ii->bsi", x, m.square)), sequence())
+    assert status(report) == ["kept"]
