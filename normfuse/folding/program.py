@@ -21,6 +21,7 @@ from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .regions import bodies, open_regions
 from .report import FoldError
+from .spellings import write_plainly
 
 aten = torch.ops.aten
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -40,7 +41,7 @@ class Program:
         self.graph = copy_graph(program.graph)
         for node in self.graph.nodes:
             _refuse_batch_statistics(node)
-            _write_plainly(node)
+            write_plainly(node)
         self.graph.eliminate_dead_code()
         self.signature = copy_signature(program.graph_signature)
         self.state_dict = dict(program.state_dict)
@@ -273,22 +274,6 @@ def _fingerprint(tensor: torch.Tensor) -> Any:
     """What equal tensors have in common, and few others: shape, dtype and some entries."""
     entries = tensor.flatten()
     return tensor.shape, tensor.dtype, tuple(entries[:: max(1, len(entries) // 16)].tolist())
-
-
-def _write_plainly(node: Node) -> None:
-    """Operations that read more, or do more, than their result needs, as those that do not."""
-    if node.target is aten.detach_.default:
-        node.target = aten.detach.default
-    elif node.target is aten.type_as.default:
-        value, other = (operand.meta["val"] for operand in node.args)
-        if value.device == other.device:
-            node.target, node.args = aten.to.dtype, (node.args[0], other.dtype)
-    elif node.target is aten.cat.default:
-        # An empty tensor with one axis is left out of a concatenation of tensors with several.
-        dtype = node.meta["val"].dtype
-        parts = [part for part in node.args[0] if part.meta["val"].shape != (0,)]
-        if parts and all(part.meta["val"].dtype == dtype for part in parts):
-            node.args = (parts, *node.args[1:])
 
 
 def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:

@@ -173,6 +173,9 @@ CASES: dict[object, list[Case]] = {
         *unary(aten.dropout.default, (0.5, False)),
         Case(lambda x, c: x + aten.dropout.default(c, 0.5, False), (SEQUENCE,), ((4, 6),)),
     ],
+    aten.feature_dropout.default: unary(aten.feature_dropout.default, (0.5, False)),
+    aten.alpha_dropout.default: unary(aten.alpha_dropout.default, (0.5, False)),
+    aten.feature_alpha_dropout.default: unary(aten.feature_alpha_dropout.default, (0.5, False)),
     aten.contiguous.default: unary(aten.contiguous.default),
     aten.clone.default: unary(aten.clone.default),
     aten.detach.default: unary(aten.detach.default),
@@ -193,6 +196,7 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, c: aten.view_as.default(c, x) + x, (SEQUENCE,), ((8, 6),)),
     ],
     aten.flatten.using_ints: unary(aten.flatten.using_ints, (), (1,), (0, 1), (-2, -1)),
+    aten.ravel.default: unary(aten.ravel.default),
     aten.unflatten.int: unary(aten.unflatten.int, (2, [3, 2]), (-2, [2, 2])),
     aten.unsqueeze.default: unary(aten.unsqueeze.default, (0,), (-1,), (2,)),
     aten.squeeze.default: unary(aten.squeeze.default, shape=(2, 1, 4, 6, 1)),
@@ -204,6 +208,8 @@ CASES: dict[object, list[Case]] = {
     aten.t.default: unary(aten.t.default, shape=(4, 6)) + unary(aten.t.default, shape=(6,)),
     aten.numpy_T.default: unary(aten.numpy_T.default),
     aten.mT.default: unary(aten.mT.default),
+    aten.adjoint.default: unary(aten.adjoint.default),
+    aten.mH.default: unary(aten.mH.default, shape=(4, 6)),
     aten.movedim.int: unary(aten.movedim.int, (0, 2), (-1, 0)),
     aten.movedim.intlist: unary(aten.movedim.intlist, ([0, 1], [1, -1])),
     aten.expand.default: unary(aten.expand.default, ([3, 2, 4, 6],), ([-1, 4, -1],), shape=(2, 1, 6))[1:]
@@ -220,13 +226,49 @@ CASES: dict[object, list[Case]] = {
     aten.chunk.default: unary(aten.chunk.default, (4, 2), (2,)),
     aten.unbind.int: unary(aten.unbind.int, (2,), (-2,), ()),
     aten.tensor_split.sections: unary(aten.tensor_split.sections, (4, 2), (3, -2)),
+    aten.tensor_split.indices: unary(aten.tensor_split.indices, ([1, 4], 2), ([3], -2)),
     operator.getitem: pieces(),
     aten.roll.default: unary(
         aten.roll.default, ([1], [2]), ([1, -2], [-1, 1]), ([5],), ([7, 1], [2, 2]), shape=SEQUENCE
     ),
     aten.index_select.default: [
         Case(lambda x, d=d: aten.index_select.default(x, d, torch.tensor([1, 0, 1])), (SEQUENCE,)) for d in (2, -2)
+    ]
+    + [Case(lambda x: aten.index_select.default(x, 2, x[0, 0].argsort()), (SEQUENCE,))],
+    aten.index.Tensor: [
+        *unary(
+            lambda x, *indices: aten.index.Tensor(x, list(indices)),
+            (None, torch.tensor([2, 0, 1])),
+            (None, None, torch.tensor([[2, -1], [0, 5]])),
+            (torch.tensor([1, 0]), torch.tensor([[3], [0]])),
+            (torch.tensor([1, 0]), None, torch.tensor([3, 5])),
+            (None, torch.tensor([True, False, True, True])),
+            (torch.ones(2, 4, dtype=torch.bool).triu(),),
+            (None, torch.ones(4, 6, dtype=torch.bool).triu()),
+        ),
+        Case(lambda x: aten.index.Tensor(x, [None, x[0, :, 0].argsort()]), (SEQUENCE,)),
+        Case(lambda x: aten.index.Tensor(x, [None, None, x[0, 0].argsort()]), (SEQUENCE,)),
     ],
+    aten.gather.default: [
+        Case(lambda x, d=d: aten.gather.default(x, d, torch.ones(2, 3, 2, dtype=torch.int64)), (SEQUENCE,))
+        for d in (1, -1)
+    ],
+    aten.take_along_dim.default: [
+        Case(lambda x, d=d: aten.take_along_dim.default(x, torch.ones(1, 1, 1, dtype=torch.int64), d), (SEQUENCE,))
+        for d in (1, -1, None)
+    ],
+    aten.flip.default: unary(aten.flip.default, ([2],), ([0, -2],)),
+    aten.narrow.default: unary(aten.narrow.default, (2, 1, 3), (-2, -2, 2), (2, 4, 2)),
+    aten.repeat_interleave.self_int: unary(aten.repeat_interleave.self_int, (2, 2), (3, -2), (2,)),
+    aten.unfold.default: unary(aten.unfold.default, (2, 3, 2), (1, 2, 1)),
+    aten.diagonal.default: unary(aten.diagonal.default, (0, 1, 2), (1, 1, 2), (-1, 0, 2)),
+    aten.channel_shuffle.default: unary(aten.channel_shuffle.default, (3,), shape=IMAGE)
+    + unary(aten.channel_shuffle.default, (2,)),
+    aten.im2col.default: unary(
+        aten.im2col.default, ([2, 3], [1, 1], [0, 0], [1, 1]), ([2, 2], [1, 1], [1, 0], [2, 1]), shape=IMAGE
+    )
+    + unary(aten.im2col.default, ([2, 3], [1, 1], [0, 0], [1, 1]), shape=IMAGE[1:]),
+    aten.col2im.default: unary(aten.col2im.default, ([3, 4], [2, 2], [1, 1], [0, 0], [1, 1]), shape=(2, 12, 6)),
     # neighbourhoods
     aten.avg_pool1d.default: pools(aten.avg_pool1d.default, 1, True, False),
     aten.avg_pool2d.default: pools(aten.avg_pool2d.default, 2, True, False)

@@ -111,7 +111,7 @@ class _Recorder(ProxyTorchDispatchMode):
         return result
 
     def _lift(self, tensor: Tensor) -> None:
-        """A tensor that the forward makes of numbers becomes a constant of the program."""
+        """A tensor that the forward makes of numbers, or closes over, becomes a constant of the program."""
         name = f"lifted_tensor_{len(self.constants)}"
         self.constants[name] = tensor
         with self.graph.inserting_before(self._behind_constants):
@@ -119,7 +119,11 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         def read(value: Any) -> Any:
-            return self.nodes[id(value)] if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in self.nodes:
+                self._lift(value)
+            return self.nodes[id(value)]
 
         node = self._node(func, map_aggregate(args, read), map_aggregate(kwargs, read))
         if isinstance(result, Tensor):

@@ -7,6 +7,7 @@ drop an axis along which the scale varies, the scales along that axis are requir
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,9 @@ class Carry(Rule):
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh_copy.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
     aten.to.dtype,
     aten.to.dtype_layout,
     aten._to_copy.default,
@@ -73,7 +77,7 @@ class Identity(Carry):
     """
 
     def matches(self, node: Node, fold: Folding) -> bool:
-        dropping = node.target is aten.dropout.default and argument(node, "train")
+        dropping = argument(node, "train", False)  # of the kinds of dropout only
         return not dropping and is_float(node) and super().matches(node, fold)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
@@ -94,6 +98,7 @@ class Identity(Carry):
     aten.reshape_as.default,
     aten.view_as.default,
     aten.flatten.using_ints,
+    aten.ravel.default,
     aten.unflatten.int,
     aten.unsqueeze.default,
     aten.squeeze.default,
@@ -113,6 +118,8 @@ class Reshape(Carry):
     aten.t.default,
     aten.numpy_T.default,
     aten.mT.default,
+    aten.adjoint.default,
+    aten.mH.default,
     aten.movedim.int,
     aten.movedim.intlist,
 )
@@ -124,7 +131,7 @@ class Permute(Carry):
             return numbers.transpose(node.args[1])
         if node.target is aten.transpose.int:
             return numbers.swapaxes(*node.args[1:3])
-        if node.target is aten.mT.default:
+        if node.target in (aten.mT.default, aten.mH.default, aten.adjoint.default):
             return numbers.swapaxes(-1, -2)
         if node.target in (aten.movedim.int, aten.movedim.intlist):
             return np.moveaxis(numbers, *node.args[1:3])
@@ -183,6 +190,7 @@ class Select(Carry):
     aten.chunk.default,
     aten.unbind.int,
     aten.tensor_split.sections,
+    aten.tensor_split.indices,
 )
 class Split(Carry):
     """Consecutive pieces along one axis; `unbind` also drops the axis."""
@@ -243,7 +251,7 @@ class AveragePool(Carry):
         return fold.no_shift(node) if self._counts_zeros(node) else super().settle(node, fold)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, _varying_of(numbers, range(-len(node.args[1]), 0)))
+        return collapse(numbers, varying_of(numbers, range(-len(node.args[1]), 0)))
 
     def _counts_zeros(self, node: Node) -> bool:
         return any(argument(node, "padding")) and argument(node, "count_include_pad")
@@ -256,7 +264,7 @@ class Mean(Carry):
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         if node.target is not aten.mean.dim:
             spatial = 2 if node.target is aten.adaptive_avg_pool2d.default else 1
-            return collapse(numbers, _varying_of(numbers, range(-spatial, 0)))
+            return collapse(numbers, varying_of(numbers, range(-spatial, 0)))
         return _reduce(node, numbers, collapse)
 
 
@@ -295,14 +303,6 @@ class PixelUnshuffle(Carry):
         return numbers if numbers.shape[-3] == 1 else np.repeat(numbers, node.args[1] ** 2, -3)
 
 
-@rule_for(aten.index_select.default)
-class IndexSelect(Carry):
-    """Chosen entries along one axis, along which the scales are equal."""
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, _varying_of(numbers, (node.args[1],)))
-
-
 @rule_for(aten.relu.default, aten.leaky_relu.default, aten.abs.default)
 class Homogeneous(Carry):
     """``f(s * x) = s * f(x)`` for positive s: a positive scale passes, a shift does not."""
@@ -336,7 +336,7 @@ class Maximum(Carry):
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         if node.target is not aten.amax.default:
             spatial = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}[node.target]
-            return collapse(numbers, _varying_of(numbers, range(-spatial, 0)))
+            return collapse(numbers, varying_of(numbers, range(-spatial, 0)))
         return _reduce(node, numbers, collapse)
 
 
@@ -367,12 +367,13 @@ class Pad(Carry):
 def _reduce(node: Node, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
     """Follow a reduction over the node's `dim`, with or without `keepdim`."""
     dims = argument(node, "dim") or list(range(numbers.ndim))
-    numbers = collapse(numbers, _varying_of(numbers, dims))
+    numbers = collapse(numbers, varying_of(numbers, dims))
     if argument(node, "keepdim"):
         return numbers
     return np.squeeze(numbers, tuple(d % numbers.ndim for d in dims))
 
 
-def _varying_of(numbers: np.ndarray, dims: object) -> tuple[int, ...]:
+def varying_of(numbers: np.ndarray, dims: Iterable[int]) -> tuple[int, ...]:
+    """Those of some axes along which the numbers vary."""
     wanted = {dim % numbers.ndim for dim in dims}
     return tuple(axis for axis in varying(numbers) if axis in wanted)

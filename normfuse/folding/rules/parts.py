@@ -1,0 +1,209 @@
+"""Operations that pick, repeat or reorder elements by position: windows, indices, channel shuffles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..arrays import Collapse, varying
+from .base import Use, argument, is_float, rule_for
+from .carry import Carry, varying_of
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.flip.default)
+class Flip(Carry):
+    """Entries along some axes in reverse order."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return np.flip(numbers, [dim % numbers.ndim for dim in node.args[1]])
+
+
+@rule_for(aten.narrow.default)
+class Narrow(Carry):
+    """A range along one axis, given by its start and length."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        _, axis, start, length = node.args
+        axis %= numbers.ndim
+        if numbers.shape[axis] == 1:
+            return numbers
+        if not (isinstance(start, int) and isinstance(length, int)):
+            return collapse(numbers, (axis,))
+        start %= numbers.shape[axis] + (start >= 0)
+        return numbers.take(range(start, start + length), axis)
+
+
+@rule_for(aten.repeat_interleave.self_int)
+class RepeatEach(Carry):
+    """Each entry along one axis several times, or each of the flattened tensor."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        repeats, axis = argument(node, "repeats"), argument(node, "dim")
+        if axis is None:
+            return collapse(numbers, varying(numbers)).reshape(1)
+        axis %= numbers.ndim
+        if numbers.shape[axis] != 1 and not isinstance(repeats, int):
+            numbers = collapse(numbers, (axis,))
+        return numbers if numbers.shape[axis] == 1 else np.repeat(numbers, repeats, axis)
+
+
+@rule_for(aten.channel_shuffle.default)
+class ChannelShuffle(Carry):
+    """Channels of g groups in turns."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if numbers.shape[1] == 1:
+            return numbers
+        grouped = numbers.reshape(numbers.shape[0], node.args[1], -1, *numbers.shape[2:])
+        return np.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(numbers.shape)
+
+
+@rule_for(aten.unfold.default)
+class Windows(Carry):
+    """Overlapping ranges along one axis, each of which becomes the last axis."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        _, axis, size, step = node.args
+        axis %= numbers.ndim
+        if numbers.shape[axis] != 1 and not all(isinstance(number, int) for number in (size, step)):
+            numbers = collapse(numbers, (axis,))
+        if numbers.shape[axis] == 1:
+            return numbers[..., None]
+        windows = np.lib.stride_tricks.sliding_window_view(numbers, size, axis)
+        return windows[(slice(None),) * axis + (slice(None, None, step),)]
+
+
+@rule_for(aten.im2col.default)
+class Patches(Carry):
+    """Windows of an image: the entries of a window become neighbouring channels. Padding has no shift."""
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP if any(argument(node, "padding")) else super().use(node, operand, shift, fold)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node) if any(argument(node, "padding")) else super().settle(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        numbers = collapse(numbers, varying_of(numbers, (-1, -2))).squeeze(-1)
+        return (
+            numbers if numbers.shape[-2] == 1 else np.repeat(numbers, int(np.prod(argument(node, "kernel_size"))), -2)
+        )
+
+
+@rule_for(aten.col2im.default)
+class Overlaps(Carry):
+    """Windows added up where they overlap, which takes equal scales within a window and no shift."""
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        numbers = collapse(numbers, varying_of(numbers, (-1,)))
+        if numbers.shape[-2] != 1:
+            window = int(np.prod(argument(node, "kernel_size")))
+            numbers = numbers.reshape(*numbers.shape[:-2], -1, window, 1)
+            numbers = collapse(numbers, varying_of(numbers, (-2,))).squeeze(-2)
+        return numbers[..., None]
+
+
+@rule_for(aten.diagonal.default)
+class Diagonal(Carry):
+    """The entries at which two axes have the same position, as the last axis."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        offset, *axes = (argument(node, name) for name in ("offset", "dim1", "dim2"))
+        axes = [axis % numbers.ndim for axis in axes]
+        if not all(isinstance(shape[axis], int) for axis in axes):
+            numbers = collapse(numbers, varying_of(numbers, axes))
+        if all(numbers.shape[axis] == 1 for axis in axes):
+            return np.diagonal(numbers, 0, *axes)
+        full = [shape[axis] if axis in axes else size for axis, size in enumerate(numbers.shape)]
+        return np.diagonal(np.broadcast_to(numbers, full), offset, *axes)
+
+
+class Chosen(Carry):
+    """Entries along some axes, chosen by tensors of indices. Where the scales differ, the choice must be constant."""
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        chosen = self.indices(node, numbers.ndim)
+        axes = self.axes(chosen)
+        constant = all(index is None or fold.program.is_constant(index) for index in chosen)
+        if not constant or any(not isinstance(operand.meta["val"].shape[axis], int) for axis in axes):
+            numbers = collapse(numbers, varying_of(numbers, axes))
+        if not varying_of(numbers, axes):
+            return numbers[tuple(self._nothing(index) for index in self._without_masks(chosen))]
+        shape = operand.meta["val"].shape
+        full = [int(shape[axis]) if axis in axes else size for axis, size in enumerate(numbers.shape)]
+        index = tuple(slice(None) if i is None else fold.program.constant(i).numpy() for i in chosen)
+        return np.broadcast_to(numbers, full)[index]
+
+    def indices(self, node: Node, rank: int) -> list[Node | None]:
+        """What each axis in turn is indexed by; a mask stands for as many axes as it has."""
+        raise NotImplementedError
+
+    def axes(self, chosen: list[Node | None]) -> tuple[int, ...]:
+        """The axes that are indexed."""
+        return tuple(axis for axis, index in enumerate(self._without_masks(chosen)) if index is not None)
+
+    def _without_masks(self, chosen: list[Node | None]) -> list[Node | None]:
+        spread: list[Node | None] = []
+        for index in chosen:
+            mask = index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+            spread += [index] * (index.meta["val"].dim() if mask else 1)
+        return spread
+
+    def _nothing(self, index: Node | None) -> slice | np.ndarray:
+        """An index of an axis of size one that gives as many axes as the tensor does."""
+        if index is None:
+            return slice(None)
+        mask = index.meta["val"].dtype in (torch.bool, torch.uint8)
+        return np.zeros((1,) if mask else (1,) * index.meta["val"].dim(), np.int64)
+
+
+@rule_for(aten.index.Tensor)
+class Index(Chosen):
+    """``x[:, i, j]`` with tensors of indices."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return super().matches(node, fold) and any(index is not None for index in node.args[1])
+
+    def indices(self, node: Node, rank: int) -> list[Node | None]:
+        return list(node.args[1])
+
+
+@rule_for(aten.index_select.default)
+class IndexSelect(Chosen):
+    """Chosen entries along one axis."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        one = node.args[2].meta["val"].dim() == 1 and is_float(node.args[0]) and node.args[0].meta["val"].dim() > 0
+        return one and super().matches(node, fold)
+
+    def indices(self, node: Node, rank: int) -> list[Node | None]:
+        return [None] * (node.args[1] % rank) + [node.args[2]]
+
+
+@rule_for(aten.gather.default, aten.take_along_dim.default)
+class Gather(Carry):
+    """One entry along an axis, chosen at each position: the scales along it are equal."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        same_rank = is_float(node.args[0]) and 0 < node.args[0].meta["val"].dim() == node.meta["val"].dim()
+        return same_rank and argument(node, "dim") is not None
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis, result = argument(node, "dim") % numbers.ndim, node.meta["val"].shape
+        cut = [a for a in varying(numbers) if a != axis and not isinstance(result[a], int)]
+        numbers = collapse(numbers, (*varying_of(numbers, (axis,)), *cut))
+        return numbers[tuple(slice(None) if size == 1 else slice(result[a]) for a, size in enumerate(numbers.shape))]
