@@ -20,8 +20,10 @@ from .arrays import CannotCarry, along_axis, collapse_equal, keep_axis, varying
 from .engine import Folding
 from .program import Program
 from .report import RemovedChannels
+from .rules.averages import AveragePool, Mean
 from .rules.base import Use, argument, is_float
-from .rules.carry import AveragePool, Identity, Maximum, Mean
+from .rules.carry import Identity
+from .rules.order import Maximum, Ranked
 from .rules.products import Linear
 from .rules.weights import Convolution, TransposedConvolution
 
@@ -175,7 +177,9 @@ def _behind(node: Node, operand: Node, channels: Channels, fold: Folding) -> Cha
         value = torch.from_numpy(number)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
         return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
-    elif isinstance(rule, Identity | AveragePool | Maximum | Mean) or node.target in _WITHOUT_SIZES:
+    elif (
+        isinstance(rule, Identity | AveragePool | Maximum | Mean) and not isinstance(rule, Ranked)
+    ) or node.target in _WITHOUT_SIZES:
         if rule.use(node, operand, number, fold) is not Use.PASS:
             constant = constant & (number == 0)
         try:

@@ -72,7 +72,7 @@ def who_stops(node: Node, fold: Folding) -> str:
                 continue
             rule = fold.rule_of[user]
             use = rule.use(user, current, fold.any_shift(current), fold)
-            if use is Use.STOP:
+            if use in (Use.STOP, Use.JOIN):
                 return f"{fold.describe(user)} cannot take a shift"
             if isinstance(rule, Weighted) and not rule.has_bias:
                 return f"{fold.describe(user)} has no bias to take it"

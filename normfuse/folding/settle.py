@@ -72,6 +72,7 @@ def _carry_shifts(fold: Folding) -> None:
     for node in order:
         if node not in fold.rule_of or node not in fold.scale_of:
             continue
+        _join_shifts(node, order, tolerant, fold)
         if node in tolerant and _lets_go(node, fold):
             fold.chosen[node] = fold.rule_of[node].constant_part(node, fold)
         fold.shift_of[node] = fold.rule_of[node].settle(node, fold)
@@ -88,6 +89,22 @@ def _carry_shifts(fold: Folding) -> None:
             continue
         if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
             fold.spilled[node] = _stopping(node, fold)
+
+
+def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Folding) -> None:
+    """Where a result can carry one shift only, and its operands have different ones: they are to have none."""
+    joined = [x for x in node.all_input_nodes if x in fold.scale_of and _use_of_its_shift(node, x, fold) is Use.JOIN]
+    carried = [fold.carried(node, operand) for operand in joined]
+    if all(np.array_equal(*np.broadcast_arrays(carried[0], shift)) for shift in carried[1:]):
+        return
+    for operand in joined:
+        if fold.incoming(node, operand).any() and not _cancel(operand, order, tolerant, fold):
+            fold.spilled.setdefault(operand, []).append(node)
+
+
+def _use_of_its_shift(user: Node, node: Node, fold: Folding) -> Use:
+    shift = fold.shift_of[node] if node in fold.shift_of else fold.no_shift(node)
+    return fold.rule_of[user].use(user, node, shift, fold)
 
 
 def sources_of_shift(node: Node, fold: Folding) -> Iterator[Node]:
@@ -186,8 +203,7 @@ def _stopping(node: Node, fold: Folding) -> list[Node]:
     return [
         user
         for user in node.users
-        if fold.returns(user, node)
-        or (fold.reads_values(user) and fold.rule_of[user].use(user, node, fold.shift_of[node], fold) is Use.STOP)
+        if fold.returns(user, node) or (fold.reads_values(user) and _use_of_its_shift(user, node, fold) is Use.STOP)
     ]
 
 

@@ -6,6 +6,7 @@ written out. Sizes differ from axis to axis, so that a number along a wrong axis
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def pieces() -> list[Case]:
 
 
 def _upsample(function: Callable[..., Tensor], axes: int, *flags: object) -> list[Case]:
-    shape, size = (2, 6, 4, 8)[: axes + 2], [7, 5][:axes]
+    shape, size = (2, 6, 4, 8, 3)[: axes + 2], [7, 5, 2][:axes]
     return [Case(lambda x: function(x, size, *flags, None), (shape,))]
 
 
@@ -277,12 +278,51 @@ CASES: dict[object, list[Case]] = {
     aten.max_pool1d.default: pools(aten.max_pool1d.default, 1, [1], True),
     aten.max_pool2d.default: pools(aten.max_pool2d.default, 2, [1, 1], True),
     aten.max_pool3d.default: pools(aten.max_pool3d.default, 3, [1, 1, 1], True),
+    aten.max_pool1d_with_indices.default: pools(aten.max_pool1d_with_indices.default, 1, [1], True),
+    aten.max_pool2d_with_indices.default: pools(aten.max_pool2d_with_indices.default, 2, [1, 1], True),
+    aten.max_pool3d_with_indices.default: pools(aten.max_pool3d_with_indices.default, 3, [1, 1, 1], True),
+    aten.adaptive_max_pool1d.default: unary(aten.adaptive_max_pool1d.default, ([3],), shape=(2, 6, 8)),
+    aten.adaptive_max_pool2d.default: unary(aten.adaptive_max_pool2d.default, ([3, 5],), shape=IMAGE),
+    aten.adaptive_max_pool3d.default: unary(aten.adaptive_max_pool3d.default, ([3, 2, 2],), shape=WINDOWS[3]),
+    aten.adaptive_avg_pool3d.default: unary(aten.adaptive_avg_pool3d.default, ([3, 2, 2],), shape=WINDOWS[3]),
     aten.adaptive_avg_pool1d.default: unary(aten.adaptive_avg_pool1d.default, ([3],), shape=(2, 6, 8)),
     aten.adaptive_avg_pool2d.default: unary(aten.adaptive_avg_pool2d.default, ([1, 1],), ([3, 5],), shape=IMAGE),
     aten.mean.dim: unary(aten.mean.dim, ([1],), ([-1], True), ([0, 2],), (None,), ([],)),
+    aten.amin.default: unary(aten.amin.default, ([1],), ([-1], True), ()),
+    aten.max.default: unary(aten.max.default),
+    aten.min.default: unary(aten.min.default),
+    aten.max.dim: unary(aten.max.dim, (1,), (-1, True)),
+    aten.min.dim: unary(aten.min.dim, (0,), (-1, True)),
+    aten.median.dim: unary(aten.median.dim, (1,), (-1, True)),
+    aten.nanmedian.dim: unary(aten.nanmedian.dim, (1,), (-1, True)),
+    aten.kthvalue.default: unary(aten.kthvalue.default, (2, 1), (3, -1, True)),
+    aten.aminmax.default: [Case(lambda x, d=d: aten.aminmax.default(x, dim=d), (SEQUENCE,)) for d in (None, 1, -1)],
+    aten.topk.default: unary(aten.topk.default, (2, 1), (2,)),
+    aten.sort.default: unary(aten.sort.default, (1,), ()),
+    aten.sort.stable: [Case(lambda x: aten.sort.stable(x, stable=True, dim=1), (SEQUENCE,))],
+    aten.cummax.default: unary(aten.cummax.default, (1,), (-1,)),
+    aten.cummin.default: unary(aten.cummin.default, (1,), (-1,)),
+    aten.sum.dim_IntList: unary(aten.sum.dim_IntList, ([1],), ([-1], True), ([0, 2],), (None,), ([],)),
+    aten.sum.default: unary(aten.sum.default),
+    aten.mean.default: unary(aten.mean.default),
+    aten.cumsum.default: unary(aten.cumsum.default, (1,), (-1,)),
     aten.amax.default: unary(aten.amax.default, ([1],), ([-1], True), ([0, 2],), ()),
     aten.upsample_nearest1d.vec: _upsample(aten.upsample_nearest1d.vec, 1),
     aten.upsample_nearest2d.vec: _upsample(aten.upsample_nearest2d.vec, 2),
+    aten.upsample_nearest3d.vec: _upsample(aten.upsample_nearest3d.vec, 3),
+    aten._upsample_nearest_exact1d.vec: _upsample(aten._upsample_nearest_exact1d.vec, 1),
+    aten._upsample_nearest_exact2d.vec: _upsample(aten._upsample_nearest_exact2d.vec, 2),
+    aten._upsample_nearest_exact3d.vec: _upsample(aten._upsample_nearest_exact3d.vec, 3),
+    aten.upsample_trilinear3d.vec: _upsample(aten.upsample_trilinear3d.vec, 3, True),
+    aten._upsample_bilinear2d_aa.vec: _upsample(aten._upsample_bilinear2d_aa.vec, 2, False),
+    aten._upsample_bicubic2d_aa.vec: _upsample(aten._upsample_bicubic2d_aa.vec, 2, True),
+    aten.grid_sampler.default: [
+        Case(lambda x, g, p=p: aten.grid_sampler.default(x, g, 0, p, False), (IMAGE, (2, 3, 3, 2))) for p in (0, 1)
+    ]
+    + [
+        Case(lambda x, g: aten.grid_sampler.default(x, g, 2, 2, True), (IMAGE,), ((2, 3, 3, 2),)),
+        Case(lambda x: aten.grid_sampler.default(x, x, 0, 1, False), ((2, 2, 3, 2),)),
+    ],
     aten.upsample_linear1d.vec: _upsample(aten.upsample_linear1d.vec, 1, False),
     aten.upsample_bilinear2d.vec: _upsample(aten.upsample_bilinear2d.vec, 2, True),
     aten.upsample_bicubic2d.vec: _upsample(aten.upsample_bicubic2d.vec, 2, False),
@@ -299,6 +339,44 @@ CASES: dict[object, list[Case]] = {
     aten.relu.default: unary(aten.relu.default),
     aten.leaky_relu.default: unary(aten.leaky_relu.default, (0.2,), (-0.3,)),
     aten.abs.default: unary(aten.abs.default),
+    aten.rrelu.default: unary(aten.rrelu.default),
+    aten.prelu.default: [
+        Case(aten.prelu.default, (SEQUENCE,), ((4,),)),
+        Case(aten.prelu.default, (IMAGE,), ((1,),)),
+        Case(aten.prelu.default, (SEQUENCE, (4,))),
+    ],
+    aten.clamp.default: unary(aten.clamp.default, (0,), (None, 0.0), (-math.inf, 0), (0, 6), (-1.0,)),
+    aten.clamp_min.default: unary(aten.clamp_min.default, (0,), (0.5,)),
+    aten.clamp_max.default: unary(aten.clamp_max.default, (0,), (0.5,)),
+    aten.clamp.Tensor: [
+        Case(lambda x, c: aten.clamp.Tensor(x, c * 0.0), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.clamp.Tensor(x, None, c), (SEQUENCE,), ((6,),)),
+        Case(lambda x, y: aten.clamp.Tensor(x, y), (SEQUENCE, SEQUENCE)),
+    ],
+    aten.clamp_min.Tensor: [
+        Case(lambda x, c, f=f: aten.clamp_min.Tensor(x, c * f), (SEQUENCE,), ((6,),)) for f in (0.0, 1.0)
+    ],
+    aten.clamp_max.Tensor: [
+        Case(lambda x, c, f=f: aten.clamp_max.Tensor(x, c * f), (SEQUENCE,), ((6,),)) for f in (0.0, 1.0)
+    ],
+    aten.hardtanh.default: unary(aten.hardtanh.default, (0.0, math.inf), (0.0, 6.0), ()),
+    aten.threshold.default: unary(aten.threshold.default, (0, 0), (1, 0), (0, 1)),
+    **{
+        target: [
+            Case(lambda x, c, t=target: t(x, c * 0.0), (SEQUENCE,), ((6,),)),
+            Case(lambda x, c, t=target: t(c * 0.0, x), (SEQUENCE,), ((6,),)),
+            *binary(target)[:-1:3],
+        ]
+        for target in (aten.maximum.default, aten.minimum.default)
+    },
+    **{
+        target: [
+            Case(lambda x, t=target: x + t(x, 0.0), (SEQUENCE,)),
+            Case(lambda x, t=target: t(x, 0.0).to(torch.float64), (SEQUENCE,)),
+            Case(lambda x, t=target: t(x, 0.5).to(torch.float64), (SEQUENCE,)),
+        ]
+        for target in (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
+    },
     aten.masked_fill.Scalar: [
         Case(lambda x, v=v, m=m: aten.masked_fill.Scalar(x, m.to(x.device), v), (shape,))
         for m in (torch.tensor([True, False, False] * 2), torch.ones(2, 4, 6, dtype=torch.bool).triu())

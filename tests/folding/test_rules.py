@@ -120,6 +120,27 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "ravel": lambda x: x.ravel().view(3, 5, C),
     "hstack": lambda x: torch.hstack([x.mT[:, 3:], x.mT[:, :3]]).mT,
     "dropout of channels": lambda x: F.dropout1d(x.mT, 0.5, training=False).mT,
+    "sum": lambda x: x.sum(1),
+    "sum keepdim": lambda x: x.sum((0, 1), keepdim=True),
+    "minimum": lambda x: x.amin(1),
+    "largest": lambda x: x.max(1).values,
+    "median": lambda x: x.median(1).values,
+    "smallest and largest": lambda x: torch.stack(list(x.aminmax(dim=1)), 1),
+    "k-th": lambda x: x.kthvalue(2, 1)[0],
+    "top": lambda x: x.topk(2, 1)[0],
+    "sort": lambda x: x.sort(1)[0],
+    "cumulative maximum": lambda x: x.cummax(1)[0],
+    "pool with places": lambda x: F.max_pool1d(x.mT, 2, return_indices=True)[0].mT,
+    "adaptive maximum": lambda x: F.adaptive_max_pool1d(x.mT, 2).mT,
+    "nearest exact": lambda x: F.interpolate(x.mT, size=7, mode="nearest-exact").mT,
+    "bicubic, antialiased": lambda x: (
+        F.interpolate(x.mT[..., None].expand(-1, -1, -1, 5), size=(3, 4), mode="bicubic", antialias=True)[..., 0].mT
+    ),
+    "grid with borders": lambda x: (
+        F.grid_sample(x.mT[..., None].expand(-1, -1, -1, 5), torch.zeros(3, 2, 2, 2).double(), padding_mode="border")[
+            ..., 0
+        ].mT
+    ),
     "attention": lambda x: F.scaled_dot_product_attention(torch.tanh(x), torch.tanh(x), x, is_causal=True),
 }
 SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -128,6 +149,22 @@ SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "absolute": torch.abs,
+    "clamp": lambda x: x.clamp(min=0),
+    "clip": lambda x: x.clip(max=0),
+    "clamp_min": lambda x: x.clamp_min(0.0),
+    "clamp by a tensor": lambda x: x.clamp(min=torch.zeros(C, dtype=x.dtype)),
+    "maximum with zeros": lambda x: torch.maximum(x, torch.zeros((), dtype=x.dtype)),
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "half-open hardtanh": lambda x: F.hardtanh(x, 0.0, float("inf")),
+    "relu in place": lambda x: torch.relu_(x + 0.0),
+    "prelu": lambda x: F.prelu(x.mT, torch.rand(C, generator=torch.Generator().manual_seed(0)).double()).mT,
+    "rrelu": lambda x: F.rrelu(x),
+    "cumulative sum": lambda x: x.cumsum(1),
+    "overlapping patches": lambda x: F.fold(F.unfold(x.mT[..., None], (2, 1)), (x.shape[1], 1), (2, 1))[..., 0].mT,
+    "padded patches": lambda x: F.unfold(x.mT[..., None], (2, 1), padding=(1, 0)).mT[..., ::2],
+    "grid with zeros": lambda x: (
+        F.grid_sample(x.mT[..., None].expand(-1, -1, -1, 5), torch.ones(3, 2, 2, 2).double())[..., 0].mT
+    ),
     "zero pad": lambda x: F.pad(x, (0, 0, 1, 1)),
     "gate": lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True).tanh()),
     "divided": lambda x: x / (1 + torch.sigmoid(x.detach()).mean(-1, keepdim=True)),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..engine import Folding
 
 aten = torch.ops.aten
+_LERP = (aten.lerp.Scalar, aten.lerp.Tensor)
 
 
 class Coefficients(NamedTuple):
@@ -26,12 +27,9 @@ class Coefficients(NamedTuple):
 
 
 @rule_for(
-    aten.batch_norm.default,
-    aten.addcmul.default,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.add.Tensor,
-    aten.sub.Tensor,
+    *(aten.batch_norm.default, aten.instance_norm.default, aten.addcmul.default, aten.addcdiv.default),
+    *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.rsub.Scalar),
+    *_LERP,
 )
 class Affine(Rule):
     """``y = a * x + b`` with constants a and b per channel: y is to be the very same folded tensor as x.
@@ -96,52 +94,66 @@ class Affine(Rule):
 
     def _read(self, node: Node, fold: Folding) -> Coefficients | None:
         """The coefficients, or None where one of them is no constant per channel."""
-        target = node.target
         if not is_float(node):
             return None
-        if target is aten.batch_norm.default:
+        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
             return _batch_norm(node, fold)
-        if target is aten.addcmul.default:
-            shift, first, second = node.args[:3]
-            if fold.program.is_constant(first):
-                first, second = second, first
-            if node.kwargs.get("value", 1) != 1:
-                return None
-            return _coefficients(node, first, second, shift, fold)
-        left, right = node.args[:2]
-        if target in (aten.mul.Tensor, aten.add.Tensor) and fold.program.is_constant(left):
-            left, right = right, left
-        if target is aten.mul.Tensor:
-            return _coefficients(node, left, right, 0.0, fold)
-        if target is aten.div.Tensor:
-            return _coefficients(node, left, right, 0.0, fold, invert=True)
-        if node.kwargs.get("alpha", 1) != 1:
+        products = _products(node)
+        factors = {x for product in products for x in product if isinstance(x, Node)}
+        computed = [x for x in factors if not fold.program.is_constant(x)]
+        if len(computed) != 1 or not is_float(computed[0]):
             return None
-        return _coefficients(node, left, 1.0, right, fold, negate=target is aten.sub.Tensor)
+        (operand,), value, result = computed, computed[0].meta["val"], node.meta["val"]
+        if value.dim() != result.dim() or value.dtype != result.dtype or not fold.same_shape(operand, node):
+            return None
+        a = b = np.zeros((1,) * value.dim())
+        for product in products:
+            constant = _product([x for x in product if x is not operand], value.dim(), fold)
+            if constant is None or product.count(operand) > 1:
+                return None
+            a, b = (a + constant, b) if operand in product else (a, b + constant)
+        several = sum(operand in product for product in products) > 1 and node.target not in _LERP
+        return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
 
 
-def _coefficients(
-    node: Node,
-    operand: object,
-    a: object,
-    b: object,
-    fold: Folding,
-    *,
-    invert: bool = False,
-    negate: bool = False,
-) -> Coefficients | None:
-    if not is_float(operand) or fold.program.is_constant(operand):
-        return None
-    value, result = operand.meta["val"], node.meta["val"]
-    if value.dim() != result.dim() or value.dtype != result.dtype or not fold.same_shape(operand, node):
-        return None
-    factor, shift = (_per_channel(c, value.dim(), fold) for c in (a, b))
-    if factor is None or shift is None:
-        return None
-    if invert:
-        with np.errstate(divide="ignore"):
-            factor = 1.0 / factor
-    return Coefficients(operand, factor, -shift if negate else shift)
+class Inverse(NamedTuple):
+    """One over a number or a constant."""
+
+    value: object
+
+
+def _products(node: Node) -> list[list[object]]:
+    """An operation as a sum of products of tensors and numbers."""
+    first, second, *more = node.args
+    alpha, value = argument(node, "alpha", 1), argument(node, "value", 1)
+    if node.target is aten.mul.Tensor:
+        return [[first, second]]
+    if node.target is aten.div.Tensor:
+        return [[first, Inverse(second)]]
+    if node.target is aten.add.Tensor:
+        return [[first], [second, alpha]]
+    if node.target is aten.sub.Tensor:
+        return [[first], [second, -alpha]]
+    if node.target in (aten.rsub.Tensor, aten.rsub.Scalar):
+        return [[second], [first, -alpha]]
+    if node.target is aten.addcmul.default:
+        return [[first], [second, more[0], value]]
+    if node.target is aten.addcdiv.default:
+        return [[first], [second, Inverse(more[0]), value]]
+    return [[first], [first, more[0], -1.0], [second, more[0]]]  # lerp: x + weight * (y - x)
+
+
+def _product(factors: list[object], rank: int, fold: Folding) -> np.ndarray | None:
+    """The product of constants along one axis at most, as an array of the operand's rank; None where one is not."""
+    result = np.ones((1,) * rank)
+    for factor in factors:
+        inverse = isinstance(factor, Inverse)
+        number = _per_channel(factor.value if inverse else factor, rank, fold)
+        if number is None:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = result / number if inverse else result * number
+    return result if len(varying(result)) <= 1 else None
 
 
 def _per_channel(coefficient: object, rank: int, fold: Folding) -> np.ndarray | None:
@@ -160,7 +172,8 @@ def _batch_norm(node: Node, fold: Folding) -> Coefficients | None:
     """``a = weight / sqrt(var + eps)``, ``b = bias - a * mean``, along axis 1."""
     operand = node.args[0]
     weight, bias, mean, var = (argument(node, n) for n in ("weight", "bias", "running_mean", "running_var"))
-    if argument(node, "training") or mean is None or var is None:
+    measures = argument(node, "training") or argument(node, "use_input_stats")
+    if measures or mean is None or var is None:
         return None
     if not is_float(operand) or not all(c is None or fold.program.is_constant(c) for c in (weight, bias, mean, var)):
         return None

@@ -20,6 +20,7 @@ class Use(enum.Enum):
 
     ABSORB = "its weights take it"
     PASS = "its result carries it on"
+    JOIN = "all operands must have the same"
     STOP = "it must be zero"
 
 

@@ -237,51 +237,6 @@ class Roll(Carry):
         return np.roll(numbers, [s for s, _ in known], [d for _, d in known])
 
 
-@rule_for(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
-class AveragePool(Carry):
-    """An average over a window passes a scale; a shift only where padding does not count as zeros."""
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return super().matches(node, fold) and argument(node, "divisor_override") is None
-
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, fold)
-
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node) if self._counts_zeros(node) else super().settle(node, fold)
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, varying_of(numbers, range(-len(node.args[1]), 0)))
-
-    def _counts_zeros(self, node: Node) -> bool:
-        return any(argument(node, "padding")) and argument(node, "count_include_pad")
-
-
-@rule_for(aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
-class Mean(Carry):
-    """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        if node.target is not aten.mean.dim:
-            spatial = 2 if node.target is aten.adaptive_avg_pool2d.default else 1
-            return collapse(numbers, varying_of(numbers, range(-spatial, 0)))
-        return _reduce(node, numbers, collapse)
-
-
-@rule_for(
-    aten.upsample_nearest1d.vec,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_linear1d.vec,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_bicubic2d.vec,
-)
-class Interpolate(Carry):
-    """Weighted averages of neighbouring positions, the weights adding up to one."""
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
-
-
 @rule_for(aten.pixel_shuffle.default)
 class PixelShuffle(Carry):
     """r² neighbouring channels become positions of one channel: their scales are equal."""
@@ -301,43 +256,6 @@ class PixelUnshuffle(Carry):
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= numbers.ndim - 2))
         return numbers if numbers.shape[-3] == 1 else np.repeat(numbers, node.args[1] ** 2, -3)
-
-
-@rule_for(aten.relu.default, aten.leaky_relu.default, aten.abs.default)
-class Homogeneous(Carry):
-    """``f(s * x) = s * f(x)`` for positive s: a positive scale passes, a shift does not."""
-
-    alike = False
-
-    def relate(self, node: Node, fold: Folding) -> None:
-        super().relate(node, fold)
-        fold.scales.require_positive(fold.scale_of[node])
-
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.STOP
-
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node)
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return numbers
-
-
-@rule_for(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.amax.default)
-class Maximum(Carry):
-    """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""
-
-    alike = False
-
-    def relate(self, node: Node, fold: Folding) -> None:
-        super().relate(node, fold)
-        fold.scales.require_positive(fold.scale_of[node])
-
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        if node.target is not aten.amax.default:
-            spatial = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}[node.target]
-            return collapse(numbers, varying_of(numbers, range(-spatial, 0)))
-        return _reduce(node, numbers, collapse)
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)
@@ -364,9 +282,10 @@ class Pad(Carry):
         return collapse(numbers, tuple(axis for axis in varying(numbers) if axis in moved))
 
 
-def _reduce(node: Node, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
-    """Follow a reduction over the node's `dim`, with or without `keepdim`."""
-    dims = argument(node, "dim") or list(range(numbers.ndim))
+def reduce_axes(node: Node, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+    """Follow a reduction over the node's `dim`, with or without `keepdim`; without `dim` over all axes."""
+    dims = argument(node, "dim")
+    dims = [dims] if isinstance(dims, int) else dims or list(range(numbers.ndim))
     numbers = collapse(numbers, varying_of(numbers, dims))
     if argument(node, "keepdim"):
         return numbers

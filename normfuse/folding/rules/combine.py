@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,23 +18,18 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@rule_for(aten.add.Tensor, aten.sub.Tensor)
+@rule_for(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.lerp.Scalar)
 class Sum(Rule):
-    """``y = x1 ± x2``: both operands and the result share one scale; ``t_y = t_1 ± t_2``."""
+    """``y = c1 * x1 + c2 * x2``: both operands and the result share one scale; ``t_y = c1 * t_1 + c2 * t_2``."""
 
     alike = True
 
     def matches(self, node: Node, fold: Folding) -> bool:
         same_dtype = all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args[:2])
-        return same_dtype and node.kwargs.get("alpha", 1) == 1
+        return same_dtype and all(isinstance(factor, int | float) for factor in self._factors(node))
 
     def relate(self, node: Node, fold: Folding) -> None:
-        rank = node.meta["val"].dim()
-        first, second = (to_rank(fold.scale(x), rank) for x in node.args[:2])
-        fold.scales.equate(first, second)
-        # After the equality nothing varies along an axis where either side has one number only.
-        wide = tuple(a for a in range(rank) if first.shape[a] != 1 and second.shape[a] == 1)
-        fold.scale_of[node] = take_first(first, wide)
+        fold.scale_of[node] = equate_all(node, node.args[:2], fold)
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
@@ -42,14 +38,30 @@ class Sum(Rule):
         return to_rank(numbers, node.meta["val"].dim())
 
     def factor(self, node: Node, operand: Node, fold: Folding) -> float:
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        first, second = node.args[:2]
-        return (first is operand) + sign * (second is operand)
+        return sum(f for f, x in zip(self._factors(node), node.args[:2], strict=True) if x is operand)
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        first, second = (fold.incoming(node, x) for x in node.args[:2])
-        total = first - second if node.target is aten.sub.Tensor else first + second
-        return to_rank(total, node.meta["val"].dim())
+        first, second = (f * fold.incoming(node, x) for f, x in zip(self._factors(node), node.args[:2], strict=True))
+        return to_rank(first + second, node.meta["val"].dim())
+
+    def _factors(self, node: Node) -> tuple[float, float]:
+        alpha = argument(node, "alpha", 1)
+        if node.target is aten.lerp.Scalar:
+            return 1 - node.args[2], node.args[2]
+        if node.target is aten.rsub.Tensor:
+            return -alpha, 1
+        return 1, -alpha if node.target is aten.sub.Tensor else alpha
+
+
+def equate_all(node: Node, operands: Iterable[Node], fold: Folding) -> np.ndarray:
+    """Require one scale for several operands that broadcast against each other; returns it for their result."""
+    rank = node.meta["val"].dim()
+    first, *others = (to_rank(fold.scale(x), rank) for x in operands)
+    for other in others:
+        fold.scales.equate(first, other)
+        # After the equality nothing varies along an axis where either side has one number only.
+        first = take_first(first, tuple(a for a in varying(first) if other.shape[a] == 1))
+    return first
 
 
 @rule_for(aten.neg.default)
@@ -79,8 +91,8 @@ class Negation(Rule):
 
 @rule_for(aten.cat.default)
 class Concatenation(Rule):
-    """Along the channels: the numbers of the parts one after another. Along positions: one scale for all parts,
-    and no shift, which would differ from position to position."""
+    """Along the channels: the numbers of the parts one after another. Along positions: one scale and one shift for all
+    parts, which would differ from position to position otherwise."""
 
     def matches(self, node: Node, fold: Folding) -> bool:
         return all(is_float(part) and part.meta["val"].dtype == node.meta["val"].dtype for part in node.args[0])
@@ -91,20 +103,25 @@ class Concatenation(Rule):
         if self._along_channels(node, fold):
             fold.scale_of[node] = self._join(node, parts, axis, fold.require_equal)
             return
-        parts = [fold.require_equal(part, tuple(a for a in varying(part) if a == axis)) for part in parts]
-        result = parts[0]
-        for part in parts[1:]:
-            fold.scales.equate(result, part)
-            wide = tuple(a for a in varying(result) if part.shape[a] == 1)
-            result = take_first(result, wide)
-        fold.scale_of[node] = result
+        for part in parts:
+            fold.require_equal(part, tuple(a for a in varying(part) if a == axis))
+        fold.scale_of[node] = take_first(equate_all(node, node.args[0], fold), (axis,))
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.PASS if self._along_channels(node, fold) else Use.STOP
+        if self._along_channels(node, fold):
+            return Use.PASS
+        if not fold.can_carry(node, operand, shift):
+            return Use.STOP
+        return Use.PASS if all(part is operand for part in node.args[0]) else Use.JOIN
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        if self._along_channels(node, fold):
+            raise CannotCarry
+        return collapse(numbers, tuple(a for a in varying(numbers) if a == self._axis(node)))
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         if not self._along_channels(node, fold):
-            return fold.no_shift(node)
+            return fold.carried(node, node.args[0][0])
 
         def refuse(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
             raise CannotCarry
@@ -154,6 +171,33 @@ class Stack(Rule):
     def _stack(self, node: Node, parts: list[np.ndarray]) -> np.ndarray:
         shape = np.broadcast_shapes(*(part.shape for part in parts))
         return np.stack([np.broadcast_to(part, shape) for part in parts], argument(node, "dim"))
+
+
+@rule_for(aten.where.self, aten.maximum.default, aten.minimum.default)
+class Choice(Rule):
+    """One of two values at each position: they have one scale, and one shift; for an order, a positive scale."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in self._values(node))
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.scale_of[node] = equate_all(node, self._values(node), fold)
+        if node.target is not aten.where.self:
+            fold.scales.require_positive(fold.scale_of[node])
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        if operand not in self._values(node):
+            return Use.STOP
+        return Use.PASS if all(value is operand for value in self._values(node)) else Use.JOIN
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        return to_rank(numbers, node.meta["val"].dim())
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.carried(node, self._values(node)[0])
+
+    def _values(self, node: Node) -> tuple[Node, ...]:
+        return node.args[1:3] if node.target is aten.where.self else node.args[:2]
 
 
 @rule_for(aten.masked_fill.Scalar)

@@ -234,7 +234,7 @@ class Convolution(Weighted):
     def _per_group(self, node: Node, numbers: Tensor) -> Tensor:
         """Numbers along the weight's second axis, which holds the channels of one group."""
         groups, first = argument(node, "groups"), argument(node, "weight").meta["val"].shape[0]
-        if numbers.numel() == 1:
+        if groups == 1:
             return numbers
         grouped = numbers.reshape(groups, -1).repeat_interleave(first // groups, dim=0)
         return grouped.reshape(*grouped.shape, *(1,) * (numbers.dim() - 2))

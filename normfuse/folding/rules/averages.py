@@ -1,0 +1,136 @@
+"""Sums and weighted averages over positions: pooling, means, interpolation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..arrays import Collapse, varying
+from .base import Use, argument, is_float, rule_for
+from .carry import Carry, reduce_axes, varying_of
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+class AveragePool(Carry):
+    """An average over a window passes a scale; a shift only where padding does not count as zeros."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return super().matches(node, fold) and argument(node, "divisor_override") is None
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, fold)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node) if self._counts_zeros(node) else super().settle(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, range(-len(node.args[1]), 0)))
+
+    def _counts_zeros(self, node: Node) -> bool:
+        return any(argument(node, "padding")) and argument(node, "count_include_pad")
+
+
+_ADAPTIVE = {
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+}
+
+
+@rule_for(aten.mean.dim, aten.mean.default, *_ADAPTIVE)
+class Mean(Carry):
+    """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if node.target in _ADAPTIVE:
+            return collapse(numbers, varying_of(numbers, range(-_ADAPTIVE[node.target], 0)))
+        return reduce_axes(node, numbers, collapse)
+
+
+@rule_for(aten.sum.dim_IntList, aten.sum.default)
+class Total(Carry):
+    """A sum over n positions: ``sum(scale * x + shift) = scale * sum(x) + n * shift``, where n is known."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return is_float(node) and super().matches(node, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP if self._count(node) is None else super().use(node, operand, shift, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reduce_axes(node, numbers, collapse)
+
+    def factor(self, node: Node, operand: Node, fold: Folding) -> float:
+        return float(self._count(node) or 1)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        count = self._count(node)
+        return fold.no_shift(node) if count is None else super().settle(node, fold) * count
+
+    def _count(self, node: Node) -> int | None:
+        """How many positions are added up; None if that is not known."""
+        shape = node.args[0].meta["val"].shape
+        sizes = [shape[axis] for axis in argument(node, "dim") or range(len(shape))]
+        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+@rule_for(aten.cumsum.default)
+class RunningTotal(Carry):
+    """Sums over all positions up to each: a scale passes, a shift would grow from position to position."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return is_float(node) and super().matches(node, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, (node.args[1],)))
+
+
+@rule_for(
+    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
+    *(aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec),
+    *(aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec),
+    *(aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec),
+)
+class Interpolate(Carry):
+    """Weighted averages of neighbouring positions, the weights adding up to one."""
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
+
+
+@rule_for(aten.grid_sampler.default)
+class GridSample(Carry):
+    """Interpolation at computed places, which stay as they are; a border of zeros has no shift."""
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.pin(node.args[1], f"the places of {fold.describe(node)}")
+        super().relate(node, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        if operand is not node.args[0] or operand is node.args[1] or self._zeros_around(node):
+            return Use.STOP
+        return super().use(node, operand, shift, fold)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.no_shift(node) if self._zeros_around(node) else super().settle(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
+
+    def _zeros_around(self, node: Node) -> bool:
+        return argument(node, "padding_mode") == 0
