@@ -61,7 +61,8 @@ def fold(
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     if not keep_dynamic_norms:
         restore_norms(opened)
-    for fold_zeros in (True, False):
+    fold_zeros, fixed_powers = True, set()
+    while True:
         folding = Folding(
             opened,
             copy_shared=copy_shared,
@@ -69,11 +70,16 @@ def fold(
             max_scale_range=max_scale_range,
             keep_dynamic_norms=keep_dynamic_norms,
             fold_zeros=fold_zeros,
+            fixed_powers=fixed_powers,
         )
         folding.relate()
-        folding.solve()
-        if settle_shifts(folding):
+        contradicts = folding.solve()
+        if contradicts is not None:
+            fixed_powers.add(contradicts)
+        elif settle_shifts(folding) or not fold_zeros:
             break
+        else:
+            fold_zeros = False
     if not keep_dynamic_norms:
         centre_streams(folding)
     records, dynamic = collect_records(folding), collect_dynamic(folding)

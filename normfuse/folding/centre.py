@@ -47,9 +47,12 @@ def centre_streams(fold: Folding) -> None:
         if node.target is not aten.layer_norm.default or node in fold.without_mean or node in fold.with_mean:
             continue
         rest = fold.rule_of[node].shift(node, fold) - fold.shift_of[node]
-        if rest.any():
+        if len(fold.rule_of[node].axes(node)) > 1:
+            fold.with_mean[node] = "it normalises over several axes"
+        elif rest.any():
             why = fold.kept_shift.get(node)
             fold.with_mean[node] = "its shift stays in it" + (f" ({why})" if why else "")
+        if node in fold.with_mean:
             continue
         known = (why for groups, why in refused if _same(groups.get(node.args[0]), _groups_of(node, fold)))
         why = next(known, None)
@@ -112,6 +115,8 @@ class _Stream:
     def _read(self, reader: Node, value: Node, groups: np.ndarray) -> None:
         fold, rule = self.fold, self.fold.rule_of[reader]
         if isinstance(rule, DynamicNorm) and reader.target is aten.layer_norm.default:
+            if len(rule.axes(reader)) > 1:
+                raise _Refused(f"{fold.describe(reader)} normalises over other channels")
             if not _same_along(groups, groups.ndim - 1):
                 raise _Refused(f"{fold.describe(reader)} normalises over other channels")
             full = np.broadcast_to(groups, (*groups.shape[:-1], int(reader.args[0].meta["val"].shape[-1])))

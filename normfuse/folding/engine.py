@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from .report import FoldError
 from .rules import Rule, find_rule
 from .rules.affine import Coefficients
 from .rules.carry import Carry
+from .rules.powers import settle_powers
 from .scales import Outcome, Scales
 from .settle import tolerant_values
 
@@ -37,6 +38,8 @@ aten = torch.ops.aten
 _ABOUT_SIZES = {
     *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
     *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
 }
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
@@ -57,10 +60,12 @@ class Folding:
         shift_of: shifts of the values, once settled.
         affine: coefficients of every affine map with constant coefficients.
         demands: the affine maps that ask for a ratio.
+        powers: the powers, whose scales are settled once all ratios are.
         kept: affine maps that stay, with the reason.
         refused_range: those that stay for the range of scales, and which was allowed.
         stored: scale variables that go into weights.
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
+        bent: ReLUs and their like whose bound takes a shift, which their result carries on.
         settled_early: norms whose shift had grown too large to travel further.
         dynamic: the norms that compute their statistics from each input.
         kept_gain, kept_shift: those whose gain or shift stays in them, with the reason.
@@ -78,6 +83,7 @@ class Folding:
         max_scale_range: float,
         keep_dynamic_norms: bool = False,
         fold_zeros: bool = True,
+        fixed_powers: Set[Node] = frozenset(),
     ) -> None:
         self.program = program
         self.copy_shared = copy_shared
@@ -85,18 +91,21 @@ class Folding:
         self.keep_dynamic_norms = keep_dynamic_norms
         self.max_scale_range = max_scale_range
         self.fold_zeros = fold_zeros
+        self.fixed_powers = fixed_powers
         self.scales = Scales(max_scale_range)
         self.rule_of: dict[Node, Rule] = {}
         self.scale_of: dict[Node, Any] = {}
         self.shift_of: dict[Node, Any] = {}
         self.affine: dict[Node, Coefficients] = {}
         self.demands: list[Node] = []
+        self.powers: list[Node] = []
         self.kept: dict[Node, str] = {}
         self.refused_range: dict[Node, float] = {}
         self.stored: list[np.ndarray] = []
         self.leaves: list[Node] = []
         self.chosen: dict[Node, np.ndarray] = {}
         self.spilled: dict[Node, list[Node]] = {}
+        self.bent: set[Node] = set()
         self.settled_early: list[Node] = []
         self.absorbed: dict[Node, list[str]] = {}
         self.dynamic: list[Node] = []
@@ -137,8 +146,11 @@ class Folding:
             else:
                 self.scales.bound(index)
 
-    def solve(self) -> None:
-        """Meet the demands one after another, those that save most first; what contradicts stays."""
+    def solve(self) -> Node | None:
+        """Meet the demands one after another, those that save most first; what contradicts stays.
+
+        Returns a power whose scales cannot be met, if there is one: it is to be fixed before all demands.
+        """
         with_zeros = set()
         for stored in self.stored:
             self.scales.store(stored)
@@ -155,6 +167,8 @@ class Folding:
                     self.refused_range[node] = self.max_scale_range if outcome is Outcome.RANGE else math.inf
         if not self.keep_dynamic_norms:
             demand_gains(self)
+        if (contradicts := settle_powers(self)) is not None:
+            return contradicts
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
         tolerant = tolerant_values(self) if self.fold_zeros else set()
         for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
@@ -167,6 +181,7 @@ class Folding:
         for node, (_, _, b) in self.affine.items():
             if not np.isfinite(b).all():
                 self._refuse_not_finite(node)
+        return None
 
     def _demand(self, node: Node) -> Outcome:
         # What an earlier fold kept for its range it would not keep again: all scales begin at one once more.
@@ -245,11 +260,10 @@ class Folding:
         self.scales.equate(index, first)
         return first
 
-    def free_axis(self, node: Node, axis: int) -> None:
-        """Give the result of a weight operation free scales along one axis."""
+    def free_axes(self, node: Node, axes: tuple[int, ...]) -> None:
+        """Give the result of a weight operation free scales along some axes."""
         value = node.meta["val"]
-        shape = [1] * value.dim()
-        shape[axis] = int(value.shape[axis])
+        shape = [int(size) if axis in axes else 1 for axis, size in enumerate(value.shape)]
         self.scale_of[node] = self.scales.fresh(tuple(shape))
         self.stored.append(self.scale_of[node])
 
@@ -367,11 +381,15 @@ class Folding:
         """``operand * factor``, or the operand itself for a factor of one."""
         if (factor == 1).all():
             return operand
-        constant = self._constant(f"{self.path(before)}.scale", factor, operand)
-        product = self.program.insert(before, aten.mul.Tensor, (operand, constant), before)
+        product = self.apply(aten.mul.Tensor, operand, factor, name="scale", before=before)
         if before in self.refused_range:
             product.meta["custom"] = {**product.meta.get("custom", {}), _REFUSED: self.refused_range[before]}
         return product
+
+    def apply(self, target: object, operand: Node, numbers: np.ndarray, *, name: str, before: Node) -> Node:
+        """An operation with the operand and constant numbers."""
+        constant = self._constant(f"{self.path(before)}.{name}", numbers, operand)
+        return self.program.insert(before, target, (operand, constant), before)
 
     def add(self, operand: Node, shift: np.ndarray, *, before: Node | None = None, after: Node | None = None) -> Node:
         """``operand + shift``, or the operand itself for a shift of zero."""

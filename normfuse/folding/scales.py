@@ -127,6 +127,16 @@ class Scales:
             self._sign[step.above], self._ranges[:, step.above] = step.sign, step.ranges
         return outcome
 
+    def known(self, index: np.ndarray) -> np.ndarray:
+        """The scales that are tied to the constant one; not a number for the others."""
+        roots, ratio = self._roots(index.ravel())
+        return np.where(roots == self.ONE, ratio, np.nan).reshape(index.shape)
+
+    def choose(self, index: np.ndarray) -> None:
+        """Give every free class among `index` a value: plus or minus one for its root, as its sign asks."""
+        roots = np.unique(self._roots(index.ravel())[0])
+        self.demand(roots, np.zeros_like(roots), np.where(self._sign[roots] < 0, -1.0, 1.0))
+
     def is_pinned(self, index: np.ndarray) -> bool:
         """Whether every variable in `index` is tied to the constant one."""
         return not self._roots(index.ravel())[0].any()

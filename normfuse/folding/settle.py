@@ -21,6 +21,7 @@ from .rules import Use
 from .rules.base import is_float
 from .rules.carry import Carry, Piece, Select, Slice, Split
 from .rules.combine import Sum
+from .rules.order import Bend
 from .rules.weights import Embedding, Weighted
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def settle_shifts(fold: Folding) -> bool:
     Returns whether that can be written: behind a scale of zero no Add to the stored value gives a shift.
     """
     while True:
-        for settled in (fold.shift_of, fold.chosen, fold.spilled, fold.settled_early):
+        for settled in (fold.shift_of, fold.chosen, fold.spilled, fold.bent, fold.settled_early):
             settled.clear()
         if not fold.keep_dynamic_norms:
             choose_shifts(fold)
@@ -88,7 +89,10 @@ def _carry_shifts(fold: Folding) -> None:
             fold.settled_early.append(node)
             continue
         if _stopping(node, fold) and not _cancel(node, order, tolerant, fold):
-            fold.spilled[node] = _stopping(node, fold)
+            bends = (user for user in _stopping(node, fold) if isinstance(fold.rule_of.get(user), Bend))
+            fold.bent |= {user for user in bends if fold.rule_of[user].bends(user) and user in tolerant}
+            if _stopping(node, fold):
+                fold.spilled[node] = _stopping(node, fold)
 
 
 def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Folding) -> None:

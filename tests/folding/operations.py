@@ -41,6 +41,7 @@ BROADCAST: tuple[tuple[Shape, Shape], ...] = (
     ((4, 6), (2, 4, 6)),
     ((4, 1), (2, 1, 6)),
 )
+MASK = torch.ones(4, 6, dtype=torch.bool).triu()
 CONSTANTS: tuple[Shape, ...] = ((6,), (1,), (4, 1), (4, 6), (2, 1, 1), (2, 4, 6), (3, 2, 4, 6), (3, 1, 1, 1))
 
 
@@ -100,6 +101,7 @@ def named_padding(function: Callable[..., Tensor], axes: int) -> list[Case]:
 
 def attention() -> list[Case]:
     function, heads, keys = aten.scaled_dot_product_attention.default, (3, 4, 6), (3, 5, 6)
+    seen = torch.ones(4, 5, dtype=torch.bool).tril()
     hidden = torch.ones(4, 5, dtype=torch.bool).tril(-1)  # the first row sees nothing
     return [
         Case(lambda q, k, v: function(q, k, v), ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7))),
@@ -109,6 +111,9 @@ def attention() -> list[Case]:
         Case(lambda q, k, v, m: function(q, k, v, m), (heads, keys, keys), ((4, 5),)),
         Case(lambda x: function(x, x, x), (heads,)),
         Case(lambda q, x: function(q, x, x, scale=0.3), (heads, keys)),
+        Case(lambda q, k, v: function(q, k, v, seen), (heads, keys, keys)),
+        Case(lambda q, k, v: function(q, k, v, enable_gqa=True), ((2, 4, 4, 6), (2, 2, 5, 6), (2, 2, 5, 7))),
+        Case(lambda q, k, v: function(q, k, v, enable_gqa=True), ((2, 4, 4, 6), (2, 1, 5, 6), (2, 1, 5, 7))),
     ]
 
 
@@ -125,6 +130,11 @@ def batch_norms() -> list[Case]:
         # A computed gain, a computed statistic.
         Case(lambda x, w, b, m, v: apply(x, w, b, m, v), ((2, 6, 4), (6,)), vectors[:3]),
         Case(lambda x, m, w, b, v: apply(x, w, b, m, v), ((2, 6, 4), (6,)), vectors[:3]),
+        # Statistics of the batch.
+        Case(
+            lambda x, w, b: aten.batch_norm.default(x, w, b, None, None, True, 0.1, 1e-5, False), (IMAGE,), vectors[:2]
+        ),
+        Case(lambda x: aten.batch_norm.default(x, None, None, None, None, True, 0.1, 1e-5, False), ((5, 6),)),
     ]
 
 
@@ -167,6 +177,46 @@ CASES: dict[object, list[Case]] = {
     aten.sub.Tensor: [
         *binary(aten.sub.Tensor, 2),
         Case(lambda x, c: aten.sub.Tensor(x, c, alpha=2), (SEQUENCE,), ((6,),)),
+    ],
+    aten.rsub.Tensor: [
+        *binary(aten.rsub.Tensor, 3)[:-1],
+        Case(lambda x, c: aten.rsub.Tensor(x, c, alpha=2), (SEQUENCE,), ((6,),)),
+        Case(lambda x, y: aten.rsub.Tensor(x, y, alpha=0.5), (SEQUENCE, SEQUENCE)),
+    ],
+    aten.rsub.Scalar: unary(aten.rsub.Scalar, (1,), (2.5, 3)),
+    aten.lerp.Scalar: [
+        *(Case(lambda x, y: aten.lerp.Scalar(x, y, 0.3), shapes) for shapes in BROADCAST[:5]),
+        Case(lambda x, c: aten.lerp.Scalar(x, c, 0.3), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.lerp.Scalar(c, x, 0.3), (SEQUENCE,), ((6,),)),
+        Case(lambda x: aten.lerp.Scalar(x, x, 0.3), (SEQUENCE,)),
+    ],
+    aten.lerp.Tensor: [
+        Case(lambda x, c, w: aten.lerp.Tensor(x, c, w), (SEQUENCE,), ((6,), (6,))),
+        Case(lambda x, c, w: aten.lerp.Tensor(c, x, w), (SEQUENCE,), ((6,), (4, 1))),
+        Case(lambda x, y, w: aten.lerp.Tensor(x, y, w), (SEQUENCE, SEQUENCE), ((6,),)),
+    ],
+    aten.addcdiv.default: [
+        Case(lambda x, s, c: aten.addcdiv.default(s, x, c, value=2), (SEQUENCE,), ((6,), (6,))),
+        Case(lambda x, s, c: aten.addcdiv.default(x, s, c), (SEQUENCE,), ((6,), (1,))),
+        Case(lambda x, s, c: aten.addcdiv.default(s, c, x), (SEQUENCE,), ((6,), (6,))),
+    ],
+    aten.instance_norm.default: [
+        Case(
+            lambda x, w, b, m, v: aten.instance_norm.default(x, w, b, m, v.exp(), False, 0.1, 1e-5, False),
+            (IMAGE,),
+            ((6,),) * 4,
+        ),
+        Case(
+            lambda x, m, v: aten.instance_norm.default(x, None, None, m, v.exp(), False, 0.1, 1e-5, False),
+            (IMAGE,),
+            ((6,),) * 2,
+        ),
+        Case(
+            lambda x, w, b: aten.instance_norm.default(x, w, b, None, None, True, 0.1, 1e-5, False),
+            (IMAGE,),
+            ((6,),) * 2,
+        ),
+        Case(lambda x: aten.instance_norm.default(x, None, None, None, None, True, 0.1, 1e-5, False), (IMAGE,)),
     ],
     aten.neg.default: unary(aten.neg.default),
     # the same elements
@@ -382,13 +432,47 @@ CASES: dict[object, list[Case]] = {
         for m in (torch.tensor([True, False, False] * 2), torch.ones(2, 4, 6, dtype=torch.bool).triu())
         for v, shape in ((0, SEQUENCE), (0.0, (2, 1, 6)), (-1.0, SEQUENCE), (0, (6,)))
     ],
+    aten.masked_fill.Tensor: [
+        Case(
+            lambda x, v=v: aten.masked_fill.Tensor(x, torch.ones(4, 6, dtype=torch.bool).triu(), torch.tensor(v)),
+            (SEQUENCE,),
+        )
+        for v in (0.0, -1.0)
+    ],
+    aten.where.self: [
+        *(
+            Case(lambda x, y, m=m: aten.where.self(m, x, y), shapes)
+            for m in (MASK, MASK[:, :1])
+            for shapes in BROADCAST[:5]
+        ),
+        Case(lambda x: aten.where.self(MASK, x, x), (SEQUENCE,)),
+        Case(lambda x: aten.where.self(MASK, x, aten.zeros_like.default(x)), (SEQUENCE,)),
+        Case(lambda x: aten.where.self(x > 0, aten.zeros_like.default(x), x), (SEQUENCE,)),
+        Case(lambda x: aten.where.self(MASK, x, torch.flip(x, [1])), (SEQUENCE,)),
+        Case(lambda x, c: aten.where.self(MASK, c, x), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.where.self(MASK, c * 0.0, x), (SEQUENCE,), ((6,),)),
+    ],
+    aten.where.ScalarOther: unary(lambda x, v: aten.where.ScalarOther(x > 0, x, v), (0,), (0.5,)),
+    aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,)),
+    aten.square.default: unary(aten.square.default),
+    aten.sqrt.default: unary(lambda x: aten.sqrt.default(x.abs())),
+    aten.rsqrt.default: unary(lambda x: aten.rsqrt.default(x.abs())),
+    aten.reciprocal.default: unary(aten.reciprocal.default),
+    aten.pow.Tensor_Scalar: [
+        *unary(aten.pow.Tensor_Scalar, (2,), (3,), (0,), (-2,)),
+        Case(lambda x: aten.pow.Tensor_Scalar(x.relu(), 1.5), (SEQUENCE,)),
+        Case(lambda x: aten.pow.Tensor_Scalar(x, 2) + x.relu(), (SEQUENCE,)),
+    ],
+    aten.glu.default: unary(aten.glu.default, (), (1,), shape=(2, 4, 6)),
     # several values
     aten.cat.default: [
         *(Case(lambda *xs, d=d: aten.cat.default(list(xs), d), (SEQUENCE, SEQUENCE)) for d in (0, 1, -1)),
         Case(lambda *xs: aten.cat.default(list(xs), 2), (SEQUENCE, (2, 4, 1), (2, 4, 3))),
         Case(lambda *xs: aten.cat.default(list(xs), 1), (SEQUENCE, (2, 1, 6)), ((2, 3, 6),)),
         Case(lambda x, c: aten.cat.default([c, x], -1), (SEQUENCE,), ((2, 4, 5),)),
-        Case(lambda x: aten.cat.default([x, x], -1), (SEQUENCE,)),
+        *(Case(lambda x, d=d: aten.cat.default([x, x], d), (SEQUENCE,)) for d in (1, -1)),
+        Case(lambda x: aten.cat.default([x[:, 2:], x[:, :2]], 1), (SEQUENCE,)),
+        Case(lambda x: aten.cat.default([x, x.flip(1), x.tanh()], 1), (SEQUENCE,)),
     ],
     aten.stack.default: [
         *(Case(lambda *xs, d=d: aten.stack.default(list(xs), d), (SEQUENCE, SEQUENCE)) for d in (0, 2, -1)),
@@ -434,6 +518,11 @@ CASES: dict[object, list[Case]] = {
         Case(aten.matmul.default, ((4, 5), (2, 5, 6))),
         Case(aten.matmul.default, ((5,), (2, 5, 6))),
         Case(lambda x: aten.matmul.default(x, x), ((2, 4, 4),)),
+        Case(lambda x, y: aten.matmul.default(x.softmax(-1), y), ((2, 3, 4, 5), (2, 3, 5, 6))),
+        Case(lambda x, y: aten.matmul.default(x.softmax(-1).view(6, 4, 5), y), ((2, 3, 4, 5), (6, 5, 6))),
+        Case(lambda x, y: aten.matmul.default(y, x.softmax(-1).mT.transpose(1, 2)), ((2, 4, 5), (2, 3, 4))),
+        Case(lambda x, y: aten.matmul.default(x.softmax(-2), y), ((2, 4, 5), (2, 5, 6))),
+        Case(lambda x, y: aten.matmul.default(y, x.softmax(-1).transpose(1, 2)), ((2, 4, 5), (2, 3, 5))),
     ],
     aten.mm.default: [
         Case(aten.mm.default, ((4, 6),), ((6, 5),)),
@@ -505,6 +594,11 @@ CASES: dict[object, list[Case]] = {
     ]
     + [
         Case(lambda x, y: aten.einsum.default("bij,bjk->bik", [x, y]), ((2, 4, 6), (2, 6, 5))),
+        Case(lambda x, y: aten.einsum.default("bij,bjk->kbi", [x.softmax(2), y]), ((2, 4, 6), (2, 6, 5))),
+        Case(lambda x, y: aten.einsum.default("bij,bik->bkj", [x.softmax(1), y]), ((2, 4, 6), (2, 4, 5))),
+        Case(lambda x, y: aten.einsum.default("bij,bjk->bk", [x.softmax(2), y]), ((2, 4, 6), (2, 6, 5))),
+        Case(lambda x, y: aten.einsum.default("bjk,bij->bik", [y, x.softmax(1)]), ((2, 4, 6), (2, 6, 5))),
+        Case(lambda x: aten.einsum.default("bij,bik->bjk", [x, x]), (SEQUENCE,)),
         Case(lambda w, x: aten.einsum.default("bsi,io->bso", [x, w]), ((6, 5),), (SEQUENCE,)),
         Case(lambda x, w: aten.einsum.default("oi,bsi->bso", [w, x]), (SEQUENCE,), ((5, 6),)),
     ],
@@ -527,6 +621,7 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x: aten.layer_norm.default(x, [6]), (SEQUENCE,)),
         Case(lambda x, w: aten.layer_norm.default(x, [6], w, w), (SEQUENCE,), ((6,),)),
         Case(lambda x: aten.layer_norm.default(x, [4, 6]), (SEQUENCE,)),
+        Case(lambda x, w, b: aten.layer_norm.default(x, [4, 6], w, b), (SEQUENCE,), ((4, 6), (4, 6))),
         Case(lambda x, w, b: aten.layer_norm.default(x, [6], w, b), (SEQUENCE, (6,)), ((6,),)),
     ],
     aten.group_norm.default: [
@@ -537,6 +632,7 @@ CASES: dict[object, list[Case]] = {
     aten.rms_norm.default: [
         Case(lambda x, w: aten.rms_norm.default(x, [6], w), (SEQUENCE,), ((6,),)),
         Case(lambda x: aten.rms_norm.default(x, [6]), (SEQUENCE,)),
+        Case(lambda x, w: aten.rms_norm.default(x, [4, 6], w), (SEQUENCE,), ((4, 6),)),
         Case(lambda w, x: aten.rms_norm.default(x, [6], w), ((6,), SEQUENCE)),
     ],
     aten.scaled_dot_product_attention.default: attention(),

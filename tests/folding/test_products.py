@@ -102,25 +102,6 @@ def test_multihead_attention_on_several_inputs(inputs: int, bias: bool) -> None:
     assert report.bytes_copied == 0
 
 
-def test_pieces_of_one_weight_are_not_shared() -> None:
-    """Without copies, pieces that do not overlap may change on their own; those that do may not."""
-    _, report = folded(
-        look_trained(Cross(2)), (torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()), copy_shared=False
-    )
-    assert status(report) == ["folded", "folded"]
-
-    class Overlap(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.norm = nn.Parameter(torch.randn(4, C)), MapNorm()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.norm(x), self.weight[:3]) + F.linear(torch.tanh(x), self.weight[1:])
-
-    _, report = folded(Overlap(), sequence(), copy_shared=False)
-    assert status(report) == ["kept"] and "shared" in report.norms[0].reason
-
-
 def test_a_product_that_sums_over_positions_stays() -> None:
     _, report = folded(Weights(lambda m, x: torch.einsum("bsi,io->bo", x, m.square)), sequence())
     assert status(report) == ["kept"] and "einsum" in report.norms[0].reason

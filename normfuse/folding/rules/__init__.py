@@ -4,7 +4,7 @@ The order of the imports is the order in which rules are tried: ``mul`` by a con
 gate, ``matmul`` by a weight a projection before it is a mixture.
 """
 
-from . import affine, carry, parts, averages, order, dynamic, weights, products, combine  # noqa: F401, I001
+from . import affine, carry, parts, averages, order, powers, dynamic, weights, products, combine, attention  # noqa: F401, I001
 from .base import OPAQUE, Rule, Use, find_rule
 
 __all__ = ["OPAQUE", "Rule", "Use", "find_rule"]

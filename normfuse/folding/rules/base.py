@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ..engine import Folding
 
 
+# Constants with more entries are not searched for zeros.
+MAX_LOOKED_AT = 1 << 22
+
+
 class Use(enum.Enum):
     """What an operation does with a shift that an operand carries."""
 

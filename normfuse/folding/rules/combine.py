@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, take_first, to_rank, varying
-from .base import Rule, Use, argument, is_float, rule_for
+from .base import MAX_LOOKED_AT, Rule, Use, argument, is_float, rule_for
 
 if TYPE_CHECKING:
     from ..engine import Folding
@@ -173,6 +173,32 @@ class Stack(Rule):
         return np.stack([np.broadcast_to(part, shape) for part in parts], argument(node, "dim"))
 
 
+@rule_for(
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
+    *(aten.where.ScalarSelf, aten.where.ScalarOther),
+)
+class ZeroFill(Rule):
+    """Zeros at computed positions: the scale passes, a shift does not."""
+
+    alike = True
+    owns_constants = True
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        value, fill = self._value_and_fill(node, fold)
+        if not is_float(value) or fold.program.is_constant(value) or value.meta["val"].dim() != node.meta["val"].dim():
+            return False
+        return value.meta["val"].dtype == node.meta["val"].dtype and is_zero(fill, fold)
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        fold.scale_of[node] = fold.scale(self._value_and_fill(node, fold)[0])
+
+    def _value_and_fill(self, node: Node, fold: Folding) -> tuple[object, object]:
+        if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            return node.args[0], node.args[2]
+        first, second = node.args[1:3]
+        return (second, first) if is_zero(first, fold) else (first, second)
+
+
 @rule_for(aten.where.self, aten.maximum.default, aten.minimum.default)
 class Choice(Rule):
     """One of two values at each position: they have one scale, and one shift; for an order, a positive scale."""
@@ -200,20 +226,6 @@ class Choice(Rule):
         return node.args[1:3] if node.target is aten.where.self else node.args[:2]
 
 
-@rule_for(aten.masked_fill.Scalar)
-class ZeroFill(Rule):
-    """Zeros at computed positions: the scale passes, a shift does not."""
-
-    alike = True
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        operand = node.args[0]
-        return node.args[2] == 0 and is_float(operand) and operand.meta["val"].dim() == node.meta["val"].dim()
-
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.scale_of[node] = fold.scale(node.args[0])
-
-
 @rule_for(aten.mul.Tensor, aten.div.Tensor)
 class Gate(Rule):
     """``y = x * m`` (or ``x / m``) with a computed m, which stays as it is: the scale passes, a shift does not.
@@ -235,56 +247,26 @@ class Gate(Rule):
         fold.scale_of[node] = to_rank(fold.scale(scaled), node.meta["val"].dim())
 
 
-@rule_for(aten.matmul.default, aten.bmm.default)
-class Mixture(Rule):
-    """``y = P x`` with computed P (attention's probabilities): x's scale passes along the last axis, no shift does."""
+@rule_for(aten.glu.default)
+class GatedUnit(Rule):
+    """``y = x1 * sigmoid(x2)`` of the two halves of a value: the first half's scale passes, the second is fixed."""
 
     def matches(self, node: Node, fold: Folding) -> bool:
-        return all(is_float(x) and x.meta["val"].dim() >= 2 for x in node.args[:2])
+        return is_float(node) and isinstance(node.meta["val"].shape[argument(node, "dim")], int)
 
     def relate(self, node: Node, fold: Folding) -> None:
-        left, right = node.args[:2]
-        fold.pin(left, f"{fold.describe(node)}, of which it is a factor")
-        scale = fold.scale(right)
-        contracted = scale.ndim - 2
-        scale = fold.require_equal(scale, tuple(a for a in varying(scale) if a == contracted))
-        fold.scale_of[node] = to_rank(scale, node.meta["val"].dim())
+        scale, axis = fold.scale(node.args[0]), argument(node, "dim")
+        size = int(node.meta["val"].shape[axis])
+        values, gates = np.split(scale, [size], axis) if scale.shape[axis] != 1 else (scale, scale)
+        fold.scales.pin(gates, f"{fold.describe(node)}, of which it is a factor")
+        fold.scale_of[node] = values
 
 
-@rule_for(aten.scaled_dot_product_attention.default)
-class Attention(Rule):
-    """Softmax-weighted sums of the values: the weights add up to one, so scale and shift of the values pass.
-
-    With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops. Queries, keys and
-    the mask meet in the softmax and stay as they are.
-    """
-
-    def matches(self, node: Node, fold: Folding) -> bool:
-        plain = argument(node, "dropout_p") == 0 and not argument(node, "enable_gqa")
-        return plain and all(is_float(x) for x in node.args[:3])
-
-    def relate(self, node: Node, fold: Folding) -> None:
-        query, key, value = node.args[:3]
-        reason = f"the comparison of queries with keys in {fold.describe(node)}"
-        mask = argument(node, "attn_mask")
-        for operand in (query, key, *([mask] if mask is not None and is_float(mask) else [])):
-            fold.pin(operand, reason)
-        fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)
-
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        query, key, _value = node.args[:3]
-        if operand in (query, key) or argument(node, "attn_mask") is not None:
-            return Use.STOP
-        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
-
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
-        if operand is not node.args[2]:
-            raise CannotCarry
-        positions = numbers.ndim - 2
-        numbers = collapse(numbers, tuple(a for a in varying(numbers) if a == positions))
-        return to_rank(numbers, node.meta["val"].dim())
-
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        if argument(node, "attn_mask") is not None:
-            return fold.no_shift(node)
-        return fold.carried(node, node.args[2])
+def is_zero(value: object, fold: Folding) -> bool:
+    """Whether a number or a tensor is zero everywhere."""
+    if not isinstance(value, Node):
+        return value == 0
+    if value.target in (aten.zeros_like.default, aten.new_zeros.default):
+        return True
+    small = fold.program.is_constant(value) and value.meta["val"].numel() <= MAX_LOOKED_AT
+    return small and not bool(fold.program.constant(value).any())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..arrays import along_axis
 from .base import Rule, argument, is_float, rule_for
 
 if TYPE_CHECKING:
@@ -18,9 +17,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@rule_for(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default)
+@rule_for(
+    *(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default),
+    *(aten.instance_norm.default, aten.batch_norm.default),
+)
 class DynamicNorm(Rule):
-    """``y = gain * core(x) + shift``, over the last axis (LayerNorm, RMSNorm) or axis 1 (GroupNorm).
+    """``y = gain * core(x) + shift``, over the last axes (LayerNorm, RMSNorm) or axis 1 (GroupNorm, InstanceNorm, and
+    BatchNorm that measures each batch).
 
     The core measures x against a fixed eps, so x stays as it is. With ``y = s_y * f_y + t_y``:
 
@@ -36,18 +39,21 @@ class DynamicNorm(Rule):
 
     def matches(self, node: Node, fold: Folding) -> bool:
         constants = (argument(node, "weight"), argument(node, "bias"))
-        one_axis = node.target is aten.group_norm.default or len(argument(node, "normalized_shape")) == 1
-        return one_axis and is_float(node.args[0]) and all(c is None or fold.usable_weight(c) for c in constants)
+        measures = argument(node, "training", True) and argument(node, "use_input_stats", True)
+        return measures and is_float(node.args[0]) and all(c is None or fold.usable_weight(c) for c in constants)
 
-    def axis(self, node: Node) -> int:
-        return 1 if node.target is aten.group_norm.default else node.meta["val"].dim() - 1
+    def axes(self, node: Node) -> tuple[int, ...]:
+        """The axes of gain and shift."""
+        shape = argument(node, "normalized_shape")
+        rank = node.meta["val"].dim()
+        return (1,) if shape is None else tuple(range(rank - len(shape), rank))
 
     def chooses_shift(self, node: Node, fold: Folding) -> bool:
         return node.target is not aten.rms_norm.default
 
     def relate(self, node: Node, fold: Folding) -> None:
         fold.pin(node.args[0], f"the statistics of {fold.describe(node)}")
-        fold.free_axis(node, self.axis(node))
+        fold.free_axes(node, self.axes(node))
         fold.dynamic.append(node)
 
     def gain(self, node: Node, fold: Folding) -> np.ndarray:
@@ -69,9 +75,9 @@ class DynamicNorm(Rule):
             if weight is not None:
                 fold.set_argument(node, "weight", None)
         elif weight is None:
-            fold.create_weight(node, "weight", self._vector(node, gain / s_y, fold))
+            fold.create_weight(node, "weight", self._stored(node, gain / s_y))
         elif (s_y != 1).any():
-            fold.scale_weight(node, weight, 1.0 / self._vector(node, s_y, fold))
+            fold.scale_weight(node, weight, 1.0 / self._stored(node, s_y))
         if self.chooses_shift(node, fold) and (t_y.any() or (s_y != 1).any()):
             rest = shift - t_y
             assert not rest[np.broadcast_to(s_y == 0, rest.shape)].any(), (
@@ -80,17 +86,22 @@ class DynamicNorm(Rule):
             rest = np.divide(rest, s_y, out=np.zeros_like(rest), where=s_y != 0)
             bias = argument(node, "bias")
             name = f"{fold.path(node)}.bias"
-            fold.set_bias(node, "bias", bias, self._vector(node, rest, fold), name=name, like=node.args[0])
+            fold.set_bias(node, "bias", bias, self._stored(node, rest), name=name, like=node.args[0])
         if node in fold.without_mean:
             shape, eps = argument(node, "normalized_shape"), argument(node, "eps")
             args = (node.args[0], shape, argument(node, "weight"), eps)
             node.target, node.args, node.kwargs = aten.rms_norm.default, args, {}
 
-    def _vector(self, node: Node, numbers: np.ndarray, fold: Folding) -> Tensor:
-        axis = self.axis(node)
-        return fold.vector(numbers, axis, int(node.meta["val"].shape[axis]))
+    def _stored(self, node: Node, numbers: np.ndarray) -> Tensor:
+        """Numbers about the result's channels, as the operation holds them."""
+        axes = self.axes(node)
+        others = tuple(axis for axis in range(numbers.ndim) if axis not in axes)
+        return torch.from_numpy(np.broadcast_to(numbers.squeeze(others), self._shape(node)).copy())
+
+    def _shape(self, node: Node) -> tuple[int, ...]:
+        return tuple(int(node.meta["val"].shape[axis]) for axis in self.axes(node))
 
     def _constant(self, node: Node, name: str, default: float, fold: Folding) -> np.ndarray:
-        value, axis, result = argument(node, name), self.axis(node), node.meta["val"]
-        vector = np.full(int(result.shape[axis]), default) if value is None else fold.program.constant(value).numpy()
-        return along_axis(vector, axis, result.dim())
+        value, axes, shape = argument(node, name), self.axes(node), node.meta["val"].shape
+        numbers = np.full(self._shape(node), default) if value is None else fold.program.constant(value).numpy()
+        return numbers.reshape([int(shape[axis]) if axis in axes else 1 for axis in range(len(shape))])

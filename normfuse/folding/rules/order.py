@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ..arrays import Collapse
-from .base import Rule, Use, argument, is_float, rule_for
+from .base import MAX_LOOKED_AT, Rule, Use, argument, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
 
 if TYPE_CHECKING:
@@ -92,37 +92,69 @@ class Homogeneous(Rising):
         return numbers
 
 
-@rule_for(
-    *(aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.prelu.default, aten.rrelu.default),
-    *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default),
-    *(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.threshold.default),
-)
-class Bend(Homogeneous):
-    """ReLU and its like. Slopes are constant, bounds are zero or infinite."""
+_BOUNDS = ("min", "max", "min_val", "max_val", "threshold", "value")
 
-    _BOUNDS = ("min", "max", "min_val", "max_val", "threshold", "value")
+
+@rule_for(
+    *(aten.leaky_relu.default, aten.abs.default, aten.prelu.default, aten.rrelu.default),
+)
+class Slope(Homogeneous):
+    """Two slopes that meet at zero, which are constant."""
 
     def matches(self, node: Node, fold: Folding) -> bool:
         slope = argument(node, "weight")
         if not super().matches(node, fold) or argument(node, "training"):
             return False
-        if slope is not None and not fold.program.is_constant(slope):
-            return False
-        same_shape = node.meta["val"].dim() == node.args[0].meta["val"].dim()
-        return same_shape and all(is_bound(argument(node, name), fold) for name in self._BOUNDS)
+        return slope is None or fold.program.is_constant(slope)
 
 
-@rule_for(aten.maximum.default, aten.minimum.default)
-class BendAtConstant(Homogeneous):
-    """The larger, or the smaller, of a value and zeros."""
+@rule_for(
+    *(aten.relu.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
+    *(aten.hardtanh.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
+    *(aten.threshold.default, aten.maximum.default, aten.minimum.default),
+)
+class Bend(Homogeneous):
+    """ReLU and its like, with bounds that are zero or infinite.
 
-    def operand(self, node: Node) -> Node:
-        return node.args[0]
+    Where a shift has nowhere else to go, the bound takes it: ``max(s * x + t, 0) = s * max(x, -t / s) + t``.
+    """
 
     def matches(self, node: Node, fold: Folding) -> bool:
-        value, bound = node.args
-        same_shape = is_float(value) and node.meta["val"].dim() == value.meta["val"].dim()
-        return same_shape and not fold.program.is_constant(value) and is_bound(bound, fold)
+        value, bounds = node.args[0], self._bounds(node)
+        if not is_float(value) or fold.program.is_constant(value) or value.meta["val"].dtype != node.meta["val"].dtype:
+            return False
+        return value.meta["val"].dim() == node.meta["val"].dim() and all(is_bound(bound, fold) for bound in bounds)
+
+    def bends(self, node: Node) -> bool:
+        """Whether there is one bound, zero everywhere."""
+        return self._side(node) is not None
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.PASS if node in fold.bent else Use.STOP
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.carried(node, node.args[0]) if node in fold.bent else fold.no_shift(node)
+
+    def rewrite(self, node: Node, fold: Folding) -> None:
+        if node in fold.bent and fold.shift_of[node].any():
+            bound = -fold.shift_of[node] / fold.scales[fold.scale(node)]
+            fold.replace(node, fold.apply(self._side(node), node.args[0], bound, name="bound", before=node))
+
+    def _bounds(self, node: Node) -> list[object]:
+        if node.target in (aten.maximum.default, aten.minimum.default):
+            return [node.args[1]]
+        return [argument(node, name) for name in _BOUNDS]
+
+    def _side(self, node: Node) -> object:
+        """The operation with a bound of its own for every channel; None where there is none."""
+        if node.target in (aten.relu.default, aten.threshold.default):
+            return aten.maximum.default
+        low, high = (argument(node, f"{side}_val", argument(node, side)) for side in ("min", "max"))
+        if node.target in (aten.maximum.default, aten.minimum.default):
+            low, high = (node.args[1], None) if node.target is aten.maximum.default else (None, node.args[1])
+        if high in (None, math.inf) and _is_number_zero(low):
+            return aten.maximum.default
+        return aten.minimum.default if low in (None, -math.inf) and _is_number_zero(high) else None
 
 
 @rule_for(*_COMPARISONS)
@@ -142,11 +174,11 @@ def is_bound(bound: object, fold: Folding) -> bool:
         return True
     if isinstance(bound, int | float):
         return bound == 0 or math.isinf(bound)
-    if not fold.program.is_constant(bound) or bound.meta["val"].numel() > MAX_BOUNDS:
+    if not fold.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:
         return False
     value = fold.program.constant(bound)
     return bool(((value == 0) | value.isinf()).all())
 
 
-# Constants with more entries are not looked at.
-MAX_BOUNDS = 1 << 22
+def _is_number_zero(bound: object) -> bool:
+    return isinstance(bound, int | float) and bound == 0

@@ -97,11 +97,8 @@ class Weighted(Rule):
         operand, _, _ = self.operands(node)
         inner = fold.scale(operand)
         fold.require_equal(inner, self._others(node, inner))
-        shape = [1] * node.meta["val"].dim()
-        for axis in self.output_axes(node):
-            shape[axis] = int(node.meta["val"].shape[axis])
-        fold.scale_of[node] = fold.scales.fresh(tuple(shape))
-        fold.stored += [inner, fold.scale_of[node]]
+        fold.stored.append(inner)
+        fold.free_axes(node, self.output_axes(node))
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
         if shift is None:
@@ -234,7 +231,7 @@ class Convolution(Weighted):
     def _per_group(self, node: Node, numbers: Tensor) -> Tensor:
         """Numbers along the weight's second axis, which holds the channels of one group."""
         groups, first = argument(node, "groups"), argument(node, "weight").meta["val"].shape[0]
-        if groups == 1:
+        if groups == 1 or numbers.numel() == 1:
             return numbers
         grouped = numbers.reshape(groups, -1).repeat_interleave(first // groups, dim=0)
         return grouped.reshape(*grouped.shape, *(1,) * (numbers.dim() - 2))
@@ -267,7 +264,7 @@ class Embedding(Rule):
         return True
 
     def relate(self, node: Node, fold: Folding) -> None:
-        fold.free_axis(node, node.meta["val"].dim() - 1)
+        fold.free_axes(node, (node.meta["val"].dim() - 1,))
 
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         return fold.chosen_shift(node)

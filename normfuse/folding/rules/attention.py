@@ -1,0 +1,154 @@
+"""Products of two computed values, attention's among them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
+from ..operations import CASTS, COPIES, DROPOUTS
+from .base import Rule, Use, argument, is_float, rule_for
+from .carry import varying_of
+from .contraction import contraction_of, factors_of, lay
+
+if TYPE_CHECKING:
+    from ..engine import Folding
+
+aten = torch.ops.aten
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_SAME = CASTS | COPIES | DROPOUTS | {aten.contiguous.default, aten.detach.default, aten.alias.default}
+_RESHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+
+
+@rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default)
+class Mixture(Rule):
+    """``y = P x`` with a computed P: the scale of x passes along the axes that stay, and P is fixed.
+
+    A shift passes where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
+    """
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return contraction_of(node) is not None and all(is_float(factor) for factor in factors_of(node))
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        factors = factors_of(node)
+        fixed = [fold.program.is_constant(x) or fold.is_fixed(x) for x in factors]
+        at = self._averaged(node)
+        if at is None:
+            at = 0 if fixed[1] and not fixed[0] else 1
+        fold.pin(factors[1 - at], f"{fold.describe(node)}, of which it is a factor")
+        fold.scale_of[node] = self._arrange(node, at, fold.scale(factors[at]), fold.require_equal)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        at, factors = self._averaged(node), factors_of(node)
+        if at is None or operand is not factors[at] or factors[0] is factors[1]:
+            return Use.STOP
+        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        at = self._averaged(node)
+        if at is None or operand is not factors_of(node)[at]:
+            raise CannotCarry
+        return self._arrange(node, at, numbers, collapse)
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        at = self._averaged(node)
+        return fold.no_shift(node) if at is None else fold.carried(node, factors_of(node)[at])
+
+    def _arrange(self, node: Node, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+        """Numbers about one factor, arranged as the result's: equal along all axes that are summed over."""
+        found = contraction_of(node)
+        axes = (found.left, found.right)[at]
+        numbers = collapse(numbers, tuple(a for a in varying(numbers) if axes[a] not in found.result))
+        return lay(numbers, axes, found.result)
+
+    def _averaged(self, node: Node) -> int | None:
+        """Which factor is averaged with the softmax that the other one is; None where neither is."""
+        found, factors = contraction_of(node), factors_of(node)
+        summed = {*found.left, *found.right} - {*found.result, ""}
+        for at, axes in enumerate((found.right, found.left)):
+            own = (found.left, found.right)[at]
+            if len(summed) == 1 and summed <= set(axes) and summed <= set(own):
+                if _adds_up_to_one(factors[1 - at], axes.index(*summed)):
+                    return at
+        return None
+
+
+@rule_for(aten.scaled_dot_product_attention.default)
+class Attention(Rule):
+    """Softmax-weighted sums of the values: the weights add up to one, so scale and shift of the values pass.
+
+    With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops, unless the mask is
+    constant and has no such row. Queries, keys and the mask meet in the softmax and stay as they are.
+    """
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return argument(node, "dropout_p") == 0 and all(is_float(x) for x in node.args[:3])
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        query, key, value = node.args[:3]
+        reason = f"the comparison of queries with keys in {fold.describe(node)}"
+        mask = argument(node, "attn_mask")
+        for operand in (query, key, *([mask] if mask is not None and is_float(mask) else [])):
+            fold.pin(operand, reason)
+        fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        query, key, _value = node.args[:3]
+        if operand in (query, key, argument(node, "attn_mask")) or not self._rows_see_something(node, fold):
+            return Use.STOP
+        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        query, _, value = node.args[:3]
+        if operand is not value:
+            raise CannotCarry
+        numbers = collapse(numbers, varying_of(numbers, (-2,)))
+        if argument(node, "enable_gqa") and numbers.ndim > 2 and numbers.shape[-3] != 1:
+            heads = query.meta["val"].shape[-3], value.meta["val"].shape[-3]
+            if not all(isinstance(count, int) for count in heads):
+                numbers = collapse(numbers, varying_of(numbers, (-3,)))
+            else:
+                numbers = np.repeat(numbers, heads[0] // heads[1], -3)
+        return to_rank(numbers, node.meta["val"].dim())
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        if not self._rows_see_something(node, fold):
+            return fold.no_shift(node)
+        return fold.carried(node, node.args[2])
+
+    def _rows_see_something(self, node: Node, fold: Folding) -> bool:
+        """Whether no row is masked altogether."""
+        mask = argument(node, "attn_mask")
+        if mask is None:
+            return True
+        if not fold.program.is_constant(mask):
+            return False
+        seen = fold.program.constant(mask)
+        seen = seen if seen.dtype == torch.bool else seen > -torch.inf
+        return bool(seen.any(-1).all())
+
+
+def _adds_up_to_one(node: Node, axis: int) -> bool:
+    """Whether the entries along an axis are those of a softmax along it."""
+    while node.op == "call_function" and node.target not in _SOFTMAX:
+        if node.target in _SAME and not argument(node, "train", False):
+            pass
+        elif node.target is aten.transpose.int:
+            rank = node.meta["val"].dim()
+            first, second = (dim % rank for dim in node.args[1:3])
+            axis = {first: second, second: first}.get(axis, axis)
+        elif node.target is aten.permute.default:
+            axis = node.args[1][axis] % node.meta["val"].dim()
+        elif node.target in _RESHAPED:
+            before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+            if axis != len(after) - 1 or not same_size(before[-1], after[-1]):
+                return False
+            axis = len(before) - 1
+        else:
+            return False
+        node = node.args[0]
+    return node.op == "call_function" and node.args[1] % node.meta["val"].dim() == axis
