@@ -47,8 +47,8 @@ def centre_streams(fold: Folding) -> None:
         if node.target is not aten.layer_norm.default or node in fold.without_mean or node in fold.with_mean:
             continue
         rest = fold.rule_of[node].shift(node, fold) - fold.shift_of[node]
-        if len(fold.rule_of[node].axes(node)) > 1:
-            fold.with_mean[node] = "it normalises over several axes"
+        if len(axes := fold.rule_of[node].axes(node)) > 1:
+            fold.with_mean[node] = f"it normalises over {len(axes)} axes at once"
         elif rest.any():
             why = fold.kept_shift.get(node)
             fold.with_mean[node] = "its shift stays in it" + (f" ({why})" if why else "")

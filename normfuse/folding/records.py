@@ -71,6 +71,7 @@ def _record(node: Node, folding: Folding) -> DynamicNormRecord:
         "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
         "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
         "mean": folding.with_mean.get(node, ""),
+        "statistics": _what_it_measures(node),
     }
     if not folding.keep_dynamic_norms:
         record.reasons = {what: why for what, why in reasons.items() if why}
@@ -85,14 +86,18 @@ def _untouched(node: Node, why: str) -> DynamicNormRecord:
     return DynamicNormRecord(name, kind, NORMALISING[node.target], gain, shift, reasons={what: why})
 
 
-def _why_untouched(node: Node, folding: Folding) -> str:
+def _what_it_measures(node: Node) -> str:
+    """What keeps a norm that could have had running statistics dynamic; empty for other norms."""
     measured = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(operation_name(node))
     if measured and argument(node, measured):
         over = "each batch" if measured == "training" else "each sample"
         return f"it has no running statistics and measures {over}"
-    shape = argument(node, "normalized_shape")
-    if shape is not None and len(shape) > 1:
-        return f"it normalises over {len(shape)} axes at once"
+    return ""
+
+
+def _why_untouched(node: Node, folding: Folding) -> str:
+    if why := _what_it_measures(node):
+        return why
     constants = [c for name in ("weight", "bias") if (c := argument(node, name)) is not None]
     if not all(map(folding.program.is_constant, constants)):
         return "its gain or shift is computed from the input"

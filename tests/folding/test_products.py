@@ -104,7 +104,7 @@ def test_multihead_attention_on_several_inputs(inputs: int, bias: bool) -> None:
 
 def test_a_product_that_sums_over_positions_stays() -> None:
     _, report = folded(Weights(lambda m, x: torch.einsum("bsi,io->bo", x, m.square)), sequence())
-    assert status(report) == ["kept"] and "einsum" in report.norms[0].reason
+    assert status(report) == ["kept"]
 
 
 def test_a_diagonal_is_no_product() -> None:
