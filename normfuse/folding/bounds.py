@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node, map_arg
+
+from .operations import CASTS, is_view, rises
 
 aten = torch.ops.aten
 
@@ -21,19 +22,6 @@ class Interval(NamedTuple):
     upper: Tensor
 
 
-# Rising functions, and what only picks or averages: each bound goes through on its own.
-_RISING = {
-    *(aten.relu.default, aten.relu6.default, aten.tanh.default, aten.sigmoid.default, aten.elu.default),
-    *(aten.softplus.default, aten.hardtanh.default, aten.hardsigmoid.default, aten.clamp.default, aten.erf.default),
-    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.amax.default, aten.mean.dim, aten.sum.dim_IntList),
-    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.leaky_relu.default),
-    *(aten.adaptive_avg_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints),
-    *(aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default),
-    *(aten.select.int, aten.slice.Tensor, aten.cat.default, aten.contiguous.default, aten.clone.default),
-    *(aten.to.dtype, aten.dropout.default, aten.split.Tensor, aten.chunk.default, aten.alias.default),
-    *(aten.constant_pad_nd.default, aten.pad.default, aten.detach.default, operator.getitem),
-}
-_SLOPED = {aten.leaky_relu.default, aten.elu.default}  # which rise only where no slope is negative
 # Functions that fall until here and rise from here on; GELU in its form with tanh has another valley.
 _VALLEYS = {
     aten.gelu.default: -0.7517915246935645,
@@ -94,10 +82,7 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
     if not uncertain:
         return target(*args, **kwargs)
     x = args[0] if isinstance(args[0], Interval) else None
-    falls = target in _SLOPED and any(
-        isinstance(slope, int | float) and slope < 0 for slope in (*args[1:], *kwargs.values())
-    )
-    if target in _RISING and not falls:
+    if rises(node) or is_view(node) or target in CASTS:  # each bound goes through on its own
         low, high = at(0), at(1)
         if isinstance(low, Tensor):
             return Interval(low, high)

@@ -41,8 +41,18 @@ NORMALISING = {
 _MOVEMENTS = {
     *(aten._unsafe_view.default, aten.repeat.default, aten.roll.default, aten.flip.default, aten.index_select.default),
     *(aten.gather.default, aten.cat.default, aten.stack.default, aten.constant_pad_nd.default, aten.tril.default),
-    *(aten.repeat_interleave.self_int, aten.triu.default, aten.diag.default, aten.diag_embed.default),
+    *(aten.repeat_interleave.self_int, aten.triu.default, aten.pad.default, aten.diag.default, aten.diag_embed.default),
 }
+# Functions that never fall, of each number or of several.
+_RISING = {
+    *(aten.relu.default, aten.relu6.default, aten.tanh.default, aten.sigmoid.default, aten.softplus.default),
+    *(aten.hardtanh.default, aten.hardsigmoid.default, aten.clamp.default, aten.clamp_min.default, aten.erf.default),
+    *(aten.leaky_relu.default, aten.elu.default, aten.exp.default, aten.amax.default, aten.amin.default),
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.mean.dim, aten.sum.dim_IntList),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.cumsum.default),
+    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default),
+}
+_SLOPED = {aten.leaky_relu.default, aten.elu.default}  # which rise only where no slope is negative
 # Continuous functions and sums of products.
 _SMOOTH = {
     *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar),
@@ -72,6 +82,12 @@ def returns_alias(target: Any) -> bool:
         return False
     returned = [value.alias_info for value in target._schema.returns]
     return bool(returned) and all(info is not None and not info.is_write for info in returned)
+
+
+def rises(node: Node) -> bool:
+    """Whether a result never falls when its first operand rises."""
+    slopes = (*node.args[1:], *node.kwargs.values()) if node.target in _SLOPED else ()
+    return node.target in _RISING and not any(isinstance(slope, int | float) and slope < 0 for slope in slopes)
 
 
 def is_smooth(node: Node) -> bool:

@@ -14,6 +14,8 @@ from .report import DynamicNormRecord, NormRecord
 from .rules import OPAQUE
 from .settle import sources_of_shift
 
+_FAR = 64  # operations around a norm among which the weights that took it are looked for
+
 
 def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
@@ -120,18 +122,19 @@ def _operations_around(node: Node, folding: Folding, *, backward: bool = True) -
     """The operations that read a norm's result and, if asked for, those that write its input.
 
     They are looked for through operations without weights, but through one that brings several values together only
-    once: behind it begins the rest of the residual stream.
+    once: behind it begins the rest of the residual stream. Maps that stay, and a long way, end the search.
     """
-    pending, found = [(node, True, False), *([(node, False, False)] if backward else [])], []
-    while pending:
+    pending = [(node, True, False), *([(node, False, False)] if backward else [])]
+    found: dict[Node, None] = {}
+    while pending and len(found) < _FAR:
         current, forward, met = pending.pop()
         for neighbour in current.users if forward else current.all_input_nodes:
             rule = folding.rule_of.get(neighbour)
             if rule is None or rule is OPAQUE or neighbour in found:
                 continue
-            found.append(neighbour)
+            found[neighbour] = None
             several = sum(operand in folding.scale_of for operand in neighbour.all_input_nodes) > 1
             weights = rule.owns_constants and neighbour not in folding.affine
-            if not (weights or (several and met)):
+            if not (weights or neighbour in folding.kept or (several and met)):
                 pending.append((neighbour, forward, met or several))
     return found

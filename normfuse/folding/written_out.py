@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .operations import CASTS
 from .program import Program
 from .rules.base import argument, is_float
 
 aten = torch.ops.aten
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
 def restore_norms(program: Program) -> None:
@@ -144,7 +144,7 @@ def _readers(node: Node) -> list[Node]:
 
 def _same_values(node: Node) -> Node:
     """The value itself, without casts to the dtype that it has."""
-    while _is(node, *_CASTS) and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
+    while _is(node, *CASTS) and node.args[0].meta["val"].dtype == node.meta["val"].dtype:
         node = node.args[0]
     return node
 
