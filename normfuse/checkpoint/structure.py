@@ -62,7 +62,9 @@ def _walk(value: Any, path: Path, visit: Callable[[Path, Any], Any], depth: int 
     parts = children(value)
     if parts is None or not (_container(value) or _holds_tensors(value, depth)):
         return visit(path, value)
-    depth += not _container(value)
+    if not _container(value):  # what else an object keeps is its own affair
+        parts = {key: part for key, part in parts.items() if _holds_tensors(part, depth + 1)}
+        depth += 1
     new = {key: _walk(part, (*path, key), visit, depth) for key, part in parts.items()}
     return value if all(new[key] is part for key, part in parts.items()) else _rebuilt(value, new)
 
