@@ -31,6 +31,7 @@ from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.options import DTYPES, OPSETS
 
+INPUTS = "normfuse.inputs"  # in the file's metadata: what ONNX has no place for, such as the bounds of dimensions
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
 _ONE_FILE_LIMIT = 2**31 - 2**25
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -60,7 +61,8 @@ def write(
             written in.
         dtype: ``float32``, or ``float16`` to convert weights and operations while inputs and outputs stay
             float32.
-        inputs: names for the inputs and their dynamic dimensions; without them the file shows the program's own.
+        inputs: names for the inputs and their dynamic dimensions; without them the file shows the program's own. Its
+            metadata has them with their bounds, under ``normfuse.inputs``: a line for each, as `--input` takes it.
         outputs: names for the outputs; without them keys of a dictionary, else ``output_0``, ``output_1``, …
         one_file_limit: weights of more bytes than this go to a file beside it, ``<path>.<random>.data``.
         shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.shaping`.
@@ -124,6 +126,8 @@ def write_staged(
             spell_out(model)
         RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
         ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
+        if inputs:
+            model.metadata_props[INPUTS] = "\n".join(map(str, inputs))
         if dtype == "float16":
             refuse_overflow(model)
         save_model(model, path, one_file_limit)
@@ -166,7 +170,7 @@ def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inp
     for spec, sizes in zip(inputs, user_sizes(program), strict=False):
         for dim, size in zip(spec.dims, sizes, strict=True):
             if not isinstance(dim, int) and isinstance(size, sympy.Symbol):
-                symbols[str(size)] = dim.name if isinstance(dim, Dimension) else f"({dim})"
+                symbols[str(size)] = dim.name if isinstance(dim, Dimension) else str(dim)
     if not symbols:
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
@@ -176,10 +180,14 @@ def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inp
                 [
                     dim
                     if isinstance(dim, int) or dim.value is None
-                    else pattern.sub(lambda m: symbols[m[0]], dim.value)
+                    else pattern.sub(lambda m, dim=dim: _in_place(symbols[m[0]], m[0] == dim.value), dim.value)
                     for dim in value.shape
                 ]
             )
+
+
+def _in_place(name: str, alone: bool) -> str:
+    return name if alone or name.isidentifier() else f"({name})"
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -99,7 +99,10 @@ def test_the_bound_is_in_the_file_and_the_note_in_the_result(tmp_path):
         model, tmp_path / "m.onnx", example_inputs=(X, X[:1]), dynamic_shapes=({0: "past"}, {}), opset=20
     )
     assert result.notes == ["past <= 63: the model takes no more"]
-    graph = onnx.load(result.path).graph
+    model = onnx.load(result.path)
+    (metadata,) = model.metadata_props
+    assert metadata.key == "normfuse.inputs" and metadata.value == "x:float32[past<=63,8]\ny:float32[1,8]"
+    graph = model.graph
     assert graph.output[0].type.tensor_type.shape.dim[0].dim_param in ("past + 1", "1 + past")
 
 
