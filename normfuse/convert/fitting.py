@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,11 +13,24 @@ from torch import Tensor, nn
 from ..nn import MaskedBatchNorm, ProgressiveNorm, RepBatchNorm
 from ..nn._running_norm import ChannelNorm, normalised_input
 from ..nn.batch_norm import deviation_of
-from ..nn.calibration import keep_modes, run_batch
+from ..nn.calibration import calibrate, keep_modes, run_batch
 from ..ops._layout import to_rows
 
 _CONSTANT = 1e-8  # share of the mean variance over channels below which a channel counts as constant
 _SLOPE_OF_CONSTANTS = 0.1  # of the median slope: adds its square, 0.01, of a usual channel's variance
+
+
+@contextmanager
+def static_alone(norms: dict[str, ProgressiveNorm]) -> Iterator[None]:
+    """Let evaluation run the static norms alone, as at λ = 0."""
+    shares = {norm: norm.share for norm in norms.values()}
+    try:
+        for norm in shares:
+            norm.share = 0.0
+        yield
+    finally:
+        for norm, share in shares.items():
+            norm.share = share
 
 
 class _Moments:
@@ -51,21 +66,18 @@ def fit_static_norms(
     fit: bool,
 ) -> dict[str, float]:
     """See :meth:`normfuse.convert.Conversion.calibrate`."""
+    batches = list(loader if max_batches is None else islice(loader, max_batches))
     moments = {name: _Moments(norm) for name, norm in norms.items()}
     hooks = [norm.register_forward_pre_hook(moments[name].observe, with_kwargs=True) for name, norm in norms.items()]
-    batches = 0
     try:
         with keep_modes(model):
             model.eval()
-            for batch in loader:
-                if batches == max_batches:
-                    break
+            for batch in batches:
                 run_batch(model, batch, None if device is None else torch.device(device))
-                batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-    if batches == 0:
+    if not batches:
         raise ValueError("loader gave no batch to calibrate with; give at least one")
     seen = {name: found for name, found in moments.items() if found.rows > 0}
     if not seen:
@@ -73,13 +85,21 @@ def fit_static_norms(
     for name, found in seen.items():
         if not found.sums.isfinite().all():
             raise ValueError(f"the statistic of {name} is not finite; look at the weights and the data")
-    return {name: 1 - _settle(norms[name].static, found, fit) for name, found in seen.items()}
+    explained = {name: 1 - _settle(norms[name].static, found, fit) for name, found in seen.items()}
+    if fit:
+        # Behind other static norms the inputs are no longer those of the originals. Statistics of what they are now
+        # keep errors from adding up along the network.
+        with static_alone(norms):
+            calibrate(model, batches, device=device, progress=False)
+    return explained
 
 
 def _settle(static: ChannelNorm, moments: _Moments, fit: bool) -> float:
     mean, target, square, product, target_square = moments.sums / moments.rows
     var, target_var = ((s - m**2).clamp(min=0) for s, m in ((square, mean), (target_square, target)))
-    return set_affine(static, mean, var, target, target_var, product - mean * target, fit=fit)
+    return set_affine(
+        static, mean, var, target, target_var, product - mean * target, fit=fit, rows=moments.rows.double()
+    )
 
 
 def set_affine(
@@ -91,8 +111,12 @@ def set_affine(
     covariance: Tensor,
     *,
     fit: bool = True,
+    rows: Tensor | None = None,
 ) -> float:
     """Give a static norm the statistics of its input and, with ``fit``, the affine map that is closest to a target.
+
+    A RepBatchNorm's shortcut becomes 0. Beside a weight that makes up for it, the statistics of a batch would change
+    the difference of two large numbers.
 
     Args:
         static: changed in place.
@@ -100,6 +124,7 @@ def set_affine(
         target, target_var: mean and variance of the target v.
         covariance: of u and v.
         fit: whether to set gain and shift as well.
+        rows: how many rows the statistics are of, see :meth:`ChannelNorm.set_statistics`.
 
     Returns:
         What the best affine map leaves: its squared error over the variance of v, both summed over channels.
@@ -113,10 +138,11 @@ def set_affine(
     slope = torch.where(constant, _SLOPE_OF_CONSTANTS * slope.abs().median(), slope)
     shift = target - slope * mean
     centred = isinstance(static, MaskedBatchNorm)
-    static.set_statistics(mean, var)
+    static.set_statistics(mean, var, rows)
     if fit:
-        own = slope - static.alpha if isinstance(static, RepBatchNorm) else slope
-        static.weight.copy_(own * deviation_of(static, var if centred else square))
-        static.bias.copy_(shift + own * mean if centred else shift)
+        if isinstance(static, RepBatchNorm):
+            static.alpha.zero_()
+        static.weight.copy_(slope * deviation_of(static, static.running_var if centred else square))
+        static.bias.copy_(shift + slope * mean if centred else shift)
     total = target_var.sum()
     return (left / total).item() if total > 0 else 0.0

@@ -109,7 +109,9 @@ class Conversion:
 
         One pass over the data with the norms as they are (at λ = 1: the original model), in evaluation mode. With
         ``fit``, gain and shift become those of the per-channel affine map that is closest to the original norm's output
-        in least squares, a far better start than the original's own gain, which belongs to another divisor.
+        in least squares, a far better start than the original's own gain, which belongs to another divisor. A second
+        pass, with the static norms alone, then takes the statistics of the inputs that these leave to one another. The
+        shortcut of a RepBatchNorm starts at 0.
 
         Args:
             loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
@@ -152,7 +154,7 @@ def progressive(
     schedule: Schedule | int = 10_000,
     *,
     where: Where | None = None,
-    frozen: bool = False,
+    frozen: bool = True,
     valid_mask: str | None = "attention_mask",
     **options: Any,
 ) -> Conversion:
@@ -177,7 +179,9 @@ def progressive(
         schedule: when λ falls; a number stands for ``Schedule(steps=number)``.
         where: which norms, as for :func:`swap_norms`; None: all.
         frozen: keep the statistics as calibrated, only gain and shift learn. Then training and evaluation are the same
-            function, which suits short trainings; running statistics follow the activations as they change.
+            function, and a conversion never ends below what :meth:`Conversion.calibrate` gave because of statistics
+            alone. False: statistics run, as in training from scratch; they follow the activations as they change, and
+            forget the calibration.
         valid_mask: the argument of the model's ``forward`` that is not 0 where a position is valid; where its shape is
             that of a norm's input without the channels, padding is left out of the statistics. None: every row counts.
         options: of the static norms, such as ``momentum=0.05``.

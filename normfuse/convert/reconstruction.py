@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_count
 from ..nn.calibration import keep_modes, run_batch
-from .fitting import set_affine
+from .fitting import set_affine, static_alone
 from .progressive import Conversion
 
 
@@ -79,7 +78,7 @@ def reconstruct(
     with keep_modes(model):
         model.eval()
         expected = _teacher_values(conversion, teacher, batches, target)
-        with torch.no_grad(), _static(conversion):
+        with torch.no_grad(), static_alone(conversion.norms):
             for name, values in expected.items():
                 errors[name] = _fit(conversion, name, layers[name], values, batches, target, ridge, rounds)
     return errors
@@ -93,18 +92,6 @@ def _layer(model: nn.Module, norm: str, channels: int, name: str) -> nn.Linear:
     if layer.out_features != channels:
         raise ValueError(f"writer gives {name!r} for {norm}, with {layer.out_features} outputs for {channels} channels")
     return layer
-
-
-@contextmanager
-def _static(conversion: Conversion) -> Iterator[None]:
-    shares = {norm: norm.share for norm in conversion.norms.values()}
-    try:
-        for norm in shares:
-            norm.share = 0.0
-        yield
-    finally:
-        for norm, share in shares.items():
-            norm.share = share
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ def test_running_statistics_move_in_the_loop():
     torch.manual_seed(0)
     teacher = Encoder()
     student = copy.deepcopy(teacher)
-    conversion = progressive(student, to="unified", schedule=2)
+    conversion = progressive(student, to="unified", schedule=2, frozen=False)
     distillation = Distillation(student, teacher, at=["norms.0"])
     optimizer = torch.optim.Adam(student.parameters())
     distill(distillation, batches(), steps=3, optimizer=optimizer, conversion=conversion)

