@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoint, convert, folding, nn, onnx, ops, optim, plotting
+    from . import checkpoint, convert, folding, nn, onnx, ops, optim, plotting, sources
     from ._native import build_info
-    from .checkpoint import Checkpoint, CheckpointError, load, save
+    from .checkpoint import Checkpoint, CheckpointError, save
     from .errors import NormfuseError
     from .folding import FoldError, FoldReport, NormRecord, fold, fuse
+    from .sources import load
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "optim",
     "plotting",
     "save",
+    "sources",
 ]
 
 _HOMES = {
@@ -51,7 +53,7 @@ _HOMES = {
     "build_info": "_native",
     "fold": "folding",
     "fuse": "folding",
-    "load": "checkpoint",
+    "load": "sources",
     "save": "checkpoint",
 }
 

@@ -25,6 +25,30 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 STEPS = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
 
+# The names that optimum and the hub use, and which of transformers' automatic classes builds the head.
+TASKS = {
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "depth-estimation": "AutoModelForDepthEstimation",
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "image-feature-extraction": "AutoModel",
+    "image-segmentation": "AutoModelForImageSegmentation",
+    "masked-im": "AutoModelForMaskedImageModeling",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "object-detection": "AutoModelForObjectDetection",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "semantic-segmentation": "AutoModelForSemanticSegmentation",
+    "sentence-similarity": "AutoModel",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
+}
+WITH_PAST = "-with-past"  # behind a task: keys and values go in and out
+
 
 class ExportError(NormfuseError):
     """The model cannot be exported; the message is one line. No file was written."""
@@ -55,6 +79,12 @@ def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
+
+
+def check_task(task: str | None) -> None:
+    """ExportError for a task that no head is known for; None stands for the head that was saved."""
+    if task is not None and task.removesuffix(WITH_PAST) not in TASKS:
+        raise ExportError(f"task {task!r} is not one of {', '.join(TASKS)}")
 
 
 def check_scale_range(bound: float | None) -> None:

@@ -14,7 +14,7 @@ from test_cli import ENVIRONMENT, save_perceptron
 from typer.testing import CliRunner
 
 import normfuse
-from normfuse import checkpoint, onnx, plotting
+from normfuse import onnx, plotting
 from normfuse.cli import app, options, running
 from normfuse.onnx import shaping
 from normfuse.options import STEPS
@@ -162,7 +162,7 @@ GROUPS = {
     onnx.export: (options.ModelFolding, options.Tolerance, options.ModelWriting),
     onnx.fold_file: (options.Folding, options.Tolerance),
     onnx.fold_checkpoint: (options.ModelFolding,),
-    checkpoint.load: (options.Loading,),
+    normfuse.load: (options.Loading,),
 }
 
 

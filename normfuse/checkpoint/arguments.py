@@ -227,7 +227,7 @@ def _axes(spec: Any, example: torch.Tensor, name: str) -> Axes:
 def _axis(dim: Any, name: str, axis: int) -> Dimension | Derived | _Hint:
     if isinstance(dim, str):
         return parse_dimension(dim, f"dynamic_shapes[{name!r}][{axis}]")
-    if isinstance(dim, _Hint):
+    if isinstance(dim, (_Hint, Dimension, Derived)):
         return dim
     if not isinstance(dim, Dim):
         raise CheckpointError(

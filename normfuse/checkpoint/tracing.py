@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import GraphModule
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from normfuse.checkpoint import structure
 from normfuse.checkpoint.archive import CheckpointError, one_line
@@ -92,6 +93,7 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         del program.range_constraints[expression]
     _lift_out(program, module)
     _separate_outputs(program)
+    _forget_implied_bounds(program)
     program.validate()
     return Traced(program, tuple(paths), tuple(left_out), allowed)
 
@@ -198,6 +200,19 @@ def _separate_outputs(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
+def _forget_implied_bounds(program: ExportedProgram) -> None:
+    """Sums of sizes are bounded below by torch.export's assumption that no size is 0 or 1, which single sizes are
+    freed of before a program runs (``past + seq >= 4``)."""
+    for expression, allowed in list(program.range_constraints.items()):
+        affine = linear(expression)
+        if affine is None or len(affine[0]) < 2 or any(factor < 0 for _, factor in affine[0]):
+            continue
+        lows = [program.range_constraints[s].lower if s in program.range_constraints else 2 for s, _ in affine[0]]
+        implied = affine[1] + sum(factor * low for (_, factor), low in zip(affine[0], lows, strict=True))
+        if allowed.lower == implied:
+            program.range_constraints[expression] = ValueRanges(0, allowed.upper)
+
+
 def user_sizes(program: ExportedProgram) -> list[tuple[Any, ...]]:
     """The sizes of every tensor that a program takes: integers and symbols."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
@@ -221,8 +236,9 @@ def _bounds(program: ExportedProgram) -> dict[sympy.Symbol, tuple[int, int | Non
             if allowed.upper.is_Integer and allowed.upper < 2**31:
                 upper = (int(allowed.upper) - offset) // factor
                 high = upper if high is None else min(high, upper)
-            lower = -((offset - int(allowed.lower)) // factor)
-            low = max(low, lower if lower > 2 else 0)
+            if allowed.lower.is_Integer:  # sizes that only running shows have none
+                lower = -((offset - int(allowed.lower)) // factor)
+                low = max(low, lower if lower > 2 else 0)
         found[symbol] = (low, high)
     return found
 

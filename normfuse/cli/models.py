@@ -14,7 +14,9 @@ from .options import Loading, ModelFolding, ModelWriting, Printing, Tolerance
 if TYPE_CHECKING:
     from rich.console import Console
 
-CheckpointArgument = Annotated[Path, typer.Argument(help="From normfuse.save, or weights (.pt, .safetensors).")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="From normfuse.save, weights (.pt, .safetensors), or a folder of transformers.")
+]
 
 
 def export(

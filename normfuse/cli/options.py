@@ -22,9 +22,11 @@ from normfuse.options import (
     OPSETS,
     STEPS,
     TARGETS,
+    TASKS,
     check_dtype,
     check_opset,
     check_scale_range,
+    check_task,
     steps_for,
 )
 
@@ -74,7 +76,10 @@ class Loading(Inputs):
 
     model: Annotated[
         str | None,
-        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Builds the model; looked for in this folder as well."),
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Builds the model; looked for in this folder as well. timm:NAME and torchvision:NAME need no --input.",
+        ),
     ] = None
     model_args: Annotated[
         list[str],
@@ -87,11 +92,31 @@ class Loading(Inputs):
             help="Which weights to take, where a file holds two groups [the trained ones, not their average].",
         ),
     ] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="For a folder of transformers: which head to build (feature-extraction, text-generation, …) [the "
+            "saved one].",
+            autocompletion=_among(TASKS),
+        ),
+    ] = None
+    with_past: Annotated[
+        bool,
+        typer.Option(
+            "--with-past",
+            help="For a decoder in a folder of transformers: keys and values of earlier tokens go in and out, so that "
+            "one file serves the prompt and every step.",
+        ),
+    ] = False
     trust: Annotated[
-        bool, typer.Option("--trust", help="Read pickled modules and .pt2 files, which can run any code when read.")
+        bool,
+        typer.Option(
+            "--trust", help="Read pickled modules, .pt2 files and a folder's own code, which can do anything when read."
+        ),
     ] = False
 
     def check(self) -> None:
+        check_task(self.task)
         pairs(self.model_args, "--model-arg")
 
     def files(self) -> list[Path]:
@@ -101,7 +126,7 @@ class Loading(Inputs):
 
     def load(self, path: Path) -> Checkpoint:
         """The checkpoint; what the options say is read before the file is."""
-        from normfuse.checkpoint import load
+        from normfuse.sources import load
 
         specs = self.specs()
         arguments = {name: _json_or_text(value) for name, value in pairs(self.model_args, "--model-arg")}
@@ -111,6 +136,8 @@ class Loading(Inputs):
             model_args=arguments or None,
             inputs=specs,
             weights=self.weights,
+            task=self.task,
+            with_past=self.with_past,
             trust=self.trust,
         )
 

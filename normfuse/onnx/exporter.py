@@ -34,6 +34,7 @@ from normfuse.options import (
     check_scale_range,
     steps_for,
 )
+from normfuse.sources import huggingface
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def export(
             changed.
         path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
             verification. A symbolic link stays and is followed.
-        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.Checkpoint.from_model`.
+        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.Checkpoint.from_model`. A model of
+            transformers needs none.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
         dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32).
         rtol, atol: allowed difference, see :func:`normfuse.onnx.verify`; rtol defaults to 1e-4 for float32,
@@ -137,13 +139,17 @@ def export(
     check_opset(opset)
     steps = steps_for(target, no_shape)
     path = Path(path)
-    if not isinstance(model, Checkpoint) and example_inputs is None:
+    known = isinstance(model, Checkpoint) or huggingface.is_model(model)
+    if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
     reads = [model.source] if isinstance(model, Checkpoint) else []
     with Output(path, reads=reads, error=ExportError) as output:
         if not isinstance(model, Checkpoint):
             progress("trace with torch.export")
-            model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
+            if example_inputs is None:
+                model = huggingface.checkpoint_of(model)
+            else:
+                model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
         notes = list(model.notes)
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
         options = {

@@ -164,7 +164,7 @@ def _inputs(
 def _size(dim: specs.Dimension, example: int, number: int, generator: torch.Generator) -> int:
     """First the smallest size, which breaks what was specialised; then anything up to twice the example's."""
     if number == 0:
-        return specs.clamp(1, dim)
+        return specs.clamp(min(1, dim.minimum), dim)
     return specs.clamp(int(torch.randint(1, 2 * example + 2, (), generator=generator)), dim)
 
 

@@ -1,0 +1,242 @@
+"""A directory of Hugging Face transformers, or a model of that library, as a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
+from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.inputs import InputSpec
+from normfuse.options import TASKS, WITH_PAST, check_task
+from normfuse.sources import past as past_module
+from normfuse.sources.calling import calling
+from normfuse.sources.signatures import Signature, signature_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "config.json"
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path is a folder that transformers wrote a model or an adapter to."""
+    return path.is_dir() and ((path / CONFIG).is_file() or (path / "adapter_config.json").is_file())
+
+
+def is_model(module: Any) -> bool:
+    """Whether a module is one of transformers' models; the library is not imported to find out."""
+    return any(
+        c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel" for c in type(module).mro()
+    )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    with_past: bool = False,
+    inputs: Sequence[InputSpec] | None = None,
+    trust: bool = False,
+) -> Checkpoint:
+    """A directory as a checkpoint: the class that it names, its inputs, and names as optimum gives them.
+
+    Args:
+        path: with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
+        task: which head to build, see :data:`TASKS`. None: the class that was saved.
+        with_past: for decoders: keys and values of earlier tokens go in and out, so that one graph serves the prompt
+            and every step after it.
+        inputs: sizes and bounds to use instead of the configuration's, for those of its inputs that are named.
+        trust: import the Python files that the directory brings along (``auto_map``).
+
+    Raises:
+        CheckpointError: in one line. Nothing is fetched, and no code of the directory runs unless it is trusted.
+    """
+    path = Path(path)
+    check_task(task)
+    if task is not None and task.endswith(WITH_PAST):
+        task, with_past = task.removesuffix(WITH_PAST), True
+    model = load_model(path, task, trust)
+    return checkpoint_of(model, with_past=with_past, inputs=inputs or (), source=str(path), processor=_processor(path))
+
+
+def checkpoint_of(
+    model: PreTrainedModel,
+    *,
+    with_past: bool = False,
+    inputs: Sequence[InputSpec] = (),
+    source: str | None = None,
+    processor: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """A model of transformers as a checkpoint, with inputs made up from its configuration. It is not changed.
+
+    Args:
+        model: in any mode, on any device.
+        with_past, inputs: see :func:`load`.
+        source: for messages. None: the model's class.
+        processor: what its processor's files say of images and tokens, where the configuration says nothing.
+
+    Raises:
+        CheckpointError: its inputs are not known, or it cannot be traced.
+    """
+    signature = signature_of(model, processor or {})
+    with _quiet():
+        if with_past:
+            signature, called = past_module.with_past(model, signature)
+        else:
+            takes = inspect.signature(type(model).forward).parameters
+            called = calling(model, signature.names, {"use_cache": False} if "use_cache" in takes else {}, _tensors)
+        signature = signature.bounded(inputs)
+        checkpoint = Checkpoint.from_model(called, dict(signature.examples), dict(signature.dims))
+    return _renamed(checkpoint, signature, source or type(model).__name__)
+
+
+def _tensors(outputs: Any) -> dict[str, torch.Tensor]:
+    """The tensors that a model returns, by name; not the outputs of its parts, nor caches."""
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _renamed(checkpoint: Checkpoint, signature: Signature, source: str) -> Checkpoint:
+    """With the names that sessions ask for, which are no Python names (``past_key_values.0.key``)."""
+    inputs = tuple(replace(s, name=signature.session_names.get(s.name, s.name)) for s in checkpoint.inputs)
+    outputs = tuple(signature.session_names.get(name, name) for name in checkpoint.outputs)
+    return replace(checkpoint, inputs=inputs, outputs=outputs, source=source)
+
+
+def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreTrainedModel:
+    """The model of a directory, in float32, complete; CheckpointError as in :func:`load`."""
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} holds a PEFT adapter, not a model: merge it first, "
+            f"AutoPeftModel.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained('merged')"
+        )
+    config = _json(path / CONFIG)
+    transformers = _transformers(path)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust, "output_loading_info": True}
+    cls = _class(transformers, config, path, task, trust)
+    with _quiet():
+        try:
+            model, info = cls.from_pretrained(path, dtype=torch.float32, **options)
+            missing = _missing(model, info)
+            if missing and all(".pooler." in f".{name}" for name in missing):
+                # The head that the directory was saved with has no pooler: the encoder is complete without.
+                model, info = cls.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False, **options)
+                missing = _missing(model, info)
+        except Exception as error:  # configurations and weights are free to be wrong in any way
+            raise CheckpointError(
+                f"{path}: transformers cannot load it ({type(error).__name__}: {one_line(error, 240)})"
+            ) from error
+    if missing:
+        saved = some_of(config.get("architectures") or ["another class"])
+        raise CheckpointError(
+            f"{path} was saved as {saved} and lacks {len(missing)} tensor(s) of {type(model).__name__} "
+            f"({some_of(missing)}), which would be random: choose the head that was trained (--task)"
+        )
+    return model
+
+
+def _class(transformers: Any, config: Mapping[str, Any], path: Path, task: str | None, trust: bool) -> Any:
+    """The class to load with: the one of the task, the saved one, or the automatic one for code of the directory."""
+    named = [str(name) for name in config.get("architectures") or []]
+    own = [name for name in named if _find(transformers, name, config) is not None]
+    if config.get("auto_map") and not own and not trust:
+        code = some_of(sorted({str(value) for value in config["auto_map"].values()}), 2)
+        raise CheckpointError(
+            f"{path} needs Python code that it brings along ({code}), which was not run; give --trust (trust=True) if "
+            "you know who made it",
+            advice=["--trust"],
+        )
+    if task is not None:
+        return getattr(transformers, TASKS[task])
+    if own:
+        return _find(transformers, own[0], config)
+    if named and not config.get("auto_map"):
+        raise CheckpointError(f"{path} was saved as {named[0]}, which transformers {transformers.__version__} lacks")
+    wanted = [key for key in config.get("auto_map") or {} if key.startswith("AutoModel")]
+    return getattr(transformers, wanted[-1] if wanted else "AutoModel")
+
+
+def _find(transformers: Any, name: str, config: Mapping[str, Any]) -> Any:
+    """A class of the library, also one that only its model's own module names (``WhisperEncoder``)."""
+    found = getattr(transformers, name, None)
+    if found is None and name.isidentifier():
+        kind = str(config.get("model_type", "")).replace("-", "_")
+        module = getattr(getattr(transformers.models, kind, None), f"modeling_{kind}", None)
+        found = getattr(module, name, None)
+    return found if isinstance(found, type) and is_model_class(found) else None
+
+
+def is_model_class(cls: type) -> bool:
+    return issubclass(cls, nn.Module) and hasattr(cls, "from_pretrained")
+
+
+def _missing(model: PreTrainedModel, info: Any) -> list[str]:
+    """Tensors that were made up. Buffers that the model computes itself are none."""
+    missing = info["missing_keys"] if isinstance(info, Mapping) else info.missing_keys
+    mismatched = info["mismatched_keys"] if isinstance(info, Mapping) else info.mismatched_keys
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = [*missing, *(entry if isinstance(entry, str) else entry[0] for entry in mismatched)]
+    return sorted(name for name in names if name in parameters)
+
+
+def _processor(path: Path) -> dict[str, Any]:
+    """What the files of tokenizers and image processors say; a later file adds to an earlier one."""
+    found: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if (path / name).is_file():
+            found |= _json(path / name)
+    for part in ("image_processor", "feature_extractor"):
+        found |= found.get(part) or {}
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error, 120)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _transformers(path: Path) -> Any:
+    # The hub's client reads this when it is imported; what is asked for below is local in any case.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is a directory of transformers, which is not installed ({one_line(error, 80)}): pip install "
+            '"normfuse[hf]"'
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps remarks and progress bars of transformers off the terminal."""
+    from transformers.utils import logging as own
+
+    verbosity, disabled = own.get_verbosity(), logging.root.manager.disable
+    bars = own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        own.set_verbosity(verbosity)
+        if bars:
+            own.enable_progress_bar()

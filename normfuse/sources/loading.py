@@ -1,0 +1,70 @@
+"""One door for models, whatever they come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normfuse import checkpoint
+from normfuse.checkpoint import Checkpoint, CheckpointError, InputSpec, parse_input
+from normfuse.sources import huggingface, libraries
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: str | Callable[..., nn.Module] | nn.Module | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    inputs: Sequence[str | InputSpec] | None = None,
+    weights: str | None = None,
+    task: str | None = None,
+    with_past: bool = False,
+    trust: bool = False,
+) -> Checkpoint:
+    """Loads a model as a traced program, without running anything that the file holds.
+
+    Args:
+        path: a checkpoint of :func:`normfuse.save`, the weights that a training script saved (``torch.save``,
+            ``.safetensors``, an index of shards or a folder with one), or a folder that transformers wrote
+            (``save_pretrained``; needs ``pip install "normfuse[hf]"``). Weights are found under the names that
+            training scripts use, whatever wrappers left in front of theirs.
+        model: builds the module: ``"package.module:factory"`` (searched in the working directory as well),
+            ``"timm:NAME"`` or ``"torchvision:NAME"`` (which need no `inputs`), a callable, or a module to load into.
+            None: the class that the file names, if it is an nn.Module subclass that can be imported as things stand.
+        model_args: keyword arguments for it; they go over those that the file records.
+        inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
+            :func:`normfuse.checkpoint.parse_input`). None: what the file records, or the model's configuration says.
+        weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
+            the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
+        task: for a folder of transformers: which head to build (``"feature-extraction"``). None: the saved one.
+        with_past: for a folder of transformers with a decoder: keys and values of earlier tokens go in and out.
+        trust: also read pickled modules, ``.pt2`` archives and the code of a folder. Reading those can run any code:
+            only for files whose maker you know.
+
+    Raises:
+        CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module, or holds
+            numbers that no training leaves behind (not finite, a negative variance). Nothing is changed on disk, and
+            nothing is fetched.
+
+    Example::
+
+        checkpoint = normfuse.load("my-bert/")
+        normfuse.onnx.export(checkpoint, "my-bert.onnx")
+    """
+    path = Path(path)
+    if model is None and huggingface.is_directory(path):
+        specs = None if inputs is None else [parse_input(i) if isinstance(i, str) else i for i in inputs]
+        return huggingface.load(path, task=task, with_past=with_past, inputs=specs, trust=trust)
+    if task is not None or with_past:
+        raise CheckpointError(
+            f"{path} is no folder of transformers with a config.json: only those have tasks (--task) and a past "
+            "(--with-past)"
+        )
+    if isinstance(model, str) and libraries.is_library(model):
+        model, own = libraries.build(model, model_args or {})
+        inputs, model_args = own if inputs is None else inputs, None
+    return checkpoint.load(path, model=model, model_args=model_args, inputs=inputs, weights=weights, trust=trust)
