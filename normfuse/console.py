@@ -137,6 +137,12 @@ def print_report(console: Console, report: FoldReport) -> None:
         line = f"shifts settled in the biases in front of {where}: norms had amplified them (no operation is added)"
         console.print(escape(line), highlight=False)
     _print_dynamic(console, report.dynamic)
+    if report.cancel_difference is not None:
+        console.print(
+            f"norms cancel: on the example inputs, other weights of eps and rounding change outputs by at most "
+            f"{report.cancel_difference:.1e} of the largest",
+            highlight=False,
+        )
     folded = len(report.norms) - len(report.remaining)
     copied = f", {readable_size(report.bytes_copied)} of it copies of shared weights" if report.bytes_copied else ""
     console.print(

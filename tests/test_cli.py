@@ -96,6 +96,17 @@ def test_export_takes_dead_channels_out_if_asked(tmp_path):
     assert max(sizes) == 12  # 4 x 3 and 3 x 3 are left of 4 x 4 and 4 x 3
 
 
+def test_export_drops_norms_that_cancel_if_asked_and_prints_what_eps_changes(tmp_path):
+    factory = tiny_models.Normalised
+    save(factory(), tmp_path / "model.pt", example_inputs=torch.ones(2, 4), factory=factory)
+    command = ["export", str(tmp_path / "model.pt"), "--out", str(tmp_path / "model.onnx"), "--cancel-norms"]
+    done = CliRunner().invoke(cli.app, [*command, "--report", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.stderr
+    assert "1 none, 1 RMSNorm" in done.stdout and "norms cancel: on the example inputs" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())["fold"]
+    assert report["dynamic"][0]["measured_by"] == ["3"] and report["cancel_difference"] < 1e-3
+
+
 def test_a_bound_on_scales_leaves_norms_in_inspect_and_export(encoder, tmp_path):
     folder, _ = encoder
     for command, out in (("inspect", []), ("export", ["--out", str(tmp_path / "m.onnx")])):

@@ -67,6 +67,13 @@ class Encoder(nn.Module):
         return self.head(self.norm(x))
 
 
+class Normalised(nn.Sequential):
+    """The second norm undoes what the first one divides by."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.RMSNorm(4), nn.Linear(4, 4, bias=False), nn.ReLU(), nn.RMSNorm(4), nn.Linear(4, 2))
+
+
 class Perceptron(nn.Module):
     """Features [B, width] to [B, classes]: the quickest thing with a norm in it."""
 

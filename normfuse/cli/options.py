@@ -204,6 +204,14 @@ class ModelFolding(Folding):
         bool,
         typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it."),
     ] = False
+    cancel_norms: Annotated[
+        bool,
+        typer.Option(
+            "--cancel-norms",
+            help="Drop norms whose division later norms undo, as queries, keys and values that are normalised do. Only "
+            "eps counts for less or more then; the report says by how much.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
+from .cancel import cancelling_norms
 from .centre import centre_streams
 from .dead import remove_dead_channels
 from .engine import Folding
@@ -26,6 +28,7 @@ def fold(
     max_scale_range: float = 2.0**40,
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
+    cancel_norms: bool = False,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
@@ -46,6 +49,8 @@ def fold(
         remove_dead: whether channels that hold a constant, because a norm's gain is zero there, leave the weights
             around them; see :func:`normfuse.folding.remove_dead_channels` for where that is done.
         keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
+        cancel_norms: whether norms go whose division later norms undo; see :mod:`normfuse.folding.cancel`. It changes
+            what the later norms' eps counts for: ``report.cancel_difference`` says by how much on the example inputs.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
@@ -82,6 +87,8 @@ def fold(
             fold_zeros = False
     if not keep_dynamic_norms:
         centre_streams(folding)
+        if cancel_norms:
+            folding.cancelled, folding.not_cancelled = cancelling_norms(folding)
     records, dynamic = collect_records(folding), collect_dynamic(folding)
     folding.rewrite()
     for record, around in (*records, *dynamic):
@@ -99,7 +106,22 @@ def fold(
     folded = opened.finish()
     report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
     report.bytes_copied = opened.bytes_copied
+    if folding.cancelled and program.example_inputs is not None:
+        report.cancel_difference = _difference(program, folded)
     return folded, report
+
+
+@torch.no_grad()
+def _difference(program: ExportedProgram, folded: ExportedProgram) -> float:
+    """The largest difference between two programs' outputs on their example inputs, relative to the largest entries."""
+    args, kwargs = program.example_inputs
+    outputs = (tree_leaves(p.module(check_guards=False)(*args, **kwargs)) for p in (program, folded))
+    differences = [
+        float((want - got).abs().max() / want.abs().max().clamp(min=torch.finfo(want.dtype).tiny))
+        for want, got in zip(*outputs, strict=True)
+        if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel()
+    ]
+    return max(differences, default=0.0)
 
 
 def fuse(

@@ -79,7 +79,7 @@ def reshape(array: np.ndarray, old: Sequence[Size], new: Sequence[Size], collaps
     group of known sizes is reshaped; variation inside a group with an unknown size is collapsed.
     """
     result: list[int] = []
-    for old_axes, new_axes in _groups(old, new):
+    for old_axes, new_axes in axis_groups(old, new):
         inside = tuple(axis for axis in old_axes if array.shape[axis] != 1)
         kept_whole = len(old_axes) == len(new_axes) == 1
         if inside and not kept_whole:
@@ -94,7 +94,7 @@ def reshape(array: np.ndarray, old: Sequence[Size], new: Sequence[Size], collaps
     return np.ascontiguousarray(array).reshape(result)
 
 
-def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range]]:
+def axis_groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range]]:
     """Cut two shapes with the same number of elements into small groups of axes with equal products."""
     groups: list[tuple[range, range]] = []
     i = j = 0

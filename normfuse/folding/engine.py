@@ -71,6 +71,8 @@ class Folding:
         kept_gain, kept_shift: those whose gain or shift stays in them, with the reason.
         without_mean: LayerNorms whose input is made to have a mean of zero; they become RMSNorms.
         with_mean: LayerNorms that stay, with the reason.
+        cancelled: norms whose division nothing sees, with the norms that measure again.
+        not_cancelled: those that were asked to go and stay, with the reason.
         centred: values whose writers subtract a mean over channels: which channels belong together (-1: none).
     """
 
@@ -113,6 +115,8 @@ class Folding:
         self.kept_shift: dict[Node, str] = {}
         self.without_mean: set[Node] = set()
         self.with_mean: dict[Node, str] = {}
+        self.cancelled: dict[Node, list[Node]] = {}
+        self.not_cancelled: dict[Node, str] = {}
         self.centred: dict[Node, np.ndarray] = {}
         self.weight_growth = 1.0
         self._replacements: list[tuple[Node, Node]] = []

@@ -65,15 +65,17 @@ def _record(node: Node, folding: Folding) -> DynamicNormRecord:
     record = DynamicNormRecord(
         name=name,
         kind=kind,
-        core="RMSNorm" if node in folding.without_mean else core,
+        core="none" if node in folding.cancelled else "RMSNorm" if node in folding.without_mean else core,
         gain=_fate(bool((gain != 1).any()), gone),
         shift=_fate(bool(shift.any()), not rest),
+        measured_by=[module_of(norm)[0] or norm.name for norm in folding.cancelled.get(node, ())],
     )
     reasons = {
         "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
         "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
         "mean": folding.with_mean.get(node, ""),
         "statistics": _what_it_measures(node),
+        "cancel": folding.not_cancelled.get(node, ""),
     }
     if not folding.keep_dynamic_norms:
         record.reasons = {what: why for what, why in reasons.items() if why}

@@ -61,8 +61,9 @@ class DynamicNormRecord:
             running statistics).
         gain, shift: ``folded`` (into weights), ``kept`` (inside the norm's operation) or ``none`` (there was none).
         absorbed_by: names of the weights that read its result and were changed.
+        measured_by: names of the norms that measure its result again, where it cancels and `core` is ``none``.
         reasons: why something stayed: under ``gain``, ``shift``, and ``mean`` for a LayerNorm that is no RMSNorm;
-            under ``statistics`` where there is nothing but these.
+            under ``statistics`` where there is nothing but these; under ``cancel`` if norms were asked to cancel.
             Empty as well if all was to be kept.
     """
 
@@ -71,6 +72,7 @@ class DynamicNormRecord:
     core: str
     gain: str
     shift: str
+    measured_by: list[str] = field(default_factory=list)
     absorbed_by: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +92,9 @@ class FoldReport:
         scale_range: smallest and largest absolute scale that went into a weight.
         settled_early: norms whose shift went into biases in front of it instead of travelling on, because norms had
             made it larger than four times the constants it was made of. No operation is added for it.
+        cancel_difference: where norms cancel, the largest difference between the outputs of the original program and of
+            the folded one on its example inputs, relative to each output's largest entry: what their eps counted for,
+            and rounding. None where no norm cancels, or there are no example inputs.
         weight_growth: largest factor by which the biggest entry of any weight grew.
     """
 
@@ -105,6 +110,7 @@ class FoldReport:
     scale_range: tuple[float, float] = (1.0, 1.0)
     weight_growth: float = 1.0
     settled_early: list[str] = field(default_factory=list)
+    cancel_difference: float | None = None
 
     @property
     def remaining(self) -> list[NormRecord]:

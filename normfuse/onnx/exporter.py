@@ -98,6 +98,7 @@ def export(
     copy_shared: bool = True,
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
+    cancel_norms: bool = False,
     max_scale_range: float | None = None,
     target: str = "portable",
     no_shape: Collection[str] = (),
@@ -122,6 +123,7 @@ def export(
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
+        cancel_norms: whether norms go whose division later norms undo, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             what `dtype` bears. Try 32 for a file that is to be quantised to int8.
         target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
@@ -156,6 +158,7 @@ def export(
             "copy_shared": copy_shared,
             "remove_dead": remove_dead,
             "keep_dynamic_norms": keep_dynamic_norms,
+            "cancel_norms": cancel_norms,
         }
         at_most = math.inf if max_scale_range is None else max_scale_range
         forms = _forms(model, dtype, at_most, steps, limits, options, progress, notes)
@@ -285,6 +288,7 @@ def fold_checkpoint(
     copy_shared: bool = True,
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
+    cancel_norms: bool = False,
     max_scale_range: float | None = None,
     target: str = "portable",
     no_shape: Collection[str] = (),
@@ -299,7 +303,12 @@ def fold_checkpoint(
     steps = steps_for(target, no_shape)
     notes = list(checkpoint.notes)
     limits = {"rtol": RTOL["float32"], "atol": 0.0}
-    options = {"copy_shared": copy_shared, "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms}
+    options = {
+        "copy_shared": copy_shared,
+        "remove_dead": remove_dead,
+        "keep_dynamic_norms": keep_dynamic_norms,
+        "cancel_norms": cancel_norms,
+    }
     at_most = math.inf if max_scale_range is None else max_scale_range
     form = _forms(checkpoint, dtype, at_most, steps, limits, options, progress, notes)[0]
     return FoldedCheckpoint(checkpoint, form.program, form.report, notes)

@@ -70,6 +70,9 @@ class DynamicNorm(Rule):
     def rewrite(self, node: Node, fold: Folding) -> None:
         gain, shift = self.gain(node, fold), self.shift(node, fold)
         s_y, t_y = fold.scales[fold.scale(node)], fold.shift_of[node]
+        if node in fold.cancelled:
+            fold.replace(node, fold.multiply(node.args[0], gain / s_y, before=node))
+            return
         weight = argument(node, "weight")
         if np.array_equal(s_y, gain):
             if weight is not None:
