@@ -17,12 +17,12 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import GraphModule
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from normfuse.checkpoint import structure
 from normfuse.checkpoint.archive import CheckpointError, one_line
 from normfuse.checkpoint.arguments import Call
 from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec
+from normfuse.checkpoint.pure import copy_what_changes
 from normfuse.checkpoint.structure import Path
 
 _INNER = "model"  # what the traced module is called inside the one that flattens its arguments
@@ -93,7 +93,7 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         del program.range_constraints[expression]
     _lift_out(program, module)
     _separate_outputs(program)
-    _forget_implied_bounds(program)
+    copy_what_changes(program)
     program.validate()
     return Traced(program, tuple(paths), tuple(left_out), allowed)
 
@@ -198,19 +198,6 @@ def _separate_outputs(program: ExportedProgram) -> None:
         seen.add(value)
     output.args = (tuple(values),)
     program.graph_module.recompile()
-
-
-def _forget_implied_bounds(program: ExportedProgram) -> None:
-    """Sums of sizes are bounded below by torch.export's assumption that no size is 0 or 1, which single sizes are
-    freed of before a program runs (``past + seq >= 4``)."""
-    for expression, allowed in list(program.range_constraints.items()):
-        affine = linear(expression)
-        if affine is None or len(affine[0]) < 2 or any(factor < 0 for _, factor in affine[0]):
-            continue
-        lows = [program.range_constraints[s].lower if s in program.range_constraints else 2 for s, _ in affine[0]]
-        implied = affine[1] + sum(factor * low for (_, factor), low in zip(affine[0], lows, strict=True))
-        if allowed.lower == implied:
-            program.range_constraints[expression] = ValueRanges(0, allowed.upper)
 
 
 def user_sizes(program: ExportedProgram) -> list[tuple[Any, ...]]:

@@ -49,6 +49,45 @@ def test_modes_buffers_attributes_and_examples_stay_as_they_are():
     assert not hasattr(model, "last") and torch.equal(x, X)
 
 
+def writes(program: torch.export.ExportedProgram) -> list[str]:
+    return [node.name for node in program.graph.nodes if node.op == "call_function" and node.target._schema.is_mutable]
+
+
+def test_a_program_that_runs_does_not_count_on():
+    model = Stateful()
+    checkpoint = Checkpoint.from_model(model, X)
+    for _ in range(2):
+        assert torch.equal(checkpoint.run([X])[0], checkpoint.expected_outputs[0])
+    assert not model.calls.any() and not writes(checkpoint.program)
+
+
+class Writing(nn.Module):
+    """Changes a row of a buffer through a view, and returns what came of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(2, 4))
+
+    def forward(self, x):
+        self.rows.view(-1)[:4].copy_(x[0])
+        return x + self.rows[0], self.rows
+
+
+def test_what_is_written_to_is_a_copy():
+    model = Writing()
+    checkpoint = Checkpoint.from_model(model, X)
+    assert writes(checkpoint.program) == ["copy_"]
+    for _ in range(2):
+        computed = checkpoint.run([X])
+        torch.testing.assert_close(computed, list(checkpoint.expected_outputs))
+    assert torch.equal(computed[1][0], X[0]) and not model.rows.any()
+
+
+def test_a_model_that_counts_its_calls_is_exported(tmp_path):
+    result = normfuse.onnx.export(Stateful(), tmp_path / "m.onnx", example_inputs=X, opset=20)
+    assert result.report.norms and not result.report.remaining
+
+
 def test_a_module_that_changes_its_input_does_not_change_the_example():
     class Changing(nn.Module):
         def forward(self, x):
