@@ -82,9 +82,12 @@ def load(
     elif metadata:
         specs = _recorded_specs(metadata, path)
     else:
+        parameters = parameters_of(module).values()
+        names = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         raise CheckpointError(
-            f"{path} does not say which inputs the model takes; {_NAME_INPUTS}",
-            advice=['--input "tokens:int64[batch,seq]"'],
+            f"{path} does not say which inputs the model takes; {_NAME_INPUTS}; {type(module).__name__}.forward takes "
+            f"{some_of([p.name for p in parameters], 8)}",
+            advice=[f'--input "{name}:float32[batch,8]"' for name in names],
         )
     return captured(module, specs, examples, str(path), notes)
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from normfuse.checkpoint.inputs import Dimension, clamp, dimensions, parse_input
 from normfuse.errors import NormfuseError
 from normfuse.onnx import sizes as sizes_module
 from normfuse.onnx.verifier import runtime_problem, session
+from normfuse.onnx.writer import INPUTS
 
 _NUMPY = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -167,6 +169,9 @@ def _fitting(
                 named = not dimension.endswith(f".{axis}")
                 for word in sizes_module.words(dimension):
                     usual.setdefault(word, sizes_module.usual(word, axis, len(row[0].shape), named))
+    for name, dimension in _bounds(sessions[0]).items():
+        if name in usual:
+            usual[name] = clamp(usual[name], dimension)
     aliases = _aliases(entries, shapes)
     chosen = {aliases.get(name, name): size for name, size in given.items()}
     unknown = [name for name in given if aliases.get(name, name) not in usual]
@@ -184,6 +189,13 @@ def _fitting(
         refusal = refusal or problem
     assert refusal is not None
     raise refusal
+
+
+def _bounds(loaded: onnxruntime.InferenceSession) -> dict[str, Dimension]:
+    """The dynamic dimensions with their bounds, where normfuse wrote the file."""
+    text = loaded.get_modelmeta().custom_metadata_map.get(INPUTS, "")
+    # Names of inputs may be none that an option takes (past_key_values.0.key); their dimensions are what counts.
+    return dimensions([parse_input(f"x:{line.rpartition(':')[2]}") for line in text.splitlines()])
 
 
 def _first_problem(

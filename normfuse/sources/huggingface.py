@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -157,7 +158,7 @@ def _class(transformers: Any, config: Mapping[str, Any], path: Path, task: str |
             advice=["--trust"],
         )
     if task is not None:
-        return getattr(transformers, TASKS[task])
+        return _attribute(transformers, TASKS[task])
     if own:
         return _find(transformers, own[0], config)
     if named and not config.get("auto_map"):
@@ -168,12 +169,34 @@ def _class(transformers: Any, config: Mapping[str, Any], path: Path, task: str |
 
 def _find(transformers: Any, name: str, config: Mapping[str, Any]) -> Any:
     """A class of the library, also one that only its model's own module names (``WhisperEncoder``)."""
-    found = getattr(transformers, name, None)
+    found = _attribute(transformers, name)
     if found is None and name.isidentifier():
         kind = str(config.get("model_type", "")).replace("-", "_")
         module = getattr(getattr(transformers.models, kind, None), f"modeling_{kind}", None)
         found = getattr(module, name, None)
     return found if isinstance(found, type) and is_model_class(found) else None
+
+
+def _attribute(transformers: Any, name: str) -> Any:
+    """A class of the library by name, None if there is none.
+
+    A torchvision that was built for another torch keeps every model from being imported, also those that need none of
+    it: they are imported without it then, which is how an environment without torchvision imports them.
+    """
+    try:
+        return getattr(transformers, name, None)
+    except Exception as error:  # importing a model imports what is installed beside it, which may fail in any way
+        causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        if "torchvision" not in str(causes[-1]) or sys.modules.get("torchvision", error) is None:
+            why = f"{type(causes[-1]).__name__}: {one_line(causes[-1], 160)}"
+            raise CheckpointError(f"transformers cannot import {name} ({why})") from error
+    sys.modules["torchvision"] = None  # type: ignore[assignment] (Python's own way to say that a module is not there)
+    for function in vars(transformers.utils.import_utils).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    return _attribute(transformers, name)
 
 
 def is_model_class(cls: type) -> bool:

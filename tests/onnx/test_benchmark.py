@@ -8,6 +8,8 @@ from torch import nn
 from normfuse.checkpoint import parse_input
 from normfuse.onnx import BenchError, bench, write
 
+AUTO = torch.export.Dim.AUTO
+
 
 class Table(nn.Module):
     """x [batch, seq, width], seq up to 16."""
@@ -83,6 +85,13 @@ def test_sums_of_dimensions_follow_their_terms(tmp_path):
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "past + 1"
     onnx.save(model, path)
     assert bench([path], rounds=4, sizes={"past": 6}).shapes == {"a": [1, 6], "b": [1, 7]}
+
+
+def test_bounds_that_the_file_tells_are_respected(tmp_path):
+    program = torch.export.export(Table(8).eval(), (torch.ones(3, 6, 1),), dynamic_shapes={"x": {0: AUTO, 1: AUTO}})
+    write(program, tmp_path / "m.onnx", inputs=[parse_input("x:float32[batch,seq<=16,1]")])
+    timing = bench([tmp_path / "m.onnx"], rounds=4)
+    assert timing.shapes == {"x": [1, 16, 1]} and timing.notes == []
 
 
 def test_bounds_that_only_running_shows_are_respected(files):
