@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,25 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import ModelProto
+from torch.export import ExportedProgram
+from torch.fx import Node
 
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphError
 from normfuse.onnx.writer import quiet
 
-from .edits import Edited, edit
+from .edits import Edited, edit, rewritten_maps
 from .onnx_file import OnnxFile
 from .reading import Reader, Reading, aten
 from .trial import Observed, plain_session
 
 _MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))
 _ROUNDS = 4
+_WEIGHTED = {
+    *(aten.linear.default, aten.embedding.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+}
 _RMS_NORM_SINCE = 23  # the operator set in which a LayerNorm without a mean is one operation
-_STORED_FOR = re.compile(r"\.(scale|shift)(_folded(_\d+)?)*$")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _settled(
             folded, report = fold(reading.program, **options)
         edited = edit(reading, folded)
         choice = Choice(edited, _in_words_of_the_file(report, reading), operations(edited.proto), 0)
-        if best is None or choice.operations < best.operations:
+        if best is None or choice.operations <= best.operations:
             best = choice
         moved = _moved(reading, folded, report)
         if moved <= pinned:
@@ -121,39 +125,42 @@ def _settled(
     return replace(best, run=optimised_operations(best.edited.proto, file.path.parent, folder))
 
 
-def _moved(reading: Reading, folded: Any, report: FoldReport) -> frozenset[int]:
+def _moved(reading: Reading, folded: ExportedProgram, report: FoldReport) -> frozenset[int]:
     """Maps of which an operation is left, so that nothing is gained by touching them."""
-    found = set()
-    names = {node.name for node in folded.graph.nodes}
-    gone = {max(origin.nodes) for name, origin in reading.origins.items() if name not in names}
     added = [n for n in folded.graph.nodes if n.op == "call_function" and n.name not in reading.names]
     added = [n for n in added if n.target in (aten.mul.Tensor, aten.add.Tensor)]
     if not added:
         return frozenset()
-    for record in report.norms:
-        position = _position(record.name, reading)
-        if record.status == "partly folded" and position is not None:
-            node = reading.file.proto.graph.node[position]
-            if node.op_type in ("Add", "Sub"):
-                found.add(position)
-    targets = {spec.arg.name: spec.target for spec in folded.graph_signature.input_specs}
-    pieces: dict[int, int] = {}
-    for node in added:
-        for argument in node.args:
-            target = targets.get(getattr(argument, "name", ""), "") or ""
-            position = _position(_STORED_FOR.sub("", target), reading) if _STORED_FOR.search(target) else None
-            if position is not None and position in gone:
-                pieces[position] = pieces.get(position, 0) + 1
-    found |= {position for position, count in pieces.items() if count > 1}
-    if not found:  # additions of single numbers are in no report
-        found |= {p for p in delicate(reading.file) if reading.file.proto.graph.node[p].op_type in ("Add", "Sub")}
+    nodes = reading.file.proto.graph.node
+    found = {reading.paths[r.name] for r in report.norms if r.status == "partly folded" and r.name in reading.paths}
+    rewritten = rewritten_maps(reading, folded)
+    for position, pieces in rewritten.items():
+        if len(pieces) > 1 and nodes[position].op_type != "BatchNormalization":
+            found.add(position)
+    left = {node.name for node in folded.graph.nodes}
+    before = {node.name: node for node in reading.program.graph.nodes}
+    for node in set(added).difference(*rewritten.values()):
+        source = before.get(getattr(node.args[0], "name", ""))
+        found |= {
+            max(reading.origins[name].nodes)
+            for name in _additions_before(source)
+            if name not in left and name in reading.origins
+        }
     return frozenset(found)
 
 
-def _position(name: str, reading: Reading) -> int | None:
-    while name and name not in reading.paths:
-        name = name.rpartition(".")[0]
-    return reading.paths.get(name)
+def _additions_before(node: Node | None) -> Iterator[str]:
+    """Additions of constants from which a shift may have come, by name: back to weights, and to what is unknown."""
+    pending, seen = [node] if node is not None else [], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if current.target in (aten.add.Tensor, aten.sub.Tensor):
+            yield current.name
+        if getattr(current.target, "namespace", "aten") == "aten" and current.target not in _WEIGHTED:
+            pending += current.all_input_nodes
 
 
 def _in_words_of_the_file(report: FoldReport, reading: Reading) -> FoldReport:

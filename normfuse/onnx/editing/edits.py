@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch.export import ExportedProgram
@@ -17,6 +18,7 @@ from .onnx_file import graphs_of, reads
 from .reading import Origin, Reading, Slot, arguments, aten
 
 _ADDED = {aten.mul.Tensor: "Mul", aten.add.Tensor: "Add"}
+_STORED_FOR = re.compile(r"(.*)\.(?:scale|shift)(?:_folded(?:_\d+)?)*")  # what folding calls the numbers of a map
 _SUFFIX = re.compile(r"(_folded(_\d+)?)+$")
 
 
@@ -40,6 +42,22 @@ class Edited:
 def edit(reading: Reading, folded: ExportedProgram) -> Edited:
     """The file of a reading, changed as its program was."""
     return _Editor(reading, folded).run()
+
+
+def rewritten_maps(reading: Reading, folded: ExportedProgram) -> dict[int, list[Node]]:
+    """Maps that stay with other numbers: their positions in the file, and the Mul and the Add that they became."""
+    alive = {node.name for node in folded.graph.nodes}
+    gone = {max(origin.nodes) for name, origin in reading.origins.items() if name not in alive}
+    targets = {spec.arg.name: spec.target for spec in folded.graph_signature.input_specs if spec.target}
+    found: dict[int, list[Node]] = {}
+    for node in folded.graph.nodes:
+        if node.op != "call_function" or node.name in reading.names or node.target not in _ADDED:
+            continue
+        stored = _STORED_FOR.fullmatch(targets.get(getattr(node.args[1], "name", ""), ""))
+        position = reading.paths.get(stored[1]) if stored else None
+        if position in gone:
+            found.setdefault(position, []).append(node)
+    return found
 
 
 class _Editor:
@@ -66,14 +84,19 @@ class _Editor:
         for name, origin in self._reading.origins.items():
             if name in alive:
                 self._places[name] = max(origin.nodes)
+        norms = self._norms_that_stay()
         for node in nodes:
             if node.op == "call_function" and node.name in self._reading.origins:
                 self._rewire(node, self._reading.origins[node.name])
-            elif node.op == "call_function" and node.name not in self._before:
+            elif node in norms:
+                if norms[node] is not None:
+                    self._readjust(*norms[node])
+            elif node.op == "call_function" and node.name not in self._before and node.users:
                 self._insert(node)
+        stay = {norm[0] for norm in norms.values() if norm is not None}
         for name, origin in self._reading.origins.items():
             if name not in alive:
-                for position in origin.nodes:
+                for position in set(origin.nodes) - stay:
                     self._nodes[position] = None
         self._keep_output_names(nodes[-1])
         self._assemble()
@@ -129,8 +152,45 @@ class _Editor:
     def _drop_bias(self, origin: Origin) -> None:
         """A product whose bias went: it writes what the Add behind it wrote."""
         product, addition = (self._nodes[position] for position in origin.nodes)
-        self._renamed[product.output[0]] = addition.output[0]
+        self._call(product.output[0], addition.output[0])
         self._nodes[origin.nodes[-1]] = None
+
+    def _norms_that_stay(self) -> dict[Node, tuple[int, Node, Node] | None]:
+        """BatchNormalizations of which a Mul and an Add are left: one operation with other numbers does the same.
+
+        By the Add, with the position in the file and the Mul; the Mul itself stands for nothing.
+        """
+        found: dict[Node, tuple[int, Node, Node] | None] = {}
+        for position, pieces in rewritten_maps(self._reading, self._folded).items():
+            kinds = [piece.target for piece in pieces]
+            if self._nodes[position].op_type == "BatchNormalization" and kinds == [aten.mul.Tensor, aten.add.Tensor]:
+                product, addition = pieces
+                if list(product.users) == [addition]:
+                    found[product], found[addition] = None, (position, product, addition)
+        return found
+
+    def _readjust(self, position: int, product: Node, addition: Node) -> None:
+        """Let a BatchNormalization compute ``x * scale + shift``."""
+        norm, file = self._nodes[position], self._reading.file
+        names = list(norm.input)
+        mean, variance = (file.array(name).astype(np.float64) for name in names[3:5])
+        eps = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
+        scale, shift = (
+            np.broadcast_to(self._stored(node.args[1]).double().numpy().ravel(), mean.shape)
+            for node in (product, addition)
+        )
+        numbers = {1: scale * np.sqrt(variance + eps), 2: shift + scale * mean}
+        for place, values in numbers.items():
+            tensor = torch.from_numpy(values.copy()).to(self._stored(product.args[1]).dtype)
+            name = self._store(f"{addition.name}:{place}", False, tensor, names[place])
+            self._wished.setdefault(names[place], set()).add(name)
+            norm.input[place] = name
+        norm.input[0] = self._name(product.args[0], False, None)
+        self._names[addition.name] = norm.output[0]
+        self._places[addition.name] = position
+
+    def _stored(self, node: Node) -> torch.Tensor:
+        return self._folded.state_dict[self._targets[node.name]].detach()
 
     def _insert(self, node: Node) -> None:
         """A Mul or an Add that was not there before."""
@@ -157,6 +217,7 @@ class _Editor:
         """The results of the graph are called as before, whatever writes them now."""
         own = [value.name for value in self._graph.output]
         fixed = {*own, *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
+        alive = {self._names[node.name] for node in self._folded.graph.nodes if node.name in self._names}
         for name, result in zip(own, output.args[0], strict=False):
             written = self._names.get(result.name)
             if written is None:
@@ -167,8 +228,17 @@ class _Editor:
             if written in fixed or written in self._renamed or maker not in self._places:
                 place = self._places.get(maker, -1)
                 self._behind.setdefault(place, []).append(helper.make_node("Identity", [written], [name], name=name))
-            else:
-                self._renamed[written] = name
+                continue
+            if name in alive:  # what wrote the result before is read by what does now
+                self._call(name, self._free(f"{name}_inner"))
+            self._call(written, name)
+
+    def _call(self, old: str, new: str) -> None:
+        """Let a value have another name."""
+        for earlier, name in self._renamed.items():
+            if name == old:
+                self._renamed[earlier] = new
+        self._renamed[old] = new
 
     # -- constants ---------------------------------------------------------------------------------------------
 
@@ -181,7 +251,7 @@ class _Editor:
         wish = self._names.get(old.name) if isinstance(old, Node) else None
         if wish is None and isinstance(old, Node) and transposed:
             wish = self._names.get(old.args[0].name) if old.target is aten.t.default else None
-        tensor = self._folded.state_dict[self._targets[node.name]].detach()
+        tensor = self._stored(node)
         name = self._store(node.name, transposed, tensor, wish or _SUFFIX.sub("", self._targets[node.name]))
         if wish is not None:
             self._wished.setdefault(wish, set()).add(name)
@@ -217,12 +287,7 @@ class _Editor:
             order += self._behind.get(position, [])
         _replace(self._graph.node, order)
         if self._renamed:
-            chains = {}
-            for old, new in self._renamed.items():
-                while new in self._renamed:
-                    new = self._renamed[new]
-                chains[old] = new
-            _rename(self._graph, chains, outputs=True)
+            _rename(self._graph, self._renamed, outputs=True)
 
     def _clear(self) -> None:
         """Take away constants, and what computes them, that nothing reads any more."""
