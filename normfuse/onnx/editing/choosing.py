@@ -18,9 +18,10 @@ from normfuse.onnx.graph import GraphError
 from normfuse.onnx.writer import quiet
 
 from .edits import Edited, edit, rewritten_maps
+from .observing import Observed
 from .onnx_file import OnnxFile
 from .reading import Reader, Reading, aten
-from .trial import Observed, plain_session
+from .trial import plain_session
 
 _MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))
 _ROUNDS = 4

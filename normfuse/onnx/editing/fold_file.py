@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto
 from onnx_ir.passes.common import ShapeInferencePass
@@ -32,8 +31,9 @@ from . import saving
 from .choosing import choose
 from .comparing import Comparison
 from .edits import Edited, EditError
+from .observing import observe, observe_inputs, value_types
 from .onnx_file import OnnxFile, tensors_of
-from .trial import Observed, Search, Trial, describe_inputs, observe
+from .trial import Search, Trial, describe_inputs
 
 _SHAPED_SINCE = 23  # the operator set with Attention as one operation
 
@@ -101,9 +101,9 @@ def fold_file(
     file = OnnxFile(source)
     with Output(path, reads=[source, *file.beside()], error=ExportError) as output:
         progress("find inputs that it takes")
-        trials = find_trials(file, given)
+        types, trials = find_trials(file, given)
         own = file_dtype(file)
-        job = _Job(file, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
+        job = _Job(file, types, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
         options = {"copy_shared": copy_shared, "carry_biases": "carry_biases" in steps}
         result = job.fold(options, keep_dynamic_norms, math.inf if max_scale_range is None else max_scale_range)
         if dtype == "float16" and own != "float16":
@@ -126,14 +126,23 @@ def fold_file(
     )
 
 
-def find_trials(file: OnnxFile, given: Sequence[InputSpec] = ()) -> list[Trial]:
-    """Inputs of several sizes that a file takes. Raises GraphError in one line if there are none."""
+def find_trials(file: OnnxFile, given: Sequence[InputSpec] = ()) -> tuple[dict[str, int], list[Trial]]:
+    """Types of what a file computes, and inputs of several sizes that it takes.
+
+    Raises:
+        GraphError: there are none; one line.
+    """
     try:
-        search = Search(file, describe_inputs(file, given))
+        inputs = describe_inputs(file, given)
+        types = value_types(file)
+        search = Search(file, inputs)
         first = search.first()
+        return types, [first, *search.others(first)]
     except GraphError as error:
         raise GraphError(f"{file.path}: {error}") from error
-    return [first, *search.others(first)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError) as error:
+        # What a graph that contradicts itself can lead to before ONNX Runtime has seen it.
+        raise GraphError(f"{file.path}: damaged, {type(error).__name__}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class _Job:
     def __init__(
         self,
         file: OnnxFile,
+        types: Mapping[str, int],
         trials: Sequence[Trial],
         staged: Path,
         dtype: str,
@@ -159,7 +169,7 @@ class _Job:
         atol: float,
         progress: Callable[[str], None],
     ) -> None:
-        self._file, self._trials, self._staged, self._progress = file, trials, staged, progress
+        self._file, self._types, self._trials, self._staged, self._progress = file, types, trials, staged, progress
         self.dtype = dtype
         self._comparison = Comparison(
             file.path, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol
@@ -178,7 +188,7 @@ class _Job:
             return _Result(FoldReport())  # nothing could be compared
         file, trials = self._file, self._trials
         self._progress("see what flows through it")
-        observed, shapes = observe(file, trials), _observed_inputs(file, trials)
+        observed, shapes = observe(file, self._types, trials), observe_inputs(file, trials)
         refused: list[str] = []
         first: FoldReport | None = None
         for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self.dtype]):
@@ -243,16 +253,6 @@ class _Job:
             return result
         save_model(ir.external_data.load_to_model(ir.load(aside)), self._staged)
         return replace(result, changed=True, cases=cases, shaping=applied)
-
-
-def _observed_inputs(file: OnnxFile, trials: Sequence[Trial]) -> dict[str, Observed]:
-    return {
-        value.name: Observed(
-            value.type.tensor_type.elem_type, tuple(tuple(np.shape(trial.feeds[value.name])) for trial in trials)
-        )
-        for value in file.inputs
-        if value.type.HasField("tensor_type")
-    }
 
 
 def _difference(file: OnnxFile, edited: Edited) -> str:

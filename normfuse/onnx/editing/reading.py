@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 
 from normfuse.onnx.writer import quiet
 
+from .observing import Observed
 from .onnx_file import OnnxFile, outer_names, torch_dtype
-from .trial import Observed
 
 aten = torch.ops.aten
 _LIBRARY = torch.library.Library("normfuse_onnx", "DEF")

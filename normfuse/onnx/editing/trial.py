@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import TensorProto, ValueInfoProto, helper
 
@@ -31,7 +30,7 @@ _SECONDS = 90.0  # for finding sizes
 _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
 _ONE_RUN = 20.0  # seconds, after which a run is ended
 _LARGEST_INPUT = 1 << 22  # entries, where the file leaves the sizes open
-_RUN_LIMIT = 1 << 29  # entries of one value, where the file fixes the sizes
+_LARGEST_FIXED = 1 << 26  # entries of an input, where the file fixes the sizes
 _WAYS = 4  # in which dimensions may belong together, see Search._sizes
 
 
@@ -230,7 +229,7 @@ class Search:
         generator = np.random.default_rng(seed)
         for entry in self._inputs:
             shape = [dim if isinstance(dim, int) else sizes[dim] for dim in entry.dims or ()]
-            if math.prod(shape) > (_LARGEST_INPUT if self._symbols else _RUN_LIMIT):
+            if math.prod(shape) > (_LARGEST_INPUT if self._symbols else _LARGEST_FIXED):
                 self._failure = self._failure or f"the input {entry.name!r} of shape {shape} is too large"
                 return None
             value = _draw(entry, shape, generator, draw)
@@ -333,63 +332,3 @@ def _draw(entry: Input, shape: Sequence[int], generator: np.random.Generator, dr
         return generator.integers(0, max(1, min(below, np.iinfo(dtype).max)), shape).astype(dtype)
     numbers = generator.random(shape) if draw else generator.normal(size=shape)
     return np.asarray(numbers).astype(dtype)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A value inside the graph: its type, and its sizes in each trial; None where it is no tensor."""
-
-    kind: int
-    shapes: tuple[tuple[int, ...], ...]
-
-
-def observe(file: OnnxFile, trials: Sequence[Trial]) -> dict[str, Observed]:
-    """Types and sizes of everything that the main graph computes.
-
-    Every value is asked for its shape in a copy of the graph that is run with the trials' inputs.
-    """
-    names = [name for node in file.nodes for name in node.output if name]
-    kinds = _kinds(file, names)
-    if ("", "Shape") in file.functions or not kinds:
-        return {}
-    wanted = list(kinds)
-    model = onnx.ModelProto()
-    model.CopyFrom(file.proto)
-    taken = {name for node in file.nodes for name in (*node.input, *node.output)}
-    del model.graph.output[:]
-    for number, name in enumerate(wanted):
-        shape = f"shape_{number}"
-        while shape in taken:
-            shape += "_"
-        model.graph.node.append(helper.make_node("Shape", [name], [shape]))
-        model.graph.output.append(helper.make_tensor_value_info(shape, TensorProto.INT64, None))
-    session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
-    seen = [run_session(session, trial.feeds) for trial in trials]
-    return {
-        name: Observed(kinds[name], tuple(tuple(run[number].tolist()) for run in seen))
-        for number, name in enumerate(wanted)
-    }
-
-
-_KINDS = {
-    "float": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "string": 8, "bool": 9,
-    "float16": 10, "double": 11, "uint32": 12, "uint64": 13, "bfloat16": 16,
-}  # fmt: skip
-
-
-def _kinds(file: OnnxFile, names: Sequence[str]) -> dict[str, int]:
-    """The types of the tensors among these values, as ONNX Runtime infers them."""
-    model = onnx.ModelProto()
-    model.CopyFrom(file.proto)
-    outputs = {value.name for value in model.graph.output}
-    model.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in outputs)
-    session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
-    found = {}
-    for value in session.get_outputs():
-        kind = _KINDS.get(value.type.removeprefix("tensor(").removesuffix(")"))
-        if kind is not None and value.type.startswith("tensor("):
-            found[value.name] = kind
-            size = math.prod(d if isinstance(d, int) else 1 for d in value.shape or ())
-            if size > _RUN_LIMIT:
-                raise GraphError(f"{file.path}: {value.name!r} has {size} entries, more than can be run here")
-    return {name: found[name] for name in names if name in found}
