@@ -243,8 +243,8 @@ def main() -> None:
     if run.step < args.steps:
         print(f"stopped after {run.step} of {args.steps} steps; the same command goes on")
         return
-    kwargs, example = {"config": run.config, "norm": args.norm}, padded(run.held_out["general"][:4])
-    served = serve(run.original, run.finished(), kwargs, example, args.out, run.quality, args.rounds)
+    example = padded(run.held_out["general"][:4])
+    served = serve(run.original, run.finished(), example, args.out, run.quality, args.rounds)
     result = {"sentences": len(run.text.training), **run.record, "served": served}
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(run.record, served, args.out / "curve.png")

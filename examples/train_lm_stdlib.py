@@ -61,12 +61,11 @@ def bits_per_byte(model: LanguageModel, text: Tensor) -> float:
     return total / VALIDATION_BATCHES / math.log(2)
 
 
-def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> tuple[LanguageModel, dict[str, object]]:
-    """A trained model in evaluation mode, and the arguments that build it again."""
+def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> LanguageModel:
+    """A trained model in evaluation mode."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    kwargs = {"context": CONTEXT, "norm": norm, "placement": placement, "warmup_iters": steps // 10}
-    model = LanguageModel(**kwargs)
+    model = LanguageModel(context=CONTEXT, norm=norm, placement=placement, warmup_iters=steps // 10)
     recent: list[float] = []
 
     def loss_of_step(step: int) -> Tensor:
@@ -80,14 +79,14 @@ def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> t
         return f"{sum(last) / len(last) / math.log(2):.2f} bits per byte"
 
     train(model, loss_of_step, steps, learning_rate=2e-3, title=f"{norm} {placement}-norm", after_step=after_step)
-    return model.eval(), kwargs
+    return model.eval()
 
 
-def save(model: LanguageModel, kwargs: dict[str, object], text: Tensor, path: Path) -> None:
+def save(model: LanguageModel, text: Tensor, path: Path) -> None:
     """Saves the model with two pieces of ``text`` as its example; batch and sequence may vary later."""
     example, _ = windows(text, 2, torch.Generator().manual_seed(2))
     dynamic = {"tokens": {0: "batch", 1: torch.export.Dim("sequence", max=CONTEXT)}}
-    normfuse.save(model, path, example_inputs=example, dynamic_shapes=dynamic, kwargs=kwargs)
+    normfuse.save(model, path, example_inputs=example, dynamic_shapes=dynamic)
 
 
 def continue_text(session: onnxruntime.InferenceSession, prompt: str, length: int, seed: int) -> str:
@@ -115,11 +114,11 @@ def main() -> None:
 
     training, validation = corpus()
     print(f"{len(training) / 1e6:.1f} MB to train on, {len(validation) / 1e6:.1f} MB held out")
-    model, kwargs = fit(args.norm, args.placement, args.steps, args.seed, training)
+    model = fit(args.norm, args.placement, args.steps, args.seed, training)
     print(f"training text:   {bits_per_byte(model, training):.3f} bits per byte")
     print(f"validation text: {bits_per_byte(model, validation):.3f} bits per byte")
 
-    save(model, kwargs, validation, args.out)
+    save(model, validation, args.out)
     onnx_file = args.out.with_suffix(".onnx")
     result = normfuse.onnx.export(normfuse.load(args.out), onnx_file)
     folded = len(result.report.norms) - len(result.report.remaining)

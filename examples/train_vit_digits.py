@@ -51,7 +51,6 @@ class Run:
     """A trained model in evaluation mode, how to build it again, and the held-out accuracy of each epoch."""
 
     model: VisionTransformer
-    kwargs: dict[str, object]
     accuracies: list[float]
 
     def save(self, path: Path, images: Tensor) -> None:
@@ -61,7 +60,6 @@ class Run:
             path,
             example_inputs=images,
             dynamic_shapes={"images": {0: "batch"}},
-            kwargs=self.kwargs,
         )
 
 
@@ -79,8 +77,7 @@ def run(norm: str, placement: str, epochs: int, seed: int, data: Digits) -> Run:
     count = len(data.train_images)
     per_epoch = count // BATCH
     steps = epochs * per_epoch
-    kwargs = {"norm": norm, "placement": placement, "warmup_iters": steps // 10}
-    model = VisionTransformer(**kwargs)
+    model = VisionTransformer(norm=norm, placement=placement, warmup_iters=steps // 10)
     shuffle = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     accuracies: list[float] = []
@@ -104,7 +101,7 @@ def run(norm: str, placement: str, epochs: int, seed: int, data: Digits) -> Run:
         return f"held-out accuracy {accuracies[-1]:.1%}"
 
     train(model, loss_of_step, steps, learning_rate=2e-3, title=f"{norm:>7}", after_step=after_step)
-    return Run(model.eval(), kwargs, accuracies)
+    return Run(model.eval(), accuracies)
 
 
 def main() -> None:

@@ -21,8 +21,10 @@ class NormfuseError(ValueError):
 
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:
-    """The first sentences of an error on a single line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The first sentences of an error on a single line of at most ``limit`` printable characters."""
+    # A file may put a terminal's control codes into its names.
+    text = "".join(character if character.isprintable() else " " for character in str(error)[: 4 * limit])
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

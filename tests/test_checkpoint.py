@@ -1,11 +1,10 @@
-import json
 import os
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from checkpoints import PERCEPTRON, content_of, perceptron, refusal, save_perceptron
+from checkpoints import PERCEPTRON, own_record, perceptron, refusal, save_perceptron, write_format_1
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
@@ -20,8 +19,7 @@ def test_round_trip_of_weights_inputs_and_dynamic_dimensions(tmp_path):
     tokens, pad_mask = torch.randint(11, (2, 6)), torch.arange(6).expand(2, 6) > 3
     batch, seq = Dim("batch"), Dim("seq", min=2, max=16)
     shapes = {"tokens": {0: batch, 1: seq}, "pad_mask": {0: batch, 1: seq}}
-    save(model, tmp_path / "m.pt", example_inputs=(tokens, pad_mask), dynamic_shapes=shapes,
-         kwargs={"depth": 2, "placement": "post"})  # fmt: skip
+    save(model, tmp_path / "m.pt", example_inputs=(tokens, pad_mask), dynamic_shapes=shapes)
     loaded = load(tmp_path / "m.pt")
     assert loaded.input_names == ("tokens", "pad_mask")
     assert loaded.inputs[0].dims == (Dimension("batch"), Dimension("seq", 2, 16))
@@ -33,10 +31,55 @@ def test_round_trip_of_weights_inputs_and_dynamic_dimensions(tmp_path):
 def test_the_file_is_data_and_appears_whole(tmp_path):
     save_perceptron(tmp_path / "m.pt")
     assert os.listdir(tmp_path) == ["m.pt"]
-    metadata = json.loads(content_of(tmp_path / "m.pt")["metadata"])
-    assert metadata["factory"] == PERCEPTRON
-    assert metadata["inputs"][0]["dims"] == [{"name": "batch", "minimum": 1, "maximum": None}, 4]
-    assert metadata["written_with"]["torch"] == torch.__version__
+    record = own_record(tmp_path / "m.pt")
+    assert record["inputs"] == [
+        {"name": "x", "dtype": "float32", "dims": [{"name": "batch", "minimum": 1, "maximum": None}, 4]}
+    ]
+    assert record["outputs"] == ["output"]
+    assert record["written_with"]["torch"] == torch.__version__
+
+
+def test_other_tools_open_the_file_and_find_nothing_of_this_machine_in_it(tmp_path):
+    model = save_perceptron(tmp_path / "m.pt")
+    program = torch.export.load(tmp_path / "m.pt")
+    assert torch.equal(program.module()(torch.ones(3, 4))[0], model(torch.ones(3, 4)))
+    data = (tmp_path / "m.pt").read_bytes()
+    assert b".py" not in data and b"site-packages" not in data and str(Path.cwd()).encode() not in data
+    assert b"tiny_models.Perceptron" in data  # names of classes stay, for the report
+
+
+def test_classes_that_nobody_could_import_are_saved(tmp_path):
+    class Local(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+            self.scale = torch.rand(3)  # neither parameter nor buffer
+
+        def forward(self, x):
+            return {"y": self.inner(x) * self.scale}
+
+    model = Local().eval()
+    model.inner[1].eps = 0.5  # changed after construction
+    model.inner[0].register_forward_hook(lambda module, args, out: out * 2)
+    nn.utils.parametrizations.weight_norm(model.inner[2])
+    x = torch.randn(3, 4)
+    save(model, tmp_path / "m.pt", example_inputs=x, dynamic_shapes=({0: "batch"},))
+    loaded = load(tmp_path / "m.pt")
+    assert loaded.outputs == ("y",)
+    for rows in (1, 5):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(loaded.run([x])[0], model(x)["y"])
+
+
+def test_sizes_that_follow_from_others_come_back(tmp_path):
+    class Cached(nn.Module):
+        def forward(self, new, past):
+            return torch.cat([past, new], 1)
+
+    past = Dim("past", max=64)
+    shapes = ({0: "batch"}, {0: "batch", 1: past})
+    save(Cached(), tmp_path / "m.pt", example_inputs=(torch.ones(2, 1), torch.ones(2, 5)), dynamic_shapes=shapes)
+    assert load(tmp_path / "m.pt").inputs[1].dims == (Dimension("batch"), Dimension("past", 1, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -50,34 +93,13 @@ def test_a_module_of_another_dtype_is_traced_in_float32_and_its_own_outputs_are_
     assert f"traced in float32; the model has {str(dtype).removeprefix('torch.')}" in loaded.notes
 
 
-def test_a_buffer_outside_the_state_dict_keeps_its_dtype(tmp_path, monkeypatch):
-    class Turned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("table", torch.linspace(0, 1, 4), persistent=False)
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.inner(x * self.table)
-
-    monkeypatch.setattr(tiny_models, "Turned", Turned, raising=False)
-    model = Turned().to(torch.bfloat16)
-    save(
-        model,
-        tmp_path / "m.pt",
-        example_inputs=torch.ones(2, 4, dtype=torch.bfloat16),
-        factory="tiny_models:Turned",
-    )
-    assert torch.equal(load(tmp_path / "m.pt").program.constants["table"], model.table.float())
-
-
 def test_shared_weights_are_stored_once_and_views_without_their_surroundings(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[0].weight = nn.Parameter(torch.zeros(1000, 64)[:64])
     model[1].weight = model[0].weight
     save(model, tmp_path / "m.pt", example_inputs={"input": torch.ones(1, 64)})
     assert (tmp_path / "m.pt").stat().st_size < 2 * 64 * 64 * 4
-    state = content_of(tmp_path / "m.pt")["state_dict"]
+    state = load(tmp_path / "m.pt").program.state_dict
     assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr()
 
 
@@ -87,21 +109,20 @@ def test_keyword_inputs_that_skip_an_argument(tmp_path):
             return x + shift
 
     save(Optional(), tmp_path / "m.pt", example_inputs={"x": torch.ones(2), "shift": torch.ones(2)})
-    loaded = load(tmp_path / "m.pt", model=Optional)
+    loaded = load(tmp_path / "m.pt")
     assert loaded.input_names == ("x", "shift")
 
 
 def test_a_compiled_model_is_saved_as_the_model_itself(tmp_path):
     save_perceptron(tmp_path / "m.pt", torch.compile(perceptron()))
-    assert "inner.weight" in content_of(tmp_path / "m.pt")["state_dict"]
+    assert "inner.weight" in load(tmp_path / "m.pt").program.state_dict
 
 
 # What is given when loading
 
 
-def test_model_and_its_arguments_go_over_the_recorded_ones(tmp_path):
-    model = perceptron()
-    save(model, tmp_path / "m.pt", example_inputs=torch.ones(2, 4))
+def test_model_and_its_arguments_go_over_those_of_format_1(tmp_path):
+    write_format_1(tmp_path / "m.pt", factory=None)
     assert "does not say how to build" in refusal(tmp_path / "m.pt")
     assert load(tmp_path / "m.pt", model=PERCEPTRON).program.state_dict["inner.weight"].shape == (4, 4)
     assert load(tmp_path / "m.pt", model=tiny_models.Perceptron, model_args={"classes": 3}) is not None
@@ -112,12 +133,33 @@ def test_model_and_its_arguments_go_over_the_recorded_ones(tmp_path):
 def test_a_model_from_the_working_directory_is_found_only_when_a_person_names_it(tmp_path, monkeypatch):
     (tmp_path / "own_model_of_mine.py").write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
     monkeypatch.chdir(tmp_path)
-    net = nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="will need the model to be named"):
-        save(net, "m.pt", example_inputs=torch.ones(1, 2), factory="own_model_of_mine:Net",
-             kwargs={"in_features": 2, "out_features": 2})  # fmt: skip
-    assert "cannot be imported here" in refusal(Path("m.pt"))
-    assert torch.equal(load("m.pt", model="own_model_of_mine:Net").program.state_dict["weight"], net.weight)
+    net = nn.Linear(4, 2)
+    write_format_1(Path("m.pt"), net, "own_model_of_mine:Net", {"in_features": 4, "out_features": 2})
+    assert "cannot be imported here" in refusal(Path("m.pt"), trust=True)
+    loaded = load("m.pt", model="own_model_of_mine:Net", inputs=["input:float32[batch,4]"])
+    assert torch.equal(loaded.program.state_dict["weight"], net.weight)
+
+
+def test_a_model_that_a_file_does_not_need_is_said_not_to_be_used(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    assert load(tmp_path / "m.pt", model="no_such_package:Net").notes == (
+        "not used, since the file holds its program: model",
+    )
+
+
+def test_a_program_from_elsewhere_is_a_checkpoint_without_trust(tmp_path):
+    model = perceptron()
+    program = torch.export.export(model, (torch.ones(3, 4),), dynamic_shapes={"x": {0: Dim("batch", max=64)}})
+    torch.export.save(program, tmp_path / "m.pt2")
+    loaded = load(tmp_path / "m.pt2")
+    assert loaded.input_names == ("x",) and loaded.inputs[0].dims[0].maximum == 64 and loaded.outputs == ("output",)
+    assert torch.equal(loaded.example_inputs[0], torch.ones(3, 4))
+    torch.testing.assert_close(loaded.run([torch.ones(5, 4)])[0], model(torch.ones(5, 4)))
+    assert load(tmp_path / "m.pt2", inputs=["x:float32[rows<=9,4]"]).inputs[0].dims == (Dimension("rows", 1, 9), 4)
+    assert "takes x" in refusal(tmp_path / "m.pt2", inputs=["y:float32[batch,4]"])
+    assert "not x:float32[batch,5]" in refusal(tmp_path / "m.pt2", inputs=["x:float32[batch,5]"])
+    torch.export.save(torch.export.export(model.double(), (torch.ones(3, 4).double(),)), tmp_path / "m.pt2")
+    assert load(tmp_path / "m.pt2").inputs[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["state_dict", "safetensors", "legacy"])

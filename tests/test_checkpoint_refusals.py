@@ -1,17 +1,19 @@
 """What is no checkpoint, was damaged, or cannot be recorded: one line, and nothing is run or written."""
 
+import gzip
 import json
 import os
 import pickle
+import socket
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from checkpoints import PERCEPTRON, Canary, content_of, perceptron, refusal, rewrite, save_perceptron
+from checkpoints import PERCEPTRON, Canary, content_of, perceptron, refusal, rewrite, save_perceptron, write_format_1
 from torch import nn
-from torch.export import Dim
 
 from normfuse.checkpoint import CheckpointError, Dimension, factory, load, loading, save
 
@@ -33,7 +35,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, name, wra
 
 
 def test_code_hidden_in_a_checkpoint_of_ours_does_not_run(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     content = content_of(tmp_path / "m.pt")
     content["state_dict"] = OrderedDict(content["state_dict"], extra=Canary(tmp_path / "canary"))
     torch.save(content, tmp_path / "m.pt")
@@ -41,18 +43,17 @@ def test_code_hidden_in_a_checkpoint_of_ours_does_not_run(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_pickled_modules_and_programs_are_read_only_when_trusted(tmp_path):
-    model = perceptron()
-    torch.save(model, tmp_path / "module.pt")
-    program = torch.export.export(model, (torch.ones(3, 4),), dynamic_shapes={"x": {0: Dim("batch", max=64)}})
-    torch.export.save(program, tmp_path / "program.pt2")
-    for name in ("module.pt", "program.pt2"):
-        assert "can run code" in refusal(tmp_path / name) and "--trust" in refusal(tmp_path / name)
+def test_pickled_modules_are_read_only_when_trusted(tmp_path):
+    torch.save(perceptron(), tmp_path / "module.pt")
+    assert "can run code" in refusal(tmp_path / "module.pt") and "--trust" in refusal(tmp_path / "module.pt")
     assert load(tmp_path / "module.pt", trust=True, inputs=["x:float32[batch,4]"]).outputs == ("output",)
-    loaded = load(tmp_path / "program.pt2", trust=True)
-    assert loaded.input_names == ("x",) and loaded.inputs[0].dims[0].maximum == 64
-    torch.testing.assert_close(loaded.run([torch.ones(5, 4)])[0], model(torch.ones(5, 4)))
-    assert "takes x" in refusal(tmp_path / "program.pt2", trust=True, inputs=["y:float32[batch,4]"])
+
+
+def test_a_class_that_a_file_of_format_1_names_is_built_only_when_trusted(tmp_path):
+    model = write_format_1(tmp_path / "m.pt")
+    assert "can run code" in refusal(tmp_path / "m.pt") and "--trust" in refusal(tmp_path / "m.pt")
+    for loaded in (load(tmp_path / "m.pt", trust=True), load(tmp_path / "m.pt", model=PERCEPTRON)):
+        assert torch.equal(loaded.expected_outputs[0], model(torch.ones(2, 4)))
 
 
 def test_torchscript_is_refused_with_the_way_out(tmp_path):
@@ -79,7 +80,7 @@ def test_garbage_and_absence(tmp_path):
         refusal(tmp_path / f"{name}.safetensors", model=PERCEPTRON)
     with zipfile.ZipFile(tmp_path / "garbage.zip", "w") as file:
         file.writestr("archive/readme", os.urandom(1000))
-    assert "holds no tensors" in refusal(tmp_path / "garbage.zip")
+    assert "nothing that torch.save wrote" in refusal(tmp_path / "garbage.zip")
     with zipfile.ZipFile(tmp_path / "half.pt", "w") as file:
         file.writestr("archive/data.pkl", os.urandom(1000))
     refusal(tmp_path / "half.pt")
@@ -89,7 +90,7 @@ def test_garbage_and_absence(tmp_path):
 
 
 def test_truncation_anywhere(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     whole = (tmp_path / "m.pt").read_bytes()
     for length in [*range(1, len(whole), len(whole) // 40), len(whole) - 1]:
         (tmp_path / "cut.pt").write_bytes(whole[:length])
@@ -99,7 +100,7 @@ def test_truncation_anywhere(tmp_path):
 def test_one_flipped_bit_anywhere_is_caught_or_without_effect(tmp_path, monkeypatch):
     # What would be traced is looked at instead: tracing thousands of times would take minutes.
     monkeypatch.setattr(loading, "capture", lambda module, call, specs, source, notes: (module, call, specs))
-    model = save_perceptron(tmp_path / "m.pt")
+    model = write_format_1(tmp_path / "m.pt")
     whole = (tmp_path / "m.pt").read_bytes()
     expected = model.state_dict()
     sites = {position: position % 8 for position in range(len(whole))}
@@ -109,7 +110,7 @@ def test_one_flipped_bit_anywhere_is_caught_or_without_effect(tmp_path, monkeypa
         data[position] ^= 1 << bit
         (tmp_path / "bit.pt").write_bytes(data)
         try:
-            module, call, specs = load(tmp_path / "bit.pt")
+            module, call, specs = load(tmp_path / "bit.pt", model=PERCEPTRON)
         except CheckpointError as error:
             assert "\n" not in str(error)
             caught += 1
@@ -122,12 +123,12 @@ def test_one_flipped_bit_anywhere_is_caught_or_without_effect(tmp_path, monkeypa
 
 
 def test_a_change_that_keeps_the_archive_valid_fails_the_digest(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     original = content_of(tmp_path / "m.pt")
 
     def tampered(**changes):
         torch.save(original | changes, tmp_path / "t.pt")
-        return refusal(tmp_path / "t.pt")
+        return refusal(tmp_path / "t.pt", model=PERCEPTRON)
 
     state, examples = original["state_dict"], original["examples"]
     bumped = state | {"inner.weight": torch.nextafter(state["inner.weight"], torch.tensor(9.0))}
@@ -144,25 +145,25 @@ def test_a_change_that_keeps_the_archive_valid_fails_the_digest(tmp_path):
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     content = content_of(tmp_path / "m.pt")
     content["state_dict"]["inner.weight"] = torch.zeros(1).expand(10**12)
     torch.save(content, tmp_path / "m.pt")
-    assert "complete" in refusal(tmp_path / "m.pt")
+    assert "complete" in refusal(tmp_path / "m.pt", model=PERCEPTRON)
 
 
 # Refusals: does not fit
 
 
 def test_missing_and_extra_tensors_are_named(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     state = content_of(tmp_path / "m.pt")["state_dict"]
     rewrite(tmp_path / "m.pt", state_dict={n: t for n, t in state.items() if n != "norm.running_var"})
-    assert "norm.running_var" in refusal(tmp_path / "m.pt")
+    assert "norm.running_var" in refusal(tmp_path / "m.pt", model=PERCEPTRON)
     rewrite(tmp_path / "m.pt", state_dict=state | {"stray": torch.ones(1)})
-    assert "unknown to the module (stray)" in refusal(tmp_path / "m.pt")
+    assert "unknown to the module (stray)" in refusal(tmp_path / "m.pt", model=PERCEPTRON)
     rewrite(tmp_path / "m.pt", state_dict=state | {"inner.weight": torch.ones(5, 4)})
-    assert "inner.weight" in refusal(tmp_path / "m.pt")
+    assert "inner.weight" in refusal(tmp_path / "m.pt", model=PERCEPTRON)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +181,11 @@ def test_missing_and_extra_tensors_are_named(tmp_path):
     ],
 )
 def test_recorded_factories_that_are_no_importable_module_class(tmp_path, name, because):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     metadata = json.loads(content_of(tmp_path / "m.pt")["metadata"])
     rewrite(tmp_path / "m.pt", metadata=json.dumps(metadata | {"factory": name}))
-    assert because in refusal(tmp_path / "m.pt")
+    assert because in refusal(tmp_path / "m.pt", trust=True)
+    assert "can run code" in refusal(tmp_path / "m.pt")
     assert load(tmp_path / "m.pt", model=PERCEPTRON).input_names == ("x",)
 
 
@@ -196,17 +198,17 @@ def test_recorded_factories_that_are_no_importable_module_class(tmp_path, name, 
      {"inputs": [{"name": "x", "dtype": "float32", "dims": [3, 4]}]}],
 )  # fmt: skip
 def test_metadata_of_another_form_is_refused(tmp_path, change):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     metadata = json.loads(content_of(tmp_path / "m.pt")["metadata"])
     rewrite(tmp_path / "m.pt", metadata=json.dumps(metadata | change))
-    refusal(tmp_path / "m.pt")
+    refusal(tmp_path / "m.pt", model=PERCEPTRON)
 
 
 def test_metadata_that_is_no_json_is_refused(tmp_path):
-    save_perceptron(tmp_path / "m.pt")
+    write_format_1(tmp_path / "m.pt")
     for text in ("{", "[" * 100_000, "[]"):
         rewrite(tmp_path / "m.pt", metadata=text)
-        assert "metadata" in refusal(tmp_path / "m.pt")
+        assert "metadata" in refusal(tmp_path / "m.pt", model=PERCEPTRON)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +225,14 @@ def test_metadata_that_is_no_json_is_refused(tmp_path):
 def test_numbers_no_training_leaves_behind(tmp_path, name, value, because):
     model = perceptron()
     model.state_dict()[name].view(-1)[1] = value
-    save_perceptron(tmp_path / "m.pt", model)
-    message = refusal(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=because) as caught:
+        save_perceptron(tmp_path / "m.pt", model)
+    assert name in str(caught.value) and not (tmp_path / "m.pt").exists()
+    write_format_1(tmp_path / "m.pt", model)
+    message = refusal(tmp_path / "m.pt", model=PERCEPTRON)
     assert name in message and because in message
+    torch.export.save(torch.export.export(model, (torch.ones(2, 4),)), tmp_path / "m.pt2")
+    assert name in refusal(tmp_path / "m.pt2") and because in refusal(tmp_path / "m.pt2")
 
 
 def test_statistics_of_every_norm_are_checked(tmp_path):
@@ -234,10 +241,8 @@ def test_statistics_of_every_norm_are_checked(tmp_path):
         (nn.BatchNorm1d(4), "running_var"),
     ):
         model.state_dict()[name][0] = -1
-        label = f"{type(model).__module__}:{type(model).__name__}"
-        kwargs = {"norm": "power"} if "phi" in name else {"num_features": 4}
-        save(model, tmp_path / "m.pt", example_inputs=torch.ones(2, 4), factory=label, kwargs=kwargs)
-        assert f"{name} is negative" in refusal(tmp_path / "m.pt")
+        with pytest.raises(CheckpointError, match=f"{name} is negative"):
+            save(model, tmp_path / "m.pt", example_inputs=torch.ones(2, 4))
 
 
 def test_a_mask_of_infinities_is_no_reason_to_refuse(tmp_path):
@@ -258,24 +263,15 @@ def test_a_mask_of_infinities_is_no_reason_to_refuse(tmp_path):
 
 def test_what_cannot_be_recorded_is_refused_when_saving(tmp_path):
     path, x = tmp_path / "m.pt", torch.ones(2, 4)
-
-    class Local(nn.Linear):
-        pass
-
     cases = [
-        ({"factory": Local}, "cannot be imported again"),
-        ({"factory": "__main__:Net"}, "the script that runs"),
-        ({"factory": dict}, "not an nn.Module subclass"),
-        ({"factory": len}, "factory is a"),
-        ({"kwargs": {"act": torch.relu}}, "JSON"),
-        ({"kwargs": {"scale": float("nan")}}, "JSON"),
-        ({"kwargs": {"sizes": {1: 2}}}, "JSON"),
+        ({"factory": tiny_models.Perceptron}, "no factory= any more"),
+        ({"kwargs": {"width": 4}}, "no kwargs= any more"),
         ({"example_inputs": ()}, "empty"),
         ({"example_inputs": (x, x)}, "forward names 1 arguments"),
         ({"example_inputs": {"x": x, "y": x}}, "forward takes x"),
-        ({"example_inputs": ([x],)}, "only arguments that are tensors"),
         ({"example_inputs": {"x": None}}, "holds no tensor"),
         ({"example_inputs": x.to(torch.complex64)}, "complex64"),
+        ({"example_inputs": torch.ones(2, 5)}, "fails on the example inputs"),
         ({"dynamic_shapes": {"y": {0: "batch"}}}, "names 'y'"),
         ({"dynamic_shapes": [{0: "a"}, {0: "b"}]}, "2 entries"),
         ({"dynamic_shapes": {"x": {2: "batch"}}}, "axis 2"),
@@ -302,17 +298,60 @@ def test_saving_again_replaces_the_file_only_when_it_succeeds(tmp_path, monkeypa
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(CheckpointError, match="cannot write"):
+        patch.setattr(torch.export, "save", full_disk)
+        with pytest.raises(CheckpointError, match="failed writing"):
             save_perceptron(tmp_path / "m.pt")
     assert (tmp_path / "m.pt").read_bytes() == before and os.listdir(tmp_path) == ["m.pt"]
 
 
-def test_a_factory_that_does_not_take_the_arguments_is_said_at_once_but_the_weights_are_saved(tmp_path):
-    with pytest.warns(UserWarning, match="will need the model to be named"):
-        save_perceptron(tmp_path / "m.pt", kwargs={"wdth": 4})
-    loaded = load(tmp_path / "m.pt", model=lambda wdth: tiny_models.Perceptron(wdth))
-    assert loaded.program.state_dict["inner.weight"].shape == (4, 4)
+def test_exits_of_a_model_that_the_user_names_are_errors(tmp_path, monkeypatch):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(perceptron().state_dict(), tmp_path / "m.pt")
+    assert "SystemExit" in refusal(tmp_path / "m.pt", model="leaves:Net", inputs=["x:float32[2,4]"])
+
+    def build():
+        raise SystemExit(0)
+
+    assert "SystemExit" in refusal(tmp_path / "m.pt", model=build, inputs=["x:float32[2,4]"])
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "what"),
+    [
+        (gzip.compress(b"x" * 100), "m.pt", "gzip"),
+        (b"hello, world\n", "m.pt", "a text"),
+        ("Größe".encode() * 20000, "m.pt", "a text"),
+        (b'{"a": 1}', "m.pt", "a JSON text"),
+        (b'{"weight_map": {}}', "model.json", "an index of several safetensors files"),
+        (b"<!DOCTYPE html><html></html>", "m.pt", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "m.pt", "a pointer of Git LFS"),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x052.13.0", "m.pt", "an ONNX file"),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x052.13.0", "m.onnx", "an ONNX file"),
+        (b"GGUF\x03\x00\x00\x00", "m.gguf", "a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n", "m.h5", "an HDF5 file"),
+        (b"\x00" * 257 + b"ustar" + b"\x00" * 250, "m.tar", "a tar archive"),
+        (bytes(range(256)), "m.pt", "not a checkpoint"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, data, name, what):
+    (tmp_path / name).write_bytes(data)
+    for trust in (False, True):
+        assert what in refusal(tmp_path / name, trust=trust)
+
+
+def test_only_plain_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")  # nobody writes to it: whoever opens it waits for ever
+    assert "a pipe" in refusal(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    assert "a pipe" in refusal(tmp_path / "model.safetensors.index.json")
+    assert "a device" in refusal(Path("/dev/zero"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        assert "a socket" in refusal(tmp_path / "s")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "pipe.pt")
+    assert "a pipe" in refusal(tmp_path / "link.pt")
+    assert "cannot read" in refusal(Path("a\0b"))
 
 
 def test_given_factories_that_cannot_build_a_module():

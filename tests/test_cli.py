@@ -53,9 +53,7 @@ def save_perceptron(path, **changes):
     model = tiny_models.trained(tiny_models.Perceptron())
     for name, value in changes.items():
         model.state_dict()[name].view(-1)[0] = value
-    save(
-        model, path, example_inputs=torch.ones(2, 4), dynamic_shapes={"x": {0: "batch"}}, factory=tiny_models.Perceptron
-    )
+    save(model, path, example_inputs=torch.ones(2, 4), dynamic_shapes={"x": {0: "batch"}})
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +95,7 @@ def test_export_takes_dead_channels_out_if_asked(tmp_path):
 
 
 def test_export_drops_norms_that_cancel_if_asked_and_prints_what_eps_changes(tmp_path):
-    factory = tiny_models.Normalised
-    save(factory(), tmp_path / "model.pt", example_inputs=torch.ones(2, 4), factory=factory)
+    save(tiny_models.Normalised(), tmp_path / "model.pt", example_inputs=torch.ones(2, 4))
     command = ["export", str(tmp_path / "model.pt"), "--out", str(tmp_path / "model.onnx"), "--cancel-norms"]
     done = CliRunner().invoke(cli.app, [*command, "--report", str(tmp_path / "report.json")])
     assert done.exit_code == 0, done.stderr

@@ -52,10 +52,10 @@ def trained(model: torch.nn.Module, make_input) -> torch.nn.Module:
 
 @pytest.fixture
 def export(tmp_path):
-    """Saves a model, loads it through its recorded factory and exports it; the result."""
+    """Saves a model, loads it and exports it; the result."""
 
-    def run_all(model, kwargs, example, dynamic):
-        normfuse.save(model, tmp_path / "model.pt", example_inputs=example, dynamic_shapes=dynamic, kwargs=kwargs)
+    def run_all(model, example, dynamic):
+        normfuse.save(model, tmp_path / "model.pt", example_inputs=example, dynamic_shapes=dynamic)
         return normfuse.onnx.export(normfuse.load(tmp_path / "model.pt"), tmp_path / "model.onnx")
 
     return run_all
@@ -64,9 +64,9 @@ def export(tmp_path):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_vision_transformer_exports_without_static_norms(export, norm, placement):
-    kwargs = {"dim": 16, "depth": 1, "norm": norm, "placement": placement, "warmup_iters": 1}
-    model = trained(VisionTransformer(**kwargs), lambda: torch.randn(5, 1, 8, 8))
-    result = export(model, kwargs, torch.randn(3, 1, 8, 8), {"images": {0: "batch"}})
+    transformer = VisionTransformer(dim=16, depth=1, norm=norm, placement=placement, warmup_iters=1)
+    model = trained(transformer, lambda: torch.randn(5, 1, 8, 8))
+    result = export(model, torch.randn(3, 1, 8, 8), {"images": {0: "batch"}})
     count = {"pre": 3, "post": 2, "peri": 5}[placement]
     assert result.report.remaining == []
     assert len(result.report.norms) == (0 if norm == "layer" else count)
@@ -76,10 +76,10 @@ def test_vision_transformer_exports_without_static_norms(export, norm, placement
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_language_model_exports_without_norms(export, placement):
-    kwargs = {"context": 24, "dim": 16, "depth": 1, "placement": placement, "warmup_iters": 1}
-    model = trained(LanguageModel(**kwargs), lambda: torch.randint(256, (5, 24)))
+    transformer = LanguageModel(context=24, dim=16, depth=1, placement=placement, warmup_iters=1)
+    model = trained(transformer, lambda: torch.randint(256, (5, 24)))
     dynamic = {"tokens": {0: "batch", 1: torch.export.Dim("sequence", max=24)}}
-    result = export(model, kwargs, torch.randint(256, (2, 9)), dynamic)
+    result = export(model, torch.randint(256, (2, 9)), dynamic)
     assert result.report.remaining == []
     assert result.graph.norms == []
     assert result.graph.affines == []

@@ -32,8 +32,7 @@ def test_a_trained_sigma_reparam_model_is_saved_loaded_and_exported(tmp_path, in
         optimizer.step()
     model.eval()
     x = torch.randn(4, 2, 7)
-    kwargs = {"init": init, "again": again}
-    normfuse.save(model, tmp_path / "model.pt", example_inputs=x, dynamic_shapes={"x": {0: "batch"}}, kwargs=kwargs)
+    normfuse.save(model, tmp_path / "model.pt", example_inputs=x, dynamic_shapes={"x": {0: "batch"}})
     loaded = normfuse.load(tmp_path / "model.pt")
     assert torch.equal(loaded.expected_outputs[0], model(x))
     result = export(loaded, tmp_path / "model.onnx")

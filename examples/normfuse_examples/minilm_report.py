@@ -29,20 +29,20 @@ Quality = Callable[[Callable[[Batch], torch.Tensor]], dict[str, dict[str, float]
 
 
 def serve(
-    original: SentenceEncoder, converted: SentenceEncoder, kwargs: dict[str, Any], example: Batch, folder: Path,
+    original: SentenceEncoder, converted: SentenceEncoder, example: Batch, folder: Path,
     quality: Quality, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Write all files, check, describe and time them.
 
     Args:
-        original, converted: models in evaluation mode; ``kwargs`` build the converted one again.
+        original, converted: models in evaluation mode.
         example: of the inputs.
         folder: for the files.
         quality: measures a function from a batch to embeddings against the original.
         rounds: timed runs of each file.
     """
     shapes = {name: {0: Dim("batch"), 1: Dim("tokens", min=2, max=512)} for name in example}
-    normfuse.save(converted, folder / "converted.pt", example_inputs=example, dynamic_shapes=shapes, kwargs=kwargs)
+    normfuse.save(converted, folder / "converted.pt", example_inputs=example, dynamic_shapes=shapes)
     checkpoint = normfuse.load(folder / "converted.pt")
     shaped = normfuse.onnx.export(checkpoint, folder / "converted.onnx", target="cpu")
     static = torch.export.export(converted, (), dict(example), dynamic_shapes=shapes)

@@ -1,25 +1,14 @@
-"""Saving a trained model as data, and building it again from data: never from code in the file.
+"""Saving a trained model as data, and reading it as data: never running code that a file holds or names.
 
-A checkpoint is what ``torch.save`` writes for a dictionary of tensors and strings, so that
-``torch.load(path, weights_only=True)`` reads it:
+A checkpoint is a PT2 archive, what ``torch.export.save`` writes, with one record more: the names of inputs and outputs,
+the dimensions, and what the live model gave on its example inputs. docs/checkpoint_format.md describes every part.
 
-==============  ==================================================================================
-``format``      the string ``"normfuse checkpoint"``
-``version``     the format's version, an integer (1)
-``metadata``    a JSON object: ``factory`` and ``kwargs`` (how to build the module), ``inputs`` (name, dtype,
-                dimensions), ``extra_dtypes`` (dtypes of buffers that are not in the state_dict),
-                ``written_with``
-``state_dict``  the module's tensors by name
-``examples``    the example inputs by name
-``sha256``      a digest over all of the above: names, dtypes, shapes, bytes and the metadata
-==============  ==================================================================================
-
-The digest finds damage, not malice: whoever can change the file can change the digest too. Malice is met by
-never running anything the file holds.
+A digest of each record finds damage, not malice: whoever can change the file can change the digest too. Malice is met
+by reading nothing but data, within bounds, and checking all of it before anything is built.
 """
 
-from normfuse.checkpoint.archive import CheckpointError
 from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec, parse_input
 from normfuse.checkpoint.loading import load
 from normfuse.checkpoint.saving import save

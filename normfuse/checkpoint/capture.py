@@ -41,7 +41,8 @@ class Checkpoint:
         inputs: one :class:`InputSpec` per tensor that the program takes, in order.
         outputs: one name per tensor that it returns, in order.
         example_inputs: tensors that the program takes; saved with it, or made up from `inputs`.
-        expected_outputs: what the live model gave on them, recorded before tracing, in the model's own dtype.
+        expected_outputs: what the live model gave on them, recorded before tracing, in the model's own dtype; empty
+            where there was no live model but only a program.
         source: where it came from, for messages.
         notes: what was decided on the way, in words: bounds that tracing found, arguments that became constants.
     """

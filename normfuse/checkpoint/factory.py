@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from normfuse.checkpoint.archive import CheckpointError, one_line
+from normfuse.checkpoint.errors import CheckpointError
+from normfuse.errors import one_line
 
 _FORM = "package.module:Class"
 
@@ -26,21 +27,8 @@ def parse(text: str) -> tuple[str, list[str]]:
     return module, path
 
 
-def name_of(cls: type[nn.Module]) -> str:
-    """``package.module:Class`` for a class that can be imported again; CheckpointError for one that
-    cannot."""
-    if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
-        where = "the script that runs (__main__)" if cls.__module__ == "__main__" else "a function"
-        raise CheckpointError(
-            f"class {cls.__qualname__} is defined in {where} and cannot be imported again: move it to a "
-            "module and pass "
-            f"factory={_FORM!r}, or save without factory and kwargs and give --model when loading"
-        )
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
 def recorded(text: str, source: str) -> type[nn.Module]:
-    """The nn.Module subclass that a *file* names. Importing its module is all that happens.
+    """The nn.Module subclass that a *file* of format 1 names, which the user trusts. Importing its module runs it.
 
     The import search path is used as it stands: neither the file's folder nor the working directory is added,
     so that a checkpoint cannot bring its own module along. Raises CheckpointError for anything else, with the
@@ -52,7 +40,7 @@ def recorded(text: str, source: str) -> type[nn.Module]:
         raise CheckpointError(f"{source} names the factory {text!r}, which is no module class; {way_out}")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the imported module is free to fail in its own way
+    except (Exception, SystemExit) as error:  # the imported module is free to fail in its own way
         raise CheckpointError(
             f"{source} names the factory {text!r}, which cannot be imported here ({one_line(error, 120)}); {way_out}"
         ) from error
@@ -71,7 +59,7 @@ def given(text: str) -> Callable[..., nn.Module]:
     with _working_directory_on_path():
         try:
             found: Any = importlib.import_module(module_name)
-        except Exception as error:  # the imported module is free to fail in its own way
+        except (Exception, SystemExit) as error:  # the imported module is free to fail in its own way
             raise CheckpointError(
                 f"--model {text}: cannot import {module_name} ({type(error).__name__}: {one_line(error, 200)})"
             ) from error
@@ -91,7 +79,7 @@ def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: s
     shown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
     try:
         module = factory(**kwargs)
-    except Exception as error:  # a constructor is free to fail in its own way
+    except (Exception, SystemExit) as error:  # a constructor is free to fail in its own way
         raise CheckpointError(
             f"building {label}({one_line(shown, 120) if shown else ''}) failed: {type(error).__name__}: "
             f"{one_line(error, 200)}; arguments are given with --model-arg name=value"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import bind, parameters_of
 from normfuse.checkpoint.capture import Checkpoint, capture
 from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
+from normfuse.checkpoint.programs import load_program, made_up
 
+_PROGRAM = object()  # stands for what is read elsewhere
 _NAME_INPUTS = 'name them: --input "tokens:int64[batch,seq]" (inputs=[…])'
 
 
@@ -35,19 +38,19 @@ def load(
     anything that the file holds.
 
     Args:
-        path: the file: of :func:`normfuse.save`, of ``torch.save``, ``.safetensors``, an index of several
+        path: the file: of :func:`normfuse.save`, of ``torch.export.save`` (``.pt2``), of ``torch.save``,
+            ``.safetensors``, an index of several
             (``….index.json``), or a folder that holds one of the last two. Weights are found under the names that
             training scripts use, whatever wrappers left in front of theirs.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
-            callable, or a module to load into. None: the class that the file names, if it is an nn.Module
-            subclass that can be imported as things stand.
+            callable, or a module to load into. None: the program that the file holds.
         model_args: keyword arguments for it; they go over those that the file records.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
         weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
             the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
-        trust: also read pickled modules and ``.pt2`` archives. Reading those can run any code: only for files
-            whose maker you know.
+        trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, and the class
+            that a file of format 1 names. Only for files whose maker you know.
 
     Raises:
         CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module,
@@ -55,10 +58,29 @@ def load(
             changed on disk.
     """
     path = Path(path)
-    content = _read(path, trust)
     specs = None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]
-    if isinstance(content, torch.export.ExportedProgram):
-        return _from_program(content, path, specs)
+    try:
+        return _load(path, model, model_args, specs, weights, trust)
+    except CheckpointError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a file, or the user's own model, makes somebody raise
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {one_line(error, 240)})") from error
+
+
+def _load(
+    path: Path,
+    model: str | Callable[..., nn.Module] | nn.Module | None,
+    model_args: Mapping[str, Any] | None,
+    specs: list[InputSpec] | None,
+    weights: str | None,
+    trust: bool,
+) -> Checkpoint:
+    content = _read(path, trust)
+    if content is _PROGRAM:
+        checkpoint = load_program(path, specs, trust)
+        unused = [name for name, value in (("model", model), ("model_args", model_args), ("weights", weights)) if value]
+        notes = (f"not used, since the file holds its program: {some_of(unused)}",) if unused else ()
+        return replace(checkpoint, notes=(*checkpoint.notes, *notes))
     metadata: dict[str, Any] = {}
     examples: dict[str, torch.Tensor] = {}
     notes: list[str] = []
@@ -67,10 +89,10 @@ def load(
         module = held
     elif isinstance(content, Mapping) and "format" in content:
         metadata, state, examples = _checked(content, path)
-        module = _build(path, metadata, model, model_args)
+        module = _build(path, metadata, model, model_args, trust)
         _fill(module, state, metadata, path)
     else:
-        module = _build(path, metadata, model, model_args)
+        module = _build(path, metadata, model, model_args, trust)
         state, notes = weights_module.take(content, module, str(path), weights)
         if not _only_tensors(state):
             raise CheckpointError(f"{path} holds sparse, quantised or expanded tensors; save plain dense ones")
@@ -78,7 +100,9 @@ def load(
         single = any(spec.dtype == torch.float32 for spec in specs or ())
         _fill(module, state, metadata, path, in_own_dtype=single)
     if specs is not None:
-        examples = examples if _fit(examples, specs) else _made_up(specs)
+        examples = (
+            examples if _fit(examples, specs) else dict(zip((s.name for s in specs), made_up(specs), strict=True))
+        )
     elif metadata:
         specs = _recorded_specs(metadata, path)
     else:
@@ -97,7 +121,8 @@ def _read(path: Path, trust: bool) -> Any:
         path = sharded.weight_file(path)
     if path.name.endswith(sharded.INDEX):
         return sharded.read_index(path, trust)
-    return archive.read(path, archive.file_kind(path), trust)
+    kind = archive.file_kind(path)
+    return _PROGRAM if kind == "pt2" else archive.read(path, kind, trust)
 
 
 def captured(
@@ -167,7 +192,9 @@ def _only_tensors(group: Any) -> bool:
     )
 
 
-def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None) -> nn.Module:
+def _build(
+    path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None, trust: bool
+) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     label = metadata.get("factory")
@@ -175,6 +202,12 @@ def _build(path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapp
         raise CheckpointError(
             f"{path} does not say how to build its model: give --model package.module:factory (model=…)",
             advice=["--model package.module:factory"],
+        )
+    if model is None and not trust:
+        raise CheckpointError(
+            f"{path} is of format 1 and names the class {one_line(label, 80)!r}: building it can run code, so it was "
+            "not built; give --model package.module:factory (model=…), or --trust (trust=True) if you know who made it",
+            advice=["--trust"],
         )
     if model is None:
         build = factory.recorded(label, str(path))
@@ -230,12 +263,6 @@ def _recorded_specs(metadata: Mapping[str, Any], path: Path) -> list[InputSpec]:
         raise CheckpointError(f"{path}: its record of the inputs cannot be read ({one_line(error, 80)})") from error
 
 
-def _made_up(specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = specs_module.first_sizes(specs)
-    return {spec.name: specs_module.make_up(spec, sizes, generator) for spec in specs}
-
-
 def _fit(examples: Mapping[str, torch.Tensor], specs: Sequence[InputSpec]) -> bool:
     """Whether the saved examples also serve the specs that were given instead of the recorded ones."""
     try:
@@ -243,34 +270,3 @@ def _fit(examples: Mapping[str, torch.Tensor], specs: Sequence[InputSpec]) -> bo
     except (KeyError, CheckpointError):
         return False
     return True
-
-
-def _from_program(program: torch.export.ExportedProgram, path: Path, specs: list[InputSpec] | None) -> Checkpoint:
-    """A trusted ``.pt2``: its inputs and their symbolic dimensions are in the program."""
-    names = program.graph_signature.user_inputs
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    if specs is None:
-        specs = []
-        for name in names:
-            value = values.get(name)
-            if not isinstance(value, torch.Tensor):
-                raise CheckpointError(f"{path}: input {name!r} of the program is not a tensor")
-            dims = tuple(_program_dim(program, size) for size in value.shape)
-            specs.append(InputSpec(str(name), value.dtype, dims))
-    elif [spec.name for spec in specs] != list(names):
-        raise CheckpointError(f"{path} takes {', '.join(map(str, names))} in this order; --input names others")
-    saved = program.example_inputs
-    tensors = () if saved is None else (*saved[0], *saved[1].values())
-    examples = dict(zip(names, tensors, strict=True)) if len(tensors) == len(specs) else _made_up(specs)
-    return captured(program.module(), specs, examples, str(path))
-
-
-def _program_dim(program: torch.export.ExportedProgram, size: Any) -> int | Dimension:
-    if isinstance(size, int):
-        return size
-    bounds = program.range_constraints.get(size.node.expr)
-    low = int(bounds.lower) if bounds is not None else 1
-    high = None
-    if bounds is not None and bounds.upper.is_Integer and bounds.upper < 2**31:
-        high = int(bounds.upper)
-    return Dimension(str(size), max(low, 1), high)

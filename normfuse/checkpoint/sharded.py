@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from normfuse.checkpoint import archive
+from normfuse.checkpoint import archive, kinds
 from normfuse.checkpoint.archive import CheckpointError, one_line
+from normfuse.checkpoint.strict_json import parse_json
 
 INDEX = ".index.json"
+_INDEX_BYTES = 1 << 26
 _STEMS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -30,14 +31,16 @@ def weight_file(folder: Path) -> Path:
 
 def read_index(path: Path, trust: bool) -> dict[str, Any]:
     """The tensors of all files that an index (``….index.json``) names, by name."""
+    with kinds.opened(path) as file:
+        index = parse_json(file.read(_INDEX_BYTES), f"{path} is no index of weights: it")
     try:
-        files = json.loads(path.read_text())["weight_map"]
+        files = index["weight_map"]
         by_file: dict[str, list[str]] = {}
         for name, file in files.items():
             by_file.setdefault(file, []).append(name)
         # A name with a folder in it could lead anywhere on the disk.
         outside = [file for file in by_file if Path(file).name != file]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of weights ({one_line(error, 120)})") from error
     if outside:
         raise CheckpointError(f"{path} names {outside[0]!r}; only files beside the index are read")

@@ -92,7 +92,7 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         # Sizes 0 and 1 are allowed in spite of a bound of 2, which stands for all; past + 1 >= 3 is taken literally.
         del program.range_constraints[expression]
     _lift_out(program, module)
-    _separate_outputs(program)
+    separate_outputs(program)
     copy_what_changes(program)
     program.validate()
     return Traced(program, tuple(paths), tuple(left_out), allowed)
@@ -182,7 +182,7 @@ def _lift_out(program: ExportedProgram, module: nn.Module) -> None:
                 node.meta["nn_module_stack"] = {f"L__self__{path and '_'}{path}": (path, cls) for path, cls in inner}
 
 
-def _separate_outputs(program: ExportedProgram) -> None:
+def separate_outputs(program: ExportedProgram) -> None:
     """Copies outputs that are inputs or constants, or were outputs before: ONNX has one value for one name."""
     seen: set[torch.fx.Node] = set()
     output = program.graph.output_node()

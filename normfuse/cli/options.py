@@ -111,7 +111,8 @@ class Loading(Inputs):
     trust: Annotated[
         bool,
         typer.Option(
-            "--trust", help="Read pickled modules, .pt2 files and a folder's own code, which can do anything when read."
+            "--trust",
+            help="Read pickled modules, build classes that files name, run a folder's own code: all can do anything.",
         ),
     ] = False
 

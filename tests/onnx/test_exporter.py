@@ -144,7 +144,7 @@ def test_keyword_inputs_and_a_program_from_a_pt2_file(tmp_path):
 def test_the_result_is_json_and_complete(tmp_path):
     import json
 
-    save(perceptron(), tmp_path / "m.pt", example_inputs=torch.ones(3, 4), factory=tiny_models.Perceptron)
+    save(perceptron(), tmp_path / "m.pt", example_inputs=torch.ones(3, 4))
     data = json.loads(json.dumps(export(load(tmp_path / "m.pt"), tmp_path / "m.onnx", opset=20).to_dict()))
     assert data["fold"]["norms"][0]["name"] == "norm" and data["opset"] == 20
     assert data["verification"]["cases"] and data["graph"]["nodes"]

@@ -192,7 +192,7 @@ def test_float16_weights_are_shaped_as_well(tmp_path):
 
 
 def test_the_command_line_says_what_was_shaped(tmp_path):
-    save(encoder(), tmp_path / "m.pt", kwargs={"depth": 1}, **arguments())
+    save(encoder(), tmp_path / "m.pt", **arguments())
     command = ["export", str(tmp_path / "m.pt"), "--out", str(tmp_path / "m.onnx"), "--target", "cpu-single"]
     done = CliRunner().invoke(app, [*command, "--no-shape", "attention3d", "--report", str(tmp_path / "r.json")])
     assert done.exit_code == 0, done.output

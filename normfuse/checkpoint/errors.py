@@ -1,0 +1,15 @@
+"""What is said of a file that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from normfuse.errors import NormfuseError, one_line
+
+
+class CheckpointError(NormfuseError):
+    """A checkpoint cannot be written or used. The message is one line of at most 400 characters: which file, what
+    is wrong, what to do."""
+
+    def __init__(self, message: str, *, advice: Sequence[str] = ()) -> None:
+        super().__init__(one_line(message), advice=advice)
