@@ -214,11 +214,20 @@ def _specs(value: Any, spec: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _axes(spec: Any, example: torch.Tensor, name: str) -> Axes:
-    entries = spec if isinstance(spec, Mapping) else dict(enumerate(spec or ()))
+    if not isinstance(spec, Mapping) and len(spec) != example.dim():
+        raise CheckpointError(
+            f"dynamic_shapes[{name!r}] has {len(spec)} entries for {example.dim()} axes; give one for each, or "
+            "{axis: name}"
+        )
+    entries = spec if isinstance(spec, Mapping) else dict(enumerate(spec))
     axes: Axes = {}
     for axis, dim in entries.items():
         if not (isinstance(axis, int) and -example.dim() <= axis < example.dim()):
             raise CheckpointError(f"dynamic_shapes[{name!r}] names axis {axis} of a tensor with {example.dim()} axes")
+        if isinstance(dim, int) and dim != example.shape[axis]:
+            raise CheckpointError(
+                f"dynamic_shapes[{name!r}] fixes axis {axis} at {dim}, but the example has {example.shape[axis]}"
+            )
         if dim is not None and not isinstance(dim, int) and getattr(dim, "type", None) != Dim.STATIC.type:
             axes[axis % example.dim()] = _axis(dim, name, axis)
     return axes

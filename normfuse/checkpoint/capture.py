@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ShapesCollection
 
 from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint import structure
@@ -71,7 +71,8 @@ class Checkpoint:
                 flags in them keep their values.
             dynamic_shapes: which dimensions may vary, as torch.export takes them: by argument name or in order, in
                 the structure of the arguments, for each tensor ``{axis: dim}`` or one entry per axis. A `dim` is a
-                name, a :class:`torch.export.Dim`, an expression (``past + 1``), or ``Dim.AUTO``. Bounds that tracing
+                name, a :class:`torch.export.Dim`, an expression (``past + 1``), or ``Dim.AUTO``. A
+                :class:`torch.export.ShapesCollection` serves too. Bounds that tracing
                 finds are taken and noted. None: all fixed.
 
         Raises:
@@ -84,6 +85,8 @@ class Checkpoint:
         """
         live, plain, notes = unwrapped(model)
         call = bind(live, example_inputs)
+        if isinstance(dynamic_shapes, ShapesCollection):
+            dynamic_shapes = dynamic_shapes.dynamic_shapes(live, call.args, call.kwargs)
         specs, unnamed = asked(call, dynamic_axes(call, dynamic_shapes))
         return capture(live, call, specs, type(live).__name__, plain=plain, unnamed=unnamed, notes=notes)
 

@@ -33,7 +33,12 @@ def children(value: Any) -> dict[Any, Any] | None:
         return dict(zip(_fields(value), value, strict=True))
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-    return dict(getattr(value, "__dict__", {})) or None
+    return _attributes(value) or None
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | dict(getattr(value, "__dict__", {}))
 
 
 def _fields(value: Sequence[Any]) -> Iterable[Any]:

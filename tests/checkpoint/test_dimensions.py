@@ -106,6 +106,13 @@ def test_the_bound_is_in_the_file_and_the_note_in_the_result(tmp_path):
     assert graph.output[0].type.tensor_type.shape.dim[0].dim_param in ("past + 1", "1 + past")
 
 
+def test_a_collection_of_shapes():
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    shapes = torch.export.ShapesCollection()
+    shapes[x], shapes[y] = {0: AUTO}, (Dim.DYNAMIC, None)
+    assert dims(captured(lambda x, y: x + y, x, y, shapes=shapes)) == ["x_dim_0,8", "x_dim_0,8"]
+
+
 @pytest.mark.parametrize(
     ("shapes", "because"),
     [
@@ -117,6 +124,8 @@ def test_the_bound_is_in_the_file_and_the_note_in_the_result(tmp_path):
         ({"x": {0: "n"}, "y": {1: "n"}}, "but n is 4 elsewhere"),
         ({"x": {0: "n"}, "y": {0: "n+2"}}, "but n.2 is 6 elsewhere"),
         ({"x": {0: "9<=n<=7"}}, "can have no size"),
+        ({"x": [0]}, "1 entries for 2 axes"),  # as torch.onnx's dynamic_axes were
+        ({"x": {0: 5}}, "fixes axis 0 at 5, but the example has 4"),
     ],
 )
 def test_refusals(shapes, because):

@@ -48,6 +48,15 @@ class Triple(tuple):
     pass
 
 
+class Record:
+    """No container that anybody knows: two places for values."""
+
+    __slots__ = ("left", "right")
+
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+
 class Options(dict):
     __getattr__ = dict.__getitem__
 
@@ -104,6 +113,7 @@ INPUTS = {
     "a dataclass": (lambda self, r: self.body(r.logits) + r.hidden.states, Answer(X, Hidden(Y)),
                     "logits hidden_states"),
     "a dataclass with slots": (lambda self, r, y: self.body(r.left) + y, (Slotted(X), Y), "r_left y"),
+    "an object with slots": (lambda self, r: self.body(r.left) * r.right, (Record(X, 2),), "left"),
     "a named tuple": (lambda self, p: self.body(p.first) + p.second, (Pair(X, Y),), "first second"),
     "a class of tuples": (lambda self, t: self.body(t[0]) + t[1], (Triple((X, Y)),), "t_0 t_1"),
     "a namespace": (lambda self, n: self.body(n.x) * n.k, (types.SimpleNamespace(x=X, k=2, none=None),), "x"),
