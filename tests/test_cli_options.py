@@ -162,6 +162,7 @@ GROUPS = {
     onnx.export: (options.ModelFolding, options.Tolerance, options.ModelWriting),
     onnx.fold_file: (options.Folding, options.Tolerance),
     onnx.fold_checkpoint: (options.ModelFolding,),
+    onnx.fold_file: (options.Folding, options.Inputs, options.Tolerance),
     normfuse.load: (options.Loading,),
 }
 

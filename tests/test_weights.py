@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import Canary
@@ -191,6 +192,16 @@ def test_a_namespace_is_named_and_the_line_that_is_advised_works(tmp_path, state
     assert torch.load(tmp_path / "c.weights.pt", weights_only=True).keys() == state.keys()
 
 
+def test_numbers_and_arrays_of_numpy_are_data(tmp_path, state):
+    record = {"model": state, "best": np.float64(0.9), "epoch": np.int64(3), "history": np.arange(4.0)}
+    torch.save(record, tmp_path / "c.pt")
+    assert load(tmp_path / "c.pt", model=Net, inputs=INPUTS).notes
+    torch.save(record | {"x": np.array([Canary(tmp_path / "canary")], dtype=object)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"holds pickled objects .posix.system."):
+        load(tmp_path / "c.pt", model=Net, inputs=INPUTS)
+    assert not (tmp_path / "canary").exists()
+
+
 def test_disassembling_runs_nothing(tmp_path, state):
     torch.save({"state_dict": state, "x": Canary(tmp_path / "canary")}, tmp_path / "c.pt")
     assert "['state_dict']" in pickled.way_out(tmp_path / "c.pt")
@@ -239,6 +250,10 @@ def test_shards(tmp_path, state, kind):
 
 
 def test_a_folder_without_weights(tmp_path):
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(CheckpointError, match=r"in parts; join them: python -m .* dcp_to_torch"):
+        sharded.weight_file(tmp_path)
+    (tmp_path / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights: none of model\.safetensors"):
         sharded.weight_file(tmp_path)
 

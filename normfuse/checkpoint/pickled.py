@@ -6,12 +6,35 @@ import pickletools
 import shlex
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from numpy._core import multiarray
+except ImportError:  # numpy 1
+    from numpy.core import multiarray
 
 # Names under which scripts keep weights, the likeliest first.
 PREFERRED = (
     "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params",
     "parameters", "generator", "backbone", "encoder",
 )  # fmt: skip
+
+
+def numpy_globals() -> list[Any]:
+    """What pickles of numpy's numbers and arrays ask for, under the names of both numpy 1 and 2. They are data: what is
+    inside them is read by the same rules.
+
+    Scripts store a best score as a numpy number, which alone would keep a file from being read.
+    """
+    kinds = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+    functions = [
+        (getattr(multiarray, name), f"{module}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for module in ("numpy.core", "numpy._core")
+    ]
+    return [np.ndarray, np.dtype, *kinds, *functions]
 
 
 def way_out(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def weight_file(folder: Path) -> Path:
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint of torch.distributed in parts; join them: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} weights.pt"
+        )
     raise CheckpointError(f"{folder} holds no weights: none of {', '.join(_STEMS)}, whole or with {INDEX}")
 
 
