@@ -7,6 +7,7 @@ from .distillation import Distillation, distill, output_error, relative_error
 from .only_norms import DeadChannels, freeze_to_norms, remove_dead_channels
 from .originals import load_original
 from .placement import Placed, place
+from .pretrained import from_pretrained
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
 from .swap import Swap, SwapReport, swap_norms
@@ -26,6 +27,7 @@ __all__ = [
     "distill",
     "freeze",
     "freeze_to_norms",
+    "from_pretrained",
     "lightning_callback",
     "load_original",
     "output_error",

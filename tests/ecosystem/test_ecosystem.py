@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from normfuse.convert import swap_norms
+from normfuse.convert import from_pretrained, swap_norms
 from normfuse.nn import PowerNorm, UnifiedNorm
 
 MISSING = "not installed: pip install --no-deps -r requirements/ecosystem.txt"
@@ -43,6 +43,31 @@ def images(labels, generator):
 def sentences(labels, generator):
     words = torch.randint(5, 60, (len(labels), 12), generator=generator)
     return torch.where(torch.rand(words.shape, generator=generator) < 0.4, labels[:, None] + 1, words)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_exchanged_norms_come_back_from_a_folder(tmp_path, auto):
+    transformers = pytest.importorskip("transformers", reason=MISSING)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForMaskedLM(config)
+    swap_norms(model, to="unified", warmup_iters=1)
+    ids = torch.randint(30, (4, 7))
+    for _ in range(3):  # statistics move
+        model.train()(ids).logits.sum().backward()
+    expected = model.eval()(ids).logits
+    model.save_pretrained(tmp_path)
+    plain = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert (plain(ids).logits - expected).abs().max() > 1e-2  # LayerNorms, and no error
+    cls = transformers.AutoModelForMaskedLM if auto else transformers.BertForMaskedLM
+    again = from_pretrained(cls, tmp_path, lambda m: swap_norms(m, to="unified", warmup_iters=1)).eval()
+    assert type(again) is transformers.BertForMaskedLM
+    torch.testing.assert_close(again(ids).logits, expected)
+    with pytest.raises(ValueError, match=r"the folder lacks .*running_phi"):
+        from_pretrained(cls, tmp_path, lambda m: swap_norms(m, to="power"))
+    with pytest.raises(ValueError, match=r"the changed model does not have .*buffer_gz"):
+        from_pretrained(cls, tmp_path, lambda m: None)
 
 
 class Classifier(nn.Module):
