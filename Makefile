@@ -5,6 +5,7 @@
 #   make wheel    the source distribution and the wheel that is built from it, in dist/
 # For developers:
 #   make test-quick      style, and the Python tests that take under two minutes
+#   make sanitize        the tests of operations under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make test-wheel      install that wheel into a fresh environment and test it there, outside of the checkout
 #   make test-ecosystem  timm, transformers, accelerate, Lightning; installs them
 #   make compat          the oldest dependencies that are allowed, and other Pythons: PYTHONS="python3.12 python3.13"
@@ -18,6 +19,8 @@ STAMPS := $(VENV)/stamps
 PYTHONS ?= $(PYTHON)
 # Quick ones that touch every part of the package: the library, the operations, folding, the command.
 WHEEL_TESTS ?= tests/test_package.py tests/test_native.py tests/golden tests/ops/test_operations.py tests/folding/test_placements.py tests/test_cli.py
+SANITIZE_TESTS ?= $(addprefix tests/,ops/test_fuzz.py ops/test_native_bounds.py ops/test_operations.py ops/test_row_norm.py \
+  ops/test_gradients.py ops/test_autograd.py kernels/test_bindings.py kernels/test_host_kernels.py)
 QUICK ?= tests --ignore tests/kernels --ignore tests/property --ignore tests/test_examples.py
 # Without a sanitizer, pytest goes on in the same folder.
 CMAKE_BUILD := build/emulator
@@ -28,7 +31,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Tools that pip installs (cmake, ninja, clang-format) come before the machine's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-quick test-wheel test-ecosystem compat wheel lint cpp-test py-test bench format clean
+.PHONY: demo test test-quick sanitize test-wheel test-ecosystem compat wheel lint cpp-test py-test bench format clean
 
 demo: $(STAMPS)/built
 	$(BIN)/python examples/demo.py
@@ -60,6 +63,14 @@ py-test: $(STAMPS)/built
 test-quick: $(STAMPS)/built
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(QUICK)
+
+# A build of its own, loaded into a Python that knows nothing of sanitizers; its leaks are its own. No kernel runs in
+# more than one process, and compiled programs would have to be sanitized as well.
+sanitize: $(STAMPS)/requirements
+	NORMFUSE_CUDA=0 NORMFUSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q $(SANITIZE_TESTS)
 
 # libtorch and libc10 are those of the torch that is installed; nothing of them may go into the wheel.
 wheel: $(STAMPS)/requirements

@@ -5,6 +5,7 @@ Beside it normfuse/_autograd, which only the torch that it was built with can lo
 Read from the environment:
     NORMFUSE_CUDA        build the CUDA kernels: "auto" (default: if there is an nvcc), "0" never, "1" or fail
     NORMFUSE_CUDA_ARCHS  architectures, default "80;90;100;120+PTX"; +PTX also serves architectures to come
+    NORMFUSE_SANITIZE    "1": the library on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
     CUDA_HOME            root of the CUDA toolkit; default: where the nvcc on the PATH is
 """
 
@@ -45,6 +46,11 @@ def relative(paths: list[Path]) -> list[str]:
 HEADERS = sources("", "*.h") + sources("cuda", "*.cuh") + sources("cpu", "*.h")
 CUDA_SOURCES = sources("cuda", "*.cu")
 TORCH_TARGET = 0x020B000000000000  # 2.11, the oldest torch whose stable ABI the bindings use
+# The first error ends the process.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZED = os.environ.get("NORMFUSE_SANITIZE") == "1"
+COMPILED_FOR = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS] if SANITIZED else ["-O3", "-g0"]
+LINKED_FOR = SANITIZERS if SANITIZED else ["-s"]
 
 
 def find_cuda() -> Path | None:
@@ -149,15 +155,14 @@ setup(
             py_limited_api=True,
             extra_compile_args={
                 "cxx": [
-                    "-O3",
-                    "-g0",
+                    *COMPILED_FOR,
                     "-fopenmp-simd",
                     "-fvisibility=hidden",
                     f"-DTORCH_TARGET_VERSION={TORCH_TARGET:#018x}",
                 ]
             },
             # --no-as-needed keeps torch's CUDA library loaded although its only symbol here is weak
-            extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", "-s"],
+            extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", *LINKED_FOR],
         ),
         CppExtension(
             "normfuse._autograd",

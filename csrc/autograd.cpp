@@ -35,9 +35,12 @@ struct Result {
 };
 
 // What differs between the norms: their two operations, and the state and options these take, as `Fields`. Fields stay
-// in the graph; their tensors are the module's own, which the backward pass reads and updates as they are then.
+// in the graph; their tensors are the module's own, which the backward pass reads and updates as they are then. Where the
+// gradient is exact, `differentiable` is the backward in operations that autograd sees through, for a backward pass that is
+// differentiated in turn (create_graph=True); where it is an approximation, there is its `name`, for a refusal.
 
 struct Unified {
+  static constexpr const char* name = "Unified Norm";
   using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, bool, double, double>;
 
   static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
@@ -65,6 +68,7 @@ struct Unified {
 };
 
 struct Power {
+  static constexpr const char* name = "Power Norm";
   using Fields = std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t, double, double, double, bool>;
 
   static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
@@ -91,27 +95,31 @@ struct Power {
 struct Row {
   using Fields = std::tuple<int64_t, double>;
 
-  static Tensor rows(const Tensor& x) { return x.view({-1, x.size(-1)}); }
-  static Maybe rows(const Maybe& x) { return x ? Maybe(rows(*x)) : x; }
-
   static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual, const Maybe&,
                         const Fields& fields) {
     static const auto run = operation<Three(const Tensor&, const Maybe&, const Maybe&, const Maybe&, int64_t, double)>(
         "normfuse::row_norm_forward");
     const auto& [kind, eps] = fields;
-    auto [y, s, stats] = run.call(rows(x), rows(residual), weight, bias, kind, eps);
-    return {y.view(x.sizes()), residual ? s.view(x.sizes()) : x, {weight.value_or(Tensor()), stats}};
+    auto [y, s, stats] = run.call(x, residual, weight, bias, kind, eps);
+    return {y, residual ? s : x, {weight.value_or(Tensor()), stats}};
   }
 
   static Three backward(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Maybe&, const Tensor&, int64_t)>(
             "normfuse::row_norm_backward");
-    const Maybe weight = saved[1].defined() ? Maybe(saved[1]) : std::nullopt;
-    auto [grad_x, grad_weight, grad_bias] =
-        run.call(rows(grad_y), rows(grad_s), rows(saved[0]), weight, saved[2], std::get<0>(fields));
-    return {grad_x.view(grad_y.sizes()), grad_weight, grad_bias};
+    return run.call(grad_y, grad_s, saved[0], gain(saved), saved[2], std::get<0>(fields));
   }
+
+  static Three differentiable(const Tensor& grad_y, const Maybe& grad_s, const variable_list& saved,
+                              const Fields& fields) {
+    static const auto run = operation<Three(const Tensor&, const Maybe&, const Tensor&, const Maybe&, int64_t, double)>(
+        "normfuse::row_norm_gradient");
+    return run.call(grad_y, grad_s, saved[0], gain(saved), std::get<0>(fields), std::get<1>(fields));
+  }
+
+ private:
+  static Maybe gain(const variable_list& saved) { return saved[1].defined() ? Maybe(saved[1]) : std::nullopt; }
 };
 
 // Fields are kept one by one, under "0", "1", ...: in this form torch finds them when it captures a backward pass
@@ -128,14 +136,25 @@ Fields kept(AutogradContext* ctx, std::index_sequence<I...>) {
   return {ctx->saved_data[key(I)].template to<std::tuple_element_t<I, Fields>>()...};
 }
 
-// The gradients are formulas of their own: differentiating them is refused, as @once_differentiable does.
-void refuse_second_derivative(variable_list& gradients) {
-  auto error = std::make_shared<torch::autograd::DelayedError>(
-      "trying to differentiate twice a function that was marked with @once_differentiable", gradients.size());
+template <class Norm, class = void>
+constexpr bool is_exact = false;
+template <class Norm>
+constexpr bool is_exact<Norm, std::void_t<decltype(&Norm::differentiable)>> = true;
+
+// Says why, in the words of normfuse/ops/_derivatives.py, where somebody differentiates the gradients.
+void refuse_second_derivative(const char* norm, variable_list& gradients) {
+  std::string reason;
+  {
+    pybind11::gil_scoped_acquire python;
+    reason =
+        pybind11::cast<std::string>(pybind11::module_::import("normfuse.ops._derivatives").attr("why_not_again")(norm));
+  }
+  auto error = std::make_shared<torch::autograd::DelayedError>(reason, gradients.size());
   for (Tensor& gradient : gradients) gradient = gradient.detach().requires_grad_();
   gradients = (*error)(std::move(gradients));
 }
 
+// Tensors come contiguous, made so where autograd sees it: what is saved belongs to the graph of a second derivative.
 template <class Norm>
 struct Step : Function<Step<Norm>> {
   using Fields = typename Norm::Fields;
@@ -143,8 +162,7 @@ struct Step : Function<Step<Norm>> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
                                const Maybe& residual, const Maybe& pad_mask, const Fields& fields) {
-    const Maybe added = residual ? Maybe(residual->contiguous()) : std::nullopt;
-    auto [y, s, saved] = Norm::forward(x.contiguous(), weight, bias, added, pad_mask, fields);
+    auto [y, s, saved] = Norm::forward(x, weight, bias, residual, pad_mask, fields);
     saved.insert(saved.begin(), s);
     ctx->save_for_backward(std::move(saved));
     keep(ctx, fields, Indices());
@@ -161,15 +179,22 @@ struct Step : Function<Step<Norm>> {
       if (with_s) result[0] = result[3] = grads[1];
       return result;
     }
-    const bool differentiable = at::GradMode::is_enabled();
+    const Tensor grad_y = grads[0].contiguous();
+    const Maybe grad_s = with_s ? Maybe(grads[1].contiguous()) : std::nullopt;
+    const variable_list saved = ctx->get_saved_variables();
+    const Fields fields = kept<Fields>(ctx, Indices());
     variable_list all(3);
-    {
-      at::AutoGradMode off(false);
-      const Maybe grad_s = with_s ? Maybe(grads[1].contiguous()) : std::nullopt;
-      std::tie(all[0], all[1], all[2]) =
-          Norm::backward(grads[0].contiguous(), grad_s, ctx->get_saved_variables(), kept<Fields>(ctx, Indices()));
+    if (!at::GradMode::is_enabled()) {
+      std::tie(all[0], all[1], all[2]) = Norm::backward(grad_y, grad_s, saved, fields);
+    } else if constexpr (is_exact<Norm>) {
+      std::tie(all[0], all[1], all[2]) = Norm::differentiable(grad_y, grad_s, saved, fields);
+    } else {
+      {
+        at::AutoGradMode off(false);
+        std::tie(all[0], all[1], all[2]) = Norm::backward(grad_y, grad_s, saved, fields);
+      }
+      refuse_second_derivative(Norm::name, all);
     }
-    if (differentiable) refuse_second_derivative(all);
     result[0] = all[0];
     if (ctx->saved_data["weight"].toBool()) result[1] = all[1];
     if (ctx->saved_data["bias"].toBool()) result[2] = all[2];
@@ -185,26 +210,22 @@ struct DynamicActivation : Function<DynamicActivation> {
     static const auto run =
         operation<Tensor(const Tensor&, const Tensor&, const Maybe&, const Tensor&, const Tensor&, int64_t)>(
             "normfuse::dynamic_activation_forward");
-    const Tensor last = x.contiguous();
-    ctx->save_for_backward({last, alpha, shift.value_or(Tensor()), weight});
+    ctx->save_for_backward({x, alpha, shift.value_or(Tensor()), weight});
     ctx->saved_data["curve"] = curve;
-    return run.call(last, alpha, shift, weight, bias, curve);
+    return run.call(x, alpha, shift, weight, bias, curve);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto run = operation<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Tensor&, int64_t)>(
-        "normfuse::dynamic_activation_backward");
-    const bool differentiable = at::GradMode::is_enabled();
+    using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                         const Maybe&, const Tensor&, int64_t);
+    static const auto run = operation<Signature>("normfuse::dynamic_activation_backward");
+    static const auto differentiable = operation<Signature>("normfuse::dynamic_activation_gradient");
     variable_list all(5);  // of x, alpha, shift, weight and bias
     const auto saved = ctx->get_saved_variables();
     const Maybe shift = saved[2].defined() ? Maybe(saved[2]) : std::nullopt;
-    {
-      at::AutoGradMode off(false);
-      std::tie(all[0], all[1], all[2], all[3], all[4]) =
-          run.call(grads[0].contiguous(), saved[0], saved[1], shift, saved[3], ctx->saved_data["curve"].toInt());
-    }
-    if (differentiable) refuse_second_derivative(all);
+    std::tie(all[0], all[1], all[2], all[3], all[4]) =
+        (at::GradMode::is_enabled() ? differentiable : run)
+            .call(grads[0].contiguous(), saved[0], saved[1], shift, saved[3], ctx->saved_data["curve"].toInt());
     if (!shift) all[2] = Tensor();
     all.emplace_back();  // of the curve
     return all;
@@ -212,7 +233,7 @@ struct DynamicActivation : Function<DynamicActivation> {
 
   static Tensor step(const Tensor& x, const Tensor& alpha, const Maybe& shift, const Tensor& weight, const Tensor& bias,
                      int64_t curve) {
-    return apply(x, alpha, shift, weight, bias, curve);
+    return apply(x.contiguous(), alpha, shift, weight, bias, curve);
   }
 };
 
@@ -222,7 +243,8 @@ template <class Norm, class... T>
 struct Call<Norm, std::tuple<T...>> {
   static variable_list step(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
                             const Maybe& pad_mask, T... fields) {
-    return Step<Norm>::apply(x, weight, bias, residual, pad_mask ? Maybe(pad_mask->reshape(-1)) : pad_mask,
+    return Step<Norm>::apply(x.contiguous(), weight, bias, residual ? Maybe(residual->contiguous()) : residual,
+                             pad_mask ? Maybe(pad_mask->reshape(-1)) : pad_mask,
                              std::tuple<T...>(std::move(fields)...));
   }
 };

@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> unified_forward(Tensor x, std::optional<Tenso
   a.momentum = momentum;
   a.running_var = in.vector("running_var", running_var);
   a.buffer_x2 = in.stack("buffer_x2", buffer_x2, a.window);
-  a.iters = in.integers("iters", iters, 1);
-  a.skip_counter = in.integers("skip_counter", skip_counter, 1);
+  a.iters = in.counter("iters", iters);
+  a.skip_counter = in.counter("skip_counter", skip_counter);
   a.y = y.mutable_data_ptr();
   a.stats = stats.mutable_data_ptr();
   a.step = static_cast<int64_t*>(step.mutable_data_ptr());
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor>
   a.eps = eps;
   a.alpha_fwd = alpha_fwd;
   a.running_phi = in.vector("running_phi", running_phi);
-  a.iters = in.integers("iters", iters, 1);
+  a.iters = in.counter("iters", iters);
   Tensor row_scale = group_num ? torch::stable::new_empty(x, {in.shape.rows, group_num}, in.acc)
                                : torch::stable::new_empty(x, {0}, in.acc);
   a.y = y.mutable_data_ptr();
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_forward(Tensor x, std::optional<Tens
 
 std::tuple<Tensor, Tensor, Tensor> row_norm_backward(Tensor grad_y, std::optional<Tensor> grad_s, Tensor s,
                                                      std::optional<Tensor> weight, Tensor stats, int64_t kind) {
-  const Input in(s);
+  const Input in(s, "s");
   Tensor grad_x = in.new_like_x(), grad_weight = in.vector(), grad_bias = in.vector();
   RowNormBackward a{};
   a.shape = in.shape;

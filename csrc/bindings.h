@@ -36,8 +36,31 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-inline size_t element_size(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+inline int64_t element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Bool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+// The largest number of channels: products of it with small numbers stay in range, whatever else is empty.
+constexpr int64_t kMostChannels = int64_t(1) << 40;
+
+// Raises unless the memory is there that the contiguous t describes: a storage can be freed behind its tensors.
+inline void check_memory(const char* name, const Tensor& t) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const int64_t held = bytes / element_size(t.scalar_type()) - t.storage_offset();
+  STD_TORCH_CHECK(t.numel() == 0 || t.numel() <= held, "normfuse: ", name, " has ", t.numel(),
+                  " elements, but its storage holds ", bytes,
+                  " bytes, as where fully sharded training has freed a parameter. Gather it first.");
 }
 
 // What the checks of one call need to know about x.
@@ -46,11 +69,13 @@ struct Input {
   ScalarType acc;
   const Tensor& x;
 
-  explicit Input(const Tensor& x) : x(x) {
-    STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(),
-                    "normfuse: x must be contiguous of shape [..., channels]. Use x.contiguous().");
+  explicit Input(const Tensor& x, const char* name = "x") : x(x) {
+    STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "normfuse: ", name,
+                    " must be contiguous of shape [..., channels]. Use ", name, ".contiguous().");
     const int64_t channels = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(channels > 0, "normfuse: x has no channels (its last size is 0).");
+    STD_TORCH_CHECK(channels > 0, "normfuse: ", name, " has no channels (its last size is 0).");
+    STD_TORCH_CHECK(channels <= kMostChannels, "normfuse: ", name, " has ", channels, " channels; at most ",
+                    kMostChannels, " are possible.");
     const ScalarType type = x.scalar_type();
     acc = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     shape = {x.numel() / channels, channels, DType::kFloat32};
@@ -61,8 +86,9 @@ struct Input {
     else if (type == ScalarType::Half)
       shape.dtype = DType::kFloat16;
     else
-      STD_TORCH_CHECK(type == ScalarType::Float, "normfuse: x is ", name_of(type),
+      STD_TORCH_CHECK(type == ScalarType::Float, "normfuse: ", name, " is ", name_of(type),
                       "; float32, bfloat16, float16 and float64 are supported.");
+    check_memory(name, x);
   }
 
   void check_type(const char* name, const Tensor& t, ScalarType type) const {
@@ -71,6 +97,16 @@ struct Input {
     STD_TORCH_CHECK(t.scalar_type() == type, "normfuse: ", name, " is ", name_of(t.scalar_type()), "; with x of ",
                     name_of(x.scalar_type()), " it must be ", name_of(type), ".");
   }
+  // A number that counts steps. One on the device is not read: that would wait for it, and kernels take any number.
+  int64_t* counter(const char* name, const Tensor& t) const {
+    check_type(name, t, ScalarType::Long);
+    STD_TORCH_CHECK(t.numel() == 1, "normfuse: ", name, " must hold one number, not ", t.numel(), ".");
+    check_memory(name, t);
+    auto* value = static_cast<int64_t*>(t.mutable_data_ptr());
+    if (t.is_cpu())
+      STD_TORCH_CHECK(*value >= 0, "normfuse: ", name, " is ", *value, "; it counts steps and must be at least 0.");
+    return value;
+  }
   const Tensor& check(const char* name, const Tensor& t, ScalarType type, int64_t rows, int64_t columns) const {
     check_type(name, t, type);
     const bool vector = rows < 0;
@@ -78,6 +114,7 @@ struct Input {
                         (vector || t.size(0) == rows),
                     "normfuse: ", name, " must be contiguous of shape [",
                     vector ? std::string() : std::to_string(rows) + ", ", columns, "].");
+    check_memory(name, t);
     return t;
   }
   void* vector(const char* name, const Tensor& t) const {
@@ -86,6 +123,7 @@ struct Input {
   void* scalar(const char* name, const Tensor& t) const {
     check_type(name, t, acc);
     STD_TORCH_CHECK(t.numel() == 1, "normfuse: ", name, " must hold one number, not ", t.numel(), ".");
+    check_memory(name, t);
     return t.mutable_data_ptr();
   }
   void* scalar(const char* name, const std::optional<Tensor>& t) const { return t ? scalar(name, *t) : nullptr; }
@@ -97,6 +135,7 @@ struct Input {
     bool same = t.is_contiguous() && t.dim() == x.dim();
     for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
     STD_TORCH_CHECK(same, "normfuse: ", name, " must be contiguous and of the shape of x.");
+    check_memory(name, t);
     return t.mutable_data_ptr();
   }
   void* like_x(const char* name, const std::optional<Tensor>& t) const { return t ? like_x(name, *t) : nullptr; }

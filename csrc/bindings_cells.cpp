@@ -8,22 +8,31 @@
 namespace normfuse {
 namespace {
 
+// Of a variance: divided by n or by n - 1.
+int64_t correction_of(int64_t correction) {
+  STD_TORCH_CHECK(correction == 0 || correction == 1, "normfuse: correction is ", correction, "; it must be 0 or 1.");
+  return correction;
+}
+
 // x [samples, channels, positions] of batch normalisation and its kin.
 struct CellInput {
   Cells cells;
   Input in;  // that sees [samples * channels, positions]
 
-  CellInput(const Tensor& x, const std::optional<Tensor>& mask, int64_t group_size, bool regions) : in(x) {
+  CellInput(const Tensor& x, const std::optional<Tensor>& mask, int64_t group_size, bool regions,
+            const char* mask_name = "mask")
+      : in(x) {
     STD_TORCH_CHECK(x.dim() == 3, "normfuse: x must have shape [samples, channels, positions].");
-    STD_TORCH_CHECK(x.size(1) > 0, "normfuse: x has no channels.");
+    const int64_t samples = x.size(0), channels = x.size(1), positions = x.size(2), all = std::max<int64_t>(samples, 1);
+    STD_TORCH_CHECK(channels > 0 && channels <= kMostChannels, "normfuse: x has ", channels,
+                    " channels; it must have from 1 to ", kMostChannels, ".");
     STD_TORCH_CHECK(group_size >= 0, "normfuse: group_size is ", group_size,
                     "; it must be at least 1, or 0 for one group.");
-    const int64_t samples = x.size(0), positions = x.size(2);
-    cells = {samples, x.size(1), positions, in.shape.dtype, group_size > 0 ? group_size : std::max<int64_t>(samples, 1),
+    cells = {samples, channels, positions, in.shape.dtype, group_size > 0 ? std::min(group_size, all) : all,
              nullptr, regions};
     if (mask)
       cells.mask =
-          static_cast<const bool*>(in.check("mask", *mask, ScalarType::Bool, samples, positions).const_data_ptr());
+          static_cast<const bool*>(in.check(mask_name, *mask, ScalarType::Bool, samples, positions).const_data_ptr());
   }
 
   int64_t size() const { return cells.groups() * cells.sets() * cells.channels; }
@@ -53,6 +62,7 @@ struct CellInput {
                         t.size(2) == cells.channels,
                     "normfuse: ", name, " must be contiguous of shape [", cells.groups(), " or 1, ", cells.sets(),
                     " or 1, ", cells.channels, "].");
+    check_memory(name, t);
     const int64_t n = cells.channels, sets = t.size(1);
     return {t.const_data_ptr(), t.size(0) == 1 ? 0 : sets * n, sets == 1 ? 0 : n};
   }
@@ -61,6 +71,7 @@ struct CellInput {
     in.check_type(name, t, in.acc);
     STD_TORCH_CHECK(t.is_contiguous() && t.numel() == times * size(), "normfuse: ", name, " must be contiguous with ",
                     times * size(), " numbers.");
+    check_memory(name, t);
     return t.const_data_ptr();
   }
   const void* of_cells(const char* name, const std::optional<Tensor>& t) const {
@@ -106,14 +117,12 @@ Normalised batch_norm_forward(Tensor x, std::optional<Tensor> mask, Tensor weigh
                               std::optional<double> momentum, double eps) {
   const CellInput in(x, mask, group_size, false);
   STD_TORCH_CHECK(!estimated || in.cells.groups() == 1, "normfuse: estimated statistics have one group.");
-  in.in.check_type("num_batches_tracked", num_batches_tracked, ScalarType::Long);
-  STD_TORCH_CHECK(num_batches_tracked.numel() == 1, "normfuse: num_batches_tracked must hold one number.");
   BatchNormForward a{};
   a.estimated = estimated;
   a.momentum = momentum.value_or(-1.0);
   a.running_mean = in.state("running_mean", running_mean);
   a.running_var = in.state("running_var", running_var);
-  a.num_batches_tracked = static_cast<int64_t*>(num_batches_tracked.mutable_data_ptr());
+  a.num_batches_tracked = in.in.counter("num_batches_tracked", num_batches_tracked);
   return normalise_cells(a, in, weight, bias, shortcut, eps);
 }
 
@@ -121,7 +130,7 @@ Normalised cell_norm_forward(Tensor x, std::optional<Tensor> mask, std::optional
                              std::optional<Tensor> bias, std::optional<Tensor> shortcut, int64_t group_size,
                              int64_t correction, double eps) {
   BatchNormForward a{};
-  a.correction = correction;
+  a.correction = correction_of(correction);
   return normalise_cells(a, CellInput(x, mask, group_size, true), weight, bias, shortcut, eps);
 }
 
@@ -142,7 +151,7 @@ Normalised batch_norm_backward(Tensor grad_y, std::optional<Tensor> grad_mean, s
   a.stats = in.of_cells("stats", stats, 3);
   a.count = static_cast<int64_t*>(
       in.in.check("count", count, ScalarType::Long, in.cells.groups(), in.cells.sets()).mutable_data_ptr());
-  a.correction = correction;
+  a.correction = correction_of(correction);
   a.estimated = estimated;
   a.grad_x = grad_x.mutable_data_ptr();
   a.grad_weight = grad_weight.mutable_data_ptr();
@@ -154,7 +163,7 @@ Normalised batch_norm_backward(Tensor grad_y, std::optional<Tensor> grad_mean, s
 Normalised moving_average_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
                                   Tensor running_var, Tensor buffer_x2, Tensor iters, int64_t warmup_iters, double eps,
                                   double momentum) {
-  const CellInput in(x, pad_mask, 0, false);
+  const CellInput in(x, pad_mask, 0, false, "pad_mask");
   Tensor y = in.in.new_like_x(), stats = torch::stable::new_empty(x, {2, in.cells.channels}, in.in.acc),
          step = torch::stable::new_empty(x, {1}, ScalarType::Long);
   MovingAverageForward a{};
@@ -168,7 +177,7 @@ Normalised moving_average_forward(Tensor x, std::optional<Tensor> pad_mask, Tens
   a.momentum = momentum;
   a.running_var = in.state("running_var", running_var);
   a.buffer_x2 = in.window("buffer_x2", buffer_x2);
-  a.iters = in.in.integers("iters", iters, 1);
+  a.iters = in.in.counter("iters", iters);
   a.y = y.mutable_data_ptr();
   a.stats = stats.mutable_data_ptr();
   a.step = static_cast<int64_t*>(step.mutable_data_ptr());

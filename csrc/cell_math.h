@@ -53,20 +53,25 @@ struct CellStats {
 
 template <class Acc>
 NORMFUSE_INLINE CellStats<Acc> own_stats(Acc mean, Acc squares, int64_t count, int64_t correction, Acc eps) {
-  const Acc var = count > 0 ? squares / Acc(count - correction) : Acc(0);
+  const Acc var = count > 0 ? squares / (Acc(count) - Acc(correction)) : Acc(0);
   return {mean, var, inverse_sqrt(var + eps)};
 }
 
 // The share of the new value in update number `step`, from 1 on; without a momentum all updates have the same share.
 template <class Acc>
 NORMFUSE_INLINE Acc moving_rate(double momentum, int64_t step) {
-  return momentum < 0 ? Acc(1) / Acc(step) : Acc(momentum);
+  return momentum < 0 ? Acc(1) / Acc(step > 1 ? step : 1) : Acc(momentum);
 }
 
-// The variance as it enters the running one; not a number, which moves nothing, where nothing was counted.
+// The variance as it enters the running one. Negative where nothing was counted: such a group is no update at all.
 template <class Acc>
 NORMFUSE_INLINE Acc unbiased_var(Acc squares, int64_t count) {
-  return count == 0 ? Acc(NAN) : squares / Acc(count > 1 ? count - 1 : 1);
+  return count == 0 ? Acc(-1) : squares / Acc(count > 1 ? count - 1 : 1);
+}
+
+template <class Acc>
+NORMFUSE_INLINE bool is_update(Acc unbiased) {
+  return !(unbiased < Acc(0));
 }
 
 template <class Acc>
@@ -112,16 +117,18 @@ NORMFUSE_INLINE CellGradient<Acc> gradient_of_cell(const CellStats<Acc>& stats, 
                                                    int64_t correction) {
   const Acc scale = weight * stats.inv_std;
   if (count == 0) return {scale + shortcut, Acc(0), Acc(0)};
-  return {scale + shortcut, (2 * grad_var - scale * stats.inv_std * stats.inv_std * sum_dyd) / Acc(count - correction),
+  return {scale + shortcut,
+          (2 * grad_var - scale * stats.inv_std * stats.inv_std * sum_dyd) / (Acc(count) - Acc(correction)),
           (grad_mean - scale * sum_dy) / Acc(count)};
 }
 
-// Moving average batch normalisation: q is the quadratic mean of this step, t its number.
+// Moving average batch normalisation: q is the quadratic mean of this step, t its number, or 0: see channel_math.h.
 template <class Acc>
 NORMFUSE_INLINE UnifiedStats<Acc> moving_average_forward_channel(int64_t t, int64_t window, int64_t warmup_iters, Acc q,
                                                                  Acc* column, int64_t stride, Acc eps, Acc momentum,
                                                                  Acc* running_var) {
-  column[t % window * stride] = usable(q) ? q : *running_var;
+  if (t == 0) return {inverse_sqrt(*running_var + eps), Acc(1)};
+  column[slot_of(t, window) * stride] = usable(q) ? q : *running_var;
   const bool warm = t <= window || t < warmup_iters || !usable(q);
   const Acc var = warm ? q : arithmetic_mean(column, window, stride);
   const Acc r = clamped_ratio(t, warmup_iters, var, *running_var, eps);
@@ -134,7 +141,9 @@ template <class Acc>
 NORMFUSE_INLINE Coefficients<Acc> moving_average_backward_channel(int64_t t, int64_t window, int64_t warmup_iters,
                                                                   Acc m, Acc weight, UnifiedStats<Acc> stats,
                                                                   Acc* column, int64_t stride) {
-  column[t % window * stride] = usable(m) ? m : arithmetic_mean(column, window, stride);
+  if (t == 0)
+    return {weight * stats.r * stats.inv_std, arithmetic_mean(column, window, stride) * stats.inv_std * stats.inv_std};
+  column[slot_of(t, window) * stride] = usable(m) ? m : arithmetic_mean(column, window, stride);
   const Acc pull = t <= window || t < warmup_iters ? m : arithmetic_mean(column, window, stride);
   return {weight * stats.r * stats.inv_std, pull * stats.inv_std * stats.inv_std};
 }

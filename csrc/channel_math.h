@@ -2,7 +2,8 @@
 // float or double. The includer defines NORMFUSE_INLINE (inline on the host, a device function under nvcc).
 //
 // z is x divided by the statistic, w the gain, t the step counter after its increment, q the quadratic mean
-// of the batch's valid rows. Windows are read as column[i * stride], i < window.
+// of the batch's valid rows. Windows are read as column[i * stride], i < window. t = 0 stands for a batch without a valid
+// row, which moves nothing: it is normalised by the running statistic. No counter, whatever its value, leaves the memory.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,6 +13,15 @@ namespace normfuse {
 template <class Acc>
 NORMFUSE_INLINE Acc inverse_sqrt(Acc v) {
   return Acc(1) / std::sqrt(v);
+}
+
+// The step after `iters`; past the largest number it goes on from the smallest, as torch's add does.
+NORMFUSE_INLINE int64_t next_step(int64_t iters) { return int64_t(uint64_t(iters) + 1); }
+
+// The entry of a window that step t takes, from 0 to window - 1.
+NORMFUSE_INLINE int64_t slot_of(int64_t t, int64_t window) {
+  const int64_t rest = t % window;
+  return rest < 0 ? rest + window : rest;
 }
 
 template <class Acc>
@@ -81,7 +91,8 @@ NORMFUSE_INLINE Acc clamped_ratio(int64_t t, int64_t warmup_iters, Acc var, Acc 
 template <class Acc>
 NORMFUSE_INLINE UnifiedStats<Acc> unified_forward_channel(const UnifiedStep& step, Acc q, Acc* column, int64_t stride,
                                                           Acc eps, Acc momentum, Acc* running_var) {
-  if (!usable(q)) column[step.t % step.window * stride] = *running_var;
+  if (step.t == 0) return {inverse_sqrt(*running_var + eps), Acc(1)};
+  if (!usable(q)) column[slot_of(step.t, step.window) * stride] = *running_var;
   const Acc var = step.uses_window() && usable(q) ? geometric_mean(column, step.window, stride) : q;
   const Acc r = step.skip ? Acc(1) : clamped_ratio(step.t, step.warmup_iters, var, *running_var, eps);
   if (usable(q)) *running_var = momentum * *running_var + (1 - momentum) * var;
@@ -93,7 +104,8 @@ template <class Acc>
 NORMFUSE_INLINE Coefficients<Acc> unified_backward_channel(const UnifiedStep& step, Acc m, Acc weight,
                                                            UnifiedStats<Acc> stats, Acc* column, int64_t stride,
                                                            Acc momentum, Acc* ema_gz) {
-  column[step.t % step.window * stride] = step.skip || !usable(m) ? *ema_gz : m;
+  if (step.t == 0) return {weight * stats.r * stats.inv_std, *ema_gz * stats.inv_std * stats.inv_std};
+  column[slot_of(step.t, step.window) * stride] = step.skip || !usable(m) ? *ema_gz : m;
   const Acc mg = step.uses_window() ? arithmetic_mean(column, step.window, stride) : m;
   if (usable(m)) *ema_gz = momentum * *ema_gz + (1 - momentum) * mg;
   const Acc pull = step.skip && usable(m) ? mg : *ema_gz;
@@ -106,7 +118,7 @@ NORMFUSE_INLINE bool power_uses_batch(int64_t t, int64_t warmup_iters) { return 
 template <class Acc>
 NORMFUSE_INLINE Acc power_moved_phi(int64_t t, int64_t warmup_iters, Acc q, Acc phi, Acc alpha_fwd) {
   if (!usable(q)) return phi;
-  if (t < warmup_iters) phi = phi * (Acc(t - 1) / Acc(t)) + q / Acc(t);
+  if (t < warmup_iters) phi = phi * ((Acc(t) - 1) / Acc(t)) + q / Acc(t);
   return alpha_fwd * phi + (1 - alpha_fwd) * q;
 }
 

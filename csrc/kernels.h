@@ -43,7 +43,7 @@ struct UnifiedForward {
   // results
   void* y;        // like x
   void* stats;    // acc [2, channels]: 1/sqrt(var + eps), r
-  int64_t* step;  // [2]: t, skip
+  int64_t* step;  // [2]: t, or 0 where no row is valid; skip
   // s = x + residual is normalised instead of x, and written; both null: x is
   const void* residual;  // like x
   void* s;               // like x
@@ -85,7 +85,7 @@ struct PowerForward {
   // results
   void* y;          // like x
   void* stats;      // acc [3, channels]: 1/sqrt of what z used, 1/sqrt(q + eps), mean over all rows of scaled x
-                    // squared
+                    // squared (not a number where no row is valid: the backward then moves nothing)
   void* row_scale;  // acc [rows, group_num]
   // s = x + residual is normalised instead of x, and written; both null: x is
   const void* residual;  // like x
@@ -189,7 +189,7 @@ struct Cells {
   const bool* mask;  // [samples, positions]; null: none
   bool regions;      // the mask parts two regions; otherwise true = padding, which no statistic counts
 
-  NORMFUSE_BOTH int64_t groups() const { return samples < 2 * group_size ? 1 : samples / group_size; }
+  NORMFUSE_BOTH int64_t groups() const { return samples / 2 < group_size ? 1 : samples / group_size; }
   NORMFUSE_BOTH int64_t sets() const { return mask && regions ? 2 : 1; }  // of statistics in a group
 };
 
@@ -255,7 +255,7 @@ struct MovingAverageForward {
   // results
   void* y;        // like x
   void* stats;    // acc [2, channels]: 1/sqrt(variance + eps), r
-  int64_t* step;  // [1]
+  int64_t* step;  // [1]: t, or 0 where nothing is valid
 };
 
 struct MovingAverageBackward {

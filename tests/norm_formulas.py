@@ -34,9 +34,9 @@ class BatchNormSpec:
         results = []
         for x, pad in zip(parts, pads, strict=True):
             y, mean, var, count = batch_norm(x, self.weight, self.bias, pad, self.eps)
-            self.steps += 1
-            rate = self.momentum if self.momentum is not None else 1 / self.steps
             if count:
+                self.steps += 1
+                rate = self.momentum if self.momentum is not None else 1 / self.steps
                 self.mean = (1 - rate) * self.mean + rate * mean
                 self.var = (1 - rate) * self.var + rate * var * count / max(count - 1, 1)
             results.append(y)
@@ -67,7 +67,10 @@ class MovingAverageNormSpec:
 
     def forward(self, x, pad=None):
         valid = x if pad is None else x[~pad]
-        q = (valid**2).mean(0) if len(valid) else self.running_var.copy()
+        if not len(valid):  # no step: nothing moves
+            z = x / np.sqrt(self.running_var + self.eps)
+            return self.weight * z + self.bias, (z, self.running_var, np.ones_like(self.weight), 0)
+        q = (valid**2).mean(0)
         self.iters += 1
         window = len(self.buffer_x2)
         self.buffer_x2[self.iters % window] = q
@@ -83,9 +86,10 @@ class MovingAverageNormSpec:
         z, var, ratio, t = saved
         window = len(self.buffer_gz)
         g = dy * self.weight * ratio
-        mean = (g * z).mean(0)
-        self.buffer_gz[t % window] = mean
-        if not (t <= window or t < self.warmup):
+        mean = (g * z).mean(0) if len(z) else np.zeros_like(self.weight)
+        if t:
+            self.buffer_gz[t % window] = mean
+        if not t or not (t <= window or t < self.warmup):
             mean = self.buffer_gz.mean(0)
         return (g - mean * z) / np.sqrt(var + self.eps), (dy * ratio * z).sum(0), dy.sum(0)
 

@@ -14,6 +14,10 @@ def mean_square(x, pad, empty):
     return (valid**2).mean(axis=0) if len(valid) else empty.copy()
 
 
+def count_valid(x, pad):
+    return len(x) if pad is None else int((~pad).sum())
+
+
 def column_mean(x):
     return x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
 
@@ -31,6 +35,9 @@ class UnifiedNormSpec:
     def forward(self, x, pad=None):
         window = len(self.buffer_x2)
         q = mean_square(x, pad, self.running_var)
+        if not count_valid(x, pad):  # no step: nothing moves
+            z = x / np.sqrt(self.running_var + self.eps)
+            return self.weight * z + self.bias, (z, self.running_var, np.ones_like(q), 0, False)
         self.iters += 1
         t = self.iters
         skip = window <= 1
@@ -59,6 +66,9 @@ class UnifiedNormSpec:
         window = len(self.buffer_gz)
         g = dy * self.weight * ratio
         mean_gz = column_mean(g * z)
+        if t == 0:
+            dx = (g - self.ema_gz * z) / np.sqrt(var + self.eps)
+            return dx, (dy * ratio * z).sum(axis=0), dy.sum(axis=0)
         self.buffer_gz[t % window] = self.ema_gz if skip else mean_gz
         smoothed = mean_gz if (t <= window or t < self.warmup or skip) else self.buffer_gz.mean(axis=0)
         self.ema_gz = self.momentum * self.ema_gz + (1 - self.momentum) * smoothed
@@ -88,19 +98,22 @@ class PowerNormSpec:
     def forward(self, x, pad=None):
         scaled, root = self.scale_groups(x)
         q = mean_square(scaled, pad, self.running_phi)
-        self.iters += 1
-        t = self.iters
+        t = self.iters + 1
         used = q if t <= self.warmup else self.running_phi
         z = scaled / np.sqrt(used + self.eps)
+        if not count_valid(x, pad):  # no step: nothing moves
+            return self.weight * z + self.bias, (z, scaled, root, q, used, False)
+        self.iters = t
         if t < self.warmup:
             self.running_phi = self.running_phi * (t - 1) / t + q / t
         self.running_phi = self.alpha_fwd * self.running_phi + (1 - self.alpha_fwd) * q
-        return self.weight * z + self.bias, (z, scaled, root, q, used)
+        return self.weight * z + self.bias, (z, scaled, root, q, used, True)
 
     def backward(self, dy, saved):
-        z, scaled, root, q, used = saved
+        z, scaled, root, q, used, moves = saved
         a = dy * self.weight - (1 - self.alpha_bkw) * self.ema_gz * z
-        self.ema_gz = self.ema_gz + column_mean(a * z)
+        if moves:
+            self.ema_gz = self.ema_gz + column_mean(a * z)
         dx = a / np.sqrt((used if self.paper else q) + self.eps)
         if self.groups:
             # d(x/root): the part of the gradient along the scaled row drops out, the rest is divided by root.

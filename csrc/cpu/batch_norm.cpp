@@ -39,8 +39,9 @@ void forward(const BatchNormForward& a, Parallel parallel) {
   const Acc eps = Acc(a.eps), shortcut = a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0);
   each_cell(passes, [&](int64_t g, int64_t s, int64_t c, int64_t i) {
     const int64_t count = a.count[g * passes.sets + s];
-    const Acc rate = running_mean ? moving_rate<Acc>(a.momentum, *a.num_batches_tracked + g + 1) : Acc(0);
-    if (running_mean && !a.estimated)
+    if (running_mean && count > 0 && s == 0 && c == 0) *a.num_batches_tracked = next_step(*a.num_batches_tracked);
+    const Acc rate = running_mean ? moving_rate<Acc>(a.momentum, *a.num_batches_tracked) : Acc(0);
+    if (running_mean && !a.estimated && count > 0)
       move_running(mean[i], unbiased_var(var[i], count), rate, running_mean + c, running_var + c);
     const auto stats = a.estimated
                            ? estimated_stats(mean[i], var[i], count, rate, eps, running_mean + c, running_var + c)
@@ -54,7 +55,6 @@ void forward(const BatchNormForward& a, Parallel parallel) {
     by.scale[i] = affine.scale;
     by.shift[i] = affine.shift;
   });
-  if (running_mean) *a.num_batches_tracked += passes.groups;
   if (a.weight.data) passes.affine(x, by, static_cast<T*>(a.y));
 }
 

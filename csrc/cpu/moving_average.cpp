@@ -10,10 +10,12 @@ void forward(const MovingAverageForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
   const CellPasses<T> passes(a.cells, parallel);
   const T* x = static_cast<const T*>(a.x);
-  const int64_t n = a.cells.channels, t = *a.iters += 1;
+  const int64_t n = a.cells.channels;
   CellVector<Acc> mean(n), squares(n);
   int64_t count = 0;
   passes.moments(x, mean.data(), squares.data(), &count);
+  const int64_t t = count > 0 ? next_step(*a.iters) : 0;
+  if (count > 0) *a.iters = t;
 
   const CellVector<Acc> zero(n);
   AffineOfCells<Acc> by{zero.data(), CellVector<Acc>(n), CellVector<Acc>(n)};

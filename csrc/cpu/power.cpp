@@ -126,7 +126,7 @@ void forward(const PowerForward& a, Parallel parallel) {
   T* y = static_cast<T*>(a.y);
   Acc *row_scale = static_cast<Acc*>(a.row_scale), *phi = static_cast<Acc*>(a.running_phi);
   const Acc *weight = static_cast<const Acc*>(a.weight), *bias = static_cast<const Acc*>(a.bias);
-  const int64_t t = *a.iters += 1;
+  const int64_t t = next_step(*a.iters);
   const bool warm = !power_uses_batch(t, a.warmup_iters);
   std::vector<Acc> scale(n);
   for (int64_t c = 0; c < n; ++c) scale[c] = weight[c] * inverse_sqrt(phi[c] + Acc(a.eps));
@@ -155,10 +155,11 @@ void forward(const PowerForward& a, Parallel parallel) {
     const Acc q = mean_or(sum_valid[c], count, phi[c]);
     inv_batch[c] = inverse_sqrt(q + Acc(a.eps));
     inv_used[c] = warm ? inverse_sqrt(phi[c] + Acc(a.eps)) : inv_batch[c];
-    mean_all[c] = mean_or(sum_all[c], a.shape.rows, Acc(0));
-    phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
+    mean_all[c] = count > 0 ? sum_all[c] / Acc(a.shape.rows) : Acc(NAN);
+    if (count > 0) phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
     scale[c] = weight[c] * inv_used[c];
   }
+  if (count > 0) *a.iters = t;
   if (warm) return;
   blocks.each_backwards(parallel, [&](int64_t b) {
     const int64_t r = blocks.first(b);

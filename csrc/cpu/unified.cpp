@@ -66,7 +66,8 @@ template <class Acc>
 bool enter_window(const UnifiedForward& a, int64_t t, const std::vector<Acc>& q) {
   const int64_t n = a.shape.channels;
   Acc* buffer = static_cast<Acc*>(a.buffer_x2);
-  Acc* slot = buffer + t % a.window * n;
+  if (t == 0) return a.window <= 1;
+  Acc* slot = buffer + slot_of(t, a.window) * n;
   const bool filter = a.outlier_filtration && t >= a.warmup_iters;
   const Acc spread = filter ? Acc(spread_of_roots(buffer, a.window * n)) : Acc(0);
   std::copy(q.begin(), q.end(), slot);
@@ -99,7 +100,8 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   Acc* running = static_cast<Acc*>(a.running_var);
   for (int64_t c = 0; c < n; ++c) q[c] = mean_or(q[c], valid, running[c]);
 
-  const int64_t t = *a.iters += 1;
+  const int64_t t = valid > 0 ? next_step(*a.iters) : 0;
+  if (valid > 0) *a.iters = t;
   const UnifiedStep step{t, enter_window(a, t, q), a.window, a.warmup_iters};
   a.step[0] = t;
   a.step[1] = step.skip;

@@ -38,7 +38,7 @@ struct ForwardFinish {
     const ForwardVectors<Acc> vectors(workspace, a.cells);
     const CellStats<Acc> own =
         a.estimated ? estimated_stats(found.mean, found.squares, found.count,
-                                      moving_rate<Acc>(a.momentum, *a.num_batches_tracked + 1), Acc(a.eps),
+                                      moving_rate<Acc>(a.momentum, next_step(*a.num_batches_tracked)), Acc(a.eps),
                                       static_cast<Acc*>(a.running_mean) + c, static_cast<Acc*>(a.running_var) + c)
                     : own_stats(found.mean, found.squares, found.count, a.correction, Acc(a.eps));
     Acc* stats = static_cast<Acc*>(a.stats);
@@ -59,7 +59,9 @@ struct ForwardFinish {
     const int64_t n = moving.cells.channels;
     Acc *running_var = static_cast<Acc*>(moving.running_var) + c, *stats = static_cast<Acc*>(moving.stats) + c;
     const Acc q = found.count > 0 ? found.squares / Acc(found.count) + found.mean * found.mean : *running_var;
-    const auto own = moving_average_forward_channel(*moving.iters + 1, moving.window, moving.warmup_iters, q,
+    const int64_t t = found.count > 0 ? next_step(*moving.iters) : 0;
+    if (c == 0) *moving.step = t;
+    const auto own = moving_average_forward_channel(t, moving.window, moving.warmup_iters, q,
                                                     static_cast<Acc*>(moving.buffer_x2) + c, n, Acc(moving.eps),
                                                     Acc(moving.momentum), running_var);
     stats[0] = own.inv_std;
@@ -76,9 +78,13 @@ struct ForwardFinish {
     const int64_t n = a.cells.channels;
     const ForwardVectors<Acc> vectors(workspace, a.cells);
     Acc *mean = static_cast<Acc*>(a.running_mean) + c, *var = static_cast<Acc*>(a.running_var) + c;
-    for (int64_t g = 0; g < a.cells.groups(); ++g)
-      move_running(__ldcg(vectors.mean + g * n + c), __ldcg(vectors.unbiased + g * n + c),
-                   moving_rate<Acc>(a.momentum, *a.num_batches_tracked + g + 1), mean, var);
+    int64_t step = *a.num_batches_tracked;
+    for (int64_t g = 0; g < a.cells.groups(); ++g) {
+      const Acc unbiased = __ldcg(vectors.unbiased + g * n + c);
+      if (!is_update(unbiased)) continue;
+      step = next_step(step);
+      move_running(__ldcg(vectors.mean + g * n + c), unbiased, moving_rate<Acc>(a.momentum, step), mean, var);
+    }
   }
 };
 
@@ -157,11 +163,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// Counters move by `steps`; the result is also written to `copy`, if that is not null.
+// A counter moves once for each of `groups` numbers that is not 0.
 struct Counter {
   int64_t* value;
-  int64_t steps;
-  int64_t* copy;
+  const int64_t* moves;
+  int64_t groups;
 };
 
 template <class T, int V, bool kPlanes, Mask kMask>
@@ -172,10 +178,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const int64_t groups = cells.groups();
   const ForwardVectors<Acc> vectors(workspace, cells);
   CellPlace<T, V, kPlanes> place(cells, team, width);
-  if (counter.value && place.thread == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) {
-    *counter.value += counter.steps;
-    if (counter.copy) *counter.copy = *counter.value;
-  }
+  if (counter.value && place.thread == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
+    for (int64_t g = 0; g < counter.groups; ++g)
+      if (counter.moves[g] != 0) *counter.value = next_step(*counter.value);
   for (int64_t g = blockIdx.z; g < groups; g += gridDim.z) {
     place.enter(g);
     Acc mean[kSets][place.kCells] = {}, scale[kSets][place.kCells] = {}, shift[kSets][place.kCells] = {};
@@ -246,7 +251,7 @@ int launch(const Cells& cells, const void* x, void* y, const ForwardFinish<AccOf
 
 int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream) {
   const cuda::CellWorkspace w = cuda::lay_out_workspace(workspace, args.cells);
-  const cuda::Counter counter{args.num_batches_tracked, args.cells.groups(), nullptr};
+  const cuda::Counter counter{args.num_batches_tracked, args.count, args.cells.groups()};
   return cuda::with_element_type(args.cells.dtype, [&](auto t) {
     using T = decltype(t);
     return cuda::launch<T>(args.cells, args.x, args.weight.data ? args.y : nullptr, {args, {}, w}, counter, stream);
@@ -255,7 +260,7 @@ int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void*
 
 int moving_average_forward_cuda(const MovingAverageForward& args, void* workspace, void* stream) {
   const cuda::CellWorkspace w = cuda::lay_out_workspace(workspace, args.cells);
-  const cuda::Counter counter{args.iters, 1, args.step};
+  const cuda::Counter counter{args.iters, args.step, 1};
   return cuda::with_element_type(args.cells.dtype, [&](auto t) {
     using T = decltype(t);
     return cuda::launch<T>(args.cells, args.x, args.y, {{}, args, w}, counter, stream);

@@ -59,12 +59,13 @@ __device__ __forceinline__ void step_channel(const PowerForward& a, unsigned lon
                                              const Acc (&sum)[2]) {
   const int64_t n = a.shape.channels;
   Acc *phi = static_cast<Acc*>(a.running_phi), *stats = static_cast<Acc*>(a.stats);
-  const Acc q = mean_or(sum[1], a.pad_mask ? int64_t(valid_rows) : a.shape.rows, phi[c]);
+  const int64_t count = a.pad_mask ? int64_t(valid_rows) : a.shape.rows;
+  const Acc q = mean_or(sum[1], count, phi[c]);
   const Acc inv_batch = inverse_sqrt(q + Acc(a.eps));
   stats[c] = power_uses_batch(t, a.warmup_iters) ? inv_batch : inverse_sqrt(phi[c] + Acc(a.eps));
   stats[n + c] = inv_batch;
-  stats[2 * n + c] = mean_or(sum[0], a.shape.rows, Acc(0));
-  phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
+  stats[2 * n + c] = count > 0 ? sum[0] / Acc(a.shape.rows) : Acc(NAN);
+  if (count > 0) phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
 }
 
 template <class T, int V>
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) power_sums
   const Place<T, V> place(a.shape.rows, n);
   const RowFactor<Acc> factor(a.row_scale, a.group_num, n, place.column);
   Acc* phi = static_cast<Acc*>(a.running_phi);
-  const int64_t t = *a.iters + 1;
+  const int64_t t = next_step(*a.iters);
   const bool warm = !power_uses_batch(t, a.warmup_iters);
   if (place.column == 0 && place.first == 0) *workspace.flag = !warm;
 
@@ -107,7 +108,7 @@ template <class Acc>
 __global__ void __launch_bounds__(kThreads) power_prepare(PowerForward a, Workspace workspace) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (thread == 0) {
-    *workspace.flag = power_uses_batch(*a.iters + 1, a.warmup_iters);
+    *workspace.flag = power_uses_batch(next_step(*a.iters), a.warmup_iters);
     workspace.tiles[0].valid_rows = 0;
   }
   if (thread >= a.shape.channels) return;
@@ -166,16 +167,18 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     power_step(PowerForward a, Workspace workspace, int64_t row_blocks) {
-  add_partial<2>(
-      static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
-      [&](int64_t c, const Acc(&sum)[2]) { step_channel(a, workspace.tiles[0].valid_rows, *a.iters + 1, c, sum); });
+  add_partial<2>(static_cast<const Acc*>(workspace.partial), row_blocks, a.shape.channels,
+                 [&](int64_t c, const Acc(&sum)[2]) {
+                   step_channel(a, workspace.tiles[0].valid_rows, next_step(*a.iters), c, sum);
+                 });
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) power_apply(PowerForward a, Workspace workspace) {
   using Acc = AccOf<T>;
   const Place<T, V> place(a.shape.rows, a.shape.channels);
-  if (place.column == 0 && place.first == 0) *a.iters += 1;
+  if (place.column == 0 && place.first == 0 && (a.pad_mask ? workspace.tiles[0].valid_rows > 0 : a.shape.rows > 0))
+    *a.iters = next_step(*a.iters);
   if (!*workspace.flag) return;
   const RowFactor<Acc> factor(a.row_scale, a.group_num, a.shape.channels, place.column);
   Acc scale[V] = {}, shift[V] = {};

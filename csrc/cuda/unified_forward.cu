@@ -4,7 +4,8 @@
 //   unified_window  with outlier filtration: the test over all channels, then the step on each; one block
 //   unified_apply   y = w x / sqrt(var + eps) + b; reads x backwards, from L2 first, and writes y
 // Tensors moved: 3, with a residual 5, of which one comes from L2 as far as it reaches.
-// The counters move in unified_apply, when nobody reads them any more.
+// unified_sums writes the step's number, 0 where no row is valid; the counter takes it in unified_apply, when nobody reads
+// the counter any more.
 #include "columns.cuh"
 
 namespace normfuse {
@@ -54,18 +55,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   TileCounters* tile = workspace.tiles + blockIdx.x;
   if (a.pad_mask && threadIdx.x == 0) atomicAdd(&tile->valid_rows, static_cast<unsigned long long>(valid));
 
-  const UnifiedStep step{*a.iters + 1, a.window <= 1, a.window, a.warmup_iters};
-  if (!a.outlier_filtration && place.column == 0 && place.first == 0) a.step[1] = step.skip;
-  finish_columns(
-      squares, n, static_cast<Acc*>(workspace.partial), workspace.tiles, [&](int64_t c, const Acc(&sums)[1]) {
-        const Acc q = mean_or(sums[0], a.pad_mask ? int64_t(tile->valid_rows) : a.shape.rows, state.running_var[c]);
-        if (a.outlier_filtration) {
-          static_cast<Acc*>(workspace.vectors)[c] = q;
-        } else {
-          state.buffer_x2[step.t % a.window * n + c] = q;
-          finish_channel(a, step, q, c);
-        }
-      });
+  finish_columns(squares, n, static_cast<Acc*>(workspace.partial), workspace.tiles,
+                 [&](int64_t c, const Acc(&sums)[1]) {
+                   const int64_t count = a.pad_mask ? int64_t(tile->valid_rows) : a.shape.rows;
+                   const Acc q = mean_or(sums[0], count, state.running_var[c]);
+                   const UnifiedStep step{count > 0 ? next_step(*a.iters) : 0, a.window <= 1, a.window, a.warmup_iters};
+                   if (c == 0) {
+                     a.step[0] = step.t;
+                     a.step[1] = step.skip;
+                   }
+                   if (a.outlier_filtration) {
+                     static_cast<Acc*>(workspace.vectors)[c] = q;
+                   } else {
+                     if (step.t != 0) state.buffer_x2[slot_of(step.t, a.window) * n + c] = q;
+                     finish_channel(a, step, q, c);
+                   }
+                 });
 }
 
 constexpr int kWindowThreads = 512;
@@ -88,9 +93,9 @@ __global__ void __launch_bounds__(kWindowThreads, 1) unified_window(UnifiedForwa
   const State<Acc> state(a);
   const int64_t n = a.shape.channels, entries = a.window * n;
   const Acc* q = static_cast<const Acc*>(workspace.vectors);
-  UnifiedStep step{*a.iters + 1, a.window <= 1, a.window, a.warmup_iters};
-  Acc* slot = state.buffer_x2 + step.t % a.window * n;
-  const bool filter = step.t >= a.warmup_iters;
+  UnifiedStep step{a.step[0], a.window <= 1, a.window, a.warmup_iters};
+  Acc* slot = state.buffer_x2 + slot_of(step.t, a.window) * n;
+  const bool moves = step.t != 0, filter = moves && step.t >= a.warmup_iters;
 
   double spread = 0;  // unbiased variance of the roots of all entries, before q enters
   if (filter) {
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kWindowThreads, 1) unified_window(UnifiedForwa
   }
   int outliers = 0;
   for (int64_t c = threadIdx.x; c < n; c += kWindowThreads) {
-    slot[c] = q[c];
+    if (moves) slot[c] = q[c];
     outliers += filter && unified_is_outlier(state.buffer_x2 + c, a.window, n, Acc(spread));
   }
   const bool outlier = add_threads(outliers, shared) > 0;
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) unified_ap
   using Acc = AccOf<T>;
   const State<Acc> state(a);
   const Place<T, V> place(a.shape.rows, a.shape.channels);
-  if (place.column == 0 && place.first == 0) a.step[0] = *a.iters += 1;
+  if (place.column == 0 && place.first == 0 && a.step[0] != 0) *a.iters = a.step[0];
   Acc scale[V] = {}, shift[V] = {};
   for (int i = 0; i < V && place.inside; ++i) {
     scale[i] = state.weight[place.column + i] * state.inv_std[place.column + i];

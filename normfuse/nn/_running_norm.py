@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, to_rows
 from ..ops._recompute import State
+from ._traced_as_one import Proxy, traced_as_one
 
 
 def check_count(name: str, value: int, minimum: int) -> None:
@@ -40,6 +41,20 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the names allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; give {' or '.join(map(repr, allowed))}")
+
+
+def refuse_negative_counters(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, names: Iterable[str], errors: list[str]
+) -> None:
+    """Add an error for each counter of ``module`` in ``state_dict`` that is negative, and leave it as it is.
+
+    A kernel takes any number without waiting for it; what a file brings is looked at here.
+    """
+    for name in names:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and not value.is_meta and (value < 0).any():
+            errors.append(f"{prefix}{name} is {value.flatten().tolist()}; it counts steps and must be at least 0")
+            state_dict[prefix + name] = module.get_buffer(name)
 
 
 def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
@@ -171,7 +186,15 @@ class ChannelNorm(nn.Module):
             if name in self._buffers:
                 value = value.to(target.dtype)
             state_dict[prefix + name] = value
+        counters = [name for name in self._start_values if own[name].dtype == torch.int64]
+        refuse_negative_counters(self, state_dict, prefix, counters, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        device = next(
+            self.get_buffer(name).device for name in self._start_values.keys() - self._non_persistent_buffers_set
+        )
+        for name in self._non_persistent_buffers_set & self._start_values.keys():
+            if self._buffers[name].is_meta:  # the others have left with assign=True
+                self._buffers[name] = torch.zeros_like(self._buffers[name], device=device)
 
     def _describe(self, **options: object) -> str:
         shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
@@ -243,6 +266,8 @@ class RunningNorm(ChannelNorm):
     def forward(
         self, x: Tensor, pad_mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask, residual)
         sizes = split_ghosts(x, self.ghost_size) if self.training else [0]
         if len(sizes) == 1:
             return self._normalise(x, pad_mask, residual)

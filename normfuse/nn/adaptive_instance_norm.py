@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import adaptive_instance_norm, instance_statistics
 from ._running_norm import check_positive
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class AdaptiveInstanceNorm(nn.Module):
@@ -35,6 +36,8 @@ class AdaptiveInstanceNorm(nn.Module):
         self.register_buffer("style_std", None)
 
     def forward(self, x: Tensor, style: Tensor | None = None, alpha: float | Tensor = 1.0) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, style, alpha)
         if style is None:
             if self.style_mean is None:
                 raise ValueError("style is missing; give one, or fix one with norm.fix(style)")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..ops._layout import cast
 from ._running_norm import check_count, check_fraction
+from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
 
 #: What the batch half of :class:`BatchChannelNorm` adds to its variance.
@@ -31,6 +32,8 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         super().set_statistics(mean, var)  # its variance is biased in training too
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         return self._normalise(x, pad_mask, estimated=True)
 
 
@@ -107,6 +110,8 @@ class BatchChannelNorm(nn.Module):
         self.group_bias = nn.Parameter(torch.zeros(num_groups, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x)
         x = self.batch_norm(x)
         width = x.shape[1] // self.num_groups
         weight, bias = (cast(p, x.dtype).repeat_interleave(width) for p in (self.group_weight, self.group_bias))

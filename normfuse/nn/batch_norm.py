@@ -11,6 +11,7 @@ from ..ops import BatchNormState, batch_norm
 from ..ops._layout import check_input, gain_and_shift
 from ..ops.batch_norm import BatchStatistics, affine_by_statistics, floored_batch_norm
 from ._running_norm import ChannelNorm, check_count, check_fraction, split_ghosts
+from ._traced_as_one import Proxy, traced_as_one
 
 #: Tokens whose losses the authors of :class:`RegularizedBatchNorm` add up in a step.
 AUTHORS_TOKENS = 4096
@@ -91,6 +92,8 @@ class MaskedBatchNorm(ChannelNorm):
         self.running_var.copy_(var if rows is None else var * (rows / (rows - 1).clamp(min=1)))
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         return self._normalise(x, pad_mask)
 
     def _normalise(self, x: Tensor, pad_mask: Tensor | None, **options: object) -> Tensor:
@@ -154,6 +157,8 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         self._summed = 0
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         if self.training:
             group = self.group_to_share_with()
             sizes = split_ghosts(x, self.ghost_size) if group is None else [x.shape[0]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._running_norm import check_count
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class DomainSplitNorm(nn.Module):
@@ -49,6 +50,8 @@ class DomainSplitNorm(nn.Module):
         self._domain = domain
 
     def forward(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, *others)
         if not self.training:
             return self.norms[self.domain](x, *others)
         count = len(self.norms)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_erf, dynamic_tanh
 from ._running_norm import check_count
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class _DynamicActivation(nn.Module):
@@ -39,7 +40,7 @@ class DyT(_DynamicActivation):
     """Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622): ``weight * tanh(alpha * x) + bias``.
 
     Gain and shift fold into the weights that read the result, and alpha into a weight before it; the tanh stays. In
-    training it has kernels of its own, one pass forward and one backward, and can be differentiated once. In evaluation
+    training it has kernels of its own, one pass forward and one backward. In evaluation
     it is plain ATen operations.
 
     Args:
@@ -65,6 +66,8 @@ class DyT(_DynamicActivation):
         super().__init__(num_features, alpha, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x)
         return dynamic_tanh(x, self.alpha, self.weight, self.bias, fused=self._fused(x))
 
 
@@ -98,4 +101,6 @@ class Derf(_DynamicActivation):
         self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x)
         return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias, fused=self._fused(x))

@@ -48,7 +48,7 @@ def _measure(
     values = norm.rows_to_measure(x.detach().to(accumulation_dtype(x.dtype)))
     if running_mean is not None:
         values = values - running_mean
-    q = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), empty=running)
+    q, _ = mean_square(values, None if pad_mask is None else pad_mask.reshape(-1), empty=running)
     ratio = (q + norm.eps) / (running + norm.eps)
     skips = sum((counter.sum() for counter in counters), torch.zeros_like(steps).sum())
     finite = q.isfinite().all() & running.isfinite().all()

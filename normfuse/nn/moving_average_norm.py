@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import MovingAverageNormState, moving_average_norm
 from ._running_norm import ChannelNorm, check_count, check_fraction
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class MovingAverageBatchNorm(ChannelNorm):
@@ -70,6 +71,8 @@ class MovingAverageBatchNorm(ChannelNorm):
         self._register_statistics(statistics, {"iters": (1,)}, device, dtype)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         return moving_average_norm(
             x,
             self.weight,

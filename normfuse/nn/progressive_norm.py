@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype
-from ._running_norm import ChannelNorm, check_count, check_fraction
+from ._running_norm import ChannelNorm, check_count, check_fraction, refuse_negative_counters
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class ProgressiveNorm(nn.Module):
@@ -100,6 +101,8 @@ class ProgressiveNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         if pad_mask is None and not torch.compiler.is_exporting():  # comparing shapes would fix dynamic ones
             pad_mask = self.mask_for(x)
         if not self.training and (self.share == 0 or self.evaluate_static):
@@ -123,8 +126,13 @@ class ProgressiveNorm(nn.Module):
         del rows[self.static.channel_dim]
         return self.pad_mask if list(self.pad_mask.shape) == rows else None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        refuse_negative_counters(self, state_dict, prefix, ["step"], args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.step.is_meta:
+            return
+        if self._share.is_meta:  # the others have left with assign=True
+            self._share = torch.zeros_like(self._share, device=self.step.device)
         self._set_step(int(self.step))
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops import region_norm
 from ..ops.region_norm import POOLS
 from ._running_norm import check_choice, check_count, check_positive
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class RegionNorm(nn.Module):
@@ -52,6 +53,8 @@ class RegionNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, mask)
         bias = self.bias.sum(0).expand(2, -1) if self.shift_everywhere else self.bias
         return region_norm(x, mask, 1 + self.weight, bias, eps=self.eps, pool=self.pool)
 
@@ -107,6 +110,8 @@ class LearnableRegionNorm(nn.Module):
         self.attention, self.gain, self.shift = conv(2, bias=False), conv(1), conv(1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x)
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
         region_map = torch.sigmoid(self.attention(pooled))
         y = region_norm(x, region_map.detach() >= self.threshold, eps=self.eps, pool=self.pool)

@@ -45,6 +45,8 @@ class NormEntry:
         layout: "sequence", x [batch, sequence, C]; "image", x [batch, C, H, W]; "weight", a reparametrised layer.
         make: builds it for C channels ("weight": around a linear layer from C to C).
         others: what its forward takes besides x.
+        exact: whether training's gradient is the derivative of its result; otherwise an approximation by running
+            statistics, which has no derivative of its own.
     """
 
     name: str
@@ -56,6 +58,7 @@ class NormEntry:
     make: Callable[[int], nn.Module]
     layout: str = "sequence"
     others: Callable[[Tensor], tuple[Tensor, ...]] = _no_more
+    exact: bool = True
 
 
 def _entries() -> tuple[NormEntry, ...]:
@@ -96,6 +99,7 @@ def _entries() -> tuple[NormEntry, ...]:
             True,
             NOTHING,
             UnifiedNorm,
+            exact=False,
         ),
         NormEntry(
             "PowerNorm(group_num=None)",
@@ -105,6 +109,7 @@ def _entries() -> tuple[NormEntry, ...]:
             True,
             NOTHING,
             lambda c: PowerNorm(c, group_num=None),
+            exact=False,
         ),
         NormEntry(
             "PowerNorm",
@@ -114,6 +119,7 @@ def _entries() -> tuple[NormEntry, ...]:
             False,
             "an RMS normalisation",
             PowerNorm,
+            exact=False,
         ),
         NormEntry(
             "MaskedBatchNorm",
@@ -169,6 +175,7 @@ def _entries() -> tuple[NormEntry, ...]:
             NOTHING,
             MovingAverageBatchNorm,
             "image",
+            exact=False,
         ),
         NormEntry(
             "EstimatedBatchNorm",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._layout import cast, check_input, gain_and_shift, per_channel
+from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
 
 
@@ -38,6 +39,8 @@ class RepBatchNorm(MaskedBatchNorm):
         nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, pad_mask)
         if self.training:
             return self._normalise(x, pad_mask, shortcut=self.alpha)
         check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import crms_norm, layer_norm, rms_norm
+from ._traced_as_one import Proxy, traced_as_one
 
 
 def _channels(normalized_shape: int | Sequence[int]) -> tuple[int]:
@@ -84,6 +85,8 @@ class LayerNorm(_RowNorm, nn.LayerNorm):
         self._use_unit_offset(unit_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, residual)
         return layer_norm(x, self.weight, self.bias, **self._options(x, residual))
 
 
@@ -123,6 +126,8 @@ class RMSNorm(_RowNorm, nn.RMSNorm):
         self._use_unit_offset(unit_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, residual)
         return rms_norm(x, self.weight, **self._options(x, residual))
 
 
@@ -148,4 +153,6 @@ class CRMSNorm(RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, unit_offset=unit_offset, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, residual)
         return crms_norm(x, self.weight, **self._options(x, residual))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ..ops._derivatives import copy_into
 from ..ops._layout import accumulation_dtype, cast
 from ..ops._recompute import statistics_of_this_run
 from ._running_norm import check_choice
@@ -60,8 +61,8 @@ class SigmaReparam(nn.Module):
                     u, v = statistics_of_this_run((u, v))
                 new_u, new_v = self._iterate(matrix.detach(), u, v)
                 if self.training:
-                    u.copy_(new_u)
-                    v.copy_(new_v)
+                    copy_into(u, new_u)
+                    copy_into(v, new_v)
                 u, v = new_u, new_v
             factor = cast(self.gain, matrix.dtype) / torch.dot(u, matrix @ v)
             return weight * cast(factor, weight.dtype)

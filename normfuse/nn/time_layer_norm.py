@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops._layout import accumulation_dtype, cast
 from ._running_norm import check_count, check_positive
+from ._traced_as_one import Proxy, traced_as_one
 
 
 class TimeRamp(nn.Module):
@@ -107,6 +108,8 @@ class TimeDependentLayerNorm(nn.Module):
         self.shift = None if rms else TimeRamp(num_features, 0.0, device, dtype)
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, log_snr)
         if log_snr.dim() != 1 or log_snr.shape[0] != x.shape[0] or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} and log_snr of shape {tuple(log_snr.shape)} do not fit; "

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._derivatives import differentiated_again, transformed, without_view
 from ._layout import accumulation_dtype
 from ._recompute import register_forward
 from ._registry import library, register_operation
@@ -91,7 +92,17 @@ def _forward_on_cells(
 
 
 def _variance(squares: Tensor, count: Tensor, correction: int) -> Tensor:
-    return torch.where(count > 0, squares / (count - correction), 0.0)
+    return torch.where(count > 0, squares / _divisor(count, correction), 0.0)
+
+
+def _divisor(count: Tensor, correction: int) -> Tensor:
+    """``count - correction``, and 1 where nothing was counted: what is not selected must not have NaN derivatives."""
+    return torch.where(count > 0, count - correction, 1)
+
+
+def _by_correction(correction: int) -> Callable:
+    """A cell's own mean and variance, as :func:`_forward_on_cells` asks for them."""
+    return lambda _, mean, squares, count: (mean, _variance(squares, count, correction))
 
 
 def cell_norm_forward_reference(
@@ -111,10 +122,17 @@ def cell_norm_forward_reference(
     ``count`` int64 [K, N].
     """
 
-    def own(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        return mean, _variance(squares, count, correction)
-
+    own = _by_correction(correction)
     return _forward_on_cells(own, x, mask, weight, bias, shortcut, group_size, True, eps)
+
+
+def _own_statistics(
+    x: Tensor, mask: Tensor | None, group_size: int, regions: bool, correction: int, eps: float
+) -> Tensor:
+    """``stats`` of cells that are normalised by their own, for a backward pass that is differentiated in turn."""
+
+    own = _by_correction(correction)
+    return _forward_on_cells(own, x, mask, None, None, None, group_size, regions, eps)[1]
 
 
 def move_batch_statistics(
@@ -127,13 +145,69 @@ def move_batch_statistics(
     estimated: bool,
     momentum: float | None,
 ) -> None:
-    """One update of the running statistics, in place, by those of ``count`` rows: mean and biased variance [C]."""
-    num_batches_tracked.add_(1)
-    rate = 1.0 / num_batches_tracked.to(mean.dtype) if momentum is None else momentum
+    """One update of the running statistics, in place, by those of ``count`` rows: mean and biased variance [C].
+
+    Without a row there is none, and nothing moves, the counter included.
+    """
+    num_batches_tracked.add_((count > 0).view_as(num_batches_tracked))
+    rate = 1.0 / num_batches_tracked.clamp(min=1).to(mean.dtype) if momentum is None else momentum
     moved = var + (mean - running_mean).square() if estimated else var * count / (count - 1).clamp(min=1)
     usable = (count > 0) & mean.isfinite() & moved.isfinite()
     for running, new in ((running_mean, mean), (running_var, moved)):
         running.copy_(torch.where(usable, running + rate * (new - running), running))
+
+
+def _move_and_copy(mean: Tensor, var: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    """:func:`move_batch_statistics`; returns copies of the running mean and variance."""
+    move_batch_statistics(mean, var, *others)
+    return others[1].clone(), others[2].clone()
+
+
+class _MoveBelowTransforms(torch.autograd.Function):
+    """:func:`_move_and_copy` on tensors themselves, where transforms of torch.func show stand-ins for them."""
+
+    @staticmethod
+    def forward(*given):
+        return _move_and_copy(*given)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx, *_):
+        return (None,) * 8
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *given):
+        if None in in_dims[3:6]:
+            raise RuntimeError(
+                "torch.func.vmap cannot run a batch normalisation in training: all samples share its running "
+                "statistics. Call norm.eval() first, or give each sample its own (torch.func.stack_module_state)"
+            )
+        results = [
+            _MoveBelowTransforms.apply(
+                *(g if d is None else g.select(d, i) for g, d in zip(given, in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True)), (0, 0)
+
+
+def _batch_norm_on_cells(
+    move: Callable, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, shortcut: Tensor | None,
+    state: tuple[Tensor, Tensor, Tensor], group_size: int, estimated: bool, momentum: float | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def step(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        var = _variance(squares, count, 0)
+        running = move(mean, var, count, *state, estimated, momentum)
+        return running if estimated else (mean, var)
+
+    return _forward_on_cells(step, x, mask, weight, bias, shortcut, group_size, False, eps)
 
 
 def batch_norm_forward_reference(
@@ -157,12 +231,10 @@ def batch_norm_forward_reference(
     running statistics move first, the variance around the mean as it was, and are those that normalise.
     """
 
-    def move(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        var, running = _variance(squares, count, 0), (running_mean, running_var)
-        move_batch_statistics(mean, var, count, *running, num_batches_tracked, estimated, momentum)
-        return (running_mean.clone(), running_var.clone()) if estimated else (mean, var)
-
-    return _forward_on_cells(move, x, mask, weight, bias, shortcut, group_size, False, eps)
+    state = running_mean, running_var, num_batches_tracked
+    return _batch_norm_on_cells(
+        _move_and_copy, x, mask, weight, bias, shortcut, state, group_size, estimated, momentum, eps
+    )
 
 
 def batch_norm_backward_reference(
@@ -203,7 +275,8 @@ def batch_norm_backward_reference(
                 pull = -scale * inv_std.square() * sum_dyd
                 pull = pull if grad_var is None else pull + 2 * grad_var[g, s]
                 offset = -scale * sum_dy if grad_mean is None else grad_mean[g, s] - scale * sum_dy
-                through = torch.addcmul((offset / n)[:, None], deviation, (pull / (n - correction))[:, None])
+                pull, offset = pull / _divisor(n, correction), offset / _divisor(n, 0)
+                through = torch.addcmul(offset[:, None], deviation, pull[:, None])
                 grad = grad + torch.where((n > 0) if keep is None else keep, through, 0.0)
             of_sets.append(grad)
         results.append(of_sets[0] if len(of_sets) == 1 else torch.where(part, of_sets[1], of_sets[0]))
@@ -214,12 +287,21 @@ _own = register_operation("cell_norm_forward", cell_norm_forward_reference, muta
 _batch = register_operation("batch_norm_forward", batch_norm_forward_reference, mutates=STATISTICS)
 _batch_once = register_forward(library, _batch, STATISTICS)
 _backward = register_operation("batch_norm_backward", batch_norm_backward_reference, mutates=())
-# The step of the statistics alone, for synchronised training, where they are those of a process group.
-move_once = register_forward(
+_move_once = register_forward(
     library,
     register_operation("batch_norm_statistics", move_batch_statistics, STATISTICS, in_library=False),
     STATISTICS,
 )
+
+
+def move_running_statistics(*arguments: object) -> None:
+    """:func:`move_batch_statistics` alone: of a process group, or of a batch that is normalised elsewhere."""
+    if torch.compiler.is_compiling():
+        _move_once(*arguments)
+    elif transformed():
+        _MoveBelowTransforms.apply(*arguments)
+    else:
+        move_batch_statistics(*arguments)
 
 
 @torch.library.register_fake("normfuse::batch_norm_statistics")
@@ -267,62 +349,105 @@ def to_cells(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
 def from_cells(cells: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
     """Inverse of :func:`to_cells`, for cells of a tensor of that shape."""
     if not rows:
-        return cells.view(shape)
+        return torch.ops.aten._unsafe_view(cells, shape)  # no view, see without_view
     moved = list(shape)
     moved.append(moved.pop(channel_dim))
     return cells.view(moved).movedim(-1, channel_dim)
 
 
-class CellNorm(torch.autograd.Function):
-    """Autograd of the operations: x, mask, weight, bias, shortcut → y, mean, variance [K, N, C], count [K, N].
+def own_from_cells(cells: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
+    """The same, never a view."""
+    arguments = cells, shape, channel_dim, rows
+    return without_view(from_cells, *arguments) if rows else from_cells(*arguments)
 
-    ``weight`` and ``bias`` can be viewed as ``vectors`` [K or 1, N or 1, C]; None: statistics alone, and y is empty.
-    ``group`` samples of x make a group; 0: all. ``running`` is (running_mean, running_var, num_batches_tracked,
-    estimated, momentum) of batch normalisation; None: the cells have no running statistics.
-    """
+
+def _mask_of_cells(mask: Tensor | None, cells: Tensor) -> Tensor | None:
+    return None if mask is None else mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
+
+
+class _CellNorm(torch.autograd.Function):
+    """Autograd of the operations; what it takes and returns, see :func:`normalise_cells`."""
 
     @staticmethod
     def forward(
         ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = samples_are_rows(x, channel_dim)
         cells = to_cells(x, channel_dim, rows)
-        mask = None if mask is None else mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
         group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
         gain, shift = (None if v is None else v.reshape(vectors).contiguous() for v in (weight, bias))
+        given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
         if running is None:
-            y, stats, count = _own(cells, mask, gain, shift, shortcut, group_size, correction, eps)
+            y, stats, count = _own(*given, group_size, correction, eps)
         else:
             *state, estimated, momentum = running
             forward = _batch_once if torch.compiler.is_compiling() else _batch
-            y, stats, count = forward(cells, mask, gain, shift, shortcut, *state, group_size, estimated, momentum, eps)
-        ctx.save_for_backward(cells, mask, gain, shortcut, stats, count)
-        ctx.layout = x.shape, channel_dim, rows
+            y, stats, count = forward(*given, *state, group_size, estimated, momentum, eps)
+        ctx.save_for_backward(x, mask, weight, shortcut, stats, count)
+        ctx.layout, ctx.vectors, ctx.eps = (x.shape, channel_dim, rows), vectors, eps
         ctx.options = group_size, running is None, correction, running is not None and running[3]
-        ctx.vector_shape = None if weight is None else weight.shape
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
-        mean, var, _ = stats.unbind()
-        return (y if weight is None else from_cells(y, *ctx.layout)), mean, var, count
+        return (y if weight is None else own_from_cells(y, *ctx.layout)), stats, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_mean, grad_var, _):
-        cells, mask, gain, shortcut, stats, count = ctx.saved_tensors
-        if gain is None:
-            gain = torch.zeros_like(stats[0, :1, :1])
-        grad = torch.zeros_like(cells) if ctx.vector_shape is None or grad_y is None else None
-        if grad is None:
-            grad = to_cells(grad_y, *ctx.layout[1:])
-        grad_mean, grad_var = (None if g is None else g.contiguous() for g in (grad_mean, grad_var))
-        grad_x, grad_weight, grad_bias = _backward(
+    def backward(ctx, grad_y, grad_stats, _):
+        x, mask, weight, shortcut, stats, count = ctx.saved_tensors
+        group_size, regions, correction, estimated = ctx.options
+        cells = to_cells(x, *ctx.layout[1:])
+        mask = _mask_of_cells(mask, cells)
+        gain = torch.zeros_like(stats[0, :1, :1]) if weight is None else weight.reshape(ctx.vectors).contiguous()
+        grad = torch.zeros_like(cells) if weight is None or grad_y is None else to_cells(grad_y, *ctx.layout[1:])
+        grad_mean, grad_var = (None, None) if grad_stats is None else (grad_stats[0], grad_stats[1])
+        backward = _backward
+        if differentiated_again():
+            backward = batch_norm_backward_reference
+            if not estimated:  # these carry no gradient
+                stats = _own_statistics(cells, mask, group_size, regions, correction, ctx.eps)
+        grad_x, grad_weight, grad_bias = backward(
             grad, grad_mean, grad_var, cells, mask, gain, shortcut, stats, count, *ctx.options
         )
         grad_shortcut = None
         if ctx.needs_input_grad[4]:
             grad_shortcut = (grad_weight / stats[2] + stats[0] * grad_bias).sum()[None]
         vectors = [
-            g.sum_to_size(gain.shape).view(ctx.vector_shape) if needed else None
+            g.sum_to_size(gain.shape).view(weight.shape) if needed else None
             for g, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True)
         ]
         return from_cells(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 6
+
+
+def normalise_cells(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    channel_dim: int,
+    group: int,
+    vectors: tuple[int, int, int] | None,
+    running: tuple[Tensor, Tensor, Tensor, bool, float | None] | None,
+    correction: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operations on ``x`` of any layout, with gradients.
+
+    ``weight`` and ``bias`` can be viewed as ``vectors`` [K or 1, N or 1, C]; None: statistics alone, and y is empty.
+    ``group`` samples of x make a group; 0: all. ``running`` is (running_mean, running_var, num_batches_tracked,
+    estimated, momentum) of batch normalisation; None: the cells have no running statistics.
+
+    Returns ``y`` like x; ``stats`` [3, K, N, C], whose first two, mean and variance, carry gradients; ``count`` [K, N].
+    """
+    if not transformed():
+        return _CellNorm.apply(x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps)
+    cells = to_cells(x, channel_dim, False)
+    group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
+    gain, shift = (None if v is None else v.reshape(vectors) for v in (weight, bias))
+    given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
+    if running is None:
+        y, stats, count = cell_norm_forward_reference(*given, group_size, correction, eps)
+    else:
+        *state, estimated, momentum = running
+        move = _MoveBelowTransforms.apply
+        y, stats, count = _batch_norm_on_cells(move, *given, tuple(state), group_size, estimated, momentum, eps)
+    return (y if weight is None else from_cells(y, x.shape, channel_dim, False)), stats, count

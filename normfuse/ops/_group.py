@@ -27,9 +27,12 @@ def sum_in_group(group: dist.ProcessGroup, total: Tensor, count: Tensor | int) -
     return summed[:-1], summed[-1]
 
 
-def mean_square_in_group(group: dist.ProcessGroup, x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
-    """Mean of x² over the valid rows of all ranks' [R, C] matrices; ``empty`` where no row is valid."""
-    return mean_or(*sum_in_group(group, *sum_squares(x, pad_mask)), empty)
+def mean_square_in_group(
+    group: dist.ProcessGroup, x: Tensor, pad_mask: Tensor | None, empty: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`mean_square` over the rows of all ranks' matrices."""
+    total, count = sum_in_group(group, *sum_squares(x, pad_mask))
+    return mean_or(total, count, empty), count
 
 
 class _MomentsInGroup(torch.autograd.Function):

@@ -18,6 +18,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def is_traced() -> bool:
+    """Whether a program is being made of what runs: of plain operations, which others know, too."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def check_dtype(x: Tensor) -> None:
     """Raise unless ``x`` has a dtype that the kernels know."""
     if x.dtype not in INPUT_DTYPES:
@@ -111,6 +116,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype)).reshape(-1, x.shape[-1])
 
 
+def like_input(rows: Tensor, x: Tensor) -> Tensor:
+    """The [R, C] result ``rows`` in the shape and dtype of ``x``; no view, so that it can be changed in place."""
+    return torch.ops.aten._unsafe_view(rows.to(x.dtype), x.shape)
+
+
 def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """View of a [C] vector that broadcasts against ``x`` along ``channel_dim``."""
     trailing = x.dim() - 1 - channel_dim % x.dim()
@@ -155,9 +165,13 @@ def mean_or(total: Tensor, count: Tensor | int, empty: Tensor) -> Tensor:
     return total / count if count > 0 else empty.clone()
 
 
-def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> Tensor:
-    """Mean of x² over the valid rows of a [R, C] matrix; ``empty`` where no row is valid. Never syncs."""
-    return mean_or(*sum_squares(x, pad_mask), empty)
+def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of x² over the valid rows of a [R, C] matrix, and their number, a scalar. Never syncs.
+
+    The mean is ``empty`` where no row is valid.
+    """
+    total, count = sum_squares(x, pad_mask)
+    return mean_or(total, count, empty), count if isinstance(count, Tensor) else total.new_full((), count)
 
 
 def add_into(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._derivatives import transformed
 
 library = torch.library.Library("normfuse", "FRAGMENT")
 
@@ -51,6 +52,15 @@ def register_operation(
     return getattr(torch.ops.normfuse, name).default
 
 
+def register_composition(function: Callable[..., object]) -> None:
+    """Make ``function``, a composition of ATen operations that autograd sees through, an operation of that name.
+
+    ``csrc/autograd.cpp`` reaches it so.
+    """
+    library.define(function.__name__ + torch.library.infer_schema(function, mutates_args=()))
+    library.impl(function.__name__, function, "CompositeImplicitAutograd")
+
+
 def is_usual_step(x: Tensor, channel_dim: int = -1, skipped: Tensor | None = None) -> bool:
     """Whether a training step on ``x`` can run its autograd in C++: see ``csrc/autograd.cpp``."""
     return (
@@ -59,4 +69,5 @@ def is_usual_step(x: Tensor, channel_dim: int = -1, skipped: Tensor | None = Non
         and type(x) is Tensor
         and channel_dim in (-1, x.dim() - 1)
         and not torch.compiler.is_compiling()
+        and not transformed()
     )

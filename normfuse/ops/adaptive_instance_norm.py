@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._cells import CellNorm
-from ._layout import accumulation_dtype, cast
+from ._cells import normalise_cells
+from ._derivatives import transformed
+from ._layout import accumulation_dtype, cast, is_traced
 
 
 def _centred(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +21,7 @@ def _centred(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor, Ten
 
 def _fused(x: Tensor, fused: bool) -> bool:
     """Whether the kernels do it: an exported program is made of plain operations."""
-    return fused and x.numel() > 0 and not torch.compiler.is_exporting()
+    return fused and x.numel() > 0 and not is_traced() and not transformed()
 
 
 def instance_statistics(
@@ -30,8 +31,8 @@ def instance_statistics(
     if not _fused(x, fused):
         _, mean, std = _centred(x, eps, unbiased)
         return mean.squeeze(2), std.squeeze(2)
-    _, mean, var, _ = CellNorm.apply(x, None, None, None, None, 1, 1, None, None, int(unbiased), eps)
-    return mean.squeeze(1), torch.sqrt(var.squeeze(1) + eps)
+    _, stats, _ = normalise_cells(x, None, None, None, None, 1, 1, None, None, int(unbiased), eps)
+    return stats[0].squeeze(1), torch.sqrt(stats[1].squeeze(1) + eps)
 
 
 def adaptive_instance_norm(
@@ -52,7 +53,7 @@ def adaptive_instance_norm(
         alpha: share of the result; the rest is ``x``.
         eps: added to the variance.
         unbiased: divide the variance by n − 1 instead of n. Authors' programs differ.
-        fused: False computes the same in plain ATen operations, which can be differentiated more than once.
+        fused: False computes the same in plain ATen operations.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -81,4 +82,4 @@ def _adaptive_instance_norm(
         alpha = torch.as_tensor(alpha, dtype=acc, device=x.device).reshape(1)
         mean, std, shortcut = alpha * mean, alpha * std, 1 - alpha
     samples = 1 if std.dim() < 2 else std.shape[0]
-    return CellNorm.apply(x, None, std, mean, shortcut, 1, 1, (samples, 1, -1), None, int(unbiased), eps)[0]
+    return normalise_cells(x, None, std, mean, shortcut, 1, 1, (samples, 1, -1), None, int(unbiased), eps)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._cells import CellNorm, move_batch_statistics, move_once
+from ._cells import move_running_statistics, normalise_cells
 from ._group import moments_in_group
 from ._layout import cast, check_input, gain_and_shift, per_channel, to_rows
 from ._recompute import statistics_of_this_run
@@ -100,7 +100,7 @@ def batch_norm(
             then call, also one without rows. ``ghost_size`` counts for nothing then. None: over this process alone.
 
     Returns:
-        A tensor of the shape and dtype of ``x``. Its gradient is exact.
+        A tensor of the shape and dtype of ``x``. Its gradient is exact, and can be differentiated in turn.
 
     Raises:
         TypeError, ValueError: a dtype, shape, ``channel_dim`` or device does not match.
@@ -137,11 +137,11 @@ def batch_norm_with_statistics(
         mean, var = (v[0] for v in statistics[:2])
         y = affine_by_statistics(x, weight, bias, mean, var, eps, channel_dim)
         return (y if shortcut is None else y + cast(shortcut, x.dtype) * x), statistics, state
-    y, mean, var, count = CellNorm.apply(
+    y, stats, count = normalise_cells(
         x, pad_mask, weight, bias, shortcut, channel_dim, ghost_size or 0, (1, 1, -1), (*state, estimated, momentum),
         0, eps,
     )  # fmt: skip
-    return y, BatchStatistics(mean.squeeze(1), var.squeeze(1), count), state
+    return y, BatchStatistics(stats[0].squeeze(1), stats[1].squeeze(1), count), state
 
 
 def floored_batch_norm(
@@ -157,7 +157,6 @@ def floored_batch_norm(
     weight, bias = gain_and_shift(weight, bias, state.running_mean)
     if not torch.compiler.is_compiling():
         state = BatchNormState(*statistics_of_this_run(tuple(state)))
-    move = move_once if torch.compiler.is_compiling() else move_batch_statistics
     results, found = [], []
     masks = [None] * len(ghost_sizes) if pad_mask is None else pad_mask.split(ghost_sizes)
     for part, mask in zip(x.split(ghost_sizes), masks, strict=True):
@@ -166,7 +165,7 @@ def floored_batch_norm(
             mean, var, count = moments_in_group(process_group, rows, None if mask is None else mask.reshape(-1))
         else:
             mean, var, count = _moments(part, mask, channel_dim)
-        move(mean.detach(), var.detach(), count, *state, False, momentum)
+        move_running_statistics(mean.detach(), var.detach(), count, *state, False, momentum)
         results.append(affine_by_statistics(part, weight, bias, mean, var, eps, channel_dim, floor=True))
         found.append((mean, var, count))
     y = results[0] if len(results) == 1 else torch.cat(results)
@@ -175,9 +174,9 @@ def floored_batch_norm(
 
 def _moments(x: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance [C] of the valid rows, with gradients, and their number [1]."""
-    _, mean, var, count = CellNorm.apply(x, pad_mask, None, None, None, channel_dim, 0, (1, 1, -1), None, 0, 1.0)
+    _, stats, count = normalise_cells(x, pad_mask, None, None, None, channel_dim, 0, (1, 1, -1), None, 0, 1.0)
     # The mask of cells without running statistics parts two regions; the first is what is no padding.
-    return mean[0, 0], var[0, 0], count[0, :1]
+    return stats[0, 0, 0], stats[1, 0, 0], count[0, :1]
 
 
 def _statistics_in_group(
@@ -187,8 +186,7 @@ def _statistics_in_group(
     """The statistics that normalise ``rows`` [R, C] of this rank, and a step of the running ones."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not estimated):
         mean, var, count = moments_in_group(group, rows, None if pad_mask is None else pad_mask.reshape(-1))
-    move = move_once if torch.compiler.is_compiling() else move_batch_statistics
-    move(mean.detach(), var.detach(), count, *state, estimated, momentum)
+    move_running_statistics(mean.detach(), var.detach(), count, *state, estimated, momentum)
     if estimated:
         mean, var = state.running_mean.clone(), state.running_var.clone()
     return BatchStatistics(mean[None], var[None], count[None])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._layout import accumulation_dtype, cast, channels_last, check_dtype, rows_of
-from ._registry import is_usual_step, register_operation
+from ._derivatives import differentiated_again, transformed
+from ._layout import accumulation_dtype, cast, check_dtype, like_input, rows_of
+from ._registry import is_usual_step, register_composition, register_operation
 
 TANH, ERF = range(2)  # the curves, as the kernels number them
 
@@ -48,9 +49,17 @@ def dynamic_activation_backward_reference(
     else:
         f, slope = torch.erf(u), 2 / math.sqrt(math.pi) * torch.exp(-u.square())
     g = dy * weight * slope
-    return (alpha * g).to(x.dtype).view(x.shape), (g * values).sum(), g.sum(), (dy * f).sum(0), dy.sum(0)
+    return like_input(alpha * g, x), (g * values).sum(), g.sum(), (dy * f).sum(0), dy.sum(0)
 
 
+def dynamic_activation_gradient(
+    grad_y: Tensor, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, curve: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same for a backward pass that is differentiated in turn."""
+    return dynamic_activation_backward_reference(grad_y, x, alpha, shift, weight, curve)
+
+
+register_composition(dynamic_activation_gradient)
 _forward = register_operation("dynamic_activation_forward", dynamic_activation_forward_reference, mutates=())
 _backward = register_operation("dynamic_activation_backward", dynamic_activation_backward_reference, mutates=())
 
@@ -67,20 +76,19 @@ def _(grad_y, x, alpha, shift, weight, curve):
 
 
 class _DynamicActivation(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x and the parameters for backward."""
+    """Autograd of the two operations, on a contiguous x. Keeps x and the parameters for backward."""
 
     @staticmethod
     def forward(ctx, x, alpha, shift, weight, bias, curve):
-        x = channels_last(x, -1)
         ctx.save_for_backward(x, alpha, shift, weight)
         ctx.curve = curve
         return _forward(x, alpha, shift, weight, bias, curve)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
+        run = dynamic_activation_gradient if differentiated_again() else _backward
         x, alpha, shift, weight = ctx.saved_tensors
-        gradients = _backward(channels_last(grad_y, -1), x, alpha, shift, weight, ctx.curve)
+        gradients = run(grad_y.contiguous(), x, alpha, shift, weight, ctx.curve)
         grad_x, grad_alpha, grad_shift, grad_weight, grad_bias = gradients
         return grad_x, grad_alpha, None if shift is None else grad_shift, grad_weight, grad_bias, None
 
@@ -107,7 +115,7 @@ def _dynamic_activation(
     curve: int, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, fused: bool
 ) -> Tensor:
     _check(x, {"alpha": alpha, "shift": shift}, {"weight": weight, "bias": bias})
-    if not fused:
+    if not fused or transformed():
         alpha, weight, bias = (cast(p, x.dtype) for p in (alpha, weight, bias))
         u = _argument(x, alpha, None if shift is None else cast(shift, x.dtype))
         return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight)
@@ -116,14 +124,14 @@ def _dynamic_activation(
     alpha, shift = (p.reshape(()) if p is not None and p.dim() else p for p in (alpha, shift))
     weight, bias = (cast(p, acc).contiguous() for p in (weight, bias))
     step = _native.autograd.dynamic_activation if is_usual_step(x) else _DynamicActivation.apply
-    return step(x, alpha, shift, weight, bias, curve)
+    return step(x.contiguous(), alpha, shift, weight, bias, curve)
 
 
 def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, fused: bool = True) -> Tensor:
     """``weight * tanh(alpha * x) + bias`` over the last dimension.
 
-    Computed in float32 (float64 for float64 input) and rounded once. Differentiable once; ``fused=False`` as often as
-    torch's own operations.
+    Computed in float32 (float64 for float64 input) and rounded once. Differentiable any number of times, also under
+    torch.func; from the second time on in plain ATen operations.
 
     Args:
         x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.

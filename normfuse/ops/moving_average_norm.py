@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._cells import from_cells, samples_are_rows, to_cells
+from ._cells import from_cells, own_from_cells, samples_are_rows, to_cells
+from ._derivatives import approximate_gradient, no_vmap
 from ._group import sum_in_group
 from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
 from ._recompute import register_forward, statistics_of_this_run
@@ -39,30 +40,35 @@ class MovingAverageNormState(NamedTuple):
 
 
 def move_forward_statistics(
-    q: Tensor, running_var: Tensor, buffer_x2: Tensor, iters: Tensor, warmup_iters: int, eps: float, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """One step of the statistics, in place, from this step's quadratic mean ``q`` [C].
+    q: Tensor, count: Tensor, running_var: Tensor, buffer_x2: Tensor, iters: Tensor, warmup_iters: int, eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of the statistics, in place, from the quadratic mean ``q`` [C] of ``count`` numbers, a scalar.
 
-    A ``q`` that is not finite shows in the result but never enters a statistic. Returns ``stats`` [2, C] =
-    (1/sqrt(v + eps), r), and the step's number, int64 [1].
+    A ``q`` that is not finite shows in the result but never enters a statistic, and a step without numbers moves
+    nothing. Returns ``stats`` [2, C] = (1/sqrt(v + eps), r), and the step's number, int64 [1], 0 without numbers.
     """
     window = buffer_x2.shape[0]
-    t = iters.add_(1)
-    usable = q.isfinite()
-    buffer_x2.index_copy_(0, t % window, torch.where(usable, q, running_var)[None])
+    counted = (count > 0).reshape(1)
+    t = iters.add_(counted)
+    slot, usable = t % window, q.isfinite() & counted
+    entry = torch.where(counted, torch.where(usable, q, running_var), buffer_x2[slot][0])
+    buffer_x2.index_copy_(0, slot, entry[None])
     var = torch.where((t <= window) | (t < warmup_iters) | ~usable, q, buffer_x2.mean(0))
     ratio = ((var + eps).sqrt() / (running_var + eps).sqrt()).clamp(1 / MAX_RATIO, MAX_RATIO)
-    ratio = torch.where(t <= max(RATIO_FREE_STEPS, warmup_iters), 1.0, ratio)
+    ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | ~counted, 1.0, ratio)
     moved = torch.where(t == 1, var, momentum * running_var + (1 - momentum) * var)
     running_var.copy_(torch.where(usable, moved, running_var))
-    return torch.stack([(var + eps).rsqrt(), ratio]), t.clone()
+    return torch.stack([(var + eps).rsqrt(), ratio]), torch.where(counted, t, 0)
 
 
 def move_gradient_statistics(mean_gz: Tensor, step: Tensor, buffer_gz: Tensor, warmup_iters: int) -> Tensor:
     """One step of the gradient's window, in place. Returns the multiple [C] of z to take from g."""
     window = buffer_gz.shape[0]
-    buffer_gz.index_copy_(0, step % window, torch.where(mean_gz.isfinite(), mean_gz, buffer_gz.mean(0))[None])
-    return torch.where((step <= window) | (step < warmup_iters), mean_gz, buffer_gz.mean(0))
+    slot, counted = step % window, step != 0
+    entry = torch.where(counted, torch.where(mean_gz.isfinite(), mean_gz, buffer_gz.mean(0)), buffer_gz[slot][0])
+    buffer_gz.index_copy_(0, slot, entry[None])
+    return torch.where(counted & ((step <= window) | (step < warmup_iters)), mean_gz, buffer_gz.mean(0))
 
 
 def _forward_on_cells(
@@ -71,8 +77,9 @@ def _forward_on_cells(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     values = x.to(weight.dtype)
     square, count = masked(values.square(), pad_mask, 1)
-    q = mean_or(*reduce(square.sum((0, 2)), count), running_var)
-    stats, step = move(q, running_var, *others)
+    total, count = reduce(square.sum((0, 2)), count)
+    q = mean_or(total, count, running_var)
+    stats, step = move(q, torch.as_tensor(count, device=q.device), running_var, *others)
     scale = weight * stats[1] * stats[0]
     return torch.addcmul(bias[:, None], values, scale[:, None]).to(x.dtype), stats, step
 
@@ -166,10 +173,12 @@ def _(grad_y, x, weight, *others):
 
 
 class _MovingAverageNorm(torch.autograd.Function):
+    """Autograd of the two operations: y, stats and step. Keeps x for backward."""
+
     @staticmethod
-    def forward(ctx, x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim, group):
-        rows = samples_are_rows(x, channel_dim)
-        cells = to_cells(x, channel_dim, rows)
+    def forward(x, pad_mask, weight, bias, state, options, channel_dim, group):
+        layout = channel_dim, samples_are_rows(x, channel_dim)
+        cells = to_cells(x, *layout)
         mask = None if pad_mask is None else pad_mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
         moved = state.running_var, state.buffer_x2, state.iters
         compiling = torch.compiler.is_compiling()
@@ -178,23 +187,33 @@ class _MovingAverageNorm(torch.autograd.Function):
         if group is not None:
             move = _move_forward if compiling else move_forward_statistics
             forward = partial(_forward_on_cells, partial(sum_in_group, group), move)
-        y, stats, step = forward(cells, mask, weight, bias, *moved, warmup_iters, eps, momentum)
-        ctx.save_for_backward(cells, weight, stats, step)
-        # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
-        ctx.buffer_gz, ctx.warmup_iters, ctx.group = state.buffer_gz, warmup_iters, group
-        ctx.layout = x.shape, channel_dim, rows
-        return from_cells(y, *ctx.layout)
+        y, stats, step = forward(cells, mask, weight, bias, *moved, *options)
+        return own_from_cells(y, x.shape, *layout), stats, step
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
+    def setup_context(ctx, inputs, output):
+        x, _, weight, _, state, options, channel_dim, group = inputs
+        _, stats, step = output
+        ctx.mark_non_differentiable(stats, step)
+        ctx.save_for_backward(x, weight, stats, step)
+        # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
+        ctx.buffer_gz, ctx.warmup_iters, ctx.group = state.buffer_gz, options[0], group
+        ctx.layout = channel_dim, samples_are_rows(x, channel_dim)
+
+    @staticmethod
+    @approximate_gradient("Moving Average Batch Normalization")
+    def backward(ctx, grad_y, *_):
+        x, weight, stats, step = ctx.saved_tensors
         backward = _backward
         if ctx.group is not None:
             backward = partial(_backward_on_cells, partial(sum_in_group, ctx.group), _move_gradient)
         grad_x, grad_weight, grad_bias = backward(
-            to_cells(grad_y, *ctx.layout[1:]), *ctx.saved_tensors, ctx.buffer_gz, ctx.warmup_iters
-        )
-        return from_cells(grad_x, *ctx.layout), None, grad_weight, grad_bias, *[None] * 6
+            to_cells(grad_y, *ctx.layout), to_cells(x, *ctx.layout), weight, stats, step, ctx.buffer_gz,
+            ctx.warmup_iters,
+        )  # fmt: skip
+        return from_cells(grad_x, x.shape, *ctx.layout), None, grad_weight, grad_bias, *[None] * 4
+
+    vmap = no_vmap("Moving Average Batch Normalization")
 
 
 def moving_average_norm(
@@ -238,6 +257,5 @@ def moving_average_norm(
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         return cast(torch.addcmul(per_channel(bias, x, channel_dim), cast(x, bias.dtype), scale), x.dtype)
-    return _MovingAverageNorm.apply(
-        x, pad_mask, weight, bias, state, warmup_iters, eps, momentum, channel_dim, process_group
-    )
+    options = warmup_iters, eps, momentum
+    return _MovingAverageNorm.apply(x, pad_mask, weight, bias, state, options, channel_dim, process_group)[0]

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
 from .. import _native
+from ._derivatives import approximate_gradient, no_vmap, without_view
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     add_into,
@@ -32,6 +33,7 @@ from ._layout import (
     check_input,
     check_residual,
     gain_and_shift,
+    like_input,
     mean_or,
     mean_square,
     per_channel,
@@ -89,19 +91,21 @@ def group_scaling_gradient(grad: Tensor, values: Tensor, row_scale: Tensor, grou
 
 
 def move_forward_statistics(
-    q: Tensor, running_phi: Tensor, iters: Tensor, warmup_iters: int, eps: float, alpha_fwd: float
+    q: Tensor, count: Tensor, running_phi: Tensor, iters: Tensor, warmup_iters: int, eps: float, alpha_fwd: float
 ) -> Tensor:
-    """One step of the statistics, in place, from this step's quadratic mean ``q`` [C].
+    """One step of the statistics, in place, from the quadratic mean ``q`` [C] of this step's ``count`` rows, a scalar.
 
-    A ``q`` that is not finite shows in the results but never enters a statistic. Returns [2, C] = (1/sqrt of
-    what z is divided by, 1/sqrt(q + eps)).
+    A ``q`` that is not finite shows in the results but never enters a statistic, and a step without a row moves
+    nothing. Returns [2, C] = (1/sqrt of what z is divided by, 1/sqrt(q + eps)).
     """
-    t = iters.add_(1)
+    counted = (count > 0).reshape(1)
+    t = iters + 1
+    iters.add_(counted)
     inv_batch = (q + eps).rsqrt()
     inv_used = torch.where(t <= warmup_iters, inv_batch, (running_phi + eps).rsqrt())
     steps = t.to(q.dtype)  # the quotient of two integer tensors would be float32, whatever q is
     averaged = torch.where(t < warmup_iters, running_phi * ((steps - 1) / steps) + q / steps, running_phi)
-    running_phi.copy_(torch.where(q.isfinite(), alpha_fwd * averaged + (1 - alpha_fwd) * q, running_phi))
+    running_phi.copy_(torch.where(q.isfinite() & counted, alpha_fwd * averaged + (1 - alpha_fwd) * q, running_phi))
     return torch.stack([inv_used, inv_batch])
 
 
@@ -115,11 +119,12 @@ def _forward_on_rows(
     running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, alpha_fwd: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     values, row_scale = group_scaling(rows_of(x), group_num, eps)
-    q = mean(values, pad_mask, running_phi)
-    mean_all = mean_square(values, None, empty=torch.zeros_like(running_phi))
-    moved = move(q, running_phi, iters, warmup_iters, eps, alpha_fwd)
+    q, count = mean(values, pad_mask, running_phi)
+    mean_all, _ = mean_square(values, None, empty=torch.zeros_like(running_phi))
+    mean_all = torch.where(count > 0, mean_all, torch.nan)
+    moved = move(q, count, running_phi, iters, warmup_iters, eps, alpha_fwd)
     y = weight * (values * moved[0]) + bias
-    return y.to(x.dtype).view(x.shape), torch.cat([moved, mean_all[None]]), row_scale
+    return like_input(y, x), torch.cat([moved, mean_all[None]]), row_scale
 
 
 def _backward_on_rows(
@@ -137,8 +142,8 @@ def _backward_on_rows(
     grad = group_scaling_gradient(a * (inv_used if paper else inv_batch), values, row_scale, group_num)
     grad_weight, grad_bias = (dy * z).sum(0), dy.sum(0)
     mean_az = mean_or(*sums, torch.zeros_like(ema_gz))
-    move(mean_az, ema_gz)
-    return grad.to(x.dtype).view(x.shape), grad_weight, grad_bias, mean_az
+    move(torch.where(stats[2].isnan(), torch.nan, mean_az), ema_gz)
+    return like_input(grad, x), grad_weight, grad_bias, mean_az
 
 
 def power_norm_forward_reference(
@@ -159,8 +164,8 @@ def power_norm_forward_reference(
 
     With ``residual`` like x, x + residual is what is normalised, and written to ``s``. Returns ``y`` like x;
     ``stats`` [3, C] = (1/sqrt of what z was divided by, 1/sqrt(q + eps), mean over all rows of the squared
-    group-scaled input); ``row_scale`` [R, group_num], the factors of the group scaling ([0] when ``group_num`` is
-    0, which switches it off).
+    group-scaled input, NaN where no row is valid, so that the backward moves nothing); ``row_scale`` [R, group_num],
+    the factors of the group scaling ([0] when ``group_num`` is 0, which switches it off).
     """
     x = add_into(x, residual, s)
     return _forward_on_rows(
@@ -232,13 +237,10 @@ def _(grad_y, x, weight, *others):
 
 
 class _PowerNorm(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x, four [C] vectors and the row factors for backward."""
+    """Autograd of the two operations: y, s (None without a residual), stats, row_scale. Keeps x or s for backward."""
 
     @staticmethod
-    def forward(
-        ctx, x, pad_mask, weight, bias, state, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper,
-        channel_dim, group, residual,
-    ):  # fmt: skip
+    def forward(x, pad_mask, weight, bias, residual, state, options, backward_options, channel_dim, group):
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
         s = None if residual is None else torch.empty_like(last)
@@ -250,27 +252,32 @@ class _PowerNorm(torch.autograd.Function):
             forward = _forward_once if torch.compiler.is_compiling() else _forward
             if residual is not None:
                 forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
-        y, stats, row_scale = forward(last, mask, weight, bias, *moved, warmup_iters, group_num, eps, alpha_fwd)
+        y, stats, row_scale = forward(last, mask, weight, bias, *moved, *options)
         undo_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(last if residual is None else s, weight, stats, row_scale)
-        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
-        ctx.group_num, ctx.alpha_bkw, ctx.paper, ctx.channel_dim = group_num, alpha_bkw, paper, channel_dim
-        ctx.group = group
-        ctx.set_materialize_grads(False)
-        y = channels_back(y, channel_dim)
-        return y if residual is None else (y, channels_back(s, channel_dim))
+        s = None if s is None else without_view(channels_back, s, channel_dim)
+        return without_view(channels_back, y, channel_dim), s, stats, row_scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_s=None):
+    def setup_context(ctx, inputs, output):
+        x, _, weight, _, residual, state, _, backward_options, channel_dim, group = inputs
+        _, s, stats, row_scale = output
+        ctx.mark_non_differentiable(stats, row_scale)
+        ctx.save_for_backward(x if residual is None else s, weight, stats, row_scale)
+        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
+        ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
+        ctx.options, ctx.channel_dim, ctx.group = backward_options, channel_dim, group
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @approximate_gradient("Power Norm")
+    def backward(ctx, grad_y, grad_s, *_):
         if grad_y is None:  # only s was used: nothing came through the norm
-            return grad_s, *[None] * 12, grad_s
+            return grad_s, None, None, None, grad_s, *[None] * 5
         x, weight, stats, row_scale = ctx.saved_tensors
         before = remember(ctx.skipped, (ctx.ema_gz,))
         arguments = (
-            channels_last(grad_y, ctx.channel_dim), x, weight, stats, row_scale, ctx.ema_gz, ctx.group_num,
-            ctx.alpha_bkw, ctx.paper,
+            channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, row_scale,
+            ctx.ema_gz, *ctx.options,
         )  # fmt: skip
         if ctx.group is not None:
             grad_x, grad_weight, grad_bias, mean_az = _backward_on_rows(
@@ -286,7 +293,9 @@ class _PowerNorm(torch.autograd.Function):
 
         undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
         grad_x = channels_back(grad_x, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 9, grad_x if ctx.needs_input_grad[13] else None
+        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 5
+
+    vmap = no_vmap("Power Norm")
 
 
 def scale_channel_groups(x: Tensor, group_num: int, eps: float, dim: int) -> Tensor:
@@ -385,11 +394,11 @@ def power_norm(
             eps, alpha_fwd, alpha_bkw, paper,
         )  # fmt: skip
         return result[0] if residual is None else tuple(result)
-    result = _PowerNorm.apply(
-        x, pad_mask, weight, bias, state, warmup_iters, groups, eps, alpha_fwd, alpha_bkw, paper, channel_dim,
-        process_group, residual if fused else None,
+    y, added, *_ = _PowerNorm.apply(
+        x, pad_mask, weight, bias, residual if fused else None, state, (warmup_iters, groups, eps, alpha_fwd),
+        (groups, alpha_bkw, paper), channel_dim, process_group,
     )  # fmt: skip
-    return result if residual is None or fused else (result, s)
+    return y if residual is None else (y, added if fused else s)
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._cells import CellNorm
-from ._layout import accumulation_dtype, cast
+from ._cells import normalise_cells
+from ._layout import accumulation_dtype, cast, is_traced
 
 POOLS = ("sample", "batch")
 
@@ -70,10 +70,10 @@ def region_norm(
     plain = pool == "batch" or inside.dtype != torch.bool or x.numel() == 0
     weight = x.new_ones(2, x.shape[1], dtype=acc) if weight is None else cast(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else cast(bias, acc)
-    if plain or torch.compiler.is_exporting():  # an exported program is made of plain operations
+    if plain or is_traced():  # a traced program is made of plain operations
         y = _plain(cast(x, acc).flatten(2), cast(inside, acc).flatten(1), weight, bias, eps, pool)
         return cast(y.view(x.shape), x.dtype)
-    return CellNorm.apply(x, inside[:, 0], weight, bias, None, 1, 1, (1, 2, -1), None, 0, eps)[0]
+    return normalise_cells(x, inside[:, 0], weight, bias, None, 1, 1, (1, 2, -1), None, 0, eps)[0]
 
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:

@@ -14,13 +14,16 @@ result. The channels are the last dimension. For backward, x (or s) and one or t
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from ._layout import accumulation_dtype, cast, check_dtype, check_residual, to_rows
-from ._registry import is_usual_step, register_operation
+from ._derivatives import differentiated_again, transformed
+from ._layout import accumulation_dtype, cast, check_dtype, check_residual, like_input, rows_of
+from ._registry import is_usual_step, register_composition, register_operation
 
 LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
 
@@ -32,87 +35,105 @@ def _mean_square(centred: Tensor, kind: int) -> Tensor:
     return (centred.square().sum(-1, keepdim=True) + centred.sum(-1, keepdim=True).square()) / (centred.shape[-1] + 1)
 
 
+def _centre_and_scale(s: Tensor, kind: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[R, n] rows without the mean where that goes, and [R, 1]: 1/sqrt(... + eps) and mean."""
+    values = rows_of(s)
+    mean = values.mean(-1, keepdim=True)
+    centred = values - mean if kind == LAYER else values
+    return centred, (_mean_square(centred, kind) + eps).rsqrt(), mean
+
+
 def row_norm_forward_reference(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward in plain PyTorch on [R, C] matrices; ``weight`` and ``bias`` [C] are float32 (float64 for float64).
+    """Forward in plain PyTorch on x [..., C] of R rows; ``weight`` and ``bias`` [C] are float32 (float64 for float64).
 
-    Returns ``y`` [R, C]; ``s`` = x + residual [R, C] ([0] without a residual), both in x's dtype; ``stats`` [2, R],
-    1/sqrt(... + eps) and mean of each row, without the mean [1, R] for RMSNorm.
+    Returns ``y`` like x; ``s`` = x + residual like x ([0] without a residual); ``stats`` [2, R], 1/sqrt(... + eps) and
+    mean of each row, without the mean [1, R] for RMSNorm.
     """
     s = x if residual is None else x + residual
-    values = s.to(accumulation_dtype(x.dtype))
-    mean = values.mean(-1, keepdim=True)
-    centred = values - mean if kind == LAYER else values
-    inv_std = (_mean_square(centred, kind) + eps).rsqrt()
+    centred, inv_std, mean = _centre_and_scale(s, kind, eps)
     y = centred * inv_std
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     stats = torch.cat([inv_std] if kind == RMS else [inv_std, mean], dim=1).t().contiguous()
-    return y.to(x.dtype), x.new_empty(0) if residual is None else s, stats
+    return like_input(y, x), x.new_empty(0) if residual is None else s, stats
 
 
-def row_norm_backward_reference(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor | None, stats: Tensor, kind: int
+def _gradients(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor | None, inv_std: Tensor, mean: Tensor, kind: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in plain PyTorch on [R, C] matrices; ``grad_s`` is that of the second result, None for zero.
-
-    Returns ``grad_x`` [R, C] in s's dtype, which is also the residual's, ``grad_weight`` [C] and ``grad_bias`` [C].
-    """
-    acc, channels = accumulation_dtype(s.dtype), s.shape[1]
-    values, dy = s.to(acc), grad_y.to(acc)
-    inv_std = stats[0, :, None]
-    z = (values - stats[1, :, None] if kind == LAYER else values) * inv_std
+    channels = s.shape[-1]
+    values, dy = rows_of(s), rows_of(grad_y)
+    z = (values - mean if kind == LAYER else values) * inv_std
     g = dy if weight is None else dy * weight
     along = (g * z).sum(-1, keepdim=True) / (channels + 1 if kind == CRMS else channels)
     grad = g - z * along
     if kind == LAYER:
         grad = grad - g.mean(-1, keepdim=True)
     elif kind == CRMS:
-        grad = grad - stats[1, :, None] * channels * inv_std * along
+        grad = grad - mean * channels * inv_std * along
     grad = grad * inv_std
     if grad_s is not None:
-        grad = grad + grad_s.to(acc)
-    return grad.to(s.dtype), (dy * z).sum(0), dy.sum(0)
+        grad = grad + rows_of(grad_s)
+    return like_input(grad, s), (dy * z).sum(0), dy.sum(0)
 
 
+def row_norm_backward_reference(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor | None, stats: Tensor, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in plain PyTorch for s [..., C]; ``grad_s`` is that of the second result, None for zero.
+
+    Returns ``grad_x`` like s, which is also the residual's, ``grad_weight`` [C] and ``grad_bias`` [C].
+    """
+    return _gradients(grad_y, grad_s, s, weight, stats[0, :, None], stats[-1, :, None], kind)
+
+
+def row_norm_gradient(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor | None, kind: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from s itself, for a backward pass that is differentiated in turn."""
+    return _gradients(grad_y, grad_s, s, weight, *_centre_and_scale(s, kind, eps)[1:], kind)
+
+
+register_composition(row_norm_gradient)
 _forward = register_operation("row_norm_forward", row_norm_forward_reference, mutates=())
 _backward = register_operation("row_norm_backward", row_norm_backward_reference, mutates=())
 
 
 @torch.library.register_fake("normfuse::row_norm_forward")
 def _(x, residual, weight, bias, kind, eps):
-    stats = x.new_empty((1 if kind == RMS else 2, x.shape[0]), dtype=accumulation_dtype(x.dtype))
+    stats = x.new_empty((1 if kind == RMS else 2, prod(x.shape[:-1])), dtype=accumulation_dtype(x.dtype))
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), stats
 
 
 @torch.library.register_fake("normfuse::row_norm_backward")
 def _(grad_y, grad_s, s, weight, stats, kind):
-    vector = stats.new_empty(s.shape[1])
+    vector = stats.new_empty(s.shape[-1])
     return torch.empty_like(s), vector, torch.empty_like(vector)
 
 
 class _RowNorm(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x or s as rows, the weight and ``stats`` for backward."""
+    """Autograd of the two operations, on contiguous tensors. Keeps x or s, the weight and ``stats`` for backward."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, kind, eps):
-        rows = to_rows(x, -1)
-        y, s, stats = _forward(rows, None if residual is None else to_rows(residual, -1), weight, bias, kind, eps)
-        ctx.save_for_backward(rows if residual is None else s, weight, stats)
-        ctx.kind, ctx.has_bias = kind, bias is not None
+        y, s, stats = _forward(x, residual, weight, bias, kind, eps)
+        ctx.save_for_backward(x if residual is None else s, weight, stats)
+        ctx.kind, ctx.eps, ctx.has_bias = kind, eps, bias is not None
         ctx.set_materialize_grads(False)
-        return y.view(x.shape) if residual is None else (y.view(x.shape), s.view(x.shape))
+        return y if residual is None else (y, s)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_s=None):
-        rows, weight, stats = ctx.saved_tensors
         if grad_y is None:  # only s was used
             return grad_s, grad_s, *[None] * 4
-        grad_rows = None if grad_s is None else to_rows(grad_s, -1)
-        grad_x, grad_weight, grad_bias = _backward(to_rows(grad_y, -1), grad_rows, rows, weight, stats, ctx.kind)
-        grad_x = grad_x.view(grad_y.shape)
+        s, weight, stats = ctx.saved_tensors
+        grad_y, grad_s = grad_y.contiguous(), None if grad_s is None else grad_s.contiguous()
+        if differentiated_again():
+            grad_x, grad_weight, grad_bias = row_norm_gradient(grad_y, grad_s, s, weight, ctx.kind, ctx.eps)
+        else:
+            grad_x, grad_weight, grad_bias = _backward(grad_y, grad_s, s, weight, stats, ctx.kind)
         return (
             grad_x,
             grad_x if ctx.needs_input_grad[1] else None,
@@ -163,7 +184,7 @@ def _row_norm(
     acc = accumulation_dtype(x.dtype)
     if unit_offset and weight is not None:
         weight = 1 + cast(weight, acc)
-    if not fused:
+    if not fused or transformed():
         s = x if residual is None else x + residual
         y = _plain(s, weight, bias, kind, eps)
         return y if residual is None else (y, s)
@@ -172,7 +193,8 @@ def _row_norm(
     if is_usual_step(x):
         result = _native.autograd.row_norm(x, weight, bias, residual, None, kind, eps)
         return result[0] if residual is None else tuple(result)
-    return _RowNorm.apply(x, residual, weight, bias, kind, eps)
+    residual = None if residual is None else residual.contiguous()
+    return _RowNorm.apply(x.contiguous(), residual, weight, bias, kind, eps)
 
 
 def layer_norm(
@@ -188,7 +210,8 @@ def layer_norm(
     """LayerNorm over the last dimension: ``weight * (s - mean) / sqrt(var + eps) + bias`` with s = x + residual.
 
     Computed in float32 (float64 for float64 input) and rounded once. A bfloat16 or float16 s is rounded before it is
-    normalised, as ``x + residual`` would be. Differentiable once; ``fused=False`` as often as torch's own.
+    normalised, as ``x + residual`` would be. Differentiable as often as torch's own, also under torch.func; from the
+    second time on in plain ATen operations.
 
     Args:
         x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.

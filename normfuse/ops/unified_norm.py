@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _native
+from ._derivatives import approximate_gradient, no_vmap, without_view
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
     add_into,
@@ -30,6 +31,7 @@ from ._layout import (
     check_input,
     check_residual,
     gain_and_shift,
+    like_input,
     mean_or,
     mean_square,
     per_channel,
@@ -71,6 +73,7 @@ class UnifiedNormState(NamedTuple):
 
 def move_forward_statistics(
     q: Tensor,
+    count: Tensor,
     running_var: Tensor,
     buffer_x2: Tensor,
     iters: Tensor,
@@ -80,15 +83,17 @@ def move_forward_statistics(
     eps: float,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the statistics, in place, from this step's quadratic mean ``q`` [C].
+    """One step of the statistics, in place, from the quadratic mean ``q`` [C] of this step's ``count`` rows, a scalar.
 
-    A ``q`` that is not finite shows in the results but never enters a statistic. Returns ``stats`` [2, C] =
-    (1/sqrt(var + eps), r), and ``step`` int64 [2] = (t, skip).
+    A ``q`` that is not finite shows in the results but never enters a statistic, and a step without a row is none: it
+    moves nothing. Returns ``stats`` [2, C] = (1/sqrt(var + eps), r), and ``step`` int64 [2] = (t, skip), with t = 0
+    for a step without a row.
     """
     window, channels = buffer_x2.shape
-    t = iters.add_(1)
+    counted = (count > 0).reshape(1)
+    t = iters.add_(counted)
     slot = t % window
-    usable = q.isfinite()
+    usable = q.isfinite() & counted
 
     entries = buffer_x2.index_copy(0, slot, q[None])
     geometric_mean = entries.log().mean(0).exp()
@@ -98,17 +103,18 @@ def move_forward_statistics(
     if outlier_filtration and window * channels > 1:
         spread = buffer_x2.sqrt().var()
         far_off = (entries.mean(0) - geometric_mean > spread * window).any()
-        outlier = (t >= warmup_iters) & far_off
+        outlier = counted & (t >= warmup_iters) & far_off
         unusual = unusual | outlier
         skip = skip | outlier
         skip_counter.add_(outlier)
-    buffer_x2.index_copy_(0, slot, torch.where(unusual, running_var, q)[None])
+    entry = torch.where(counted, torch.where(unusual, running_var, q), buffer_x2[slot][0])
+    buffer_x2.index_copy_(0, slot, entry[None])
 
     var = torch.where((t <= window) | (t < warmup_iters) | skip | ~usable, q, geometric_mean)
     ratio = ((var + eps).sqrt() / (running_var + eps).sqrt()).clamp(1 / MAX_RATIO, MAX_RATIO)
-    ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | skip, 1.0, ratio)
+    ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | skip | ~counted, 1.0, ratio)
     running_var.copy_(torch.where(usable, momentum * running_var + (1 - momentum) * var, running_var))
-    return torch.stack([(var + eps).rsqrt(), ratio]), torch.cat([t, skip.to(t.dtype)])
+    return torch.stack([(var + eps).rsqrt(), ratio]), torch.cat([torch.where(counted, t, 0), skip.to(t.dtype)])
 
 
 def move_gradient_statistics(
@@ -116,12 +122,15 @@ def move_gradient_statistics(
 ) -> Tensor:
     """One step of the gradient statistics, in place, from this step's mean of g·z [C].
 
-    A mean that is not finite never enters a statistic. Returns the multiple [C] of z to take from g.
+    A mean that is not finite never enters a statistic, nor does one of a step without a row. Returns the multiple [C]
+    of z to take from g.
     """
     window = buffer_gz.shape[0]
     t, skip = step[:1], step[1:] != 0
-    usable = mean_gz.isfinite()
-    buffer_gz.index_copy_(0, t % window, torch.where(skip | ~usable, ema_gz, mean_gz)[None])
+    slot, counted = t % window, t != 0
+    usable = mean_gz.isfinite() & counted
+    entry = torch.where(counted, torch.where(skip | ~usable, ema_gz, mean_gz), buffer_gz[slot][0])
+    buffer_gz.index_copy_(0, slot, entry[None])
     smoothed = torch.where((t <= window) | (t < warmup_iters) | skip, mean_gz, buffer_gz.mean(0))
     ema_gz.copy_(torch.where(usable, momentum * ema_gz + (1 - momentum) * smoothed, ema_gz))
     return torch.where(skip & usable, smoothed, ema_gz)
@@ -132,9 +141,8 @@ def _forward_on_rows(
     running_var: Tensor, *others: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     values = rows_of(x)
-    q = mean_square(values, pad_mask, running_var)
-    stats, step = move(q, running_var, *others)
-    return (weight * (values * stats[0]) + bias).to(x.dtype).view(x.shape), stats, step
+    stats, step = move(*mean_square(values, pad_mask, running_var), running_var, *others)
+    return like_input(weight * (values * stats[0]) + bias, x), stats, step
 
 
 def _backward_on_rows(
@@ -145,7 +153,7 @@ def _backward_on_rows(
     g = dy * weight * ratio
     mean_gz = mean_or(*reduce((g * z).sum(0), z.shape[0]), torch.zeros_like(inv_std))
     grad_x = (g - move(mean_gz, *others) * z) * inv_std
-    return grad_x.to(x.dtype).view(x.shape), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
+    return like_input(grad_x, x), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
 
 
 def unified_norm_forward_reference(
@@ -242,24 +250,10 @@ def _(grad_y, x, weight, *others):
 
 
 class _UnifiedNorm(torch.autograd.Function):
-    """Autograd of the two operations. Keeps x, three [C] vectors and two numbers for backward."""
+    """Autograd of the two operations: y, s (None without a residual), stats and step. Keeps x or s for backward."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        pad_mask,
-        weight,
-        bias,
-        state,
-        warmup_iters,
-        outlier_filtration,
-        eps,
-        momentum,
-        channel_dim,
-        group,
-        residual,
-    ):
+    def forward(x, pad_mask, weight, bias, residual, state, options, channel_dim, group):
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
         s = None if residual is None else torch.empty_like(last)
@@ -271,34 +265,35 @@ class _UnifiedNorm(torch.autograd.Function):
             forward = _forward_once if torch.compiler.is_compiling() else _forward
             if residual is not None:
                 forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
-        y, stats, step = forward(last, mask, weight, bias, *moved, warmup_iters, outlier_filtration, eps, momentum)
+        y, stats, step = forward(last, mask, weight, bias, *moved, *options)
         undo_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
-        ctx.save_for_backward(last if residual is None else s, weight, stats, step)
-        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
-        ctx.warmup_iters, ctx.momentum, ctx.channel_dim, ctx.group = warmup_iters, momentum, channel_dim, group
-        ctx.set_materialize_grads(False)
-        y = channels_back(y, channel_dim)
-        return y if residual is None else (y, channels_back(s, channel_dim))
+        s = None if s is None else without_view(channels_back, s, channel_dim)
+        return without_view(channels_back, y, channel_dim), s, stats, step
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_s=None):
+    def setup_context(ctx, inputs, output):
+        x, _, weight, _, residual, state, options, channel_dim, group = inputs
+        _, s, stats, step = output
+        ctx.mark_non_differentiable(stats, step)
+        ctx.save_for_backward(x if residual is None else s, weight, stats, step)
+        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
+        ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
+        ctx.warmup_iters, _, _, ctx.momentum = options
+        ctx.channel_dim, ctx.group = channel_dim, group
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @approximate_gradient("Unified Norm")
+    def backward(ctx, grad_y, grad_s, *_):
         if grad_y is None:  # only s was used: nothing came through the norm
-            return grad_s, *[None] * 10, grad_s
+            return grad_s, None, None, None, grad_s, *[None] * 4
         x, weight, stats, step = ctx.saved_tensors
         moved = ctx.ema_gz, ctx.buffer_gz
         before = remember(ctx.skipped, moved)
         arguments = (
-            channels_last(grad_y, ctx.channel_dim),
-            x,
-            weight,
-            stats,
-            step,
-            *moved,
-            ctx.warmup_iters,
-            ctx.momentum,
-        )
+            channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, step, *moved,
+            ctx.warmup_iters, ctx.momentum,
+        )  # fmt: skip
         if ctx.group is not None:
             grad_x, grad_weight, grad_bias, mean_gz = _backward_on_rows(
                 partial(sum_in_group, ctx.group), _move_gradient, *arguments
@@ -313,7 +308,9 @@ class _UnifiedNorm(torch.autograd.Function):
 
         undo_unless(sound, ctx.skipped, moved, before)
         grad_x = channels_back(grad_x, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, *[None] * 7, grad_x if ctx.needs_input_grad[11] else None
+        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 4
+
+    vmap = no_vmap("Unified Norm")
 
 
 def unified_norm(
@@ -382,8 +379,8 @@ def unified_norm(
             state.ema_gz, state.buffer_gz, warmup_iters, outlier_filtration, eps, momentum,
         )  # fmt: skip
         return result[0] if residual is None else tuple(result)
-    result = _UnifiedNorm.apply(
-        x, pad_mask, weight, bias, state, warmup_iters, outlier_filtration, eps, momentum, channel_dim,
-        process_group, residual if fused else None,
-    )  # fmt: skip
-    return result if residual is None or fused else (result, x)
+    options = warmup_iters, outlier_filtration, eps, momentum
+    y, s, *_ = _UnifiedNorm.apply(
+        x, pad_mask, weight, bias, residual if fused else None, state, options, channel_dim, process_group
+    )
+    return y if residual is None else (y, s if fused else x)

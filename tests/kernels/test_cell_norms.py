@@ -211,6 +211,29 @@ def test_an_outlier_is_no_reference(implementation):
     step.check(implementation, 4 * FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", [(40, 5, 1, 8), (6, 5, 10, 2), (0, 5, 1, 0)], ids=["rows", "planes", "empty"])
+@pytest.mark.parametrize("kind", ["batch", "estimated", "moving"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_groups_without_a_valid_number_move_nothing(implementation, kind, shape, momentum):
+    torch.manual_seed(0)
+    step = Step.random(kind, shape, momentum=momentum)
+    before = [value.clone() for value in step.state]
+    step.mask.fill_(True)
+    step.check(implementation)
+    assert all(torch.equal(a, b) for a, b in zip(step.state, before, strict=True))
+    if kind == "batch" and step.group_size:  # only the groups that hold numbers count
+        step.mask[step.group_size : 2 * step.group_size] = False
+        step.check(implementation)
+        assert step.state[2] == before[2] + 1
+
+
+@pytest.mark.parametrize("iters", [-(2**63), -5, 2**63 - 1])
+def test_any_counter_stays_inside_the_window(emulator, iters):
+    step = Step.random("moving", (5, 4, 3, 0))
+    step.state[2].fill_(iters)
+    step.check(emulator)
+
+
 @pytest.mark.parametrize("kind", ["batch", "regions"])
 @pytest.mark.parametrize("shape", [(40, 5, 1, 0), (4, 5, 10, 0)], ids=["rows", "planes"])
 def test_what_is_not_finite_stays_on_its_side_of_the_mask(implementation, kind, shape):

@@ -178,3 +178,21 @@ def test_numbers_that_are_not_finite_enter_no_statistic(emulator, kind, options,
         assert torch.isfinite(value).all(), name
         torch.testing.assert_close(value, reference_step.tensors[name], rtol=FLOAT32_TOLERANCE, atol=1e-6)
     assert torch.equal(step.iters, reference_step.iters)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
+def test_a_batch_without_a_valid_row_moves_nothing(emulator, kind, options):
+    for rows, dtype in ((0, torch.float32), (33, torch.float32), (33, torch.bfloat16)):
+        step = Step.random(kind, rows, 140, dtype, masked=True)
+        step.pad_mask.fill_(True)
+        check(emulator, step, options)
+        untouched = Step.random(kind, rows, 140, dtype, masked=True)
+        assert step.iters == untouched.iters and step.skip_counter == untouched.skip_counter
+        assert all(torch.equal(value, untouched.tensors[name]) for name, value in step.tensors.items())
+
+
+@pytest.mark.parametrize("iters", [-(2**63), -5, 2**63 - 1])
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
+def test_any_counter_stays_inside_the_window(emulator, kind, options, iters):
+    """On the device nobody reads a counter before the kernels do: they take the remainder of any number."""
+    check(emulator, Step.random(kind, 9, 8, iters=iters), options)

@@ -1,16 +1,34 @@
 """What a user does with a norm besides training it, for every row of the registry."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import normfuse
+from normfuse.nn import EstimatedBatchNorm, ProgressiveNorm
+from normfuse.nn._running_norm import ChannelNorm
 from normfuse.nn.registry import NORMS
 
 C = 8
-EVERY = pytest.mark.parametrize("entry", NORMS, ids=lambda entry: entry.name)
+
+
+def every(entries):
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+
+
+EVERY = every(NORMS)
+LAYERS = [entry for entry in NORMS if entry.layout != "weight"]
+
+
+def has_running_statistics(entry):
+    return any(isinstance(module, ChannelNorm) for module in entry.make(C).modules())
 
 
 def inputs_of(entry, seed=0):
@@ -130,3 +148,258 @@ def test_conversions_keep_statistics_wide_and_come_back(entry):
             assert norm.get_buffer(name).dtype in (wanted, torch.int64), name
     for name, value in statistics.items():
         assert torch.equal(norm.get_buffer(name), value), name
+
+
+def copies(entry, count=2, dtype=None):
+    """The same trained norm several times."""
+    norm = train(entry.make(C), inputs_of(entry))
+    return [copy.deepcopy(norm).to(dtype).train() for _ in range(count)]
+
+
+def in_dtype(inputs, dtype):
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+def loss(y):
+    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sin().sum()
+
+
+def layouts(entry, x):
+    """x in the layouts of memory that people have; leaves."""
+    forms = [x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]]
+    if x.dim() == 4:
+        forms.append(x.contiguous(memory_format=torch.channels_last))
+    return [form.detach().requires_grad_() for form in forms]
+
+
+@EVERY
+def test_every_layout_gives_the_same_and_takes_an_activation_in_place(entry):
+    x, *others = inputs_of(entry)
+    for form in layouts(entry, x):
+        plain, changed = copies(entry)
+        inputs = x.clone().requires_grad_(), form
+        loss(torch.relu(plain(inputs[0], *others))).backward()
+        y = changed(inputs[1], *others)
+        assert entry.layout == "weight" or not y._is_view()
+        loss(torch.relu_(y)).backward()
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+        torch.testing.assert_close(
+            [p.grad for p in changed.parameters()], [p.grad for p in plain.parameters()], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(dict(changed.named_buffers()), dict(plain.named_buffers()))
+
+
+@EVERY
+def test_second_derivatives_are_there_or_refused_with_the_reason(entry):
+    (norm,) = copies(entry, 1, torch.float64)
+    small = in_dtype(inputs_of(entry), torch.float64)
+    x, *others = (value[:2, ..., :3, :] if value.dim() > 2 else value[:2] for value in small)
+    x, others = x.clone().requires_grad_(), list(others)
+    (gradient,) = torch.autograd.grad(loss(norm(x, *others)), x, create_graph=True)
+    if not entry.exact:
+        with pytest.raises(RuntimeError, match=r"is an approximation by running statistics.*create_graph=True"):
+            gradient.square().sum().backward()
+        return
+    gradient.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+    if any(isinstance(module, EstimatedBatchNorm) for module in norm.modules()):
+        return  # of statistics that move with every call there are no differences to compare with
+    norm.train(not parametrize.is_parametrized(norm))  # σReparam's iteration moves in training
+    names = [name for name, _ in norm.named_parameters()]
+
+    def call(x, *parameters):
+        return functional_call(copy.deepcopy(norm), dict(zip(names, parameters, strict=True)), (x, *others))
+
+    inputs = (x.detach().requires_grad_(), *(p.detach().requires_grad_() for p in norm.parameters()))
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@EVERY
+def test_the_gradient_of_torch_func_is_that_of_backward(entry):
+    plain, transformed = copies(entry)
+    x, *others = inputs_of(entry)
+    leaf = x.clone().requires_grad_()
+    loss(plain(leaf, *others)).backward()
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    parameters = {name: p.detach() for name, p in transformed.named_parameters()}
+
+    def call(x, parameters):
+        return loss(functional_call(transformed, (parameters, dict(transformed.named_buffers())), (x, *others)))
+
+    found_x, found = grad(call, argnums=(0, 1))(x, parameters)
+    torch.testing.assert_close(found_x, leaf.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(transformed.named_buffers()), dict(plain.named_buffers()))
+
+
+@every([entry for entry in LAYERS if entry.exact])
+def test_the_other_transforms_of_torch_func(entry):
+    (norm,) = copies(entry, 1, torch.float64)
+    x, *others = in_dtype(inputs_of(entry), torch.float64)
+
+    def call(x):
+        return loss(norm(x, *others))
+
+    along = torch.randn_like(x)
+    _, slope = jvp(call, (x,), (along,))
+    if not any(isinstance(module, EstimatedBatchNorm) for module in norm.modules()):  # its statistics have moved
+        torch.testing.assert_close(slope, (grad(call)(x) * along).sum())
+    ones = torch.ones((C, 1, 1) if x.dim() == 4 else C, dtype=x.dtype)
+    square = hessian(lambda scale: call(x * scale))(ones).reshape(C, C)
+    torch.testing.assert_close(square, square.T)
+
+
+@every(LAYERS)
+def test_vmap_runs_samples_or_says_why_not(entry):
+    (norm,) = copies(entry, 1)
+    inputs = inputs_of(entry)
+
+    def call(*one):
+        return loss(norm(*(value[None] for value in one)))
+
+    if has_running_statistics(entry):
+        with pytest.raises((RuntimeError, ValueError), match=r"torch\.func\.vmap cannot run|domains cannot share"):
+            vmap(grad(call))(*inputs)
+    else:
+        each = torch.stack([grad(call)(*sample) for sample in zip(*inputs, strict=True)])
+        torch.testing.assert_close(vmap(grad(call))(*inputs), each, rtol=1e-4, atol=1e-5)
+    norm.eval()
+    each = torch.stack([grad(call)(*sample) for sample in zip(*inputs, strict=True)])
+    torch.testing.assert_close(vmap(grad(call))(*inputs), each, rtol=1e-4, atol=1e-5)
+
+
+@every(LAYERS)
+def test_batches_without_a_valid_row_move_nothing(entry):
+    (norm,) = copies(entry, 1)
+    for module in norm.modules():
+        if hasattr(module, "num_batches_tracked"):
+            module.momentum = None
+    before = copy.deepcopy(norm.state_dict())
+    x, *others = (value[:0] for value in inputs_of(entry))
+    norm(x.requires_grad_(), *others).sum().backward()
+    norms = [module for module in norm.modules() if isinstance(module, ChannelNorm)]
+    for module in norms:
+        x, *_ = inputs_of(entry)
+        x = x.movedim(1, module.channel_dim) if x.dim() == 4 else x
+        mask = torch.ones([size for i, size in enumerate(x.shape) if i != module.channel_dim % x.dim()]).bool()
+        if not isinstance(module, EstimatedBatchNorm):
+            module(x.requires_grad_(), mask).sum().backward()
+    assert same(norm.state_dict(), before)
+
+
+class Traced(nn.Module):
+    def __init__(self, entry):
+        super().__init__()
+        self.norm = entry.make(C)
+
+
+class Alone(Traced):
+    def forward(self, x):
+        return torch.relu(self.norm(x.sin()))
+
+
+class WithAnother(Traced):
+    def forward(self, x, other):
+        return torch.relu(self.norm(x.sin(), other))
+
+
+def model_of(entry):
+    model = (WithAnother if inputs_of(entry)[1:] else Alone)(entry)
+    train(model, inputs_of(entry))
+    return model
+
+
+@EVERY
+def test_a_symbolic_trace_holds_the_norm_whole(entry):
+    model, inputs = model_of(entry), inputs_of(entry)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert "norm" in [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    if entry.layout != "weight" and entry.name != "DomainSplitNorm":  # which takes any number of arguments
+        with pytest.raises(TypeError, match=r"cannot be traced symbolically on its own.*nn\.Sequential"):
+            torch.fx.symbolic_trace(entry.make(C))
+    for training in (True, False):
+        model.train(training), traced.train(training)
+        torch.manual_seed(0)
+        expected = model(*inputs)
+        torch.manual_seed(0)
+        assert torch.equal(traced(*inputs), expected)
+    assert same(traced.state_dict(), model.state_dict())
+
+
+@EVERY
+def test_a_jit_trace_in_evaluation_takes_other_batches(entry):
+    model = model_of(entry).eval()
+    traced = torch.jit.trace(model, inputs_of(entry))
+    more = tuple(torch.cat([value, value]) for value in inputs_of(entry, seed=1))
+    torch.testing.assert_close(traced(*more), model(*more))
+
+
+@EVERY
+def test_a_norm_leaves_the_meta_device_with_its_state_dict(entry):
+    inputs = inputs_of(entry)
+    norm = train(entry.make(C), inputs)
+    with torch.device("meta"):
+        filled = entry.make(C)
+    filled.load_state_dict(copy.deepcopy(norm.state_dict()), assign=True)
+    assert not any(value.is_meta for value in (*filled.parameters(), *filled.buffers()))
+    assert torch.equal(filled.eval()(*inputs), norm.eval()(*inputs))
+    train(filled, inputs)
+
+
+@EVERY
+def test_a_pickled_norm_goes_on(entry):
+    if entry.layout == "weight":
+        pytest.skip("a parametrised module cannot be pickled, in PyTorch")
+    norm = entry.make(C)
+    if any(isinstance(module, ProgressiveNorm) for module in norm.modules()):
+        norm.advance(7)
+    train(norm, inputs_of(entry))
+    loaded = pickle.loads(pickle.dumps(norm))
+    for module in (norm, loaded):
+        torch.manual_seed(3)
+        train(module, inputs_of(entry, seed=1))
+    assert same(norm.state_dict(), loaded.state_dict())
+
+
+@EVERY
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_moves_statistics_once(entry, reentrant):
+    plain, inside = copies(entry)
+    x, *others = inputs_of(entry)
+    loss(plain(x.clone().requires_grad_(), *others)).backward()
+    loss(checkpoint(inside, x.clone().requires_grad_(), *others, use_reentrant=reentrant)).backward()
+    if not parametrize.is_parametrized(plain):  # σReparam iterates on its weight, not on a batch
+        torch.testing.assert_close(dict(inside.named_buffers()), dict(plain.named_buffers()))
+    torch.testing.assert_close([p.grad for p in inside.parameters()], [p.grad for p in plain.parameters()])
+
+
+@EVERY
+def test_hooks_see_and_change_what_passes(entry):
+    plain, hooked = copies(entry)
+    seen = []
+    hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2, *inputs[1:]))
+    hooked.register_forward_hook(lambda module, inputs, y: y + 1)
+    hooked.register_full_backward_hook(lambda module, gx, gy: seen.append((gx[0].shape, gy[0].shape)))
+    x, *others = inputs_of(entry)
+    torch.manual_seed(0)
+    expected = plain(x * 2, *others) + 1
+    torch.manual_seed(0)
+    y = hooked(x.clone().requires_grad_(), *others)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert seen == [(x.shape, x.shape)]
+
+
+@EVERY
+def test_an_average_of_weights(entry):
+    """Statistics of the average: ``use_buffers``, or normfuse.nn.calibrate, which update_bn is for torch's norms."""
+    model, inputs = model_of(entry), inputs_of(entry)
+    if not model.state_dict():
+        pytest.skip("nothing to average")
+    average = AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    train(model, inputs_of(entry, seed=1))
+    average.update_parameters(model)
+    assert all(value.isfinite().all() for value in average.state_dict().values())
+    assert average.eval()(*inputs).isfinite().all()
