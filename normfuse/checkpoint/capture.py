@@ -97,7 +97,7 @@ class Checkpoint:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The program's outputs, in the order of `outputs`, for tensors in the order of `inputs`."""
         with torch.inference_mode():
-            return list(self._module(*tensors))
+            return [output.detach() for output in self._module(*tensors)]  # a returned weight asks for gradients
 
     @cached_property
     def _module(self) -> nn.Module:

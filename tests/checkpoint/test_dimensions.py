@@ -113,6 +113,16 @@ def test_a_collection_of_shapes():
     assert dims(captured(lambda x, y: x + y, x, y, shapes=shapes)) == ["x_dim_0,8", "x_dim_0,8"]
 
 
+def test_multiples_are_exported_and_verified_at_their_smallest(tmp_path):
+    import onnx
+
+    model = Function(lambda x, y: x.view(-1, 2, 8))
+    result = normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=X, dynamic_shapes=({0: "n"},), opset=20)
+    assert any("[2,8]" in shapes for shapes in result.proof.shapes)
+    graph = onnx.load(result.path).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "2*n_2"
+
+
 @pytest.mark.parametrize(
     ("shapes", "because"),
     [

@@ -185,6 +185,25 @@ def test_a_file_has_the_names_and_gives_what_the_model_does(tmp_path):
         torch.testing.assert_close(torch.from_numpy(array), tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_are_returned_are_not_folded_into(tmp_path):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.norm.running_var.uniform_(0.5, 2)
+
+        def forward(self, x):
+            return self.linear(self.norm(x)), self.linear.weight, self.linear.weight[0], self.norm.running_var
+
+    model = Returning().eval()
+    result = normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=X, opset=20)
+    assert not result.report.remaining
+    session = onnxruntime.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    got = session.run(None, {"x": X.numpy()})
+    for array, tensor in zip(got, model(X), strict=True):
+        torch.testing.assert_close(torch.from_numpy(array), tensor.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_flags_and_numbers_keep_their_values_and_are_said():
     model = network(lambda self, x, mode="a", flag=True, n=2: self.body(x) * n if flag and mode == "b" else x)
     checkpoint = Checkpoint.from_model(model, {"x": X, "n": 3, "mode": "b"})
