@@ -21,7 +21,6 @@ PYTHONS ?= $(PYTHON)
 WHEEL_TESTS ?= tests/test_package.py tests/test_native.py tests/golden tests/ops/test_operations.py tests/folding/test_placements.py tests/test_cli.py
 SANITIZE_TESTS ?= $(addprefix tests/,ops/test_fuzz.py ops/test_native_bounds.py ops/test_operations.py ops/test_row_norm.py \
   ops/test_gradients.py ops/test_autograd.py kernels/test_bindings.py kernels/test_host_kernels.py)
-QUICK ?= tests --ignore tests/kernels --ignore tests/property --ignore tests/test_examples.py
 # Without a sanitizer, pytest goes on in the same folder.
 CMAKE_BUILD := build/emulator
 CODE := normfuse tests examples benchmarks setup.py
@@ -62,7 +61,7 @@ py-test: $(STAMPS)/built
 
 test-quick: $(STAMPS)/built
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
 
 # A build of its own, loaded into a Python that knows nothing of sanitizers; its leaks are its own. No kernel runs in
 # more than one process, and compiled programs would have to be sanitized as well.

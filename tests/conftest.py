@@ -1,9 +1,29 @@
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from normfuse import _native
+
+_TESTS = Path(__file__).parent
+# Files and folders of tests, and how their tests are marked.
+_MARKS = {
+    "ecosystem": ("ecosystem", "zoo"),
+    "gpu": ("cuda",),
+    "slow": (
+        *("kernels", "property", "onnx", "checkpoint", "convert", "zoo", "ecosystem"),
+        *("test_examples.py", "test_distribution.py", "test_inference_benchmark.py", "test_pt2_reader.py"),
+    ),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        place = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
+        for mark, places in _MARKS.items():
+            if place in places:
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)
