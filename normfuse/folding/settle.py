@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.fx import Node
@@ -41,6 +41,11 @@ class _Route:
 
     source: Node
     steps: tuple[tuple[Node, Node], ...]  # (operand, reader) from the source on
+
+    @property
+    def end(self) -> Node:
+        """The value where the shift must vanish."""
+        return self.steps[-1][1] if self.steps else self.source
 
 
 def settle_shifts(fold: Folding) -> bool:
@@ -97,7 +102,9 @@ def _carry_shifts(fold: Folding) -> None:
 
 def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Folding) -> None:
     """Where a result can carry one shift only, and its operands have different ones: they are to have none."""
-    joined = [x for x in node.all_input_nodes if x in fold.scale_of and _use_of_its_shift(node, x, fold) is Use.JOIN]
+    joined = [x for x in node.all_input_nodes if x in fold.scale_of and is_float(x)]
+    if not any(_use_of_its_shift(node, operand, fold) is Use.JOIN for operand in joined):
+        return
     carried = [fold.carried(node, operand) for operand in joined]
     if all(np.array_equal(*np.broadcast_arrays(carried[0], shift)) for shift in carried[1:]):
         return
@@ -213,24 +220,51 @@ def _stopping(node: Node, fold: Folding) -> list[Node]:
 
 def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], fold: Folding) -> bool:
     """Choose a source's shift such that `node` gets none."""
+    magnified = []
     for route in sorted(_routes(node, tolerant, fold), key=lambda r: _cost(r.source, fold)):
         change = _needed_at_source(route, fold)
         if change is not None and not _reaches_others(route, change, tolerant, fold):
-            size, source = np.abs(fold.shift_of[node]).max(), route.source
-            had_one = source in fold.chosen
-            before = fold.shift_of[source] if source in fold.leaves else fold.chosen_shift(source)
-            fold.chosen[source] = before + change
-            _resettle(source, order[node], order, fold)
-            # What is left is the rounding of the way there and back, which must not ask for an Add, unless the change
-            # reaches the value on a second way as well.
-            if np.abs(fold.shift_of[node]).max() <= ROUNDING * size:
-                fold.shift_of[node] = fold.no_shift(node)
+            if _is_magnified(route, change, fold):
+                magnified.append((route, change))
+            elif _choose(route, change, order, fold):
                 return True
-            fold.chosen[source] = before
-            _resettle(source, order[node], order, fold)
-            if not had_one:
-                del fold.chosen[source]
+    return any(_choose(route, change, order, fold) for route, change in magnified)
+
+
+def _choose(route: _Route, change: np.ndarray, order: dict[Node, int], fold: Folding) -> bool:
+    """Change the shift of a source, if that takes away the shift at the end of the route."""
+    node, source = route.end, route.source
+    size, had_one = np.abs(fold.shift_of[node]).max(), source in fold.chosen
+    before = fold.shift_of[source] if source in fold.leaves else fold.chosen_shift(source)
+    fold.chosen[source] = before + change
+    _resettle(source, order[node], order, fold)
+    # What is left is the rounding of the way there and back, which must not ask for an Add, unless the change reaches
+    # the value on a second way as well.
+    if np.abs(fold.shift_of[node]).max() <= ROUNDING * size:
+        fold.shift_of[node] = fold.no_shift(node)
+        return True
+    fold.chosen[source] = before
+    _resettle(source, order[node], order, fold)
+    if not had_one:
+        del fold.chosen[source]
     return False
+
+
+def _is_magnified(route: _Route, change: np.ndarray, fold: Folding) -> bool:
+    """Whether small gains on the way make the change large for others that read a value there: they subtract it."""
+    limit, moved = GROWTH * _size(fold.shift_of[route.end]), change
+    for operand, reader in route.steps:
+        if len(operand.users) > 1 and not isinstance(moved, list) and _size(moved) > limit:
+            return True
+        moved = _moved(operand, reader, moved, fold)
+    return False
+
+
+def _moved(operand: Node, reader: Node, change: Any, fold: Folding) -> Any:
+    """A change of an operand's shift, as it changes the result's."""
+    rule = fold.rule_of[reader]
+    moved = rule.carry(reader, operand, change, collapse_equal, fold)
+    return moved if isinstance(moved, list) else moved * rule.factor(reader, operand, fold)
 
 
 def _routes(node: Node, tolerant: set[Node], fold: Folding) -> Iterator[_Route]:
@@ -266,10 +300,7 @@ def _reaches_others(route: _Route, change: np.ndarray, tolerant: set[Node], fold
         for user in operand.users:
             if user is not reader and _reads_part(user, fold) and _minds(user, operand, moved, tolerant, fold):
                 return True
-        rule = fold.rule_of[reader]
-        moved = rule.carry(reader, operand, moved, collapse_equal, fold)
-        if not isinstance(moved, list):
-            moved = moved * rule.factor(reader, operand, fold)
+        moved = _moved(operand, reader, moved, fold)
     return False
 
 
@@ -312,8 +343,7 @@ def _needed_at_source(route: _Route, fold: Folding) -> np.ndarray | None:
                 entries = np.broadcast_to(entries, factor.shape)
     except CannotCarry:
         return None
-    end = route.steps[-1][1] if route.steps else route.source
-    shift = fold.shift_of[end]
+    shift = fold.shift_of[route.end]
     if np.broadcast_shapes(shift.shape, entries.shape) != entries.shape or not factor.all():
         return None
     change = np.zeros(int(np.prod(shape)))

@@ -247,3 +247,21 @@ def test_dead_ends_do_no_harm() -> None:
 
     program, report = folded(Dead(), sequence())
     assert operations(program) == ["aten.linear.default"] and status(report) == ["folded"]
+
+
+def test_parts_with_one_scale_and_different_shifts_get_theirs_written_out() -> None:
+    """A shared weight that may not be copied fixes the scale, so that channels are joined like positions."""
+
+    class Rejoined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.norm = nn.Linear(C, C), MapNorm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(self.linear(x))
+            x = self.norm(F.rms_norm(x, (C,))) + x
+            x = torch.cat([x[..., :1], x[..., 1:]], -1)
+            return torch.tanh(x[:, :1]) * x
+
+    folded(Rejoined(), sequence(), copy_shared=False)
