@@ -57,6 +57,12 @@ def test_products_take_scale_and_shift(product: Callable[[Weights, Tensor], Tens
         folded(Weights(product), sequence(), carry_biases=True)
 
 
+def test_a_bias_is_stored_beside_a_parameter_that_is_called_otherwise() -> None:
+    program, report = folded(Weights(PRODUCTS["experts"]), sequence())
+    assert report.norms[0].absorbed_by == ["heads", "heads_bias"]
+    assert "heads_bias_folded" in program.state_dict
+
+
 class Heads(nn.Module):
     """Norms on what each head's own weights write, and read."""
 

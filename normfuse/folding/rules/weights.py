@@ -281,4 +281,5 @@ class Embedding(Rule):
 
 
 def _bias_name(weight_name: str) -> str:
-    return weight_name.removesuffix("weight") + "bias" if weight_name.endswith("weight") else weight_name + ".bias"
+    # A parameter that is called otherwise is no module, so that nothing can be stored below it.
+    return weight_name.removesuffix("weight") + "bias" if weight_name.endswith("weight") else weight_name + "_bias"
