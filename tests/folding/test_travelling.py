@@ -166,3 +166,31 @@ def test_scales_and_shifts_pass_a_cast_that_rounds():
         exact = copy.deepcopy(model).double()(x.bfloat16().double())
         own, after = (difference(exact, run(x.bfloat16()).double()) for run in (model, result.module()))
     assert 2**-9 < own and after < settle.GROWTH * own, (own, after)
+
+
+class Small(nn.Module):
+    """A stream that two small gains divide: a constant behind them would be large in front of them, where the branch
+    would subtract it again. The last weight before the constant has no bias, the others have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner = nn.Linear(6, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.branch, self.norms = nn.Linear(WIDTH, WIDTH, bias=False), nn.ModuleList()
+        for _ in range(2):
+            norm = normfuse.nn.UnifiedNorm(WIDTH)
+            nn.init.normal_(norm.bias)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            norm.weight.data[::4] = 1e-3
+            self.norms.append(norm)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.first(x))
+        return self.norms[1](x + self.branch(torch.tanh(self.inner(x))))
+
+
+def test_small_gains_do_not_make_shifts_large_in_front_of_them() -> None:
+    own, after, report = errors(Small())
+    assert after <= 4 * own
+    assert "branch.bias" in report.norms[1].absorbed_by
