@@ -25,6 +25,7 @@ from .trial import plain_session
 
 _MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))
 _ROUNDS = 4
+_ADDITIONS = (aten.add.Tensor, aten.sub.Tensor)
 _WEIGHTED = {
     *(aten.linear.default, aten.embedding.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
@@ -142,9 +143,10 @@ def _moved(reading: Reading, folded: ExportedProgram, report: FoldReport) -> fro
     before = {node.name: node for node in reading.program.graph.nodes}
     for node in set(added).difference(*rewritten.values()):
         source = before.get(getattr(node.args[0], "name", ""))
+        near = [user.name for user in source.users if user.target in _ADDITIONS] if source is not None else []
         found |= {
             max(reading.origins[name].nodes)
-            for name in _additions_before(source)
+            for name in (*near, *_additions_before(source))
             if name not in left and name in reading.origins
         }
     return frozenset(found)
@@ -158,7 +160,7 @@ def _additions_before(node: Node | None) -> Iterator[str]:
         if current in seen or current.op != "call_function":
             continue
         seen.add(current)
-        if current.target in (aten.add.Tensor, aten.sub.Tensor):
+        if current.target in _ADDITIONS:
             yield current.name
         if getattr(current.target, "namespace", "aten") == "aten" and current.target not in _WEIGHTED:
             pending += current.all_input_nodes

@@ -66,15 +66,14 @@ class OnnxFile:
 
     @cached_property
     def constants(self) -> dict[str, TensorProto]:
-        """Initialisers that no caller may set, and what Constant operations hold."""
+        """Initialisers that no caller may set, what Constant operations hold, and both under the names of Identity."""
         found = {name: tensor for name, tensor in self._initializers.items() if name not in self.settable}
-        if ("", "Constant") in self.functions:
-            return found
         for node in self.nodes:
-            if node.op_type == "Constant" and node.domain in STANDARD and node.output:
-                tensor = _held(node)
-                if tensor is not None:
-                    found[node.output[0]] = tensor
+            if not self.is_own(node) or not node.output or node.op_type not in ("Constant", "Identity"):
+                continue
+            tensor = _held(node) if node.op_type == "Constant" else found.get(node.input[0])
+            if tensor is not None:
+                found[node.output[0]] = tensor
         return found
 
     def array(self, name: str) -> np.ndarray:

@@ -139,6 +139,8 @@ def _arithmetic(call: Call) -> bool:
         return False
     if call.get("broadcast") is not None or len(call.operands) != 2:  # of operator sets before 7
         return False
+    if not call.is_fixed() and all(size == 1 for size in call.result().shape):
+        return False  # nothing is gained with a single number, a step between integers say
     targets = {"Add": aten.add.Tensor, "Sub": aten.sub.Tensor, "Mul": aten.mul.Tensor, "Div": aten.div.Tensor}
     return call.emit(targets[call.node.op_type], *call.operands)
 

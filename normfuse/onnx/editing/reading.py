@@ -122,7 +122,7 @@ class Reader:
             self._opaque_source(name)
         skip = self._products_with_bias()
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
-            if node.op_type == "Constant" and node.output and node.output[0] in self.file.constants:
+            if node.output and node.output[0] in self.file.constants:
                 continue
             if position in skip and skip[position] is None:
                 continue  # read with the Add behind it
