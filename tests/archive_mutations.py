@@ -116,7 +116,7 @@ def pack(contents: Contents, fit: bool = True) -> bytes:
                 if name != OWN and name in own["records"]
             } | {name: digest for name, digest in own["records"].items() if name not in contents}
             contents[OWN] = json.dumps(own).encode()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass  # the record itself is what was changed
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -303,9 +303,11 @@ def _graph(good: bytes, rng: random.Random) -> tuple[str, bytes]:
             node["target"] = rng.choice(TARGETS)
             what = f"target {node['target']!r}"
         case "operand" if node["inputs"]:
-            item = rng.choice(node["inputs"])
-            item["arg"] = deepcopy(rng.choice([*(other["arg"] for n in nodes for other in n["inputs"]), *_operands()]))
-            what = f"operand {item['name']!r} of {node['name']} is {str(item['arg'])[:60]}"
+            operand = rng.choice(node["inputs"])
+            operand["arg"] = deepcopy(
+                rng.choice([*(other["arg"] for n in nodes for other in n["inputs"]), *_operands()])
+            )
+            what = f"operand {operand['name']!r} of {node['name']} is {str(operand['arg'])[:60]}"
         case "name":
             old, new = (
                 _a_name(graph, rng),

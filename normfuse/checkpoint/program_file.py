@@ -77,7 +77,7 @@ def read(archive: Archive) -> Checkpoint:
         specs_module.consistent_sizes(specs, examples)
     except CheckpointError as error:
         raise CheckpointError(f"{archive.source}: {error}") from error
-    flat.program.example_inputs = (examples, {})
+    set_examples(flat.program, examples)
     check_stored_numbers(flat.program, archive.source)
     return Checkpoint(flat.program, specs, outputs, examples, expected, archive.source, notes)
 
@@ -94,6 +94,11 @@ def check_program(program: ExportedProgram, specs: Sequence[InputSpec], source: 
         fixed = [dim if isinstance(dim, int) else None for dim in spec.dims]
         if value.dtype != spec.dtype or fixed != [size if isinstance(size, int) else None for size in value.shape]:
             raise CheckpointError(f"{source}: its program takes {value.dtype} {list(value.shape)} for {spec}")
+
+
+def set_examples(program: ExportedProgram, examples: tuple[torch.Tensor, ...]) -> None:
+    """Gives a flat program its example inputs, which have been checked."""
+    program._example_inputs = (examples, {})  # the property itself evaluates text, to make a named tuple
 
 
 def check_stored_numbers(program: ExportedProgram, source: str) -> None:

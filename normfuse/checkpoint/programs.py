@@ -18,6 +18,7 @@ from normfuse.checkpoint.capture import Checkpoint, capture
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.pt2.reader import Archive, FlatProgram, read_program, read_samples
+from normfuse.checkpoint.pure import copy_what_changes
 from normfuse.checkpoint.tracing import linear, separate_outputs
 
 _MOST_PARTS = 10_000
@@ -55,7 +56,8 @@ def _from_elsewhere(archive: Archive) -> Checkpoint:
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         return _retraced(flat.program, specs, examples, archive.source)
     separate_outputs(flat.program)
-    flat.program.example_inputs = (examples, {})
+    copy_what_changes(flat.program)
+    program_file.set_examples(flat.program, examples)
     names = structure.output_names(flat.result_paths, [spec.name for spec in specs])
     return Checkpoint(flat.program, specs, tuple(names), examples, (), archive.source)
 
