@@ -19,6 +19,7 @@ from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint import structure
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import Axes, Call, bind, dynamic_axes
+from normfuse.checkpoint.conduct import training_in_evaluation
 from normfuse.checkpoint.dimensions import found
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_numbers
@@ -27,6 +28,9 @@ from normfuse.checkpoint.structure import Path
 from normfuse.checkpoint.tracing import trace
 from normfuse.checkpoint.wrappers import unwrapped
 from normfuse.errors import NormfuseError
+from normfuse.programs import Runner, relative_difference
+
+_REPEATED = 1e-5  # what sums in another order of threads may differ by; what is drawn or counted differs by more
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -96,12 +100,11 @@ class Checkpoint:
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The program's outputs, in the order of `outputs`, for tensors in the order of `inputs`."""
-        with torch.inference_mode():
-            return [output.detach() for output in self._module(*tensors)]  # a returned weight asks for gradients
+        return self._runner(*tensors)
 
     @cached_property
-    def _module(self) -> nn.Module:
-        return self.program.module(check_guards=False)  # whose sizes have become dimensions and notes
+    def _runner(self) -> Runner:
+        return Runner(self.program)
 
 
 def capture(
@@ -133,18 +136,19 @@ def capture(
     with _evaluation(*{module, plain}):
         tensors = [tensor.detach().cpu().clone() for tensor in call.tensors]
         tensors = _with_rows(specs, tensors, notes)
-        live = _record(module, call, tensors)
+        live, again = (_record(module, call, tensors, notes) for _ in range(2))
         plain, specs, single = _in_float32(plain, specs, tensors, notes)
         sizes, specs = _traceable_sizes(plain, call, specs, single, unnamed)
         resized = [specs_module.resize(x, spec.shape(sizes)) for spec, x in zip(specs, single, strict=True)]
         traced = trace(plain, call, specs, resized)
+        _check_conduct(traced.program, live, again, source)
         specs, changes = found(traced, specs, unnamed)
         expected = _expected(live, traced.paths, source)
         specs, narrower = narrowed(
             traced.program,
             specs,
             resized,
-            lambda tensors: _expected(_record(plain, call, tensors), traced.paths, source),
+            lambda tensors: _expected(_record(plain, call, tensors, []), traced.paths, source),
         )
     names = structure.output_names(traced.paths, [spec.name for spec in specs])
     if traced.left_out:
@@ -249,7 +253,7 @@ def _traceable_sizes(
         dims_now = [tuple(fixed.get(d.name, d) if isinstance(d, Dimension) else d for d in spec.dims) for spec in specs]
         resized = [specs_module.resize(x, spec.shape(candidate)) for spec, x in zip(specs, tensors, strict=True)]
         try:
-            _record(module, call, resized)
+            _record(module, call, resized, [])
         except CheckpointError as error:
             problem = problem or error
             continue
@@ -263,12 +267,31 @@ def _traceable_sizes(
     return sizes, specs
 
 
-def _record(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Mapping[Path, Any]:
+def _check_conduct(program: ExportedProgram, live: Mapping[Path, Any], again: Mapping[Path, Any], source: str) -> None:
+    """CheckpointError for a model that trains in evaluation, or gives other outputs when it runs again."""
+    training = training_in_evaluation(program)
+    if training:
+        raise CheckpointError(f"{source} trains in evaluation: {training}")
+    tensors = [[leaf for leaf in found.values() if isinstance(leaf, torch.Tensor)] for found in (live, again)]
+    other = len(tensors[0]) != len(tensors[1]) or max(map(relative_difference, *tensors), default=0.0)
+    if other > _REPEATED:
+        raise CheckpointError(
+            f"{source} is not deterministic: run again on the same inputs it gives outputs that differ by {other:.2g} "
+            "of their largest value; it draws random numbers, or keeps a state from one call to the next"
+        )
+
+
+def _record(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], notes: list[str]) -> Mapping[Path, Any]:
     """What the live module gives: its numbers and copies of its tensors, by path."""
-    args, kwargs = call.with_tensors([tensor.clone() for tensor in tensors])
+    given = [tensor.clone() for tensor in tensors]
+    args, kwargs = call.with_tensors(given)
     try:
         with torch.no_grad():
             outputs = module(*args, **kwargs)
+        changed = [n for n, x, y in zip(call.names, tensors, given, strict=True) if relative_difference(y, x) > 0]
+        note = f"the model changes its input {some_of(changed)} in place; the program and the file do not"
+        if changed and note not in notes:
+            notes.append(note)
     except NormfuseError:
         raise
     except Exception as error:  # the module is free to fail in its own way
@@ -294,7 +317,7 @@ def _evaluation(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode, as a program without the fast path of attention computes it; leaves modules as they were."""
     parts = list({id(part): part for module in modules for part in module.modules()}.values())
     before = [(part, dict(vars(part)), [dict(vars(part)[kind]) for kind in _REGISTERED]) for part in parts]
-    buffers = [(buffer, buffer.clone(), buffer._version) for module in modules for buffer in module.buffers()]
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     fast, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
     logging.disable(logging.CRITICAL)
@@ -314,8 +337,8 @@ def _evaluation(*modules: nn.Module) -> Iterator[None]:
                 _restore(vars(part)[kind], tensors)
             _restore(vars(part), attributes)
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # running statistics change without a new version
                     buffer.copy_(value)
 
 

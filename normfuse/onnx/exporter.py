@@ -192,7 +192,8 @@ def export(
                 continue
             graph = summarize(output.staged)
             publish(output)
-            proof = Proof(form.proof.cases + proof.cases)
+            proof = Proof(form.proof.cases + proof.cases, list(dict.fromkeys(form.proof.notes + proof.notes)))
+            notes += proof.notes
             return ExportResult(
                 path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes, form.growth
             )

@@ -1,0 +1,223 @@
+"""What a model and its other forms are compared on: the examples, random inputs, and inputs that look for trouble."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normfuse.checkpoint import Checkpoint, InputSpec
+from normfuse.checkpoint import inputs as specs
+from normfuse.onnx.roles import Role, roles
+
+EXAMPLE, RANDOM, EDGE, SOFT = "example", "random", "edge", "soft"
+_LARGE = 100.0  # times the example: far outside of training, far inside of float32
+_HIDDEN = -100.0  # what is lower in a mask that is added hides
+_GROWTH = 4  # times the example's size, where a dimension has no largest one
+_MOST_ENTRIES, _MOST_SECONDS = 2**21, 2.0  # of the inputs, and of one run, at the largest sizes
+_SEVERAL = 3  # rows, so that one can be masked and another not
+_MOST_ALONE = 4  # dimensions that are tried at their smallest by themselves
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs to compare on.
+
+    Attributes:
+        label: what they are, with their shapes.
+        tensors: one per input.
+        kind: ``example``; ``random``, which the model must take; ``edge``, which it need not take, but if it does,
+            the other forms must agree; ``soft``, where a form that does not agree is a note.
+    """
+
+    label: str
+    tensors: tuple[Tensor, ...]
+    kind: str
+
+
+def example(checkpoint: Checkpoint) -> Trial:
+    """The example inputs."""
+    tensors = checkpoint.example_inputs
+    return Trial(f"the example inputs {shapes(tensors)}", tensors, EXAMPLE)
+
+
+def random(checkpoint: Checkpoint, number: int, generator: torch.Generator) -> Trial:
+    """Random inputs of the examples' kinds; number 0 has the smallest sizes, which break what was specialised."""
+    now = specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs)
+    sizes = {
+        name: specs.clamp(1 if number == 0 else int(torch.randint(1, 2 * now[name] + 2, (), generator=generator)), dim)
+        for name, dim in specs.dimensions(checkpoint.inputs).items()
+    }
+    tensors = _drawn(checkpoint, sizes, generator)
+    return Trial(f"random inputs {shapes(tensors)}", tensors, RANDOM)
+
+
+def edges(checkpoint: Checkpoint, generator: torch.Generator, half: bool = False) -> Iterator[Trial]:
+    """Inputs that look for trouble: masks, integers, sizes and numbers at their ends.
+
+    Args:
+        checkpoint: the model.
+        generator: of what is random in them.
+        half: whether the form to try computes in float16, whose numbers end early.
+    """
+    now = specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs)
+    dims = specs.dimensions(checkpoint.inputs)
+    several = {name: specs.clamp(max(now[name], _SEVERAL), dim) for name, dim in dims.items()}
+    drawn = _drawn(checkpoint, several, generator)
+    yield from _masks(checkpoint, drawn, half)
+    yield from _integers(checkpoint, drawn)
+    yield from _floats(checkpoint, drawn, half)
+    alone = list(dims)[:_MOST_ALONE] if len(dims) > 1 else []
+    for name in alone:
+        tensors = _drawn(checkpoint, several | {name: specs.clamp(1, dims[name])}, generator)
+        yield Trial(f"inputs with the smallest {name} {shapes(tensors)}", tensors, EDGE)
+    largest = _largest(checkpoint, now)
+    if largest != now:
+        tensors = _drawn(checkpoint, largest, generator)
+        yield Trial(f"inputs of the largest sizes {shapes(tensors)}", tensors, EDGE)
+    rows = _rows(checkpoint.inputs)
+    if rows is not None:
+        tensors = tuple(
+            x if x.shape == tuple(spec.shape(several | {rows: 0})) else x.new_zeros(spec.shape(several | {rows: 0}))
+            for spec, x in zip(checkpoint.inputs, drawn, strict=True)
+        )
+        yield Trial(f"an empty {rows} {shapes(tensors)}", tensors, SOFT)
+
+
+def _masks(checkpoint: Checkpoint, drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+    """Every mask by itself: nothing hidden, one row hidden, everything hidden."""
+    found = roles(checkpoint.program)
+    for index, (spec, role) in enumerate(zip(checkpoint.inputs, found, strict=True)):
+        example = checkpoint.example_inputs[index]
+        if not _is_mask(example, role):
+            continue
+        for value, what in _mask_values(example, spec):
+            kind = SOFT if half and spec.dtype.is_floating_point and value < 0 else EDGE
+            whole = torch.full_like(drawn[index], value)
+            for part, changed in (("all of it", whole), *_parts(drawn[index], value)):
+                tensors = (*drawn[:index], changed, *drawn[index + 1 :])
+                yield Trial(f"mask {spec.name} with {part} {what} {shapes(tensors)}", tensors, kind)
+
+
+def _is_mask(example: Tensor, role: Role) -> bool:
+    if example.dtype == torch.bool:
+        return True
+    if example.is_floating_point():
+        return role.mask and not role.data
+    return role.mask or (role.rows is None and len(example.unique()) <= 2)
+
+
+def _mask_values(example: Tensor, spec: InputSpec) -> list[tuple[float, str]]:
+    if example.dtype == torch.bool:
+        return [(False, "False"), (True, "True")]
+    if not example.is_floating_point():
+        low, high = _ends(example, spec, Role())
+        return [(value, str(value)) for value in dict.fromkeys((low, high))]
+    finite = example[example.isfinite()]
+    own = float(finite.min()) if finite.numel() else 0.0
+    lowest = torch.finfo(example.dtype).min
+    values = [0.0, own, lowest, float("-inf")] if lowest < own < _HIDDEN else [0.0, lowest, float("-inf")]
+    return [(value, f"{value:.3g}") for value in values]
+
+
+def _parts(mask: Tensor, value: float) -> list[tuple[str, Tensor]]:
+    """One row, in the first dimension and in the one before the last, which is the queries' in [..., queries, keys]."""
+    changed = []
+    for axis, what in ((0, "a row"), (-2, "a query")):
+        if mask.dim() > 1 and mask.shape[axis] > 1 and (axis == 0 or mask.dim() > 2):
+            part = mask.clone()
+            part.select(axis, 0).fill_(value)
+            changed.append((what, part))
+    return changed
+
+
+def _integers(checkpoint: Checkpoint, drawn: Sequence[Tensor]) -> Iterator[Trial]:
+    """All integers at both ends of their ranges, and rows of a number that the program compares them with."""
+    found = roles(checkpoint.program)
+    whole = [
+        (index, *_ends(checkpoint.example_inputs[index], spec, found[index]))
+        for index, spec in enumerate(checkpoint.inputs)
+        if not spec.dtype.is_floating_point and spec.dtype != torch.bool
+    ]
+    for place, what in ((1, "lowest"), (2, "highest")):
+        tensors = list(drawn)
+        for entry in whole:
+            tensors[entry[0]] = torch.full_like(drawn[entry[0]], entry[place])
+        if whole:
+            yield Trial(f"all integers at their {what} {shapes(tensors)}", tuple(tensors), EDGE)
+    for index, low, high in whole:
+        for value in sorted(set(found[index].compared))[:3]:
+            if low <= value <= high:
+                for part, changed in _parts(drawn[index], value):
+                    tensors = (*drawn[:index], changed, *drawn[index + 1 :])
+                    name = checkpoint.inputs[index].name
+                    yield Trial(f"{name} with {part} of {value} {shapes(tensors)}", tensors, EDGE)
+
+
+def _ends(example: Tensor, spec: InputSpec, role: Role) -> tuple[int, int]:
+    """The lowest and the highest integer that an input takes, as far as that is known."""
+    if spec.high is not None:
+        return 0, spec.high - 1
+    if role.rows is not None and not role.data:
+        return 0, role.rows - 1
+    return (int(example.min()), int(example.max())) if example.numel() else (0, 1)
+
+
+def _floats(checkpoint: Checkpoint, drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+    """All numbers zero, all the same, and all large."""
+    found = roles(checkpoint.program)
+    places = [
+        index
+        for index, spec in enumerate(checkpoint.inputs)
+        if spec.dtype.is_floating_point and not _is_mask(checkpoint.example_inputs[index], found[index])
+    ]
+    changes: list[tuple[str, Callable[[Tensor], Tensor]]] = [("zeros", torch.zeros_like), ("ones", torch.ones_like)]
+    if not half:
+        changes.append(("large numbers", lambda x: x * _LARGE))
+    for what, change in changes if places else ():
+        tensors = tuple(change(x) if index in places else x for index, x in enumerate(drawn))
+        yield Trial(f"{what} {shapes(tensors)}", tensors, EDGE)
+
+
+def _largest(checkpoint: Checkpoint, now: dict[str, int]) -> dict[str, int]:
+    """Every dynamic dimension at its largest, or a multiple of the example's, within what a run may take."""
+    dims = specs.dimensions(checkpoint.inputs)
+    sizes = {n: dim.maximum or specs.clamp(_GROWTH * max(now[n], 1), dim) for n, dim in dims.items()}
+    entries = _entries(checkpoint.inputs, now)
+    start = time.perf_counter()
+    checkpoint.run(checkpoint.example_inputs)
+    seconds = time.perf_counter() - start
+    while sizes != now:
+        grown = _entries(checkpoint.inputs, sizes)
+        # Attention takes the square of the length: at most that of what the inputs grow by.
+        if grown <= max(_MOST_ENTRIES, entries) and seconds * (grown / max(entries, 1)) ** 2 <= _MOST_SECONDS:
+            break
+        sizes = {name: max(now[name], size // 2) for name, size in sizes.items()}
+    return sizes
+
+
+def _entries(inputs: Sequence[InputSpec], sizes: dict[str, int]) -> int:
+    return sum(torch.Size(spec.shape(sizes)).numel() for spec in inputs)
+
+
+def _rows(inputs: Sequence[InputSpec]) -> str | None:
+    """The dynamic dimension that comes first in the first input that has one, if it may be empty: the batch."""
+    for spec in inputs:
+        if spec.dims and isinstance(spec.dims[0], specs.Dimension):
+            return spec.dims[0].name if spec.dims[0].minimum <= 1 else None
+    return None
+
+
+def _drawn(checkpoint: Checkpoint, sizes: dict[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(
+        specs.redraw(spec, example, sizes, generator)
+        for spec, example in zip(checkpoint.inputs, checkpoint.example_inputs, strict=True)
+    )
+
+
+def shapes(tensors: Sequence[Tensor]) -> str:
+    """The shapes of tensors, as labels show them."""
+    return ", ".join(str(list(tensor.shape)).replace(" ", "") for tensor in tensors)

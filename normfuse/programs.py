@@ -1,0 +1,121 @@
+"""Running exported programs: without changing anything, and how much rounding they have of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export._tree_utils import reorder_kwargs
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Interpreter
+from torch.utils import _pytree as pytree
+
+_DRAWS = 3  # of inputs and weights that are rounded otherwise
+
+
+class Runner:
+    """Runs a program, and changes neither its parameters and buffers nor the tensors that it is given.
+
+    Called with the program's arguments, it returns the tensors in what the program returns. It is quick to make: it
+    interprets the graph, and does not check arguments against the sizes that the program was made for.
+
+    Args:
+        program: the program.
+        change: what to run with in the place of each parameter, buffer and constant.
+
+    Example:
+        >>> Runner(torch.export.export(torch.nn.Linear(4, 2), (torch.ones(3, 4),)))(torch.ones(3, 4))[0].shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, program: ExportedProgram, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._interpreter = Interpreter(program.graph_module)
+        self._in_spec = program.call_spec.in_spec
+        self._writes = _writes(program)
+        signature = program.graph_signature
+        own = {**program.constants, **program.state_dict}
+        self._given = [spec.kind is InputKind.USER_INPUT for spec in signature.input_specs]
+        self._own = [own.get(spec.target) for spec in signature.input_specs]
+        if change is not None:
+            self._own = pytree.tree_map_only(Tensor, lambda tensor: change(tensor.detach()), self._own)
+        self._returned = [spec.kind is OutputKind.USER_OUTPUT for spec in signature.output_specs]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        ordered = reorder_kwargs(kwargs, self._in_spec) if kwargs else kwargs
+        leaves = iter(pytree.tree_leaves((args, ordered)))
+        operands = [next(leaves) if given else own for given, own in zip(self._given, self._own, strict=True)]
+        with torch.inference_mode():
+            if self._writes:
+                operands = pytree.tree_map_only(Tensor, Tensor.clone, operands)
+            results = self._interpreter.run(*operands, enable_io_processing=False)
+        outputs = [result for result, wanted in zip(results, self._returned, strict=True) if wanted]
+        return [output for output in outputs if isinstance(output, Tensor)]
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """The largest difference ÷ the largest finite value of `want`, 0 where there is none.
+
+    NaN and infinities of `want` count as equal to themselves; anything else in their places, and other shapes, are
+    infinitely far. Of integers and booleans, the share that differs.
+    """
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()):
+        return float((got != want).double().mean())
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    got, want = got.to(wide), want.to(wide)
+    finite = want.isfinite()
+    if not torch.allclose(got[~finite], want[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference, scale = (got - want)[finite].abs().max(), want[finite].abs().max()
+    return float(difference / scale) if scale else float(difference)
+
+
+def own_rounding(
+    program: ExportedProgram, outputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> list[float]:
+    """How far rounding alone takes each output of a program, ÷ the output's largest value.
+
+    The program runs with inputs and weights that are off by up to a unit in the last place, and once in float64: what
+    is off by as much may be rounding, what is off by much more is not.
+
+    Args:
+        program: the program.
+        outputs: the tensors in what it gives.
+        args, kwargs: its arguments.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return (tensor.double() * (1 + noise * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    worst = [0.0] * len(outputs)
+    for change in (*(nudged,) * _DRAWS, double):
+        try:
+            changed, named = pytree.tree_map_only(Tensor, change, (tuple(args), dict(kwargs or {})))
+            results = Runner(program, change)(*changed, **named)
+        except RuntimeError:  # a program that casts to float32 inside has no float64 result
+            continue
+        for index, (got, want) in enumerate(zip(results, outputs, strict=True)):
+            worst[index] = max(worst[index], relative_difference(got, want))
+    return worst
+
+
+def _writes(program: ExportedProgram) -> bool:
+    signature = program.graph_signature
+    schemas = [getattr(n.target, "_schema", None) for n in program.graph.nodes if n.op == "call_function"]
+    in_place = any(schema is not None and schema.is_mutable for schema in schemas)
+    return in_place or bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)
