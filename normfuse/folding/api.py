@@ -9,6 +9,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from normfuse.programs import evaluating
+
 from .cancel import cancelling_norms
 from .centre import centre_streams
 from .dead import remove_dead_channels
@@ -17,6 +19,7 @@ from .program import Program
 from .records import collect_dynamic, collect_records
 from .report import FoldReport
 from .settle import settle_shifts
+from .verify import check_folded
 from .written_out import restore_norms
 
 
@@ -29,6 +32,7 @@ def fold(
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
     cancel_norms: bool = False,
+    verify: bool = True,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
@@ -51,13 +55,17 @@ def fold(
         keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
         cancel_norms: whether norms go whose division later norms undo; see :mod:`normfuse.folding.cancel`. It changes
             what the later norms' eps counts for: ``report.cancel_difference`` says by how much on the example inputs.
+        verify: whether the folded program is compared with `program` on its example inputs, if it has any, and if no
+            norms cancel. It runs each once.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
 
     Raises:
-        FoldError: the statistics are not finite, the program is in training mode, or a weight would leave its dtype.
+        FoldError: the statistics are not finite, the program is in training mode, a weight would leave its dtype, or
+            the folded program computes something else.
     """
+    given = program
     opened, removed = Program(program), []
     operations, size = opened.operations(), opened.bytes()
     if remove_dead:
@@ -108,6 +116,8 @@ def fold(
     report.bytes_copied = opened.bytes_copied
     if folding.cancelled and program.example_inputs is not None:
         report.cancel_difference = _difference(program, folded)
+    if verify and not folding.cancelled:  # cancelling changes more than rounding does, and says how much
+        report.verified = check_folded(given, folded)
     return folded, report
 
 
@@ -131,22 +141,20 @@ def fuse(
     kwargs: dict[str, Any] | None = None,
     *,
     keep_dynamic_norms: bool = False,
+    verify: bool = True,
 ) -> torch.nn.Module:
     """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
 
     Args:
-        model: the model; its mode is restored, its parameters are not changed.
+        model: the model; the mode of each of its modules and its parameters stay as they are.
         example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
         dynamic_shapes: as for :func:`torch.export.export`.
         kwargs: keyword inputs to export with.
-        keep_dynamic_norms: see :func:`fold`.
+        keep_dynamic_norms, verify: see :func:`fold`.
 
     Raises:
         FoldError: see :func:`fold`.
     """
-    training = model.training
-    try:
-        program = torch.export.export(model.eval(), example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
-    finally:
-        model.train(training)
-    return fold(program, keep_dynamic_norms=keep_dynamic_norms)[0].module()
+    with evaluating(model):
+        program = torch.export.export(model, example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
+    return fold(program, keep_dynamic_norms=keep_dynamic_norms, verify=verify)[0].module()

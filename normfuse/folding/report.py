@@ -96,6 +96,8 @@ class FoldReport:
             the folded one on its example inputs, relative to each output's largest entry: what their eps counted for,
             and rounding. None where no norm cancels, or there are no example inputs.
         weight_growth: largest factor by which the biggest entry of any weight grew.
+        verified: the largest difference of the folded program's outputs on the example inputs, ÷ their largest value;
+            None if they were not compared: there are no example inputs, norms cancel, or it was not asked for.
     """
 
     norms: list[NormRecord] = field(default_factory=list)
@@ -111,6 +113,7 @@ class FoldReport:
     weight_growth: float = 1.0
     settled_early: list[str] = field(default_factory=list)
     cancel_difference: float | None = None
+    verified: float | None = None
 
     @property
     def remaining(self) -> list[NormRecord]:

@@ -229,7 +229,11 @@ def _forms(
     progress("fold the norms")
     try:
         plain, scale_range, grown, note = fold_in_range(
-            lambda bound: fold(program, max_scale_range=bound, **fold_options), own, checkpoint, dtype, max_scale_range
+            lambda bound: fold(program, max_scale_range=bound, verify=False, **fold_options),
+            own,
+            checkpoint,
+            dtype,
+            max_scale_range,
         )
     except RangeError as error:
         raise ExportError(str(error)) from error

@@ -38,7 +38,8 @@ def test_every_placement_ends_without_norms_and_without_per_channel_arithmetic(t
     result = export(model, tmp_path / "m.onnx", example_inputs=example, dynamic_shapes=shapes)
     assert result.graph.norms == [] and result.graph.affines == []
     assert result.report.norms and not result.report.remaining
-    assert result.proof.worst("ONNX file") < 1e-4 and len(result.proof.shapes) == 5
+    assert result.proof.worst("ONNX file") < 1e-4
+    assert sum("random" in label for label in result.proof.shapes) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 

@@ -1,0 +1,133 @@
+"""fold and fuse compare what they made with what they were given."""
+
+import pytest
+import torch
+from torch import nn
+
+import normfuse
+from normfuse.folding import FoldError, api
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.5)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        self.to(dtype)
+
+    def forward(self, x, scale=None):
+        y = self.outer(self.norm(self.drop(self.inner(x))))
+        return y if scale is None else y * scale
+
+
+def traced(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return torch.export.export(Net(dtype).eval(), (torch.randn(3, 4, dtype=dtype),), kwargs or None)
+
+
+def broken(monkeypatch, factor):
+    """Folding that scales one weight wrongly."""
+    real = api.Program.finish
+
+    def finish(self):
+        folded = real(self)
+        weight = next(tensor for name, tensor in folded.state_dict.items() if tensor.dim() == 2)
+        with torch.no_grad():
+            weight.mul_(factor)
+        return folded
+
+    monkeypatch.setattr(api.Program, "finish", finish)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_difference_is_rounding_and_in_the_report(dtype):
+    _, report = normfuse.fold(traced(dtype))
+    # A few dozen roundings on the way, of at most eps each.
+    assert report.verified is not None and report.verified <= 64 * torch.finfo(dtype).eps
+    assert report.to_dict()["verified"] == report.verified
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_computes_something_else_is_an_error_that_names_the_size(monkeypatch, dtype):
+    program = traced(dtype)
+    broken(monkeypatch, 1.5)
+    with pytest.raises(
+        FoldError, match=r"differs from the program on its example inputs: output 0 by \d\.\d\de-01"
+    ) as e:
+        normfuse.fold(program)
+    assert "\n" not in str(e.value) and "verify=False" in str(e.value)
+    with pytest.raises(FoldError, match="differs"):
+        normfuse.fuse(Net(dtype).eval(), (torch.randn(3, 4, dtype=dtype),))
+    assert normfuse.fold(program, verify=False)[1].verified is None
+    normfuse.fuse(Net(dtype).eval(), (torch.randn(3, 4, dtype=dtype),), verify=False)
+
+
+def test_keyword_arguments_are_handed_over(monkeypatch):
+    program = traced(scale=torch.tensor(3.0))
+    assert normfuse.fold(program)[1].verified is not None
+    broken(monkeypatch, 1.5)
+    with pytest.raises(FoldError, match="differs"):
+        normfuse.fold(program)
+
+
+def test_without_example_inputs_there_is_nothing_to_compare_on():
+    program = traced()
+    program.example_inputs = None
+    assert normfuse.fold(program)[1].verified is None
+
+
+def test_examples_that_the_program_does_not_take_prove_nothing():
+    program = traced()
+    program.example_inputs = ((torch.randn(3, 5),), {})
+    assert normfuse.fold(program)[1].verified is None
+
+
+def test_places_without_a_value_are_left_out(monkeypatch):
+    class Log(Net):
+        def forward(self, x):
+            return torch.log(super().forward(x))
+
+    torch.manual_seed(0)
+    program = torch.export.export(Log().eval(), (torch.randn(3, 4),))
+    assert program.module()(*program.example_inputs[0]).isnan().any()
+    assert normfuse.fold(program)[1].verified is not None
+    broken(monkeypatch, 1.5)
+    with pytest.raises(FoldError, match="differs"):
+        normfuse.fold(program)
+
+
+def test_a_program_that_loses_digits_itself_is_no_error():
+    class Cancelling(Net):
+        def forward(self, x):
+            return (super().forward(x) + 1e5) - 1e5
+
+    torch.manual_seed(0)
+    _, report = normfuse.fold(torch.export.export(Cancelling().eval(), (torch.randn(3, 4),)))
+    assert report.verified is not None
+
+
+def test_the_examples_and_the_programs_state_stay_as_they_are():
+    program = traced()
+    (x,), _ = program.example_inputs
+    before, state = x.clone(), {name: tensor.clone() for name, tensor in program.state_dict.items()}
+    normfuse.fold(program)
+    assert torch.equal(x, before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in program.state_dict.items())
+
+
+def test_fuse_leaves_the_mode_of_every_module():
+    model = Net().train()
+    model.norm.eval()
+    model.drop.eval()
+    modes = [part.training for part in model.modules()]
+    normfuse.fuse(model, (torch.randn(3, 4),))
+    assert [part.training for part in model.modules()] == modes == [True, True, False, True, False]
+
+
+def test_fuse_traces_attention_without_its_fast_path():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(False)
+    fused = normfuse.fuse(layer, (torch.randn(2, 3, 8),))
+    names = {node.target for node in fused.graph.nodes if node.op == "call_function"}
+    assert not any("transformer_encoder_layer_fwd" in str(name) for name in names)
+    assert torch.backends.mha.get_fastpath_enabled()
