@@ -84,6 +84,8 @@ def _one_line_errors(typed: list[str]) -> Iterator[None]:
         message = one_line(error, 1500)
         if isinstance(error, NormfuseError):
             message += f"; run: normfuse {shlex.join(typed)} {' '.join(error.advice)}" if error.advice else ""
+        elif isinstance(error, OSError) and error.strerror and error.filename is None:
+            message = f"writing fails: {error.strerror}"  # of standard output, most often
         else:
             message = f"unexpected {type(error).__name__}: {message} (NORMFUSE_TRACEBACK=1 shows where)"
         print(f"normfuse: error: {message}", file=sys.stderr)

@@ -10,8 +10,7 @@ from normfuse.programs import Runner, own_rounding, relative_difference
 
 from .report import FoldError
 
-# A few hundred roundings in a row, one for each operation that a value passes, need no closer look.
-_ROUNDINGS = 2.0**8
+_ROUNDINGS = 16  # in a row: what differs by less needs no closer look
 _TIMES_ITS_OWN = 10  # rounding that other weights may have; what is wrong is off by more
 
 

@@ -67,9 +67,10 @@ def edges(checkpoint: Checkpoint, generator: torch.Generator, half: bool = False
     dims = specs.dimensions(checkpoint.inputs)
     several = {name: specs.clamp(max(now[name], _SEVERAL), dim) for name, dim in dims.items()}
     drawn = _drawn(checkpoint, several, generator)
-    yield from _masks(checkpoint, drawn, half)
-    yield from _integers(checkpoint, drawn)
-    yield from _floats(checkpoint, drawn, half)
+    found = roles(checkpoint.program)
+    yield from _masks(checkpoint, found, drawn, half)
+    yield from _integers(checkpoint, found, drawn)
+    yield from _floats(checkpoint, found, drawn, half)
     alone = list(dims)[:_MOST_ALONE] if len(dims) > 1 else []
     for name in alone:
         tensors = _drawn(checkpoint, several | {name: specs.clamp(1, dims[name])}, generator)
@@ -80,16 +81,13 @@ def edges(checkpoint: Checkpoint, generator: torch.Generator, half: bool = False
         yield Trial(f"inputs of the largest sizes {shapes(tensors)}", tensors, EDGE)
     rows = _rows(checkpoint.inputs)
     if rows is not None:
-        tensors = tuple(
-            x if x.shape == tuple(spec.shape(several | {rows: 0})) else x.new_zeros(spec.shape(several | {rows: 0}))
-            for spec, x in zip(checkpoint.inputs, drawn, strict=True)
-        )
+        none = several | {rows: 0}
+        tensors = tuple(specs.resize(x, spec.shape(none)) for spec, x in zip(checkpoint.inputs, drawn, strict=True))
         yield Trial(f"an empty {rows} {shapes(tensors)}", tensors, SOFT)
 
 
-def _masks(checkpoint: Checkpoint, drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _masks(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
     """Every mask by itself: nothing hidden, one row hidden, everything hidden."""
-    found = roles(checkpoint.program)
     for index, (spec, role) in enumerate(zip(checkpoint.inputs, found, strict=True)):
         example = checkpoint.example_inputs[index]
         if not _is_mask(example, role):
@@ -134,9 +132,8 @@ def _parts(mask: Tensor, value: float) -> list[tuple[str, Tensor]]:
     return changed
 
 
-def _integers(checkpoint: Checkpoint, drawn: Sequence[Tensor]) -> Iterator[Trial]:
+def _integers(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor]) -> Iterator[Trial]:
     """All integers at both ends of their ranges, and rows of a number that the program compares them with."""
-    found = roles(checkpoint.program)
     whole = [
         (index, *_ends(checkpoint.example_inputs[index], spec, found[index]))
         for index, spec in enumerate(checkpoint.inputs)
@@ -166,9 +163,8 @@ def _ends(example: Tensor, spec: InputSpec, role: Role) -> tuple[int, int]:
     return (int(example.min()), int(example.max())) if example.numel() else (0, 1)
 
 
-def _floats(checkpoint: Checkpoint, drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _floats(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
     """All numbers zero, all the same, and all large."""
-    found = roles(checkpoint.program)
     places = [
         index
         for index, spec in enumerate(checkpoint.inputs)
