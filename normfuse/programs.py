@@ -53,7 +53,7 @@ class Runner:
                 operands = pytree.tree_map_only(Tensor, Tensor.clone, operands)
             results = self._interpreter.run(*operands, enable_io_processing=False)
         outputs = [result for result, wanted in zip(results, self._returned, strict=True) if wanted]
-        return [output for output in outputs if isinstance(output, Tensor)]
+        return [output.detach() for output in outputs if isinstance(output, Tensor)]
 
 
 @contextmanager
@@ -95,26 +95,33 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     return float(difference / scale) if scale else float(difference)
 
 
+def coarsest_eps(program: ExportedProgram) -> float:
+    """The distance from one to the next number in the coarsest floating-point type that a program computes in."""
+    values = [leaf for node in program.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float64).eps)
+
+
 def own_rounding(
     program: ExportedProgram, outputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> list[float]:
     """How far rounding alone takes each output of a program, ÷ the output's largest value.
 
-    The program runs with inputs and weights that are off by up to a unit in the last place, and once in float64: what
-    is off by as much may be rounding, what is off by much more is not.
+    The program runs with inputs and weights that are off by up to a unit in the last place of the coarsest type in it,
+    and once in float64: what is off by as much may be rounding, what is off by much more is not.
 
     Args:
         program: the program.
         outputs: the tensors in what it gives.
         args, kwargs: its arguments.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, eps = torch.Generator().manual_seed(0), coarsest_eps(program)
 
     def nudged(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return (tensor.double() * (1 + noise * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+        return (tensor.double() * (1 + noise * eps)).to(tensor.dtype)
 
     def double(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
