@@ -20,16 +20,21 @@ _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16,
 _FX_NODE = "pkg.torch.onnx.fx_node"  # where torch.onnx notes what a node was translated from
 
 
-def mask_as_torch(model: ir.Model) -> int:
-    """Mend what is masked otherwise in ONNX Runtime, or as torch.onnx writes it; says at how many places."""
+def mask_as_torch(model: ir.Model, half: bool = False) -> int:
+    """Mend what is masked otherwise in ONNX Runtime, or as torch.onnx writes it; says at how many places.
+
+    Args:
+        model: is changed in place.
+        half: whether it is to be converted to float16.
+    """
     editor = Editor(model, "masked")
     if model.opset_imports.get("", 0) >= _ATTENTION_SINCE:
-        return _raise_lowest(model, editor)
+        return _raise_lowest(model, editor, half)
     nodes = [node for node in model.graph if node.op_type == "Softmax" and _is_masked_attention(node)]
     return sum(_empty_rows(node, editor) for node in nodes)
 
 
-def _raise_lowest(model: ir.Model, editor: Editor) -> int:
+def _raise_lowest(model: ir.Model, editor: Editor, half: bool) -> int:
     """Half the lowest finite number in the place of the lowest.
 
     ONNX Runtime's ``Attention`` takes the lowest for -inf. Both hide what stands beside anything higher, and next to
@@ -42,21 +47,21 @@ def _raise_lowest(model: ir.Model, editor: Editor) -> int:
         if mask is None or mask.dtype not in _FLOATS:
             continue
         if mask not in raised:
-            raised[mask] = _raised(mask, node, editor)
+            raised[mask] = _raised(mask, node, editor, torch.float16 if half else _FLOATS[mask.dtype])
         node.replace_input_with(3, raised[mask])
         count += raised[mask] is not mask
     return count
 
 
-def _raised(mask: ir.Value, before: ir.Node, editor: Editor) -> ir.Value:
-    lowest = torch.finfo(_FLOATS[mask.dtype]).min
+def _raised(mask: ir.Value, before: ir.Node, editor: Editor, dtype: torch.dtype) -> ir.Value:
+    lowest = torch.finfo(dtype).min
     tensor = None if mask.is_graph_input() else ir.convenience.get_const_tensor(mask)
     if tensor is not None and not np.any(tensor.numpy() == lowest):
         return mask
     floor = editor.constant(np.array(lowest / 2, mask.dtype.numpy()), f"{mask.name}_floor")
     shape = None if mask.shape is None else list(mask.shape)
     infinite = editor.node("IsInf", [mask], mask, [shape], dtype=ir.DataType.BOOL)
-    higher = editor.node("Max", [mask, floor], mask, [shape])
+    higher = editor.node("Clip", [mask, floor], mask, [shape])  # Max would stay float32 in a float16 file
     result = editor.node("Where", [infinite.outputs[0], mask, higher.outputs[0]], mask, [shape])
     editor.graph.insert_before(before, [infinite, higher, result])
     return result.outputs[0]

@@ -116,7 +116,7 @@ def write_staged(
             raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
         model = exported.model
         adopt(model)
-        mask_as_torch(model)
+        mask_as_torch(model, dtype == "float16")
         expand_attention_masks(model)
         expand_rotary_caches(model)
         _name_dimensions(model, program, inputs)

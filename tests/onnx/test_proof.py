@@ -61,6 +61,18 @@ def test_a_form_that_is_wrong_for_masked_rows_gives_way_to_another(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_rows_that_float16_has_no_number_for_are_said(tmp_path):
+    x, _ = inputs()
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[0, ..., 3:] = LOWEST
+    model = Attention(lambda mask: mask)
+    result = export(
+        model, tmp_path / "m.onnx", example_inputs=(x, mask), dynamic_shapes=ROWS, dtype="float16", opset=23
+    )
+    assert any("mask mask with a row -3.4e+38" in note for note in result.notes)
+    assert any("mask mask with all of it 0 " in label for label in result.proof.shapes)
+
+
 def test_an_empty_batch_that_the_file_refuses_is_said(tmp_path):
     result = export(Attention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23)
     assert any("an empty batch" in note for note in result.notes)
