@@ -48,7 +48,9 @@ def random(checkpoint: Checkpoint, number: int, generator: torch.Generator) -> T
     """Random inputs of the examples' kinds; number 0 has the smallest sizes, which break what was specialised."""
     now = specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs)
     sizes = {
-        name: specs.clamp(1 if number == 0 else int(torch.randint(1, 2 * now[name] + 2, (), generator=generator)), dim)
+        name: _smallest(dim)
+        if number == 0
+        else specs.clamp(int(torch.randint(1, 2 * now[name] + 2, (), generator=generator)), dim)
         for name, dim in specs.dimensions(checkpoint.inputs).items()
     }
     tensors = _drawn(checkpoint, sizes, generator)
@@ -73,7 +75,7 @@ def edges(checkpoint: Checkpoint, generator: torch.Generator, half: bool = False
     yield from _floats(checkpoint, found, drawn, half)
     alone = list(dims)[:_MOST_ALONE] if len(dims) > 1 else []
     for name in alone:
-        tensors = _drawn(checkpoint, several | {name: specs.clamp(1, dims[name])}, generator)
+        tensors = _drawn(checkpoint, several | {name: _smallest(dims[name])}, generator)
         yield Trial(f"inputs with the smallest {name} {shapes(tensors)}", tensors, EDGE)
     largest = _largest(checkpoint, now)
     if largest != now:
@@ -193,6 +195,11 @@ def _largest(checkpoint: Checkpoint, now: dict[str, int]) -> dict[str, int]:
             break
         sizes = {name: max(now[name], size // 2) for name, size in sizes.items()}
     return sizes
+
+
+def _smallest(dim: specs.Dimension) -> int:
+    """One, or none where a dimension is meant to be empty, such as a past."""
+    return specs.clamp(min(1, dim.minimum), dim)
 
 
 def _entries(inputs: Sequence[InputSpec], sizes: dict[str, int]) -> int:
