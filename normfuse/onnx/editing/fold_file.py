@@ -31,7 +31,7 @@ from . import saving
 from .choosing import choose
 from .comparing import Comparison
 from .edits import Edited, EditError
-from .observing import observe, observe_inputs, value_types
+from .observing import evaluate_constants, observe, observe_inputs, value_types
 from .onnx_file import OnnxFile, tensors_of
 from .trial import Search, Trial, describe_inputs
 
@@ -189,6 +189,7 @@ class _Job:
         file, trials = self._file, self._trials
         self._progress("see what flows through it")
         observed, shapes = observe(file, self._types, trials), observe_inputs(file, trials)
+        evaluate_constants(file, observed, trials[0])
         refused: list[str] = []
         first: FoldReport | None = None
         for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self.dtype]):

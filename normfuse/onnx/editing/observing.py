@@ -12,9 +12,10 @@ from onnx import TensorProto, ValueInfoProto, helper
 
 from normfuse.onnx.graph import GraphError
 
-from .onnx_file import OnnxFile
+from .onnx_file import OnnxFile, torch_dtype
 from .trial import Trial, plain_session, run_session
 
+_SMALL = 1 << 20  # entries of a constant that is computed for what can be seen then
 _LARGEST_VALUE = 1 << 28  # entries, where the file fixes the sizes
 _KINDS = {
     "float": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "string": 8, "bool": 9,
@@ -75,6 +76,24 @@ def observe(file: OnnxFile, types: Mapping[str, int], trials: Sequence[Trial]) -
         name: Observed(kind, tuple(tuple(run[number].tolist()) for run in seen))
         for number, (name, kind) in enumerate(types.items())
     }
+
+
+def evaluate_constants(file: OnnxFile, observed: Mapping[str, Observed], trial: Trial) -> None:
+    """Let a file know the small constants that it computes, such as a bias that is expanded to a weight's size."""
+    small = [
+        name
+        for name in file.computed()
+        if name in observed and torch_dtype(observed[name].kind) and math.prod(observed[name].shapes[0]) <= _SMALL
+    ]
+    if not small:
+        return
+    model = onnx.ModelProto()
+    model.CopyFrom(file.proto)
+    del model.graph.output[:]
+    model.graph.output.extend(ValueInfoProto(name=name) for name in small)
+    session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
+    values = zip(small, run_session(session, trial.feeds), strict=True)
+    file.learn({name: value for name, value in values if isinstance(value, np.ndarray)})
 
 
 def observe_inputs(file: OnnxFile, trials: Sequence[Trial]) -> dict[str, Observed]:

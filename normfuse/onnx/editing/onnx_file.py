@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -75,6 +75,28 @@ class OnnxFile:
             if tensor is not None:
                 found[node.output[0]] = tensor
         return found
+
+    def computed(self) -> list[str]:
+        """Values that operations compute from constants alone, in an order in which each comes after its operands.
+
+        What restores quantised weights is none: they are to stay as they are.
+        """
+        known, found = set(self.constants), []
+        for node in self.nodes:
+            kind, operands = node.op_type, [name for name in node.input if name]
+            if kind == "CastLike":
+                operands = operands[:1]  # of the other one only the type is read
+            fixed = bool(operands) and all(name in known for name in operands) and not graphs_of(node)
+            if not (fixed and self.is_own(node)) or "Quantize" in kind or "Random" in kind or kind == "Bernoulli":
+                continue
+            results = [name for name in node.output if name and name not in known]
+            known.update(results)
+            found += results
+        return found
+
+    def learn(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take values that were computed for constants."""
+        self.constants.update((name, numpy_helper.from_array(value, name)) for name, value in values.items())
 
     def array(self, name: str) -> np.ndarray:
         """The value of a constant; weights beside the file are mapped, not copied."""

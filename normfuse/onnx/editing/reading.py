@@ -122,7 +122,7 @@ class Reader:
             self._opaque_source(name)
         skip = self._products_with_bias()
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
-            if node.output and node.output[0] in self.file.constants:
+            if any(node.output) and all(name in self.file.constants for name in node.output if name):
                 continue
             if position in skip and skip[position] is None:
                 continue  # read with the Add behind it
