@@ -48,7 +48,7 @@ def narrowed(
             if why:
                 notes.append(f"{name} >= {size + 1}: {why} with {size}")
                 specs = _with(specs, name, replace(dim, minimum=size + 1))
-    return specs, notes
+    return specs, list(dict.fromkeys(notes))
 
 
 def _differs(
@@ -91,11 +91,12 @@ def _guarded(
         tried = [s for s in range(2, _TRIED) if s == specs_module.clamp(s, dim)]
         refused = {size: why for size in tried if (why := _refusal(guards, specs, sizes | {name: size}))}
         taken = [size for size in tried if size not in refused]
+        doubled = {other: specs_module.clamp(2 * size, dims[other]) for other, size in sizes.items() if other != name}
+        alone = taken == [size for size in tried if not _refusal(guards, specs, {**doubled, name: size})]
         if not refused or not taken:
             continue
         step, reasons = math.gcd(*taken), dict.fromkeys(_named(why, specs) for why in refused.values())
         regular = taken == [size for size in tried if size % step == 0 and taken[0] <= size <= taken[-1]]
-        alone = not any(other in re.findall(r"\w+", why) for why in reasons for other in dims.keys() - {name})
         if not (regular and alone and len(taken) > 1):
             notes.append(f"traced for sizes with {some_of(list(reasons))}; with others the model takes another path")
             continue
@@ -121,8 +122,11 @@ def _refusal(guards: nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, 
 
 def _named(guard: str, specs: Sequence[InputSpec]) -> str:
     """A guard with the names of dimensions in place of ``x.size()[1]``."""
-    names = {f"{spec.name}.size()[{axis}]": str(dim) for spec in specs for axis, dim in enumerate(spec.dims)
-             if not isinstance(dim, int)}  # fmt: skip
+    names = {
+        f"{spec.name}.size()[{axis}]": dim.name if isinstance(dim, Dimension) else str(dim)
+        for spec in specs
+        for axis, dim in enumerate(spec.dims)
+    }
     return re.sub(r"\w+\.size\(\)\[\d+\]", lambda match: names.get(match[0], match[0]), guard)
 
 
