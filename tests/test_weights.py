@@ -192,8 +192,14 @@ def test_a_namespace_is_named_and_the_line_that_is_advised_works(tmp_path, state
     assert torch.load(tmp_path / "c.weights.pt", weights_only=True).keys() == state.keys()
 
 
-def test_numbers_and_arrays_of_numpy_are_data(tmp_path, state):
-    record = {"model": state, "best": np.float64(0.9), "epoch": np.int64(3), "history": np.arange(4.0)}
+def test_paths_and_what_numpy_holds_are_data(tmp_path, state):
+    record = {
+        "model": state,
+        "best": np.float64(0.9),
+        "epoch": np.int64(3),
+        "data": tmp_path,
+        "history": np.arange(4.0),
+    }
     torch.save(record, tmp_path / "c.pt")
     assert load(tmp_path / "c.pt", model=Net, inputs=INPUTS).notes
     torch.save(record | {"x": np.array([Canary(tmp_path / "canary")], dtype=object)}, tmp_path / "c.pt")
@@ -291,7 +297,8 @@ def test_folders_are_loaded(tmp_path, state):
 
 def test_a_trusted_file_may_hold_its_module_among_others(tmp_path):
     torch.save({"model": Net(), "epoch": 3}, tmp_path / "c.pt")
-    assert load(tmp_path / "c.pt", inputs=INPUTS, trust=True).outputs == ("output",)
+    for model in (None, Net):
+        assert load(tmp_path / "c.pt", model=model, inputs=INPUTS, trust=True).outputs == ("output",)
     with pytest.raises(CheckpointError, match="holds pickled objects"):
         load(tmp_path / "c.pt", inputs=INPUTS)
 

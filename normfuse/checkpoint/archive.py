@@ -14,7 +14,7 @@ import torch
 
 from normfuse.checkpoint import kinds
 from normfuse.checkpoint.errors import CheckpointError
-from normfuse.checkpoint.pickled import numpy_globals, way_out
+from normfuse.checkpoint.pickled import data_globals, way_out
 from normfuse.errors import one_line, some_of
 
 FORMAT = "normfuse checkpoint"
@@ -65,7 +65,7 @@ def read(path: Path, kind: str, trust: bool) -> Any:
     if trust:
         return guarded(path, lambda file: torch.load(file, map_location="cpu", weights_only=False))
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(numpy_globals()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(data_globals()):
             warnings.simplefilter("ignore")  # about pickle protocols that no torch.save writes: refused anyway
             # Memory mapping keeps one copy of the weights fewer in memory; only zip archives offer it.
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=kind == "torch")
@@ -76,6 +76,7 @@ def read(path: Path, kind: str, trust: bool) -> Any:
             f"{path} holds pickled objects{named}: reading them can run code; if you know who made it, give --trust "
             f"(trust=True), or keep its weights alone: {way_out(path)}",
             advice=["--trust"],
+            limit=4000,  # half a command would be no way out
         ) from error
     except Exception as error:  # torch.load raises at least four more types for files that are not whole
         raise CheckpointError(f"{path} cannot be read as tensors ({one_line(error, 120)})") from error
@@ -103,7 +104,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _foreign_globals(path: Path) -> list[str]:
     """Names that the pickle asks for and tensors do not need; found by disassembling, not by running it."""
     try:
-        with torch.serialization.safe_globals(numpy_globals()):
+        with torch.serialization.safe_globals(data_globals()):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # a pickle that cannot be disassembled has no names to show; it is refused all the same
         return []

@@ -84,7 +84,9 @@ def _load(
     metadata: dict[str, Any] = {}
     examples: dict[str, torch.Tensor] = {}
     notes: list[str] = []
-    held = weights_module.module_in(content) if trust and model is None else None
+    held = weights_module.module_in(content) if trust else None
+    if held is not None and model is not None:
+        content, held = held.state_dict(), None
     if held is not None:
         module = held
     elif isinstance(content, Mapping) and "format" in content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import pickletools
 import shlex
 import zipfile
@@ -22,11 +23,12 @@ PREFERRED = (
 )  # fmt: skip
 
 
-def numpy_globals() -> list[Any]:
-    """What pickles of numpy's numbers and arrays ask for, under the names of both numpy 1 and 2. They are data: what is
-    inside them is read by the same rules.
+def data_globals() -> list[Any]:
+    """What pickles of paths and of numpy's numbers and arrays ask for, under the names of old and new versions. They
+    are data: what is inside them is read by the same rules.
 
-    Scripts store a best score as a numpy number, which alone would keep a file from being read.
+    Scripts store a best score as a numpy number and the folder of the data set as a path, which alone would keep a file
+    from being read.
     """
     kinds = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
     functions = [
@@ -34,15 +36,20 @@ def numpy_globals() -> list[Any]:
         for name in ("scalar", "_reconstruct")
         for module in ("numpy.core", "numpy._core")
     ]
-    return [np.ndarray, np.dtype, *kinds, *functions]
+    paths = [
+        (kind, f"{module}.{kind.__name__}")
+        for kind in (pathlib.PosixPath, pathlib.PurePosixPath)
+        for module in ("pathlib", "pathlib._local")
+    ]
+    return [np.ndarray, np.dtype, *kinds, *functions, *paths]
 
 
 def way_out(path: Path) -> str:
     """The command that keeps the weights of a file and nothing else, for those who trust the file."""
     entry = _entry(path)
     target = path.with_suffix(".weights.pt").name
-    code = f"import torch; torch.save(torch.load({path.name!r}, weights_only=False){entry}, {target!r})"
-    return f'python -c "{code}"' if "'" not in path.name else f"python -c {shlex.quote(code)}"
+    code = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=False){entry}, {target!r})"
+    return f'python -c "{code}"' if not set("'\"$`\\") & set(str(path)) else f"python -c {shlex.quote(code)}"
 
 
 def _entry(path: Path) -> str:
