@@ -17,10 +17,11 @@ from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphError
 from normfuse.onnx.writer import quiet
 
+from .calls import aten
 from .edits import Edited, edit, rewritten_maps
 from .observing import Observed
 from .onnx_file import OnnxFile
-from .reading import Reader, Reading, aten
+from .reading import Reader, Reading
 from .trial import plain_session
 
 _MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))

@@ -14,8 +14,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from .calls import Origin, Slot, arguments, aten
 from .onnx_file import graphs_of, reads
-from .reading import Origin, Reading, Slot, arguments, aten
+from .reading import Reading
 
 _ADDED = {aten.mul.Tensor: "Mul", aten.add.Tensor: "Add"}
 _STORED_FOR = re.compile(r"(.*)\.(?:scale|shift)(?:_folded(?:_\d+)?)*")  # what folding calls the numbers of a map

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .reading import Call, aten
+from .calls import Call, aten
 
 _TABLE: dict[str, Callable[[Call], bool]] = {}
 # What is translated completely, so that the value of a result may be computed where all operands are constants.

@@ -26,7 +26,7 @@ from .onnx_file import OnnxFile
 # strides, windows and samplings ask for.
 _BASES = (5, 7, 8, 12, 16, 32, 48, 64, 80, 96, 100, 128, 160, 224, 256, 320, 512, 640, 1024, 1600, 4000, 16000, 32000)
 _BATCHES = (2, 1)
-_SECONDS = 90.0  # for finding sizes
+_SECONDS = 40.0  # for finding sizes
 _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
 _ONE_RUN = 20.0  # seconds, after which a run is ended
 _LARGEST_INPUT = 1 << 22  # entries, where the file leaves the sizes open

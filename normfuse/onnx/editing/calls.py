@@ -1,0 +1,192 @@
+"""One ONNX operation on its way into the program, and the way back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from onnx import NodeProto, helper
+from torch.fx import Node
+
+from .onnx_file import outer_names
+
+if TYPE_CHECKING:
+    from .reading import Reader
+
+aten = torch.ops.aten
+_LIBRARY = torch.library.Library("normfuse_onnx", "DEF")
+_DEFINED: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an argument of an operation in the program stands in the file.
+
+    Attributes:
+        path: of the argument: its position, and its position in a list.
+        node: position of the ONNX operation in the file.
+        operand: which of its operands it is; None for a name that its graphs read.
+        transposed: whether the file holds it with its two axes exchanged.
+        required: whether the ONNX operation cannot do without it.
+    """
+
+    path: tuple[int, ...]
+    node: int
+    operand: int | None
+    transposed: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The ONNX operations that one operation of the program stands for; the last one writes its result."""
+
+    nodes: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+
+class Call:
+    """One ONNX operation about to be read; what a translation is given.
+
+    Attributes:
+        node: the operation.
+        operands: its operands in the program; None for absent ones.
+        attributes: by name.
+    """
+
+    def __init__(self, reader: Reader, position: int, node: NodeProto, product: tuple[int, NodeProto] | None) -> None:
+        self._reader, self._position, self.node = reader, position, node
+        self.product = product
+        own = () if product is None else product[1].output  # which nothing else reads, so that it is no value here
+        self.operands = [None if name in own else reader.value(name) for name in node.input]
+        self._attributes = {attribute.name: attribute for attribute in node.attribute}
+        self.version = reader.file.version
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute."""
+        if name not in self._attributes:
+            return default
+        value = helper.get_attribute_value(self._attributes[name])
+        return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+    def number(self, operand: int) -> np.ndarray | None:
+        """The value of an operand that is a constant."""
+        name = self.node.input[operand] if operand < len(self.node.input) else ""
+        return self._reader.file.array(name) if name in self._reader.file.constants else None
+
+    def is_constant(self, operand: int) -> bool:
+        return operand < len(self.node.input) and self.node.input[operand] in self._reader.file.constants
+
+    def shape(self, operand: int) -> list[Any] | None:
+        """The sizes of an operand; None where it is not known to be a tensor."""
+        value = self.operands[operand].meta["val"] if self.operand(operand) is not None else None
+        return list(value.shape) if isinstance(value, torch.Tensor) else None
+
+    def is_fixed(self) -> bool:
+        """Whether all operands are constants, so that the result is one."""
+        return all(operand is None or operand in self._reader.fixed for operand in self.operands)
+
+    def operand(self, number: int) -> Node | None:
+        return self.operands[number] if number < len(self.operands) else None
+
+    def result(self, number: int = 0) -> torch.Tensor | None:
+        """What a result looks like."""
+        return self._reader.fake(self.node.output[number])
+
+    def only_first(self) -> bool:
+        """Whether no result but the first is asked for."""
+        return not any(self.node.output[1:])
+
+    def transposed(self, weight: Node) -> Node:
+        return self._reader.transposed(weight)
+
+    def emit(
+        self, target: object, *args: Any, outputs: int = 1, slots: Sequence[Slot] = (), optional: Mapping[int, int] = {}
+    ) -> bool:
+        """Put the operation into the program.
+
+        Args:
+            target: of PyTorch.
+            args: its arguments.
+            outputs: how many results it has.
+            slots: where arguments stand in the file, beside the operands among `args`, which are found.
+            optional: absent operands that folding may create: argument to operand.
+        """
+        found = [*slots, *self._slots(args, optional, slots)]
+        nodes = (self._position,) if self.product is None else (self.product[0], self._position)
+        names = list(self.node.output)[:outputs]
+        node = self._reader.add(target, args, self._position, self.node, names)
+        self._reader.origins[node.name] = Origin(nodes, tuple(found))
+        if self.is_fixed():
+            self._reader.fixed.add(node)
+        return True
+
+    def emit_product(self) -> bool:
+        """A product with a constant and the Add of its bias, as one operation."""
+        assert self.product is not None
+        place, maker = self.product
+        x, weight = (self._reader.value(name) for name in maker.input)
+        bias = next(i for i, name in enumerate(self.node.input) if name != maker.output[0])
+        slots = (Slot((0,), place, 0), Slot((1,), place, 1, transposed=True), Slot((2,), self._position, bias))
+        node = self._reader.add(
+            aten.linear.default, (x, self.transposed(weight), self.operands[bias]), self._position, self.node,
+            self.node.output[:1],
+        )  # fmt: skip
+        self._reader.origins[node.name] = Origin((place, self._position), slots)
+        return True
+
+    def slot(self, path: tuple[int, ...], operand: int, *, transposed: bool = False, required: bool = False) -> Slot:
+        return Slot(path, self._position, operand, transposed, required)
+
+    def opaque(self) -> None:
+        """Put the operation into the program as one of which nothing is known."""
+        operands = [*self.operands, *(self._reader.value(name) for name in outer_names(self.node))]
+        slots = [
+            Slot((0, place), self._position, place if place < len(self.operands) else None)
+            for place, operand in enumerate(operands)
+            if operand is not None
+        ]
+        outputs = list(self.node.output)
+        while outputs and not outputs[-1]:
+            outputs.pop()
+        node = self._reader.add(
+            unknown_operation(self.node.op_type), (operands,), self._position, self.node, outputs or [""]
+        )
+        self._reader.origins[node.name] = Origin((self._position,), tuple(slots))
+
+    def _slots(self, args: tuple, optional: Mapping[int, int], given: Sequence[Slot]) -> list[Slot]:
+        waiting: dict[Node, list[int]] = {}
+        for number, operand in enumerate(self.operands):
+            if operand is not None and number not in {slot.operand for slot in given}:
+                waiting.setdefault(operand, []).append(number)
+        found = []
+        for path, value in arguments(args):
+            if path in {slot.path for slot in given}:
+                continue
+            if isinstance(value, Node) and waiting.get(value):
+                found.append(Slot(path, self._position, waiting[value].pop(0)))
+            elif value is None and path[0] in optional:
+                found.append(Slot(path, self._position, optional[path[0]]))
+        return found
+
+
+def arguments(args: tuple) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Arguments with their paths, see :class:`Slot`; those in lists one by one."""
+    for place, argument in enumerate(args):
+        if isinstance(argument, list | tuple):
+            yield from (((place, position), entry) for position, entry in enumerate(argument))
+        else:
+            yield (place,), argument
+
+
+def unknown_operation(kind: str) -> Any:
+    """An operation of which nothing is known but its name."""
+    name = re.sub(r"\W", "_", kind) or "unnamed"
+    if name not in _DEFINED:
+        _LIBRARY.define(f"{name}(Tensor?[] operands) -> Tensor[]")
+        _DEFINED.add(name)
+    return getattr(torch.ops.normfuse_onnx, name).default
