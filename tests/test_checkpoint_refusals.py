@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import archive_mutations
 import pytest
 import tiny_models
 import torch
@@ -338,6 +339,51 @@ def test_other_files_are_called_what_they_are(tmp_path, data, name, what):
     (tmp_path / name).write_bytes(data)
     for trust in (False, True):
         assert what in refusal(tmp_path / name, trust=trust)
+
+
+@pytest.mark.parametrize(
+    ("change", "because"),
+    [
+        ({"version": 3}, "reads versions 1 and 2"),
+        ({"format": "other"}, "format version"),
+        ({"outputs": []}, "is not of the form"),
+        ({"outputs": ["a", "b"]}, "is not of the form"),
+        ({"outputs": ["a\x1b[2J"]}, "is not of the form"),
+        ({"inputs": []}, "is not of the form"),
+        ({"inputs": [{"name": "x", "dtype": "load", "dims": []}]}, "is not of the form"),
+        ({"inputs": [{"name": "x", "dtype": "float32", "dims": [2, 4]}]}, "its program takes"),
+        ({"inputs": [{"name": "x", "dtype": "float32", "dims": [{"name": "n", "minimum": 1, "maximum": None}]}]},
+         "its program takes"),
+        ({"inputs": [{"name": "x", "dtype": "float32", "dims": [{"name": "a b", "minimum": 1, "maximum": None}, 4]}]},
+         "needs a word"),
+        ({"examples": {"inputs": [{"dtype": "float32", "shape": [2, 5]}], "outputs": []}}, "bytes"),
+        ({"examples": {"inputs": [{"dtype": "float32", "shape": [-2, -4]}], "outputs": []}}, "negative"),
+        ({"examples": {"inputs": [{"dtype": "float32", "shape": [2, 4]}],
+                       "outputs": [{"dtype": "float32", "shape": [3, 2]}]}}, "is recorded where"),
+        ({"notes": 3}, "is not of the form"),
+        ({"records": {}}, "not those that it lists"),
+    ],
+)  # fmt: skip
+def test_a_record_of_ours_of_another_form_is_refused(tmp_path, change, because):
+    save_perceptron(tmp_path / "m.pt")
+    contents = archive_mutations.unpack((tmp_path / "m.pt").read_bytes())
+    record = json.loads(contents[archive_mutations.OWN]) | change
+    contents[archive_mutations.OWN] = json.dumps(record).encode()
+    (tmp_path / "m.pt").write_bytes(archive_mutations.pack(contents, fit=False))
+    assert because in refusal(tmp_path / "m.pt")
+
+
+def test_every_record_of_ours_has_its_digest(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    contents = archive_mutations.unpack((tmp_path / "m.pt").read_bytes())
+    for name, data in contents.items():
+        if name.startswith((".data", "byteorder", "extra", "archive")) or not data:
+            continue
+        changed = contents | {name: data[:-1] + bytes([data[-1] ^ 1])}
+        (tmp_path / "m.pt").write_bytes(archive_mutations.pack(changed, fit=False))
+        assert refusal(tmp_path / "m.pt"), name
+    (tmp_path / "m.pt").write_bytes(archive_mutations.pack(contents | {"data/more": b"x"}, fit=False))
+    assert "not those that it lists" in refusal(tmp_path / "m.pt")
 
 
 def test_only_plain_files_are_opened(tmp_path):

@@ -77,6 +77,7 @@ def read(archive: Archive) -> Checkpoint:
         specs_module.consistent_sizes(specs, examples)
     except CheckpointError as error:
         raise CheckpointError(f"{archive.source}: {error}") from error
+    _check_results(flat.program, examples, expected, archive.source)
     set_examples(flat.program, examples)
     check_stored_numbers(flat.program, archive.source)
     return Checkpoint(flat.program, specs, outputs, examples, expected, archive.source, notes)
@@ -105,6 +106,25 @@ def check_stored_numbers(program: ExportedProgram, source: str) -> None:
     """Refuses numbers that no training leaves behind, see :func:`normfuse.checkpoint.numbers.check_tensors`."""
     constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
     check_tensors({**program.state_dict, **constants}, source)
+
+
+def _check_results(
+    program: ExportedProgram, examples: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], source: str
+) -> None:
+    """Raises CheckpointError unless the recorded outputs have the shapes that the program gives on the examples."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    sizes = {
+        size.node.expr: actual
+        for name, example in zip(program.graph_signature.user_inputs, examples, strict=True)
+        for size, actual in zip(values[name].shape, example.shape, strict=True)
+        if not isinstance(size, int) and size.node.expr.is_Symbol
+    }
+    for name, tensor in zip(program.graph_signature.user_outputs, expected, strict=True):
+        shape = [size if isinstance(size, int) else size.node.expr.subs(sizes) for size in values[name].shape]
+        if shape != list(tensor.shape) or values[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: an output of shape {list(tensor.shape)} is recorded where {shape} belongs"
+            )
 
 
 def _check_digests(archive: Archive, record: Mapping[str, Any]) -> None:

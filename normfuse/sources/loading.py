@@ -28,13 +28,13 @@ def load(
     """Loads a model as a traced program, without running anything that the file holds.
 
     Args:
-        path: a checkpoint of :func:`normfuse.save`, the weights that a training script saved (``torch.save``,
-            ``.safetensors``, an index of shards or a folder with one), or a folder that transformers wrote
-            (``save_pretrained``; needs ``pip install "normfuse[hf]"``). Weights are found under the names that
-            training scripts use, whatever wrappers left in front of theirs.
+        path: a checkpoint of :func:`normfuse.save`, a program of ``torch.export.save``, the weights that a training
+            script saved (``torch.save``, ``.safetensors``, an index of shards or a folder with one), or a folder that
+            transformers wrote (``save_pretrained``; needs ``pip install "normfuse[hf]"``). Weights are found under the
+            names that training scripts use, whatever wrappers left in front of theirs.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well),
             ``"timm:NAME"`` or ``"torchvision:NAME"`` (which need no `inputs`), a callable, or a module to load into.
-            None: the class that the file names, if it is an nn.Module subclass that can be imported as things stand.
+            None: the program that the file holds.
         model_args: keyword arguments for it; they go over those that the file records.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records, or the model's configuration says.
@@ -42,8 +42,8 @@ def load(
             the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
         task: for a folder of transformers: which head to build (``"feature-extraction"``). None: the saved one.
         with_past: for a folder of transformers with a decoder: keys and values of earlier tokens go in and out.
-        trust: also read pickled modules, ``.pt2`` archives and the code of a folder. Reading those can run any code:
-            only for files whose maker you know.
+        trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, the class that a
+            file of format 1 names, and the code of a folder. Only for files whose maker you know.
 
     Raises:
         CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module, or holds

@@ -200,3 +200,11 @@ def test_refusals_leave_nothing_behind(tmp_path):
             export(model, path, **options)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_program_from_elsewhere_is_exported_as_a_file_of_ours_is(tmp_path):
+    model = perceptron()
+    program = torch.export.export(model, (torch.ones(3, 4),), dynamic_shapes=({0: torch.export.Dim("n", max=64)},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    result = export(load(tmp_path / "m.pt2"), tmp_path / "m.onnx")
+    assert not result.report.remaining and result.graph.norms == []

@@ -124,7 +124,9 @@ def _read_program(archive: Archive) -> FlatProgram:
         )
     for name in (f"{WEIGHTS}{model}.pt", f"{CONSTANTS}{model}.pt"):
         if name in archive.records.sizes:
-            raise CheckpointError(f"{source} holds pickled weights ({name}): reading them can run code; {_TRUST}")
+            raise CheckpointError(
+                f"{source} holds pickled weights ({name}): reading them can run code; {_TRUST}", advice=["--trust"]
+            )
     tensors = TensorReader(archive.read, archive.storage, archive.records.file_size, source)
     weights = tensors.group(f"{WEIGHTS}{model}_weights_config.json", WEIGHTS, "weight_")
     constants = tensors.group(f"{CONSTANTS}{model}_constants_config.json", CONSTANTS, "tensor_")
@@ -312,5 +314,6 @@ def read_samples(archive: Archive) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises at least five types for files that are not whole, or not data
         raise CheckpointError(
-            f"{source} holds other things than tensors ({one_line(error, 80)}): reading them can run code; {_TRUST}"
+            f"{source} holds other things than tensors ({one_line(error, 80)}): reading them can run code; {_TRUST}",
+            advice=["--trust"],
         ) from error

@@ -68,7 +68,8 @@ class TensorReader:
         if meta.use_pickle or meta.tensor_meta is None:
             raise CheckpointError(
                 f"{what} is a pickled object: reading it can run code, so it was not read; give --trust (trust=True) "
-                "if you know who made it"
+                "if you know who made it",
+                advice=["--trust"],
             )
         if number == meta.path_name or not (number.isascii() and number.isdecimal()):
             raise CheckpointError(f"{what} is in a record called {one_line(meta.path_name, 60)!r}, which is no name")
