@@ -7,6 +7,7 @@ typed differs where a flag reads better (``--input`` may be given several times 
 from __future__ import annotations
 
 import json as json_module
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -129,6 +130,8 @@ class Loading(Inputs):
         """The checkpoint; what the options say is read before the file is."""
         from normfuse.sources import load
 
+        # What is asked for is local in any case; this keeps transformers and timm from looking for more.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         specs = self.specs()
         arguments = {name: _json_or_text(value) for name, value in pairs(self.model_args, "--model-arg")}
         return load(

@@ -234,8 +234,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _transformers(path: Path) -> Any:
-    # The hub's client reads this when it is imported; what is asked for below is local in any case.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers
     except ImportError as error:
