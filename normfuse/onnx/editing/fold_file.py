@@ -104,7 +104,10 @@ def fold_file(
         types, trials = find_trials(file, given)
         own = file_dtype(file)
         job = _Job(file, types, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
-        options = {"copy_shared": copy_shared, "carry_biases": "carry_biases" in steps}
+        options = {
+            "copy_shared": copy_shared,
+            "carry_biases": "carry_biases" in steps and file.version >= _SHAPED_SINCE,
+        }
         result = job.fold(options, keep_dynamic_norms, math.inf if max_scale_range is None else max_scale_range)
         if dtype == "float16" and own != "float16":
             result = job.convert(result)

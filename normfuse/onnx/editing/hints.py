@@ -43,6 +43,8 @@ def hints_of(file: OnnxFile) -> dict[str, Hints]:
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.dims) for name, tensor in file.constants.items()}
     for node in _everywhere(file.proto.graph):
+        if not (file.is_own(node) or node.domain == "com.microsoft"):
+            continue  # what bears a known name may mean something else
         for name in dict.fromkeys(node.input):
             readers[name].append(node)
     found = {}
@@ -103,6 +105,8 @@ def _look(
         if kind == "OneHot" and place == 0 and node.input[1] in file.constants:
             depth = int(np.ravel(file.array(node.input[1]))[0])
             hints.below = min(hints.below or depth, depth)
+    elif kind == "EmbedLayerNormalization" and place < 2 and others[2 + 2 * place]:  # tokens and segments
+        hints.below = min(hints.below or others[2 + 2 * place][0], others[2 + 2 * place][0])
     elif kind == "Equal":
         other = node.input[1 - place]
         if other in file.constants and not file.array(other).dtype.kind == "O":

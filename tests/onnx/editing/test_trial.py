@@ -1,0 +1,66 @@
+"""Inputs that a file takes are found from what its operations say."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx_text import draw, model
+
+from normfuse.onnx.editing.fold_file import find_trials
+from normfuse.onnx.editing.onnx_file import OnnxFile
+
+CASES = {
+    "channels that a convolution asks for": ("float[n, c, h, w] x", "y = Conv (x, k)", {"k": draw(4, 3, 3, 3)}, {1: 3}),
+    "channels behind other operations": (
+        "float[n, h, w, c] x", "a = Mul (x, two) t = Transpose <perm: ints = [0, 3, 1, 2]> (a) y = Conv (t, k)",
+        {"k": draw(4, 3, 3, 3), "two": np.float32(2)}, {3: 3},
+    ),
+    "a picture without a shape": ("float[] x", "y = Conv (x, k)", {"k": draw(4, 3, 3, 3)}, {1: 3}),
+    "the width of a product": ("float[n, s, w] x", "y = MatMul (x, k)", {"k": draw(6, 2)}, {2: 6}),
+    "the width of a recurrent cell": (
+        "float[s, n, w] x", "y, h = GRU <hidden_size: int = 2> (x, k, r)", {"k": draw(1, 6, 5), "r": draw(1, 6, 2)},
+        {2: 5},
+    ),
+    "what strides leave of a picture": (
+        "float[n, 1, h, w] x",
+        "a = MaxPool <kernel_shape: ints = [16, 16], strides: ints = [16, 16]> (x) r = Resize (a, , big) "
+        "y = Add (x, r)",
+        {"big": np.array([1, 1, 16, 16], np.float32)}, {2: 16},
+    ),
+}  # fmt: skip
+
+
+def trials(proto, tmp_path):
+    onnx.save(proto, tmp_path / "in.onnx")
+    return find_trials(OnnxFile(tmp_path / "in.onnx"))[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sizes(tmp_path, case):
+    inputs, body, constants, wanted = CASES[case]
+    found = trials(model(inputs, "float y", body, 17, **constants), tmp_path)
+    multiples = case.startswith("what strides")
+    for trial in found:
+        shape = trial.feeds["x"].shape
+        assert all(shape[axis] == size or (multiples and not shape[axis] % size) for axis, size in wanted.items())
+    if "without" not in case:
+        assert len({trial.feeds["x"].shape for trial in found}) > 1
+
+
+def test_dimensions_that_belong_together_without_a_name(tmp_path):
+    found = trials(model("float[?, ?, 4] x, float[?, ?, 4] z", "float y", "y = Add (x, z)", 17), tmp_path)
+    assert len(found) > 1 and all(trial.feeds["x"].shape == trial.feeds["z"].shape for trial in found)
+
+
+def test_states_have_their_batch_on_the_second_axis(tmp_path):
+    body = "y, h = GRU <hidden_size: int = 2> (t, k, r, , , state) "
+    body = "t = Transpose <perm: ints = [1, 0, 2]> (x) " + body
+    constants = {"k": draw(1, 6, 5), "r": draw(1, 6, 2)}
+    found = trials(model("float[?, ?, 5] x, float[1, ?, 2] state", "float y", body, 17, **constants), tmp_path)
+    assert all(trial.feeds["state"].shape[1] == trial.feeds["x"].shape[0] for trial in found)
+
+
+def test_integers_that_look_into_a_table_and_numbers_that_are_compared_with(tmp_path):
+    body = "e = Gather (table, tokens) r = Equal (rate, right) c = Cast <to: int = 1> (r) d = Div (e, c) y = Sum (d)"
+    constants = {"table": draw(3, 4), "right": np.int64(16000)}
+    (first, *_) = trials(model("int64[n, s] tokens, int64 rate", "float y", body, 17, **constants), tmp_path)
+    assert first.feeds["rate"] == 16000 and first.feeds["tokens"].max() == 2
