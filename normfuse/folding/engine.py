@@ -31,7 +31,7 @@ from .rules.affine import Coefficients
 from .rules.carry import Carry
 from .rules.powers import settle_powers
 from .scales import Outcome, Scales
-from .settle import tolerant_values
+from .settle import shift_shapes, tolerant_values
 
 aten = torch.ops.aten
 
@@ -116,6 +116,7 @@ class Folding:
         self.without_mean: set[Node] = set()
         self.with_mean: dict[Node, str] = {}
         self.cancelled: dict[Node, list[Node]] = {}
+        self._shift_shapes: dict[Node, Any] = {}
         self.not_cancelled: dict[Node, str] = {}
         self.centred: dict[Node, np.ndarray] = {}
         self.weight_growth = 1.0
@@ -281,10 +282,12 @@ class Folding:
         return np.zeros((1,) * node.meta["val"].dim())
 
     def any_shift(self, node: Node) -> Any:
-        """A shift that differs from channel to channel: what can be done with it can be done with any."""
-        scale = self.scale_of[node]
-        several = isinstance(scale, list)
-        shifts = [np.arange(1.0, part.size + 1.0).reshape(part.shape) for part in (scale if several else [scale])]
+        """A shift that differs wherever one can: what can be done with it can be done with any."""
+        if not self._shift_shapes:
+            self._shift_shapes = shift_shapes(self)
+        shapes = self._shift_shapes[node]
+        several = isinstance(shapes, list)
+        shifts = [np.arange(1.0, math.prod(shape) + 1.0).reshape(shape) for shape in (shapes if several else [shapes])]
         return shifts if several else shifts[0]
 
     def chosen_shift(self, node: Node) -> np.ndarray:

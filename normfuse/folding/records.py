@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 from torch.fx import Node
 
 from .engine import Folding
@@ -58,7 +57,7 @@ def collect_dynamic(folding: Folding) -> list[tuple[DynamicNormRecord, list[Node
 def _record(node: Node, folding: Folding) -> DynamicNormRecord:
     rule = folding.rule_of[node]
     gain, shift = rule.gain(node, folding), rule.shift(node, folding)
-    gone = np.array_equal(folding.scales[folding.scale(node)], gain)
+    gone = rule.gain_is_gone(node, folding)
     rest = (shift - folding.shift_of[node]).any()
     core = NORMALISING[node.target]
     name, kind = _name_and_kind(node)

@@ -131,6 +131,30 @@ def sources_of_shift(node: Node, fold: Folding) -> Iterator[Node]:
         pending += [o for o in current.all_input_nodes if is_float(o) and np.any(fold.shift_of.get(o, 0))]
 
 
+def shift_shapes(fold: Folding) -> dict[Node, Any]:
+    """The shapes that the shifts of values can have (lists for several results): some vary where scales do not.
+
+    Found by settling shifts of zero.
+    """
+    shapes: dict[Node, Any] = {}
+    settled = dict(fold.shift_of)
+    fold.shift_of.clear()
+    for node in fold.program.graph.nodes:
+        scale = fold.scale_of.get(node)
+        if scale is None:
+            continue
+        shift = fold.rule_of[node].settle(node, fold) if node in fold.rule_of else fold.no_shift(node)
+        if isinstance(scale, list):
+            shapes[node] = [np.broadcast_shapes(*(a.shape for a in pair)) for pair in zip(scale, shift, strict=True)]
+            fold.shift_of[node] = [np.zeros(shape) for shape in shapes[node]]
+        else:
+            shapes[node] = np.broadcast_shapes(scale.shape, shift.shape)
+            fold.shift_of[node] = np.zeros(shapes[node])
+    fold.shift_of.clear()
+    fold.shift_of.update(settled)
+    return shapes
+
+
 def tolerant_values(fold: Folding) -> set[Node]:
     """Values whose every reader has weights that take any shift along channels, or carries it on to such readers."""
     tolerant: set[Node] = set()

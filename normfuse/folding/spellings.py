@@ -64,6 +64,23 @@ def _tile(node: Node) -> None:
     node.target, node.args = aten.repeat.default, (operand, [1] * missing + list(repeats))
 
 
+def _where(node: Node) -> None:
+    """A value where it is positive, and zero elsewhere, is ReLU; but for what is no number, which that passes on."""
+    condition, value, other = node.args
+    below = isinstance(condition, Node) and condition.target in (aten.lt.Scalar, aten.le.Scalar)
+    if below:
+        value, other = other, value
+    positive = below or (isinstance(condition, Node) and condition.target in (aten.gt.Scalar, aten.ge.Scalar))
+    zeros = other == 0 if not isinstance(other, Node) else other.target is aten.zeros_like.default
+    if positive and zeros and condition.args[1] == 0 and condition.args[0] is value and _same_form(node, value):
+        node.target, node.args = aten.relu.default, (value,)
+
+
+def _same_form(node: Node, value: Node) -> bool:
+    before, after = value.meta["val"], node.meta["val"]
+    return before.dtype == after.dtype and before.dim() == after.dim()
+
+
 def _flip(axis: int) -> Callable[[Node], None]:
     def respell(node: Node) -> None:
         node.target, node.args = aten.flip.default, (node.args[0], [axis])
@@ -83,6 +100,9 @@ def _stack_along(axis: int) -> Callable[[Node], None]:
 
 _FORMS: dict[object, Callable[[Node], None]] = {
     aten.type_as.default: _cast_like,
+    aten.where.self: _where,
+    aten.where.ScalarSelf: _where,
+    aten.where.ScalarOther: _where,
     aten.cat.default: _without_empty,
     aten.div.Tensor_mode: _divide,
     aten.tile.default: _tile,

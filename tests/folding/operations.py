@@ -147,6 +147,7 @@ def _upsample(function: Callable[..., Tensor], axes: int, *flags: object) -> lis
     return [Case(lambda x: function(x, size, *flags, None), (shape,))]
 
 
+SCATTERED = ((1, (2, 2, 6)), (-1, (2, 4, 2)))
 STACKED = (*(((2, 4, 6),) * n for n in (1, 2)), ((2, 4, 6), (1, 4, 6)))
 WINDOWS = {1: (2, 6, 9), 2: (2, 6, 9, 7), 3: (2, 6, 5, 7, 4)}
 
@@ -452,7 +453,25 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, c: aten.where.self(MASK, c, x), (SEQUENCE,), ((6,),)),
         Case(lambda x, c: aten.where.self(MASK, c * 0.0, x), (SEQUENCE,), ((6,),)),
     ],
-    aten.where.ScalarOther: unary(lambda x, v: aten.where.ScalarOther(x > 0, x, v), (0,), (0.5,)),
+    aten.where.ScalarOther: unary(lambda x, v: aten.where.ScalarOther(x > 0, x, v), (0,), (0.5,))
+    + unary(lambda x: aten.where.ScalarOther(MASK, x, 0)),
+    aten.slice_scatter.default: [
+        *(Case(lambda x, y, d=d: aten.slice_scatter.default(x, y, d, 1, 3), (SEQUENCE, s)) for d, s in SCATTERED),
+        Case(lambda x: aten.slice_scatter.default(x, x[:, 2:], 1, 0, 2), (SEQUENCE,)),
+        Case(lambda x, c: aten.slice_scatter.default(x, c, 1, 1, 3), (SEQUENCE,), ((2, 2, 6),)),
+    ],
+    aten.select_scatter.default: [
+        Case(lambda x, y: aten.select_scatter.default(x, y, 1, 2), (SEQUENCE, (2, 6))),
+        Case(lambda x, y: aten.select_scatter.default(x, y, -1, 2), (SEQUENCE, (2, 4))),
+    ],
+    aten.index_copy.default: [
+        Case(lambda x, y, d=d: aten.index_copy.default(x, d, torch.tensor([2, 0]), y), (SEQUENCE, s))
+        for d, s in SCATTERED
+    ],
+    aten.scatter.src: [
+        Case(lambda x, y, d=d, s=s: aten.scatter.src(x, d, torch.zeros(s, dtype=torch.int64), y), (SEQUENCE, s))
+        for d, s in SCATTERED
+    ],
     aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,)),
     aten.square.default: unary(aten.square.default),
     aten.sqrt.default: unary(lambda x: aten.sqrt.default(x.abs())),
@@ -592,6 +611,11 @@ CASES: dict[object, list[Case]] = {
             ("bsi,so->bo", SEQUENCE, (4, 5)),
         )
     ]
+    + [
+        Case(lambda x, e=e: aten.einsum.default(e, [x]), (SEQUENCE,))
+        for e in ("bsi->bi", "bsi->ibs", "bsi->", "bsi -> bs", "bsi")
+    ]
+    + [Case(lambda x: aten.einsum.default("bii->bi", [x]), ((2, 4, 4),))]
     + [
         Case(lambda x, y: aten.einsum.default("bij,bjk->bik", [x, y]), ((2, 4, 6), (2, 6, 5))),
         Case(lambda x, y: aten.einsum.default("bij,bjk->kbi", [x.softmax(2), y]), ((2, 4, 6), (2, 6, 5))),

@@ -180,6 +180,20 @@ def test_what_sees_the_scale_keeps_the_norm(name: str) -> None:
     assert cores(report) == ["RMSNorm", "RMSNorm"] and reason in report.dynamic[0].reasons["cancel"]
 
 
+def test_gains_of_zero_and_gains_that_stay_go_with_the_norm_or_into_a_product() -> None:
+    model = Branch(lambda m, x: m.up(x))
+    with torch.no_grad():
+        model.norm.weight[0] = 0.0
+    x = torch.randn(3, 5, C, dtype=torch.float64)
+    program = export(model.double().eval(), (x,))
+    result, _ = fold(program, cancel_norms=True)
+    assert operations(result)[0] == "aten.linear.default" and difference(model(x), result.module()(x)) <= 1e-8
+    model = Branch(lambda m, x: x.square() * m.norm.weight)  # its gain has no weight behind it
+    program = export(model.double().eval(), (x,))
+    result, _ = fold(program, cancel_norms=True, copy_shared=False)
+    assert difference(model(x), result.module()(x)) <= 1e-8
+
+
 def test_the_output_keeps_the_norm() -> None:
     class Output(nn.Module):
         def __init__(self) -> None:

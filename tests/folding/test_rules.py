@@ -102,6 +102,9 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum": lambda x: x.amax(1),
     "positions": lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
     "positions, again": lambda x: torch.cat([x, x.flip(1)], 1),
+    "overwritten": lambda x: torch.slice_scatter(x, x[:, 3:], 1, 0, 2),
+    "letters in another order": lambda x: torch.einsum("bsi->ibs", x).movedim(0, -1),
+    "sum in letters": lambda x: torch.einsum("bsi->bi", x),
     "choice": lambda x: torch.where(torch.arange(5).view(5, 1) > 2, x, x.flip(1)),
     "one minus": lambda x: 1 - x,
     "minus, in a vector": lambda x: torch.rsub(x, torch.arange(1.0, C + 1.0).double(), alpha=2),
@@ -190,6 +193,8 @@ SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "masked attention": lambda x: F.scaled_dot_product_attention(
         torch.tanh(x), torch.tanh(x), x, attn_mask=torch.ones(5, 5, dtype=torch.bool).tril()
     ),
+    "positive ones": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "negative ones dropped": lambda x: torch.where(x < 0, 0.0, x),
     "zeros at other places": lambda x: torch.where(x.mT.mT > 0, x, 0.0),
     "lower triangle": lambda x: torch.where(torch.ones(5, 1, dtype=torch.bool), torch.zeros_like(x), x),
     "gated unit": lambda x: F.glu(torch.cat([x, torch.tanh(x)], -1)),
@@ -414,6 +419,25 @@ def test_pixel_shuffles(module: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, module, nn.Conv2d(channels, 4, 1), nn.GELU())
     _, report = folded(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
     assert status(report) == ["folded"]
+
+
+@pytest.mark.parametrize(
+    "relu", [F.relu, lambda x: x.clamp(min=0), lambda x: torch.where(x > 0, x, 0.0), lambda x: F.threshold(x, 0.0, 0.0)]
+)
+def test_the_bound_of_a_relu_takes_a_shift_that_nothing_else_takes(relu: Callable[[Tensor], Tensor]) -> None:
+    model = BehindAnInput(relu, shift=True)
+    model.norm.scale.data.abs_()
+    program, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+    assert operations(program) == ["aten.maximum.default", "aten.linear.default"]
+
+
+def test_a_power_that_cannot_have_its_scale_is_fixed() -> None:
+    """Both sides of the square are fixed: the norm in front stays, the others fold."""
+    model = nn.Sequential(Map(shift=False), MapNorm(shift=False), nn.Linear(C, C))
+    model.forward = lambda x: F.softmax(model[1](x).square(), -1) + model[2](model[0](x)).square()
+    _, report = folded(model, sequence())
+    assert [record.status for record in report.norms if record.name == "1"] == ["kept"]
 
 
 def test_product_with_two_computed_factors_fixes_both() -> None:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from ..arrays import Collapse, varying
 from .base import Use, argument, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
+from .contraction import lay
 
 if TYPE_CHECKING:
     from ..engine import Folding
@@ -81,6 +82,34 @@ class Total(Carry):
         shape = node.args[0].meta["val"].shape
         sizes = [shape[axis] for axis in argument(node, "dim") or range(len(shape))]
         return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+@rule_for(aten.einsum.default)
+class EinsumOfOne(Total):
+    """An einsum with one operand: its axes in another order, added up where the result has not their letter."""
+
+    def operand(self, node: Node) -> Node:
+        return node.args[1][0]
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        return len(node.args[1]) == 1 and self._letters(node) is not None and super().matches(node, fold)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        before, after = self._letters(node)
+        numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if before[axis] not in after))
+        return lay(numbers, tuple(before), tuple(after))
+
+    def _count(self, node: Node) -> int | None:
+        before, after = self._letters(node)
+        sizes = zip(before, self.operand(node).meta["val"].shape, strict=True)
+        summed = [size for letter, size in sizes if letter not in after]
+        return math.prod(summed) if all(isinstance(size, int) for size in summed) else None
+
+    def _letters(self, node: Node) -> tuple[str, str] | None:
+        """The letters of the operand and of the result; None where they are not written out, or a diagonal is read."""
+        before, arrow, after = node.args[0].replace(" ", "").partition("->")
+        plain = arrow and before.isalpha() and (after.isalpha() or not after) and len(set(before)) == len(before)
+        return (before, after) if plain else None
 
 
 @rule_for(aten.cumsum.default)

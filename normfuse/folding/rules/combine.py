@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import CannotCarry, Collapse, take_first, to_rank, varying
+from ..arrays import CannotCarry, Collapse, same_size, take_first, to_rank, varying
 from .base import MAX_LOOKED_AT, Rule, Use, argument, is_float, rule_for
 
 if TYPE_CHECKING:
@@ -56,7 +56,12 @@ class Sum(Rule):
 def equate_all(node: Node, operands: Iterable[Node], fold: Folding) -> np.ndarray:
     """Require one scale for several operands that broadcast against each other; returns it for their result."""
     rank = node.meta["val"].dim()
-    first, *others = (to_rank(fold.scale(x), rank) for x in operands)
+    return equate([to_rank(fold.scale(x), rank) for x in operands], fold)
+
+
+def equate(scales: list[np.ndarray], fold: Folding) -> np.ndarray:
+    """Require that scales of the same rank are equal; returns what they are."""
+    first, *others = scales
     for other in others:
         fold.scales.equate(first, other)
         # After the equality nothing varies along an axis where either side has one number only.
@@ -245,6 +250,42 @@ class Gate(Rule):
         scaled, gate = (second, first) if swap else (first, second)
         fold.pin(gate, f"{fold.describe(node)}, of which it is a factor")
         fold.scale_of[node] = to_rank(fold.scale(scaled), node.meta["val"].dim())
+
+
+@rule_for(aten.slice_scatter.default, aten.select_scatter.default, aten.index_copy.default, aten.scatter.src)
+class Overwrite(Rule):
+    """Some positions along an axis hold another value's entries: both have one scale, and one shift."""
+
+    def matches(self, node: Node, fold: Folding) -> bool:
+        base, written = self._values(node)
+        if not all(is_float(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in (base, written)):
+            return False
+        sizes = list(written.meta["val"].shape)
+        if node.target is aten.select_scatter.default:
+            sizes.insert(self._axis(node), 1)
+        own = base.meta["val"].shape
+        return all(axis == self._axis(node) or same_size(own[axis], size) for axis, size in enumerate(sizes))
+
+    def relate(self, node: Node, fold: Folding) -> None:
+        scales = [self.carry(node, x, fold.scale(x), fold.require_equal, fold) for x in self._values(node)]
+        fold.scale_of[node] = equate(scales, fold)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+        return Use.JOIN if operand in self._values(node) and fold.can_carry(node, operand, shift) else Use.STOP
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+        if node.target is aten.select_scatter.default and numbers.ndim < node.meta["val"].dim():
+            return np.expand_dims(numbers, self._axis(node))
+        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis == self._axis(node)))
+
+    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+        return fold.carried(node, node.args[0])
+
+    def _values(self, node: Node) -> tuple[Node, Node]:
+        return node.args[0], argument(node, "src", argument(node, "source"))
+
+    def _axis(self, node: Node) -> int:
+        return argument(node, "dim") % node.meta["val"].dim()
 
 
 @rule_for(aten.glu.default)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..scales import AGREEMENT
 from .base import Rule, argument, is_float, rule_for
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class DynamicNorm(Rule):
         """The shift along the result's channels; zeros where there is none."""
         return self._constant(node, "bias", 0.0, fold)
 
+    def gain_is_gone(self, node: Node, fold: Folding) -> bool:
+        """Whether the weights behind have all of the gain, but for rounding."""
+        return np.allclose(fold.scales[fold.scale(node)], self.gain(node, fold), rtol=AGREEMENT, atol=0.0)
+
     def settle(self, node: Node, fold: Folding) -> np.ndarray:
         return fold.chosen_shift(node)
 
@@ -71,16 +76,18 @@ class DynamicNorm(Rule):
         gain, shift = self.gain(node, fold), self.shift(node, fold)
         s_y, t_y = fold.scales[fold.scale(node)], fold.shift_of[node]
         if node in fold.cancelled:
-            fold.replace(node, fold.multiply(node.args[0], gain / s_y, before=node))
+            left = np.ones(()) if self.gain_is_gone(node, fold) else gain / np.where(s_y == 0, 1.0, s_y)
+            fold.replace(node, fold.multiply(node.args[0], left, before=node))
             return
         weight = argument(node, "weight")
-        if np.array_equal(s_y, gain):
+        if self.gain_is_gone(node, fold):
             if weight is not None:
                 fold.set_argument(node, "weight", None)
         elif weight is None:
             fold.create_weight(node, "weight", self._stored(node, gain / s_y))
         elif (s_y != 1).any():
-            fold.scale_weight(node, weight, 1.0 / self._stored(node, s_y))
+            # Where the scale is zero, so is the gain, and whatever is stored counts for nothing.
+            fold.scale_weight(node, weight, 1.0 / self._stored(node, np.where(s_y == 0, 1.0, s_y)))
         if self.chooses_shift(node, fold) and (t_y.any() or (s_y != 1).any()):
             rest = shift - t_y
             assert not rest[np.broadcast_to(s_y == 0, rest.shape)].any(), (
