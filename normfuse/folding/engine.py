@@ -21,7 +21,7 @@ from .arrays import (
     take_first,
     without_leading_ones,
 )
-from .gains import assign_zero_gains, demand_gains
+from .gains import assign_zero_gain, demand_gains, has_zero_gain
 from .nodes import is_float, module_of, operation_name
 from .operations import NORMALISING
 from .program import Program, largest_entry, piece
@@ -176,13 +176,15 @@ class Folding:
             return contradicts
         self.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in self.stored)]))
         tolerant = tolerant_values(self) if self.fold_zeros else set()
-        for node in (demand for demand in self.demands if demand in with_zeros):  # in the order of the program
-            operand, a, b = self.affine[node]
-            values = a * self.scales[self.scale(operand)]
-            if node not in tolerant or not self.scales.rescale(self.scale(node), values, self.scales_behind(node)):
-                self.kept[node] = _ZERO if self.fold_zeros else _ZERO_BEFORE_ADD
-        if not self.keep_dynamic_norms:
-            assign_zero_gains(self, tolerant)
+        dynamic = set() if self.keep_dynamic_norms else {n for n in self.dynamic if has_zero_gain(n, self)}
+        for node in self.program.graph.nodes:  # in its order: a map builds on the scale in front of it
+            if node in dynamic:
+                assign_zero_gain(node, self, tolerant)
+            elif node in with_zeros:
+                operand, a, b = self.affine[node]
+                values = a * self.scales[self.scale(operand)]
+                if node not in tolerant or not self.scales.rescale(self.scale(node), values, self.scales_behind(node)):
+                    self.kept[node] = _ZERO if self.fold_zeros else _ZERO_BEFORE_ADD
         for node, (_, _, b) in self.affine.items():
             if not np.isfinite(b).all():
                 self._refuse_not_finite(node)

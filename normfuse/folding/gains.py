@@ -31,15 +31,17 @@ def demand_gains(fold: Folding) -> None:
                 fold.kept_gain[node] = fold.why_not(outcome) or mixed
 
 
-def assign_zero_gains(fold: Folding, tolerant: set[Node]) -> None:
-    """Gains with zeros have no ratio: they go where only weights read the result, whose columns become zero."""
-    for node in fold.dynamic:
-        gain, scale = _rule(node, fold).gain(node, fold), fold.scale(node)
-        if node in fold.kept_gain or gain.all():
-            continue
-        goes = node in tolerant and not who_stops(node, fold)
-        if not goes or not fold.scales.rescale(scale, gain, fold.scales_behind(node)):
-            fold.kept_gain[node] = "it is zero in places, and not only weights read the result"
+def assign_zero_gain(node: Node, fold: Folding, tolerant: set[Node]) -> None:
+    """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
+    goes = node in tolerant and not who_stops(node, fold)
+    gain = _rule(node, fold).gain(node, fold)
+    if not goes or not fold.scales.rescale(fold.scale(node), gain, fold.scales_behind(node)):
+        fold.kept_gain[node] = "it is zero in places, and not only weights read the result"
+
+
+def has_zero_gain(node: Node, fold: Folding) -> bool:
+    """Whether a dynamic norm's gain, which may go, is zero in places."""
+    return node not in fold.kept_gain and not _rule(node, fold).gain(node, fold).all()
 
 
 def choose_shifts(fold: Folding) -> None:

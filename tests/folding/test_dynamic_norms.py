@@ -14,7 +14,7 @@ from normfuse.folding import DynamicNormRecord, fold, fuse
 
 from .checks import difference, folded, operations
 from .networks import PLACEMENTS, Transformer, look_trained
-from .test_rules import C, MapNorm, sequence
+from .test_rules import C, MapNorm, sequence, status
 
 aten = torch.ops.aten
 DYNAMIC = ({0: Dim("batch"), 1: Dim("sequence", max=30)},)
@@ -264,3 +264,13 @@ def test_keeping_dynamic_norms_leaves_them_bit_for_bit(norm: str) -> None:
         kept = fuse(model, inputs, DYNAMIC, keep_dynamic_norms=True)
         assert torch.equal(model(*inputs), kept(*inputs))
         assert difference(model(*inputs), fuse(model, inputs, DYNAMIC)(*inputs)) <= 1e-12
+
+
+def test_a_gain_of_zero_in_front_of_a_factor_of_zero() -> None:
+    """The factor builds on the gain's scale, whatever order they are taken in."""
+    model = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C), MapNorm(), nn.Linear(C, 3))
+    with torch.no_grad():
+        nn.init.uniform_(model[1].weight, 0.5, 2.0)
+        model[1].weight[1] = model[2].scale[2] = 0.0
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"] and report.dynamic[0].gain == "folded"
