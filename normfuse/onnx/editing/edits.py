@@ -18,7 +18,12 @@ from .calls import Origin, Slot, arguments, aten
 from .onnx_file import graphs_of, reads
 from .reading import Reading
 
-_ADDED = {aten.mul.Tensor: "Mul", aten.add.Tensor: "Add"}
+_ADDED = {
+    aten.mul.Tensor: "Mul",
+    aten.add.Tensor: "Add",
+    aten.maximum.default: "Max",
+    aten.minimum.default: "Min",
+}
 _STORED_FOR = re.compile(r"(.*)\.(?:scale|shift)(?:_folded(?:_\d+)?)*")  # what folding calls the numbers of a map
 _SUFFIX = re.compile(r"(_folded(_\d+)?)+$")
 
@@ -194,7 +199,7 @@ class _Editor:
         return self._folded.state_dict[self._targets[node.name]].detach()
 
     def _insert(self, node: Node) -> None:
-        """A Mul or an Add that was not there before."""
+        """A Mul, an Add or a bound that was not there before."""
         if node.target not in _ADDED:
             raise EditError(f"{node.target} was added")
         operands = [argument for argument in node.args[:2] if isinstance(argument, Node)]
