@@ -218,14 +218,19 @@ struct DynamicActivation : Function<DynamicActivation> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                                          const Maybe&, const Tensor&, int64_t);
-    static const auto run = operation<Signature>("normfuse::dynamic_activation_backward");
-    static const auto differentiable = operation<Signature>("normfuse::dynamic_activation_gradient");
+    const auto run = [](auto&&... given) {
+      if (at::GradMode::is_enabled()) {
+        static const auto differentiable = operation<Signature>("normfuse::dynamic_activation_gradient");
+        return differentiable.call(given...);
+      }
+      static const auto kernel = operation<Signature>("normfuse::dynamic_activation_backward");
+      return kernel.call(given...);
+    };
     variable_list all(5);  // of x, alpha, shift, weight and bias
     const auto saved = ctx->get_saved_variables();
     const Maybe shift = saved[2].defined() ? Maybe(saved[2]) : std::nullopt;
     std::tie(all[0], all[1], all[2], all[3], all[4]) =
-        (at::GradMode::is_enabled() ? differentiable : run)
-            .call(grads[0].contiguous(), saved[0], saved[1], shift, saved[3], ctx->saved_data["curve"].toInt());
+        run(grads[0].contiguous(), saved[0], saved[1], shift, saved[3], ctx->saved_data["curve"].toInt());
     if (!shift) all[2] = Tensor();
     all.emplace_back();  // of the curve
     return all;
