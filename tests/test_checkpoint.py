@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
 
-from normfuse.checkpoint import CheckpointError, Dimension, inputs, load, parse_input, save
+from normfuse.checkpoint import CheckpointError, Derived, Dimension, inputs, load, parse_input, save
 
 # Round trips
 
@@ -71,15 +71,26 @@ def test_classes_that_nobody_could_import_are_saved(tmp_path):
         torch.testing.assert_close(loaded.run([x])[0], model(x)["y"])
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_networks_are_saved(tmp_path, kind):
+    model, x = kind(4, 5, 2, dropout=0.5).eval(), torch.randn(7, 2, 4)
+    save(model, tmp_path / "m.pt", example_inputs=x)
+    torch.testing.assert_close(load(tmp_path / "m.pt").run([x])[0], model(x)[0])
+
+
 def test_sizes_that_follow_from_others_come_back(tmp_path):
     class Cached(nn.Module):
-        def forward(self, new, past):
-            return torch.cat([past, new], 1)
+        def forward(self, new, past, mask):
+            return torch.cat([past, new], 1) * mask
 
     past = Dim("past", max=64)
-    shapes = ({0: "batch"}, {0: "batch", 1: past})
-    save(Cached(), tmp_path / "m.pt", example_inputs=(torch.ones(2, 1), torch.ones(2, 5)), dynamic_shapes=shapes)
-    assert load(tmp_path / "m.pt").inputs[1].dims == (Dimension("batch"), Dimension("past", 1, 64))
+    examples = (torch.ones(2, 1), torch.ones(2, 5), torch.ones(2, 6))
+    shapes = ({0: "batch"}, {0: "batch", 1: past}, {0: "batch", 1: past + 1})
+    save(Cached(), tmp_path / "m.pt", example_inputs=examples, dynamic_shapes=shapes)
+    batch, past = Dimension("batch"), Dimension("past", 1, 64)
+    loaded = load(tmp_path / "m.pt")
+    assert [spec.dims for spec in loaded.inputs] == [(batch, 1), (batch, past), (batch, Derived(((past, 1),), 1))]
+    assert loaded.run([torch.ones(3, 1), torch.ones(3, 2), torch.ones(3, 3)])[0].shape == (3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

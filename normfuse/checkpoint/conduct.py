@@ -23,6 +23,7 @@ _RANDOM_IN_TRAINING = {
     aten.rrelu.default: 3,
     aten.rrelu_.default: 3,
     aten.rrelu_with_noise.default: 4,
+    **dict.fromkeys((aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), 6),
 }
 _ADVICE = "pass training=self.training, or call it in training only"
 

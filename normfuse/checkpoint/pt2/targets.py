@@ -23,11 +23,12 @@ from normfuse.errors import one_line
 _ATEN = re.compile(r"torch\.ops\.aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _PRIVATE = frozenset(
     """
-    __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_tensor_metadata _cdist_forward _conj _conv_depthwise2d
-    _convolution _embedding_bag _embedding_bag_forward_only _euclidean_dist _fft_c2c _fft_c2r _fft_r2c
-    _fused_rms_norm _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _pdist_forward
-    _prelu_kernel _safe_softmax _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math
+    __and__ __iand__ __ior__ __ixor__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d
+    _adaptive_avg_pool3d _addmm_activation _assert_scalar _assert_tensor_metadata _cdist_forward _conj
+    _conv_depthwise2d _convolution _embedding_bag _embedding_bag_forward_only _euclidean_dist _fft_c2c _fft_c2r
+    _fft_r2c _fused_rms_norm _is_all_true _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd
+    _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _pdist_forward _prelu_kernel
+    _reshape_alias _safe_softmax _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu
     _shape_as_tensor _softmax _to_copy _trilinear _unsafe_index _unsafe_view _upsample_bicubic2d_aa
     _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     _weight_norm _weight_norm_interface
