@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from .arrays import same_size
+
 aten = torch.ops.aten
 _NAMES = {
     aten.multiply.Tensor: aten.mul.Tensor,
@@ -78,7 +80,9 @@ def _where(node: Node) -> None:
 
 def _same_form(node: Node, value: Node) -> bool:
     before, after = value.meta["val"], node.meta["val"]
-    return before.dtype == after.dtype and before.dim() == after.dim()
+    if before.dtype != after.dtype or before.dim() != after.dim():
+        return False
+    return all(same_size(a, b) for a, b in zip(before.shape, after.shape, strict=True))
 
 
 def _flip(axis: int) -> Callable[[Node], None]:
@@ -89,10 +93,10 @@ def _flip(axis: int) -> Callable[[Node], None]:
 
 
 def _stack_along(axis: int) -> Callable[[Node], None]:
-    """Concatenation along an axis, if no part has to be given more axes before."""
+    """Concatenation along an axis of parts with at least two axes; others are given more before."""
 
     def respell(node: Node) -> None:
-        if all(part.meta["val"].dim() > axis for part in node.args[0]):
+        if all(part.meta["val"].dim() >= 2 for part in node.args[0]):
             node.target, node.args = aten.cat.default, (node.args[0], axis)
 
     return respell

@@ -449,6 +449,7 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x: aten.where.self(MASK, x, x), (SEQUENCE,)),
         Case(lambda x: aten.where.self(MASK, x, aten.zeros_like.default(x)), (SEQUENCE,)),
         Case(lambda x: aten.where.self(x > 0, aten.zeros_like.default(x), x), (SEQUENCE,)),
+        Case(lambda x, y: aten.where.self(x > 0, x, aten.zeros_like.default(y)), ((2, 1, 6), SEQUENCE)),
         Case(lambda x: aten.where.self(MASK, x, torch.flip(x, [1])), (SEQUENCE,)),
         Case(lambda x, c: aten.where.self(MASK, c, x), (SEQUENCE,), ((6,),)),
         Case(lambda x, c: aten.where.self(MASK, c * 0.0, x), (SEQUENCE,), ((6,),)),

@@ -440,6 +440,14 @@ def test_a_power_that_cannot_have_its_scale_is_fixed() -> None:
     assert [record.status for record in report.norms if record.name == "1"] == ["kept"]
 
 
+def test_vectors_are_stacked_as_rows() -> None:
+    """`vstack` gives vectors an axis, which a concatenation would not."""
+    program, _ = folded(BehindAnInput(lambda x: torch.vstack([x[0, 0], x[1, 2]]), shift=True), sequence())
+    assert "aten.vstack.default" in operations(program)
+    _, report = folded(BehindAnInput(lambda x: torch.vstack([x[0], x[1]]), shift=True), sequence())
+    assert status(report) == ["folded"]
+
+
 def test_product_with_two_computed_factors_fixes_both() -> None:
     _, report = folded(BehindAnInput(lambda x: x @ x.mT @ x, shift=True), sequence())
     assert status(report) == ["kept"]
