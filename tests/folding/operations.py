@@ -443,8 +443,7 @@ CASES: dict[object, list[Case]] = {
     aten.where.self: [
         *(
             Case(lambda x, y, m=m: aten.where.self(m, x, y), shapes)
-            for m in (MASK, MASK[:, :1])
-            for shapes in BROADCAST[:5]
+            for m, shapes in zip((MASK, MASK[:, :1]) * 3, BROADCAST[:5], strict=False)
         ),
         Case(lambda x: aten.where.self(MASK, x, x), (SEQUENCE,)),
         Case(lambda x: aten.where.self(MASK, x, aten.zeros_like.default(x)), (SEQUENCE,)),
