@@ -44,6 +44,7 @@ test: $(STAMPS)/built
 lint: $(STAMPS)/requirements
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
 format: $(STAMPS)/requirements

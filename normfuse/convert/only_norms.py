@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..folding.dead import Dead, columns_of, find_dead, open_for_removal, weights_of
-from ..folding.engine import Folding
+from ..folding.gauge import Gauge
+from ..folding.nodes import module_of
 from ..folding.rules.base import argument
 from ..nn import MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
 from ..nn._running_norm import check_choice
@@ -139,15 +140,15 @@ def remove_dead_channels(
             norm.weight.masked_fill_(where, 0.0)
         with keep_modes(model):
             program = torch.export.export(model.eval(), example_inputs, kwargs)
-        folding = open_for_removal(program)
-        for writer in weights_of(folding):
-            found = find_dead(writer, folding)
-            why = _why_not(found, model, folding) if isinstance(found, Dead) else found and found.reason
+        gauge = open_for_removal(program)
+        for writer in weights_of(gauge):
+            found = find_dead(writer, gauge)
+            why = _why_not(found, model, gauge) if isinstance(found, Dead) else found and found.reason
             if why:
                 kept[found.norm if isinstance(found, Dead) else found.name] = why
             elif found:
-                layers = [folding.path(node) for node in (writer, *found.readers)]
-                shrunk |= _shrink(found, model, folding, gains)
+                layers = [gauge.path(node) for node in (writer, *found.readers)]
+                shrunk |= _shrink(found, model, gauge, gains)
                 removed[found.norm] = (layers[0], tuple(layers[1:]), found.dead.nonzero()[0].tolist())
     finally:
         for norm, gain in gains.items():
@@ -172,36 +173,36 @@ def _multiplies(norm: nn.Module) -> bool:
     return plain and norm.weight is not None
 
 
-def _why_not(found: Dead, model: nn.Module, fold: Folding) -> str:
+def _why_not(found: Dead, model: nn.Module, gauge: Gauge) -> str:
     """Why the model's modules cannot lose these channels; empty if they can."""
     held = set()
     for node in (found.writer, *found.readers):
-        path = fold.module(node)[0]
-        layer, names = model.get_submodule(path), fold.program.names(argument(node, "weight"))
+        path = module_of(node)[0]
+        layer, names = model.get_submodule(path), gauge.program.names(argument(node, "weight"))
         if type(layer) not in _WEIGHTED or names != [f"{path}.weight"]:
-            return f"{fold.describe(node)} is no call of a plain linear layer or convolution"
+            return f"{gauge.describe(node)} is no call of a plain linear layer or convolution"
         held |= {f"{path}.weight", f"{path}.bias"}
     for node in found.inside:
-        constants = [c for c in node.all_input_nodes if fold.program.is_constant(c) and c.meta["val"].numel() > 1]
+        constants = [c for c in node.all_input_nodes if gauge.program.is_constant(c) and c.meta["val"].numel() > 1]
         if node is not found.writer and constants:
-            path = fold.module(node)[0]
+            path = module_of(node)[0]
             if not isinstance(model.get_submodule(path), _STATIC):
-                return f"{fold.describe(node)} has constants of its own for these channels"
+                return f"{gauge.describe(node)} has constants of its own for these channels"
             held |= {f"{path}.{name}" for name in model.get_submodule(path).state_dict()}
     inside = {found.writer, *found.readers, *found.inside}
-    for node in fold.program.graph.nodes:
-        constants = [] if node in inside or fold.program.is_constant(node) else node.all_input_nodes
-        for constant in filter(fold.program.is_constant, constants):
-            for name in held.intersection(fold.program.names(constant)):
+    for node in gauge.program.graph.nodes:
+        constants = [] if node in inside or gauge.program.is_constant(node) else node.all_input_nodes
+        for constant in filter(gauge.program.is_constant, constants):
+            for name in held.intersection(gauge.program.names(constant)):
                 return f"{name} is read at another place, too"
     return ""
 
 
-def _shrink(found: Dead, model: nn.Module, fold: Folding, gains: dict[nn.Module, Tensor]) -> set[nn.Module]:
+def _shrink(found: Dead, model: nn.Module, gauge: Gauge, gains: dict[nn.Module, Tensor]) -> set[nn.Module]:
     """Cut the channels out of layers and norms, and of the gains that are to come back; returns the norms."""
     for reader in found.readers:
-        layer = model.get_submodule(fold.path(reader))
-        index, _, number = columns_of(reader, found.inside, fold)
+        layer = model.get_submodule(gauge.path(reader))
+        index, _, number = columns_of(reader, found.inside, gauge)
         lost = found.dead[index]
         taps = layer.weight.double()
         extra = (taps.flatten(2).sum(2) if taps.dim() > 2 else taps) @ _like(np.where(lost, number, 0.0), taps)
@@ -210,7 +211,7 @@ def _shrink(found: Dead, model: nn.Module, fold: Folding, gains: dict[nn.Module,
             layer.bias = _parameter((bias + extra).to(layer.weight.dtype), layer.bias)
         layer.weight = _parameter(layer.weight[:, _like(~lost, taps)], layer.weight)
         _count_channels(layer, "in", 1)
-    layer = model.get_submodule(fold.path(found.writer))
+    layer = model.get_submodule(gauge.path(found.writer))
     keep = torch.from_numpy(~found.dead).to(layer.weight.device)
     layer.weight = _parameter(layer.weight[keep], layer.weight)
     if layer.bias is not None:
@@ -218,9 +219,9 @@ def _shrink(found: Dead, model: nn.Module, fold: Folding, gains: dict[nn.Module,
     _count_channels(layer, "out", 0)
     norms = set()
     for node, channels in found.inside.items():
-        norm = model.get_submodule(fold.module(node)[0])
+        norm = model.get_submodule(module_of(node)[0])
         if isinstance(norm, _STATIC) and norm not in norms:  # one norm can take several operations
-            _shrink_norm(norm, _like(~found.dead[channels.index.ravel()], layer.weight), gains)
+            _shrink_norm(norm, _like(~found.dead[channels.channel.ravel()], layer.weight), gains)
             norms.add(norm)
     return norms
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from normfuse.programs import evaluating
 
 from .cancel import cancelling_norms
-from .centre import centre_streams
+from .centre import centre
 from .dead import remove_dead_channels
-from .engine import Folding
+from .gauge import Gauge, Options
 from .program import Program
 from .records import collect_dynamic, collect_records
-from .report import FoldReport
-from .settle import settle_shifts
+from .relate import relate
+from .report import DynamicNormRecord, FoldReport, NormRecord, RemovedChannels
+from .results import Cancelling
+from .rewrite import rewrite
+from .settle import CannotWriteOut, settle
+from .solve import Contradiction, solve
 from .verify import check_folded
 from .written_out import restore_norms
 
@@ -66,7 +72,7 @@ def fold(
             the folded program computes something else.
     """
     given = program
-    opened, removed = Program(program), []
+    opened, removed = Program(program), list[RemovedChannels]()
     operations, size = opened.operations(), opened.bytes()
     if remove_dead:
         program, removed = remove_dead_channels(program)
@@ -74,51 +80,46 @@ def fold(
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     if not keep_dynamic_norms:
         restore_norms(opened)
-    fold_zeros, fixed_powers = True, set()
-    while True:
-        folding = Folding(
-            opened,
-            copy_shared=copy_shared,
-            carry_biases=carry_biases,
-            max_scale_range=max_scale_range,
-            keep_dynamic_norms=keep_dynamic_norms,
-            fold_zeros=fold_zeros,
-            fixed_powers=fixed_powers,
-        )
-        folding.relate()
-        contradicts = folding.solve()
-        if contradicts is not None:
-            fixed_powers.add(contradicts)
-        elif settle_shifts(folding) or not fold_zeros:
-            break
-        else:
-            fold_zeros = False
-    if not keep_dynamic_norms:
-        centre_streams(folding)
-        if cancel_norms:
-            folding.cancelled, folding.not_cancelled = cancelling_norms(folding)
-    records, dynamic = collect_records(folding), collect_dynamic(folding)
-    folding.rewrite()
-    for record, around in (*records, *dynamic):
-        names = [name for node in around for name in folding.absorbed.get(node, ())]
+    options = Options(copy_shared, carry_biases, max_scale_range, keep_dynamic_norms)
+    gauge = centre(_settled(opened, options))
+    if cancel_norms and not keep_dynamic_norms:
+        gauge = gauge.knowing(cancelling=Cancelling(*cancelling_norms(gauge)))
+    records, dynamic = collect_records(gauge), collect_dynamic(gauge)
+    edits = rewrite(gauge)
+    found: list[tuple[NormRecord | DynamicNormRecord, list[Node]]] = [*records, *dynamic]
+    for record, around in found:
+        names = [name for node in around for name in edits.absorbed.get(node, ())]
         record.absorbed_by = list(dict.fromkeys(names))
     report.norms = [record for record, _ in records]
     report.dynamic = [record for record, _ in dynamic]
-    writers = [folding.absorbed.get(n, [opened.name(n)] if n in folding.leaves else []) for n in folding.centred]
+    leaves = gauge.matches.leaves
+    writers = [edits.absorbed.get(n, [opened.name(n)] if n in leaves else []) for n in gauge.centring.centred]
     report.centred = list(dict.fromkeys(name for names in writers for name in names))
-    if folding.stored:
-        used = np.abs(folding.scales[np.concatenate([s.ravel() for s in folding.stored])])
+    if gauge.matches.stored:
+        used = np.abs(gauge.scales[np.concatenate([s.ravel() for s in gauge.matches.stored])])
         report.scale_range = (float(used.min(initial=1.0)), float(used.max(initial=1.0)))
-    report.weight_growth = folding.weight_growth
-    report.settled_early = list(dict.fromkeys(folding.path(node) for node in folding.settled_early))
+    report.weight_growth = edits.weight_growth
+    report.settled_early = list(dict.fromkeys(gauge.path(node) for node in gauge.shifts.settled_early))
     folded = opened.finish()
     report.nodes_after, report.bytes_after = opened.operations(), opened.bytes()
     report.bytes_copied = opened.bytes_copied
-    if folding.cancelled and program.example_inputs is not None:
+    cancelled = gauge.cancelling.cancelled
+    if cancelled and program.example_inputs is not None:
         report.cancel_difference = _difference(program, folded)
-    if verify and not folding.cancelled:  # cancelling changes more than rounding does, and says how much
+    if verify and not cancelled:  # cancelling changes more than rounding does, and says how much
         report.verified = check_folded(given, folded)
     return folded, report
+
+
+def _settled(program: Program, options: Options) -> Gauge:
+    """Scales and shifts; where a first attempt contradicts itself, what it tried is left out of the next."""
+    while True:
+        try:
+            return settle(solve(relate(program, options)))
+        except Contradiction as found:
+            options = replace(options, fixed_powers=options.fixed_powers | found.powers)
+        except CannotWriteOut:
+            options = replace(options, fold_zeros=False)
 
 
 @torch.no_grad()

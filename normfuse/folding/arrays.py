@@ -8,12 +8,13 @@ moves elements moves these arrays in the same way; `collapse` is asked wherever 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-Size = int | torch.SymInt
+Size: TypeAlias = "int | torch.SymInt"
 Collapse = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 

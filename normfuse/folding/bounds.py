@@ -81,7 +81,7 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
     uncertain = [n for n in node.all_input_nodes if isinstance(values[n], Interval)]
     if not uncertain:
         return target(*args, **kwargs)
-    x = args[0] if isinstance(args[0], Interval) else None
+    x: Any = args[0] if isinstance(args[0], Interval) else None
     if rises(node) or is_view(node) or target in CASTS:  # each bound goes through on its own
         low, high = at(0), at(1)
         if isinstance(low, Tensor):
@@ -99,7 +99,8 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
         spread = target(radius, args[1].abs(), *rest, **{**kwargs, **({"bias": None} if "bias" in kwargs else {})})
         return Interval(middle - spread, middle + spread)
     if target is aten.batch_norm.default and x is not None and not args[5]:
-        weight, bias, mean, var, eps = *args[1:5], args[7]
+        weight, bias, mean, var = args[1:5]
+        eps = args[7]
         scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *(1,) * (x.lower.dim() - 2))

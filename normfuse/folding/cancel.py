@@ -11,20 +11,18 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from .arrays import axis_groups, same_size
+from .gauge import Gauge
 from .nodes import argument, is_float, module_of, operation_name
 from .operations import CASTS, COPIES, DROPOUTS
 from .rules.carry import Permute
 from .rules.contraction import contraction_of, factors_of
-
-if TYPE_CHECKING:
-    from .engine import Folding
 
 aten = torch.ops.aten
 
@@ -89,7 +87,7 @@ _POWERS = {aten.square.default: 2.0, aten.sqrt.default: 0.5, aten.rsqrt.default:
 _LARGEST_EPS = 1e-4
 
 
-def cancelling_norms(fold: Folding) -> tuple[dict[Node, list[Node]], dict[Node, str]]:
+def cancelling_norms(gauge: Gauge) -> tuple[dict[Node, list[Node]], dict[Node, str]]:
     """The norms whose division nothing sees, with what measures again behind each, and why others are seen.
 
     To be called when streams are centred, and before the program is rewritten: RMSNorms cancel, and LayerNorms of what
@@ -97,17 +95,17 @@ def cancelling_norms(fold: Folding) -> tuple[dict[Node, list[Node]], dict[Node, 
     """
     norms = [
         node
-        for node in fold.dynamic
+        for node in gauge.matches.dynamic
         if node.target is aten.rms_norm.default
-        or (node in fold.without_mean and not fold.rule_of[node].shift(node, fold).any())
+        or (node in gauge.centring.without_mean and not gauge.matches.rule_of[node].shift(node, gauge).any())
     ]
-    program = fold.program
+    program = gauge.program
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     cancelled: dict[Node, list[Node]] = {}
     kept: dict[Node, str] = {}
     for norm in sorted(norms, key=order.__getitem__, reverse=True):  # what a later norm passes on, an earlier one may
         try:
-            cancelled[norm] = _Walk(norm, cancelled, order, fold).ends
+            cancelled[norm] = _Walk(norm, cancelled, order, gauge).ends
         except Stops as reason:
             kept[norm] = str(reason)
     return cancelled, kept
@@ -125,9 +123,9 @@ class _Walk:
         norm: Node,
         cancelled: dict[Node, list[Node]],
         order: dict[Node, int],
-        fold: Folding,
+        gauge: Gauge,
     ) -> None:
-        self._cancelled, self._program = cancelled, fold.program
+        self._cancelled, self._program = cancelled, gauge.program
         self.ends: list[Node] = []
         measured = _normalised(norm)
         tokens = tuple(
@@ -140,7 +138,7 @@ class _Walk:
             _, node = heapq.heappop(queue)
             if node.op == "output":
                 raise Stops("the model's output shows its scale")
-            if not fold.reads_values(node):
+            if not gauge.reads_values(node):
                 continue
             result = self._behind(node)
             if isinstance(result, Factor) and not result.degree:
@@ -223,11 +221,12 @@ class _Walk:
             return factor._replace(order=(*factor.order, node)) if axes & set(factor.tokens) else factor
         if target in _DIVIDED:
             axis = argument(node, "dim") % rank
-            pieces = [
+            pieces: list[Factor | None] = [
                 factor._replace(order=(*factor.order, (node, i))) if axis in factor.tokens else factor
                 for i in range(len(node.meta["val"]))
             ]
-            return [_without_axes(piece, (axis,)) for piece in pieces] if target is aten.unbind.int else pieces
+            gone = (axis,) if target is aten.unbind.int else ()
+            return [None if piece is None else _without_axes(piece, gone) for piece in pieces]
         if target is aten.select.int:
             axis = node.args[1] % rank
             if axis in factor.tokens:
@@ -235,10 +234,10 @@ class _Walk:
             return _without_axes(factor, (axis,))
         if target in _REDUCED:
             dims = argument(node, "dim")
-            axes = tuple(axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank)))
-            if set(axes) & set(factor.tokens) or argument(node, "ord") == 0:
+            reduced = tuple(axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank)))
+            if set(reduced) & set(factor.tokens) or argument(node, "ord") == 0:
                 raise self._stops(node, "mixes tokens")
-            return factor if argument(node, "keepdim") else _without_axes(factor, axes)
+            return factor if argument(node, "keepdim") else _without_axes(factor, reduced)
         if target in _CONVOLUTIONS:
             return self._convolution(node, factor)
         raise self._stops(node)
@@ -305,12 +304,11 @@ class _Walk:
             factor = self._alike(node, node.args[0], aligned=False)
             return factor._replace(tokens=tuple(a + (a >= axis) for a in factor.tokens))
         parts = [self._of(part) for part in node.args[0] if not self._is_zero(part)]
-        tokens = {axis for part in parts if isinstance(part, Factor) for axis in part.tokens}
-        if axis in tokens and all(isinstance(part, Factor) for part in parts):
-            kinds = {(part.degree, part.tokens) for part in parts}
-            if len(kinds) > 1:
+        factors = [part for part in parts if isinstance(part, Factor)]
+        if len(factors) == len(parts) and any(axis in part.tokens for part in factors):
+            if len({(part.degree, part.tokens) for part in factors}) > 1:
                 raise Stops(f"{self._describe(node)} joins values of different degrees")
-            return parts[0]._replace(order=(node,))
+            return factors[0]._replace(order=(node,))
         return self._alike(node, node.args[0], aligned=False)
 
     def _alike(

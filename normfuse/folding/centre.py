@@ -13,22 +13,15 @@ whose mean becomes zero; -1 stands for entries that stay as they are (the values
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from .arrays import CannotCarry, Collapse, collapse_equal, to_rank, varying
-from .rules.affine import Affine
-from .rules.base import argument, is_float
-from .rules.carry import Carry, Piece
-from .rules.combine import Concatenation, Gate, Negation, Sum, ZeroFill
-from .rules.dynamic import DynamicNorm
-from .rules.weights import Embedding, Weighted
-
-if TYPE_CHECKING:
-    from .engine import Folding
+from .gauge import Gauge
+from .results import Centring
+from .rules.base import MeanRole, argument, is_float
 
 aten = torch.ops.aten
 
@@ -37,39 +30,44 @@ class _Refused(Exception):
     """The mean of a stream is read, or cannot be subtracted: the reason in words."""
 
 
-def centre_streams(fold: Folding) -> None:
-    """Find the LayerNorms that become RMSNorms (``fold.without_mean``) and the writers that pay (``fold.centred``).
-
-    To be called when scales and shifts are settled. ``fold.with_mean`` says why the others stay.
-    """
+def centre(gauge: Gauge) -> Gauge:
+    """Find the LayerNorms that become RMSNorms, and the writers that pay; scales and shifts are settled."""
+    gauge = gauge.knowing(centring=Centring())
+    if gauge.options.keep_dynamic_norms:
+        return gauge
     refused: list[tuple[dict[Node, np.ndarray], str]] = []
-    for node in fold.dynamic:
-        if node.target is not aten.layer_norm.default or node in fold.without_mean or node in fold.with_mean:
+    for node in gauge.matches.dynamic:
+        if (
+            node.target is not aten.layer_norm.default
+            or node in gauge.centring.without_mean
+            or node in gauge.centring.with_mean
+        ):
             continue
-        rest = fold.rule_of[node].shift(node, fold) - fold.shift_of[node]
-        if len(axes := fold.rule_of[node].axes(node)) > 1:
-            fold.with_mean[node] = f"it normalises over {len(axes)} axes at once"
+        rest = gauge.matches.rule_of[node].shift(node, gauge) - gauge.shifts.of[node]
+        if len(axes := gauge.matches.rule_of[node].axes(node)) > 1:
+            gauge.centring.with_mean[node] = f"it normalises over {len(axes)} axes at once"
         elif rest.any():
-            why = fold.kept_shift.get(node)
-            fold.with_mean[node] = "its shift stays in it" + (f" ({why})" if why else "")
-        if node in fold.with_mean:
+            why = gauge.shifts.kept_shift.get(node)
+            gauge.centring.with_mean[node] = "its shift stays in it" + (f" ({why})" if why else "")
+        if node in gauge.centring.with_mean:
             continue
-        known = (why for groups, why in refused if _same(groups.get(node.args[0]), _groups_of(node, fold)))
+        known = (why for groups, why in refused if _same(groups.get(node.args[0]), _groups_of(node, gauge)))
         why = next(known, None)
         if why is None:
-            stream = _Stream(fold)
+            stream = _Stream(gauge)
             try:
                 stream.follow(node)
             except _Refused as reason:
                 why = str(reason)
                 refused.append((stream.groups, why))
             else:
-                fold.without_mean.update(stream.norms)
+                gauge.centring.without_mean.update(stream.norms)
                 for writer, groups in stream.writers.items():
-                    fold.centred[writer] = _merge(fold.centred.get(writer), groups)
-                fold.centred.update((v, g) for v, g in stream.groups.items() if v in fold.spilled)
+                    gauge.centring.centred[writer] = _merge(gauge.centring.centred.get(writer), groups)
+                gauge.centring.centred.update((v, g) for v, g in stream.groups.items() if v in gauge.shifts.spilled)
         if why is not None:
-            fold.with_mean[node] = why
+            gauge.centring.with_mean[node] = why
+    return gauge
 
 
 class _Stream:
@@ -81,8 +79,8 @@ class _Stream:
         norms: the LayerNorms that find a mean of zero.
     """
 
-    def __init__(self, fold: Folding) -> None:
-        self.fold = fold
+    def __init__(self, gauge: Gauge) -> None:
+        self.gauge = gauge
         self.groups: dict[Node, np.ndarray] = {}
         self.writers: dict[Node, np.ndarray] = {}
         self.norms: list[Node] = []
@@ -90,14 +88,14 @@ class _Stream:
 
     def follow(self, norm: Node) -> None:
         """Visit every value that the input of a LayerNorm is tied to. Raises :class:`_Refused` with the reason."""
-        self._visit(norm.args[0], _groups_of(norm, self.fold))
+        self._visit(norm.args[0], _groups_of(norm, self.gauge))
         while self._pending:
             value = self._pending.pop(0)
             self._write(value, self.groups[value])
             for reader in value.users:
                 if reader.op == "output":
                     raise _Refused("the model's output is the stream itself, mean included")
-                if reader in self.fold.rule_of and self.fold.reads_values(reader):
+                if reader in self.gauge.matches.rule_of and self.gauge.reads_values(reader):
                     self._read(reader, value, self.groups[value])
 
     def _visit(self, value: Node, groups: np.ndarray) -> None:
@@ -108,26 +106,26 @@ class _Stream:
             self.groups[value] = groups
             self._pending.append(value)
         elif not _same(self.groups[value], groups):
-            raise _Refused(f"the result of {self.fold.describe(value)} is normalised over different channels")
+            raise _Refused(f"the result of {self.gauge.describe(value)} is normalised over different channels")
 
     # -- readers -----------------------------------------------------------------------------------------------
 
     def _read(self, reader: Node, value: Node, groups: np.ndarray) -> None:
-        fold, rule = self.fold, self.fold.rule_of[reader]
-        if isinstance(rule, DynamicNorm) and reader.target is aten.layer_norm.default:
+        gauge, rule = self.gauge, self.gauge.matches.rule_of[reader]
+        if rule.mean is MeanRole.MEASURES and reader.target is aten.layer_norm.default:
             if len(rule.axes(reader)) > 1:
-                raise _Refused(f"{fold.describe(reader)} normalises over other channels")
+                raise _Refused(f"{gauge.describe(reader)} normalises over other channels")
             if not _same_along(groups, groups.ndim - 1):
-                raise _Refused(f"{fold.describe(reader)} normalises over other channels")
+                raise _Refused(f"{gauge.describe(reader)} normalises over other channels")
             full = np.broadcast_to(groups, (*groups.shape[:-1], int(reader.args[0].meta["val"].shape[-1])))
             whole = (full >= 0).all() and (np.unique(full, return_counts=True)[1] == full.shape[-1]).all()
-            if whole and not (rule.shift(reader, fold) - fold.shift_of[reader]).any():
+            if whole and not (rule.shift(reader, gauge) - gauge.shifts.of[reader]).any():
                 self.norms.append(reader)
             return
-        if isinstance(rule, Carry):
+        if rule.moves:
             if value is not rule.operand(reader):
                 return  # only its shape is read
-            if isinstance(fold.scale_of[reader], list):
+            if isinstance(gauge.matches.scale_of[reader], list):
                 for piece in reader.users:
                     self._visit(piece, self._forward(piece, value, groups))
                 return
@@ -137,32 +135,26 @@ class _Stream:
         """The groups of a result, from those of one operand."""
         result = self._arranged(reader, operand, groups)
         entries = self._arranged(reader, operand, np.arange(groups.size).reshape(groups.shape))
-        _refuse_repeated(np.broadcast_to(entries, result.shape)[result >= 0], self.fold.describe(reader))
+        _refuse_repeated(np.broadcast_to(entries, result.shape)[result >= 0], self.gauge.describe(reader))
         return result
 
     def _arranged(self, reader: Node, operand: Node, numbers: np.ndarray) -> np.ndarray:
         """Numbers about an operand's channels, arranged as the result's; refused where channels are not alike."""
-        fold, rule = self.fold, self.fold.rule_of[reader]
+        gauge, rule = self.gauge, self.gauge.matches.rule_of[reader]
         rank = reader.meta["val"].dim()
-        if isinstance(rule, Piece):
-            pieces = reader.args[0]
-            return fold.rule_of[pieces].carry(pieces, operand, numbers, self._collapse(reader), fold)[reader.args[1]]
-        if isinstance(rule, Affine):
-            if reader in fold.kept:
-                raise _Refused(f"{fold.describe(reader)} stays and scales each channel differently")
-            return to_rank(numbers, rank)
-        if isinstance(rule, Gate | ZeroFill):
+        if rule.mean is MeanRole.MAPS and reader in gauge.solution.kept:
+            raise _Refused(f"{gauge.describe(reader)} stays and scales each channel differently")
+        if rule.mean is MeanRole.SCALES:
             gates = (x for x in reader.all_input_nodes if x is not operand)
             divided_by = reader.target is aten.div.Tensor and operand is reader.args[1]
             if divided_by or not all(_uniform(gate, to_rank(numbers, rank)) for gate in gates):
-                raise _Refused(f"{fold.describe(reader)} scales each channel differently")
-            return to_rank(numbers, rank)
-        if isinstance(rule, Concatenation):
+                raise _Refused(f"{gauge.describe(reader)} scales each channel differently")
+        if rule.mean is MeanRole.JOINS:
             return self._concatenated(reader, operand, numbers)
-        if not rule.alike:
-            raise _Refused(f"{fold.describe(reader)} reads it, mean included")
-        if isinstance(rule, Carry):
-            return rule.carry(reader, operand, numbers, self._collapse(reader), fold)
+        if rule.mean is MeanRole.MOVES:
+            return rule.arranged(reader, operand, numbers, self._collapse(reader), gauge)
+        if rule.mean not in (MeanRole.MAPS, MeanRole.SCALES, MeanRole.ADDS):
+            raise _Refused(f"{gauge.describe(reader)} reads it, mean included")
         return to_rank(numbers, rank)
 
     def _concatenated(self, reader: Node, operand: Node, numbers: np.ndarray) -> np.ndarray:
@@ -180,52 +172,52 @@ class _Stream:
             try:
                 return collapse_equal(array, axes)
             except CannotCarry:
-                raise _Refused(f"{self.fold.describe(node)} mixes or divides its channels") from None
+                raise _Refused(f"{self.gauge.describe(node)} mixes or divides its channels") from None
 
         return collapse
 
     # -- writers -----------------------------------------------------------------------------------------------
 
     def _write(self, value: Node, groups: np.ndarray) -> None:
-        fold, rule = self.fold, self.fold.rule_of.get(value)
-        what = fold.describe(value)
-        if value in fold.leaves:
+        gauge, what = self.gauge, self.gauge.describe(value)
+        if value in gauge.matches.leaves:
             self.writers[value] = groups
-        elif fold.program.is_constant(value):
-            raise _Refused(f"the constant {fold.program.name(value)!r} is too large to be rewritten as a value")
+        elif gauge.program.is_constant(value):
+            raise _Refused(f"the constant {gauge.program.name(value)!r} is too large to be rewritten as a value")
         elif value.op == "placeholder":
             raise _Refused("the model's input is part of it")
-        elif isinstance(rule, Weighted | Embedding):
-            axes = rule.output_axes(value) if isinstance(rule, Weighted) else (groups.ndim - 1,)
-            if not set(varying(groups)) <= set(axes):
+        elif (rule := gauge.matches.rule_of[value]).mean is MeanRole.WRITES:
+            if not set(varying(groups)) <= set(rule.output_axes(value)):
                 raise _Refused(f"the channels that are normalised together are not the output channels of {what}")
-            if isinstance(rule, Weighted) and not rule.can_centre(value, groups):
+            if not rule.can_centre(value, groups):
                 raise _Refused(f"{what} is grouped: each output channel sees other inputs")
             self.writers[value] = groups
-        elif isinstance(rule, DynamicNorm):
+        elif rule.mean is MeanRole.MEASURES:
             raise _Refused(f"it is made of the result of {what} (post-norm), whose gain gives it a mean")
-        elif isinstance(rule, Affine) and value not in fold.kept:
-            self._back(value, fold.affine[value].operand, groups)
-        elif isinstance(rule, Concatenation):
+        elif rule.mean is MeanRole.JOINS:
             self._parts(value, groups)
-        elif isinstance(rule, Gate | ZeroFill):
-            scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
-            if len(scaled) != 1 or (scaled[0] is not value.args[0] and value.target is aten.div.Tensor):
-                raise _Refused(f"{what} writes it and has no weight that could subtract the mean")
-            self._back(value, scaled[0], groups)
-        elif isinstance(rule, Sum | Negation):
-            for operand in value.all_input_nodes:
-                if is_float(operand):
-                    self._back(value, operand, groups)
-        elif isinstance(rule, Carry) and rule.alike:
-            source = value.args[0] if isinstance(rule, Piece) else value
-            self._back(value, fold.rule_of[source].operand(source), groups)
         else:
-            raise _Refused(f"{what} writes it and has no weight that could subtract the mean")
+            for operand in self._summands(value, groups):
+                self._back(value, operand, groups)
+
+    def _summands(self, value: Node, groups: np.ndarray) -> list[Node]:
+        """The operands of which a result is made, so that its mean is the sum of theirs."""
+        rule = self.gauge.matches.rule_of[value]
+        if rule.mean is MeanRole.MAPS and value not in self.gauge.solution.kept:
+            return [self.gauge.matches.affine[value].operand]
+        if rule.mean is MeanRole.ADDS:
+            return [operand for operand in value.all_input_nodes if is_float(operand)]
+        if rule.mean is MeanRole.MOVES:
+            return [rule.source(value, self.gauge)]
+        scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
+        divides = value.target is aten.div.Tensor and scaled[:1] != [value.args[0]]
+        if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not divides:
+            return scaled
+        raise _Refused(f"{self.gauge.describe(value)} writes it and has no weight that could subtract the mean")
 
     def _parts(self, value: Node, groups: np.ndarray) -> None:
         """Back to the parts of a concatenation; a group that spans parts has no writer of its own."""
-        axis, start, seen = argument(value, "dim") % groups.ndim, 0, set()
+        axis, start, seen = argument(value, "dim") % groups.ndim, 0, set[int]()
         for part in value.args[0]:
             own = groups
             if groups.shape[axis] != 1:
@@ -233,7 +225,7 @@ class _Stream:
                 start += own.shape[axis]
                 numbers = set(own[own >= 0].tolist())
                 if numbers & seen:
-                    raise _Refused(f"{self.fold.describe(value)} joins the channels of several values")
+                    raise _Refused(f"{self.gauge.describe(value)} joins the channels of several values")
                 seen |= numbers
             self._visit(part, own)
 
@@ -242,7 +234,7 @@ class _Stream:
         shape = [size if isinstance(size, int) else 1 for size in operand.meta["val"].shape]
         axes = [axis for axis, size in enumerate(shape) if size != 1]
         # Where scales vary there are channels, more than this result may hold; else the fewest axes that explain it.
-        choices = [tuple(a for a in varying(self.fold.scale(operand)) if a in axes)]
+        choices = [tuple(a for a in varying(self.gauge.scale(operand)) if a in axes)]
         for count in range(1, len(axes) + 1):
             choices += itertools.combinations(reversed(axes), count)
         for chosen in choices:
@@ -259,10 +251,10 @@ class _Stream:
             own[entries] = _split(full, groups)
             self._visit(operand, own.reshape(kept))
             return
-        raise _Refused(f"{self.fold.describe(node)} makes its channels out of positions or of other channels")
+        raise _Refused(f"{self.gauge.describe(node)} makes its channels out of positions or of other channels")
 
 
-def _groups_of(norm: Node, fold: Folding) -> np.ndarray:
+def _groups_of(norm: Node, gauge: Gauge) -> np.ndarray:
     """One group for each stretch of channels that a LayerNorm normalises."""
     value = norm.args[0].meta["val"]
     return np.zeros((1,) * (value.dim() - 1) + (int(value.shape[-1]),), np.int64)

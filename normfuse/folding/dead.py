@@ -17,15 +17,12 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .arrays import CannotCarry, along_axis, collapse_equal, keep_axis, varying
-from .engine import Folding
+from .gauge import Gauge, Options
 from .program import Program
+from .relate import relate
 from .report import RemovedChannels
-from .rules.averages import AveragePool, Mean
 from .rules.base import Use, argument, is_float
-from .rules.carry import Identity
-from .rules.order import Maximum, Ranked
-from .rules.products import Linear
-from .rules.weights import Convolution, TransposedConvolution
+from .weight_edits import WeightEdits
 
 aten = torch.ops.aten
 # Rearrangements that name no sizes: these would no longer be right.
@@ -39,7 +36,7 @@ _WITHOUT_SIZES = {
 class Channels(NamedTuple):
     """What a value holds of the writer's channels, as arrays over its axes (see :mod:`normfuse.folding.arrays`)."""
 
-    index: np.ndarray  # which channel
+    channel: np.ndarray  # which of them
     constant: np.ndarray  # whether its number is the same whatever the input is
     number: np.ndarray  # that number, else 0
 
@@ -81,39 +78,35 @@ def remove_dead_channels(program: ExportedProgram) -> tuple[ExportedProgram, lis
         The program without those channels, equal to `program` up to rounding, and one record for every place where
         channels are constant, with the reason where they stay.
     """
-    folding = open_for_removal(program)
+    gauge = open_for_removal(program)
     records = []
-    for writer in weights_of(folding):
-        found = find_dead(writer, folding)
+    for writer in weights_of(gauge):
+        found = find_dead(writer, gauge)
         if isinstance(found, Dead):
-            names = _shrink(found, folding)
+            names = _shrink(found, gauge)
             found = RemovedChannels(found.norm, int(found.dead.sum()), found.dead.size, names)
         records += [found] if found is not None else []
-    return folding.program.finish(), records
+    return gauge.program.finish(), records
 
 
-def open_for_removal(program: ExportedProgram) -> Folding:
+def open_for_removal(program: ExportedProgram) -> Gauge:
     """The program with the rules of its operations."""
-    folding = Folding(Program(program), copy_shared=True, carry_biases=False, max_scale_range=np.inf)
-    folding.relate()
-    return folding
+    return relate(Program(program), Options(max_scale_range=np.inf))
 
 
-def weights_of(fold: Folding) -> list[Node]:
+def weights_of(gauge: Gauge) -> list[Node]:
     """The linear layers and ungrouped convolutions, in the order of the program."""
-    return [node for node in fold.program.graph.nodes if _is_plain_weight(node, fold)]
+    return [node for node in gauge.program.graph.nodes if _is_plain_weight(node, gauge)]
 
 
-def _is_plain_weight(node: Node, fold: Folding) -> bool:
-    rule = fold.rule_of.get(node)
-    if isinstance(rule, Convolution):
-        return not isinstance(rule, TransposedConvolution) and argument(node, "groups") == 1
-    return isinstance(rule, Linear)
+def _is_plain_weight(node: Node, gauge: Gauge) -> bool:
+    rule = gauge.matches.rule_of.get(node)
+    return rule is not None and rule.writes_rows(node)
 
 
-def find_dead(writer: Node, fold: Folding) -> Dead | RemovedChannels | None:
+def find_dead(writer: Node, gauge: Gauge) -> Dead | RemovedChannels | None:
     """The dead channels of one writer's result, a record of why constant ones stay, or None if there are none."""
-    rank, (axis,) = writer.meta["val"].dim(), fold.rule_of[writer].output_axes(writer)
+    rank, (axis,) = writer.meta["val"].dim(), gauge.matches.rule_of[writer].output_axes(writer)
     size = int(writer.meta["val"].shape[axis])
     if size == 1:
         return None  # and one stays
@@ -122,8 +115,8 @@ def find_dead(writer: Node, fold: Folding) -> Dead | RemovedChannels | None:
     inside = {writer: Channels(np.arange(size).reshape(shape), np.zeros(shape, bool), np.zeros(shape))}
     norms: list[str] = []
     try:
-        readers = _follow(writer, inside, norms, fold)
-        dead = np.logical_and.reduce([_not_needed(reader, inside, size, fold) for reader in readers])
+        readers = _follow(writer, inside, norms, gauge)
+        dead = np.logical_and.reduce([_not_needed(reader, inside, size, gauge) for reader in readers])
         if not dead.any():
             raise _Stop("a padded convolution shows its readers another number at the borders")
     except _Stop as stop:
@@ -132,44 +125,46 @@ def find_dead(writer: Node, fold: Folding) -> Dead | RemovedChannels | None:
     return Dead(norms[0], writer, readers, inside, dead)
 
 
-def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], fold: Folding) -> list[Node]:
+def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], gauge: Gauge) -> list[Node]:
     """Fill `inside` with the values between the writer and its readers, and `norms` with the names of those that make
     constants; returns the readers."""
     readers = []
-    for node in fold.program.graph.nodes:
+    for node in gauge.program.graph.nodes:
         operands = [operand for operand in node.all_input_nodes if operand in inside]
         if not operands:
             continue
         if node.op == "output":
             raise _Stop("the model's output is among its readers")
         if len(operands) > 1:
-            raise _Stop(f"{fold.describe(node)} brings several values together")
+            raise _Stop(f"{gauge.describe(node)} brings several values together")
         (operand,) = operands
         channels = inside[operand]
-        if not fold.reads_values(node):
-            if node.target is aten.sym_size.int and node.args[1] % channels.index.ndim not in varying(channels.index):
+        if not gauge.reads_values(node):
+            if node.target is aten.sym_size.int and node.args[1] % channels.channel.ndim not in varying(
+                channels.channel
+            ):
                 continue
-            raise _Stop(f"{fold.describe(node)} depends on the number of channels")
-        if _is_plain_weight(node, fold):
-            if fold.program.shared(argument(node, "weight")):
-                raise _Stop(f"the weight of {fold.describe(node)} is read at another place, too")
+            raise _Stop(f"{gauge.describe(node)} depends on the number of channels")
+        if _is_plain_weight(node, gauge):
+            if gauge.program.shared(argument(node, "weight")):
+                raise _Stop(f"the weight of {gauge.describe(node)} is read at another place, too")
             readers.append(node)
             continue
-        inside[node] = _behind(node, operand, channels, fold)
+        inside[node] = _behind(node, operand, channels, gauge)
         if inside[node].constant.sum() > channels.constant.sum():
-            norms.append(fold.path(node))
-    if fold.program.shared(argument(writer, "weight")):
-        raise _Stop(f"the weight of {fold.describe(writer)} is read at another place, too")
+            norms.append(gauge.path(node))
+    if gauge.program.shared(argument(writer, "weight")):
+        raise _Stop(f"the weight of {gauge.describe(writer)} is read at another place, too")
     if not readers:
         raise _Stop("nothing reads its result")
     return readers
 
 
-def _behind(node: Node, operand: Node, channels: Channels, fold: Folding) -> Channels:
+def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Channels:
     """What an operation between two weights leaves of the channels."""
-    rule, (index, constant, number) = fold.rule_of.get(node), channels
-    if node in fold.affine:
-        _, a, b = fold.affine[node]
+    rule, (index, constant, number) = gauge.matches.rule_of.get(node), channels
+    if node in gauge.matches.affine:
+        _, a, b = gauge.matches.affine[node]
         if np.broadcast_shapes(index.shape, a.shape, b.shape) == index.shape and len(varying(index)) <= 1:
             constant = constant | (a == 0)
             return Channels(index, constant, np.where(constant, np.where(a == 0, 0.0, a) * number + b, 0.0))
@@ -177,18 +172,16 @@ def _behind(node: Node, operand: Node, channels: Channels, fold: Folding) -> Cha
         value = torch.from_numpy(number)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
         return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
-    elif (
-        isinstance(rule, Identity | AveragePool | Maximum | Mean) and not isinstance(rule, Ranked)
-    ) or node.target in _WITHOUT_SIZES:
-        if rule.use(node, operand, number, fold) is not Use.PASS:
+    elif rule is not None and (rule.keeps_channels(node) or node.target in _WITHOUT_SIZES):
+        if rule.use(node, operand, number, gauge) is not Use.PASS:
             constant = constant & (number == 0)
         try:
             return Channels(
-                *(rule.carry(node, operand, part, collapse_equal, fold) for part in (index, constant, number))
+                *(rule.carry(node, operand, part, collapse_equal, gauge) for part in (index, constant, number))
             )
         except CannotCarry:
             pass
-    raise _Stop(f"{fold.describe(node)} is among its readers")
+    raise _Stop(f"{gauge.describe(node)} is among its readers")
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -199,31 +192,32 @@ def _is_elementwise(node: Node) -> bool:
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-def columns_of(reader: Node, inside: dict[Node, Channels], fold: Folding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def columns_of(reader: Node, inside: dict[Node, Channels], gauge: Gauge) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index, constancy and number of the channel that each column of a reader's weight reads."""
-    operand, (axis,) = argument(reader, "input"), fold.rule_of[reader].input_axes(reader)
+    operand, (axis,) = argument(reader, "input"), gauge.matches.rule_of[reader].input_axes(reader)
     size = int(operand.meta["val"].shape[axis])
     try:
-        return tuple(keep_axis(part, axis, size, collapse_equal) for part in inside[operand])
+        channel, constant, number = (keep_axis(part, axis, size, collapse_equal) for part in inside[operand])
+        return channel, constant, number
     except CannotCarry as error:
-        raise _Stop(f"{fold.describe(reader)} reads the channels along another axis") from error
+        raise _Stop(f"{gauge.describe(reader)} reads the channels along another axis") from error
 
 
-def _not_needed(reader: Node, inside: dict[Node, Channels], size: int, fold: Folding) -> np.ndarray:
+def _not_needed(reader: Node, inside: dict[Node, Channels], size: int, gauge: Gauge) -> np.ndarray:
     """Which channels one reader can do without."""
-    operand, rule = argument(reader, "input"), fold.rule_of[reader]
-    index, constant, number = columns_of(reader, inside, fold)
-    if rule.use(reader, operand, inside[operand].number, fold) is not Use.ABSORB:
+    operand, rule = argument(reader, "input"), gauge.matches.rule_of[reader]
+    index, constant, number = columns_of(reader, inside, gauge)
+    if rule.use(reader, operand, inside[operand].number, gauge) is not Use.ABSORB:
         constant = constant & (number == 0)
     needed = np.zeros(size, bool)
     needed[index[~constant]] = True
     return ~needed
 
 
-def _shrink(found: Dead, fold: Folding) -> list[str]:
+def _shrink(found: Dead, gauge: Gauge) -> list[str]:
     """Cut the dead channels out of every constant; returns the names of the weights."""
     _, writer, readers, inside, dead = found
-    program = fold.program
+    program = gauge.program
 
     def cut(node: Node, constant: Node, axis: int, index: np.ndarray) -> None:
         value = program.constant(constant).index_select(axis, torch.from_numpy(np.flatnonzero(~dead[index])))
@@ -231,28 +225,28 @@ def _shrink(found: Dead, fold: Folding) -> list[str]:
 
     names = [program.name(argument(node, "weight")) for node in (writer, *readers)]
     for reader in readers:
-        rule, (index, _, number) = fold.rule_of[reader], columns_of(reader, inside, fold)
+        rule, (index, _, number) = gauge.matches.rule_of[reader], columns_of(reader, inside, gauge)
         _, weight, bias = rule.operands(reader)
         (axis,) = rule.input_axes(reader)
         shift = along_axis(np.where(dead[index], number, 0.0), axis, argument(reader, "input").meta["val"].dim())
         if shift.any():
-            constant = rule.through(reader, weight, shift, fold)
+            constant = rule.through(reader, weight, shift, gauge)
             if bias is not None:
                 constant = constant + rule.bias_of(reader, program.constant(bias).numpy())
-            rule.set_bias(reader, weight, bias, constant, fold)
+            rule.set_bias(reader, weight, bias, constant, WeightEdits(gauge))
         cut(reader, weight, 1, index)
-    for constant in fold.rule_of[writer].operands(writer)[1:]:
-        if constant is not None:
-            cut(writer, constant, 0, inside[writer].index.ravel())
+    for written in gauge.matches.rule_of[writer].operands(writer)[1:]:
+        if written is not None:
+            cut(writer, written, 0, inside[writer].channel.ravel())
     for node, channels in inside.items():
-        (along,) = varying(channels.index)
+        (along,) = varying(channels.channel)
         for constant in () if node is writer else node.all_input_nodes:
             first = node.target is aten.batch_norm.default  # its vectors are not laid out as the input is
-            axis = 0 if first else constant.meta["val"].dim() - channels.index.ndim + along
+            axis = 0 if first else constant.meta["val"].dim() - channels.channel.ndim + along
             if program.is_constant(constant) and axis >= 0 and constant.meta["val"].shape[axis] != 1:
-                cut(node, constant, axis, channels.index.ravel())
+                cut(node, constant, axis, channels.channel.ravel())
         value, shape = node.meta["val"], list(node.meta["val"].shape)
-        shape[along] = int((~dead[channels.index]).sum())
+        shape[along] = int((~dead[channels.channel]).sum())
         with value.fake_mode:
             node.meta["val"] = value.new_empty(shape)
     return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -21,7 +21,7 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default
 
 
-def is_float(node: object) -> bool:
+def is_float(node: object) -> TypeGuard[Node]:
     """Whether a node is a floating-point tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -46,4 +46,4 @@ def module_of(node: Node) -> tuple[str, str]:
 
 def operation_name(node: Node) -> str:
     """What an operation is called, without its overload."""
-    return getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

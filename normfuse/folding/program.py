@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.export import ExportedProgram
@@ -70,7 +70,7 @@ class Program:
 
     # -- constants ---------------------------------------------------------------------------------------------
 
-    def is_constant(self, node: object) -> bool:
+    def is_constant(self, node: object) -> TypeGuard[Node]:
         """Whether the value depends on parameters, buffers and literals only."""
         return node in self._constants
 
@@ -222,8 +222,8 @@ class Program:
             # A view was traced on a result that lay in memory otherwise than what now takes its place may.
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
-        kept = {node.target: body for node, body in bodies(self._original.graph_module, self._original.graph)}
-        return rebuild(self._original, self.graph, self.signature, self.state_dict, self.constants, kept)
+        called = {node.target: body for node, body in bodies(self._original.graph_module, self._original.graph)}
+        return rebuild(self._original, self.graph, self.signature, self.state_dict, self.constants, called)
 
     def _count_copies(self, live: set[str]) -> None:
         """Bytes of weights that are stored more than once now: the original, where still read, and its variants."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from .engine import Folding
+from .gauge import Gauge
 from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .report import DynamicNormRecord, NormRecord
@@ -16,11 +16,11 @@ from .settle import sources_of_shift
 _FAR = 64  # operations around a norm among which the weights that took it are looked for
 
 
-def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
+def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
-    spilling = {source for node in folding.spilled for source in sources_of_shift(node, folding)}
+    spilling = {source for node in gauge.shifts.spilled for source in sources_of_shift(node, gauge)}
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
-    for node, (_, a, _) in folding.affine.items():
+    for node, (_, a, _) in gauge.matches.affine.items():
         path, kind = module_of(node)
         norm = "Norm" in kind or node.target in NORMALISING
         if not norm and a.size == 1:
@@ -28,55 +28,59 @@ def collect_records(folding: Folding) -> list[tuple[NormRecord, list[Node]]]:
         key = path if norm else node.name
         name = path if norm else f"{path}.{node.name}".lstrip(".")
         record, around = records.setdefault(key, (NormRecord(name, kind if norm else "affine"), []))
-        if node in folding.kept:
-            record.status, record.reason = "kept", folding.kept[node]
+        if node in gauge.solution.kept:
+            record.status, record.reason = "kept", gauge.solution.kept[node]
         elif node in spilling and record.status == "folded":
             record.status = "partly folded"
             record.reason = "its shift meets an operation that cannot take one, and no weight before it can cancel it"
-        around += _operations_around(node, folding)
+        around += _operations_around(node, gauge)
     return list(records.values())
 
 
-def collect_dynamic(folding: Folding) -> list[tuple[DynamicNormRecord, list[Node]]]:
+def collect_dynamic(gauge: Gauge) -> list[tuple[DynamicNormRecord, list[Node]]]:
     """One record per norm that computes its statistics from its input, with the operations that read it.
 
     Norms that no rule knows, and those in branches that folding does not follow, have one as well.
     """
     records: list[tuple[DynamicNormRecord, list[Node]]] = []
-    dynamic = set(folding.dynamic)
-    for node in folding.program.graph.nodes:
+    dynamic = set(gauge.matches.dynamic)
+    for node in gauge.program.graph.nodes:
         if node in dynamic:
-            records.append((_record(node, folding), list(_operations_around(node, folding, backward=False))))
-        elif node.target in NORMALISING and node not in folding.affine and not folding.program.is_constant(node):
-            records.append((_untouched(node, _why_untouched(node, folding)), []))
-    for name, node in folding.program.norms_in_branches():
+            records.append((_record(node, gauge), list(_operations_around(node, gauge, backward=False))))
+        elif node.target in NORMALISING and node not in gauge.matches.affine and not gauge.program.is_constant(node):
+            records.append((_untouched(node, _why_untouched(node, gauge)), []))
+    for name, node in gauge.program.norms_in_branches():
         records.append((_untouched(node, f"it runs inside {name}, which folding does not follow"), []))
     return records
 
 
-def _record(node: Node, folding: Folding) -> DynamicNormRecord:
-    rule = folding.rule_of[node]
-    gain, shift = rule.gain(node, folding), rule.shift(node, folding)
-    gone = rule.gain_is_gone(node, folding)
-    rest = (shift - folding.shift_of[node]).any()
+def _record(node: Node, gauge: Gauge) -> DynamicNormRecord:
+    rule = gauge.matches.rule_of[node]
+    gain, shift = rule.gain(node, gauge), rule.shift(node, gauge)
+    gone = rule.gain_is_gone(node, gauge)
+    rest = (shift - gauge.shifts.of[node]).any()
     core = NORMALISING[node.target]
     name, kind = _name_and_kind(node)
     record = DynamicNormRecord(
         name=name,
         kind=kind,
-        core="none" if node in folding.cancelled else "RMSNorm" if node in folding.without_mean else core,
+        core="none"
+        if node in gauge.cancelling.cancelled
+        else "RMSNorm"
+        if node in gauge.centring.without_mean
+        else core,
         gain=_fate(bool((gain != 1).any()), gone),
         shift=_fate(bool(shift.any()), not rest),
-        measured_by=[module_of(norm)[0] or norm.name for norm in folding.cancelled.get(node, ())],
+        measured_by=[module_of(norm)[0] or norm.name for norm in gauge.cancelling.cancelled.get(node, ())],
     )
     reasons = {
-        "gain": "" if gone else folding.kept_gain.get(node, "the maps behind it went into it"),
-        "shift": folding.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
-        "mean": folding.with_mean.get(node, ""),
+        "gain": "" if gone else gauge.solution.kept_gain.get(node, "the maps behind it went into it"),
+        "shift": gauge.shifts.kept_shift.get(node, "shifts further on are cancelled in it") if rest else "",
+        "mean": gauge.centring.with_mean.get(node, ""),
         "statistics": _what_it_measures(node),
-        "cancel": folding.not_cancelled.get(node, ""),
+        "cancel": gauge.cancelling.not_cancelled.get(node, ""),
     }
-    if not folding.keep_dynamic_norms:
+    if not gauge.options.keep_dynamic_norms:
         record.reasons = {what: why for what, why in reasons.items() if why}
     return record
 
@@ -98,13 +102,13 @@ def _what_it_measures(node: Node) -> str:
     return ""
 
 
-def _why_untouched(node: Node, folding: Folding) -> str:
+def _why_untouched(node: Node, gauge: Gauge) -> str:
     if why := _what_it_measures(node):
         return why
     constants = [c for name in ("weight", "bias") if (c := argument(node, name)) is not None]
-    if not all(map(folding.program.is_constant, constants)):
+    if not all(map(gauge.program.is_constant, constants)):
         return "its gain or shift is computed from the input"
-    if not all(map(folding.usable_weight, constants)):
+    if not all(map(gauge.usable_weight, constants)):
         return "its gain or shift is shared and may not be copied"
     return "no rule of folding knows this form of it"
 
@@ -119,7 +123,7 @@ def _fate(present: bool, gone: bool) -> str:
     return "kept" if not gone else "folded" if present else "none"
 
 
-def _operations_around(node: Node, folding: Folding, *, backward: bool = True) -> Iterable[Node]:
+def _operations_around(node: Node, gauge: Gauge, *, backward: bool = True) -> Iterable[Node]:
     """The operations that read a norm's result and, if asked for, those that write its input.
 
     They are looked for through operations without weights, but through one that brings several values together only
@@ -130,12 +134,12 @@ def _operations_around(node: Node, folding: Folding, *, backward: bool = True) -
     while pending and len(found) < _FAR:
         current, forward, met = pending.pop()
         for neighbour in current.users if forward else current.all_input_nodes:
-            rule = folding.rule_of.get(neighbour)
+            rule = gauge.matches.rule_of.get(neighbour)
             if rule is None or rule is OPAQUE or neighbour in found:
                 continue
             found[neighbour] = None
-            several = sum(operand in folding.scale_of for operand in neighbour.all_input_nodes) > 1
-            weights = rule.owns_constants and neighbour not in folding.affine
-            if not (weights or neighbour in folding.kept or (several and met)):
+            several = sum(operand in gauge.matches.scale_of for operand in neighbour.all_input_nodes) > 1
+            weights = rule.owns_constants and neighbour not in gauge.matches.affine
+            if not (weights or neighbour in gauge.solution.kept or (several and met)):
                 pending.append((neighbour, forward, met or several))
     return found

@@ -8,7 +8,7 @@ do the same. Where there are none, the region stays closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter, getitem
@@ -227,7 +227,7 @@ class _Trace(TorchDispatchMode):
         self.everything: list[tuple[object, list[torch.dtype]]] = []
         self._operands = operands
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
             return result

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
 
+from .nodes import argument, is_float
 from .operations import CASTS
 from .program import Program
-from .rules.base import argument, is_float
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def _replace(node: Node, x: Node, eps: float, program: Program) -> None:
     shape = [x.meta["val"].shape[-1]]
     centred = _less_its_mean(x)
     last, gain = _constant_behind(node, aten.mul.Tensor, program)
-    shift = None
+    shift, args = None, cast(tuple[Any, ...], ())
     if centred is not None:
         last, shift = _constant_behind(last, aten.add.Tensor, program)
         target, args = aten.layer_norm.default, (centred, shape, gain, shift, eps)

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from normfuse.folding import FoldReport, fold, settle
-from normfuse.folding.engine import Folding
+from normfuse.folding.gauge import Gauge
 from normfuse.folding.rules.weights import Weighted
 from normfuse.folding.scales import Scales
 
@@ -86,11 +86,11 @@ def any_gauge(seed: int) -> Iterator[None]:
         factors[Scales.ONE] = 1.0
         scales._values = scales._values * factors[roots]
 
-    def is_weighted(node: Node, folding: Folding) -> bool:
-        return isinstance(folding.rule_of[node], Weighted)
+    def is_weighted(node: Node, gauge: Gauge) -> bool:
+        return isinstance(gauge.matches.rule_of[node], Weighted)
 
-    def any_shift(rule: Weighted, node: Node, folding: Folding) -> np.ndarray:
-        return generator.normal(size=folding.scale(node).shape)
+    def any_shift(rule: Weighted, node: Node, gauge: Gauge) -> np.ndarray:
+        return generator.normal(size=gauge.scale(node).shape)
 
     with (
         patch.object(Scales, "solve", solve_anyhow),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfuse.folding import engine, fold
-from normfuse.folding.engine import Folding
+from normfuse.folding import fold, relate
+from normfuse.folding.gauge import Gauge
 from normfuse.folding.rules import Rule
 from normfuse.folding.rules.base import _RULES
 
@@ -116,10 +116,10 @@ def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch
     model = Uses(CASES[target]).double().eval()
     inputs = [[torch.randn(shape, dtype=torch.float64) for shape in use.case.shapes] for use in model.uses]
     program = torch.export.export(model, (inputs,))
-    rules, find_rule = set(), engine.find_rule
+    rules, find_rule = set(), relate.find_rule
 
-    def find(node: Node, folding: Folding) -> Rule:
-        rule = find_rule(node, folding)
+    def find(node: Node, gauge: Gauge) -> Rule:
+        rule = find_rule(node, gauge)
         if node.target is target:
             rules.add(rule)
         return rule
@@ -129,7 +129,7 @@ def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch
         for use, want, have in zip(model.uses, expected, got, strict=True):
             assert difference(want, have) <= 1e-11, (CASES[target].index(use.case), use.normed, use.norm.scale.shape)
 
-    monkeypatch.setattr(engine, "find_rule", find)
+    monkeypatch.setattr(relate, "find_rule", find)
     compare()
     assert rules >= set(_RULES[target]), "a rule for this operation takes none of its cases"
     with any_gauge(0):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, to_rank, varying
-from .base import Rule, Use, argument, is_float, rule_for
-
-if TYPE_CHECKING:
-    from ..engine import Folding
+from ..gauge import Gauge
+from ..weight_edits import WeightEdits
+from .base import MeanRole, Rule, Use, argument, is_float, rule_for
 
 aten = torch.ops.aten
 _LERP = (aten.lerp.Scalar, aten.lerp.Tensor)
@@ -40,75 +39,75 @@ class Affine(Rule):
     """
 
     owns_constants = True
+    mean = MeanRole.MAPS
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        coefficients = self._read(node, fold)
-        if coefficients is None:
-            return False
-        fold.affine[node] = coefficients
-        return True
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return self._read(node, gauge) is not None
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        operand, a, b = fold.affine[node]
-        inner = fold.scale(operand)
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        coefficients = self._read(node, gauge)
+        assert coefficients is not None
+        gauge.matches.affine[node] = operand, a, b = coefficients
+        inner = gauge.scale(operand)
         shape = np.broadcast_shapes(inner.shape, a.shape, b.shape)
         if (a == 1).all():
-            fold.scale_of[node] = np.broadcast_to(inner, shape)
+            gauge.matches.scale_of[node] = np.broadcast_to(inner, shape)
             return
-        fold.scale_of[node] = fold.scales.fresh(shape, stored=False)
-        fold.demands.append(node)
+        gauge.matches.scale_of[node] = gauge.scales.fresh(shape, stored=False)
+        gauge.matches.demands.append(node)
 
-    def chooses_shift(self, node: Node, fold: Folding) -> bool:
-        return node in fold.kept
+    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
+        return node in gauge.solution.kept
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.ABSORB if node in fold.kept else Use.PASS
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if node in gauge.solution.kept else Use.PASS
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
-        if node in fold.kept:
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        if node in gauge.solution.kept:
             raise CannotCarry
-        return np.broadcast_to(numbers, np.broadcast_shapes(numbers.shape, fold.affine[node].a.shape))
+        return np.broadcast_to(numbers, np.broadcast_shapes(numbers.shape, gauge.matches.affine[node].a.shape))
 
-    def factor(self, node: Node, operand: Node, fold: Folding) -> np.ndarray:
-        return fold.affine[node].a
+    def factor(self, node: Node, operand: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.matches.affine[node].a
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.chosen_shift(node) if node in fold.kept else self.constant_part(node, fold)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(node) if node in gauge.solution.kept else self.constant_part(node, gauge)
 
-    def constant_part(self, node: Node, fold: Folding) -> np.ndarray:
+    def constant_part(self, node: Node, gauge: Gauge) -> np.ndarray:
         """The shift that a map which stays gives to its result."""
-        operand, a, b = fold.affine[node]
-        return a * fold.incoming(node, operand) + b
+        operand, a, b = gauge.matches.affine[node]
+        return a * gauge.incoming(node, operand) + b
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
-        operand, a, b = fold.affine[node]
-        if node not in fold.kept:
-            fold.replace(node, operand)
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+        gauge = edits.gauge
+        operand, a, b = gauge.matches.affine[node]
+        if node not in gauge.solution.kept:
+            edits.replace(node, operand)
             return
-        s_x, s_y = fold.scales[fold.scale(operand)], fold.scales[fold.scale(node)]
-        t_x, t_y = fold.incoming(node, operand), fold.shift_of[node]
+        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(node)]
+        t_x, t_y = gauge.incoming(node, operand), gauge.shifts.of[node]
         if (s_x == 1).all() and (s_y == 1).all() and not t_x.any() and not t_y.any():
             return
-        result = fold.multiply(operand, a * s_x / s_y, before=node)
-        fold.replace(node, fold.add(result, (a * t_x + b - t_y) / s_y, before=node))
+        result = edits.multiply(operand, a * s_x / s_y, before=node)
+        edits.replace(node, edits.add(result, (a * t_x + b - t_y) / s_y, before=node))
 
-    def _read(self, node: Node, fold: Folding) -> Coefficients | None:
+    def _read(self, node: Node, gauge: Gauge) -> Coefficients | None:
         """The coefficients, or None where one of them is no constant per channel."""
         if not is_float(node):
             return None
         if node.target in (aten.batch_norm.default, aten.instance_norm.default):
-            return _batch_norm(node, fold)
+            return _batch_norm(node, gauge)
         products = _products(node)
         factors = {x for product in products for x in product if isinstance(x, Node)}
-        computed = [x for x in factors if not fold.program.is_constant(x)]
+        computed = [x for x in factors if not gauge.program.is_constant(x)]
         if len(computed) != 1 or not is_float(computed[0]):
             return None
         (operand,), value, result = computed, computed[0].meta["val"], node.meta["val"]
-        if value.dim() != result.dim() or value.dtype != result.dtype or not fold.same_shape(operand, node):
+        if value.dim() != result.dim() or value.dtype != result.dtype or not gauge.same_shape(operand, node):
             return None
         a = b = np.zeros((1,) * value.dim())
         for product in products:
-            constant = _product([x for x in product if x is not operand], value.dim(), fold)
+            constant = _product([x for x in product if x is not operand], value.dim(), gauge)
             if constant is None or product.count(operand) > 1:
                 return None
             a, b = (a + constant, b) if operand in product else (a, b + constant)
@@ -143,12 +142,12 @@ def _products(node: Node) -> list[list[object]]:
     return [[first], [first, more[0], -1.0], [second, more[0]]]  # lerp: x + weight * (y - x)
 
 
-def _product(factors: list[object], rank: int, fold: Folding) -> np.ndarray | None:
+def _product(factors: list[object], rank: int, gauge: Gauge) -> np.ndarray | None:
     """The product of constants along one axis at most, as an array of the operand's rank; None where one is not."""
     result = np.ones((1,) * rank)
     for factor in factors:
         inverse = isinstance(factor, Inverse)
-        number = _per_channel(factor.value if inverse else factor, rank, fold)
+        number = _per_channel(factor.value if isinstance(factor, Inverse) else factor, rank, gauge)
         if number is None:
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -156,34 +155,34 @@ def _product(factors: list[object], rank: int, fold: Folding) -> np.ndarray | No
     return result if len(varying(result)) <= 1 else None
 
 
-def _per_channel(coefficient: object, rank: int, fold: Folding) -> np.ndarray | None:
+def _per_channel(coefficient: object, rank: int, gauge: Gauge) -> np.ndarray | None:
     """A number or a constant tensor that varies along one axis at most, as an array of the operand's rank."""
     if isinstance(coefficient, int | float):
         return np.full((1,) * rank, float(coefficient))
-    if not fold.program.is_constant(coefficient) or not is_float(coefficient):
+    if not gauge.program.is_constant(coefficient) or not is_float(coefficient):
         return None
     if sum(size != 1 for size in coefficient.meta["val"].shape) > 1:
         return None
-    array = fold.program.constant(coefficient).numpy()
+    array = gauge.program.constant(coefficient).numpy()
     return to_rank(array, rank) if array.ndim <= rank and len(varying(array)) <= 1 else None
 
 
-def _batch_norm(node: Node, fold: Folding) -> Coefficients | None:
+def _batch_norm(node: Node, gauge: Gauge) -> Coefficients | None:
     """``a = weight / sqrt(var + eps)``, ``b = bias - a * mean``, along axis 1."""
     operand = node.args[0]
     weight, bias, mean, var = (argument(node, n) for n in ("weight", "bias", "running_mean", "running_var"))
     measures = argument(node, "training") or argument(node, "use_input_stats")
     if measures or mean is None or var is None:
         return None
-    if not is_float(operand) or not all(c is None or fold.program.is_constant(c) for c in (weight, bias, mean, var)):
+    if not is_float(operand) or not all(c is None or gauge.program.is_constant(c) for c in (weight, bias, mean, var)):
         return None
     with np.errstate(invalid="ignore"):
-        a = 1.0 / np.sqrt(fold.program.constant(var).numpy() + argument(node, "eps"))
+        a = 1.0 / np.sqrt(gauge.program.constant(var).numpy() + argument(node, "eps"))
     if weight is not None:
-        a = a * fold.program.constant(weight).numpy()
-    b = -a * fold.program.constant(mean).numpy()
+        a = a * gauge.program.constant(weight).numpy()
+    b = -a * gauge.program.constant(mean).numpy()
     if bias is not None:
-        b = b + fold.program.constant(bias).numpy()
+        b = b + gauge.program.constant(bias).numpy()
     rank = operand.meta["val"].dim()
     shape = (1, -1) + (1,) * (rank - 2)
     return Coefficients(operand, a.reshape(shape), b.reshape(shape))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
+from ..gauge import Gauge
 from ..operations import CASTS, COPIES, DROPOUTS
 from .base import Rule, Use, argument, is_float, rule_for
 from .carry import varying_of
 from .contraction import contraction_of, factors_of, lay
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -30,37 +26,38 @@ class Mixture(Rule):
     A shift passes where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         return contraction_of(node) is not None and all(is_float(factor) for factor in factors_of(node))
 
-    def relate(self, node: Node, fold: Folding) -> None:
+    def relate(self, node: Node, gauge: Gauge) -> None:
         factors = factors_of(node)
-        fixed = [fold.program.is_constant(x) or fold.is_fixed(x) for x in factors]
+        fixed = [gauge.program.is_constant(x) or gauge.is_fixed(x) for x in factors]
         at = self._averaged(node)
         if at is None:
             at = 0 if fixed[1] and not fixed[0] else 1
-        fold.pin(factors[1 - at], f"{fold.describe(node)}, of which it is a factor")
-        fold.scale_of[node] = self._arrange(node, at, fold.scale(factors[at]), fold.require_equal)
+        gauge.pin(factors[1 - at], f"{gauge.describe(node)}, of which it is a factor")
+        gauge.matches.scale_of[node] = self._arrange(node, at, gauge.scale(factors[at]), gauge.require_equal)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         at, factors = self._averaged(node), factors_of(node)
         if at is None or operand is not factors[at] or factors[0] is factors[1]:
             return Use.STOP
-        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         at = self._averaged(node)
         if at is None or operand is not factors_of(node)[at]:
             raise CannotCarry
         return self._arrange(node, at, numbers, collapse)
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
         at = self._averaged(node)
-        return fold.no_shift(node) if at is None else fold.carried(node, factors_of(node)[at])
+        return gauge.no_shift(node) if at is None else gauge.carried(node, factors_of(node)[at])
 
     def _arrange(self, node: Node, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
         """Numbers about one factor, arranged as the result's: equal along all axes that are summed over."""
         found = contraction_of(node)
+        assert found is not None  # it matches
         axes = (found.left, found.right)[at]
         numbers = collapse(numbers, tuple(a for a in varying(numbers) if axes[a] not in found.result))
         return lay(numbers, axes, found.result)
@@ -68,11 +65,12 @@ class Mixture(Rule):
     def _averaged(self, node: Node) -> int | None:
         """Which factor is averaged with the softmax that the other one is; None where neither is."""
         found, factors = contraction_of(node), factors_of(node)
+        assert found is not None  # it matches
         summed = {*found.left, *found.right} - {*found.result, ""}
         for at, axes in enumerate((found.right, found.left)):
             own = (found.left, found.right)[at]
             if len(summed) == 1 and summed <= set(axes) and summed <= set(own):
-                if _adds_up_to_one(factors[1 - at], axes.index(*summed)):
+                if _adds_up_to_one(factors[1 - at], axes.index(next(iter(summed)))):
                     return at
         return None
 
@@ -85,24 +83,24 @@ class Attention(Rule):
     constant and has no such row. Queries, keys and the mask meet in the softmax and stay as they are.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         return argument(node, "dropout_p") == 0 and all(is_float(x) for x in node.args[:3])
 
-    def relate(self, node: Node, fold: Folding) -> None:
+    def relate(self, node: Node, gauge: Gauge) -> None:
         query, key, value = node.args[:3]
-        reason = f"the comparison of queries with keys in {fold.describe(node)}"
+        reason = f"the comparison of queries with keys in {gauge.describe(node)}"
         mask = argument(node, "attn_mask")
         for operand in (query, key, *([mask] if mask is not None and is_float(mask) else [])):
-            fold.pin(operand, reason)
-        fold.scale_of[node] = self.carry(node, value, fold.scale(value), fold.require_equal, fold)
+            gauge.pin(operand, reason)
+        gauge.matches.scale_of[node] = self.carry(node, value, gauge.scale(value), gauge.require_equal, gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         query, key, _value = node.args[:3]
-        if operand in (query, key, argument(node, "attn_mask")) or not self._rows_see_something(node, fold):
+        if operand in (query, key, argument(node, "attn_mask")) or not self._rows_see_something(node, gauge):
             return Use.STOP
-        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         query, _, value = node.args[:3]
         if operand is not value:
             raise CannotCarry
@@ -115,19 +113,19 @@ class Attention(Rule):
                 numbers = np.repeat(numbers, heads[0] // heads[1], -3)
         return to_rank(numbers, node.meta["val"].dim())
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        if not self._rows_see_something(node, fold):
-            return fold.no_shift(node)
-        return fold.carried(node, node.args[2])
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        if not self._rows_see_something(node, gauge):
+            return gauge.no_shift(node)
+        return gauge.carried(node, node.args[2])
 
-    def _rows_see_something(self, node: Node, fold: Folding) -> bool:
+    def _rows_see_something(self, node: Node, gauge: Gauge) -> bool:
         """Whether no row is masked altogether."""
         mask = argument(node, "attn_mask")
         if mask is None:
             return True
-        if not fold.program.is_constant(mask):
+        if not gauge.program.is_constant(mask):
             return False
-        seen = fold.program.constant(mask)
+        seen = gauge.program.constant(mask)
         seen = seen if seen.dtype == torch.bool else seen > -torch.inf
         return bool(seen.any(-1).all())
 

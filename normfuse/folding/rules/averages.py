@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, varying
+from ..gauge import Gauge
 from .base import Use, argument, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
 from .contraction import lay
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 
@@ -24,14 +21,17 @@ aten = torch.ops.aten
 class AveragePool(Carry):
     """An average over a window passes a scale; a shift only where padding does not count as zeros."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return super().matches(node, fold) and argument(node, "divisor_override") is None
+    def keeps_channels(self, node: Node) -> bool:
+        return True
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return super().matches(node, gauge) and argument(node, "divisor_override") is None
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node) if self._counts_zeros(node) else super().settle(node, fold)
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, gauge)
+
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node) if self._counts_zeros(node) else super().settle(node, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, varying_of(numbers, range(-len(node.args[1]), 0)))
@@ -51,6 +51,9 @@ _ADAPTIVE = {
 class Mean(Carry):
     """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
 
+    def keeps_channels(self, node: Node) -> bool:
+        return True
+
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         if node.target in _ADAPTIVE:
             return collapse(numbers, varying_of(numbers, range(-_ADAPTIVE[node.target], 0)))
@@ -61,21 +64,21 @@ class Mean(Carry):
 class Total(Carry):
     """A sum over n positions: ``sum(scale * x + shift) = scale * sum(x) + n * shift``, where n is known."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return is_float(node) and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return is_float(node) and super().matches(node, gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.STOP if self._count(node) is None else super().use(node, operand, shift, fold)
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if self._count(node) is None else super().use(node, operand, shift, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return reduce_axes(node, numbers, collapse)
 
-    def factor(self, node: Node, operand: Node, fold: Folding) -> float:
+    def factor(self, node: Node, operand: Node, gauge: Gauge) -> float:
         return float(self._count(node) or 1)
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
         count = self._count(node)
-        return fold.no_shift(node) if count is None else super().settle(node, fold) * count
+        return gauge.no_shift(node) if count is None else super().settle(node, gauge) * count
 
     def _count(self, node: Node) -> int | None:
         """How many positions are added up; None if that is not known."""
@@ -91,16 +94,16 @@ class EinsumOfOne(Total):
     def operand(self, node: Node) -> Node:
         return node.args[1][0]
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return len(node.args[1]) == 1 and self._letters(node) is not None and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return len(node.args[1]) == 1 and self._letters(node) is not None and super().matches(node, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        before, after = self._letters(node)
+        before, after = self._letters(node) or ("", "")
         numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if before[axis] not in after))
         return lay(numbers, tuple(before), tuple(after))
 
     def _count(self, node: Node) -> int | None:
-        before, after = self._letters(node)
+        before, after = self._letters(node) or ("", "")
         sizes = zip(before, self.operand(node).meta["val"].shape, strict=True)
         summed = [size for letter, size in sizes if letter not in after]
         return math.prod(summed) if all(isinstance(size, int) for size in summed) else None
@@ -116,14 +119,14 @@ class EinsumOfOne(Total):
 class RunningTotal(Carry):
     """Sums over all positions up to each: a scale passes, a shift would grow from position to position."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return is_float(node) and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return is_float(node) and super().matches(node, gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, varying_of(numbers, (node.args[1],)))
@@ -146,17 +149,17 @@ class Interpolate(Carry):
 class GridSample(Carry):
     """Interpolation at computed places, which stay as they are; a border of zeros has no shift."""
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.pin(node.args[1], f"the places of {fold.describe(node)}")
-        super().relate(node, fold)
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        gauge.pin(node.args[1], f"the places of {gauge.describe(node)}")
+        super().relate(node, gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         if operand is not node.args[0] or operand is node.args[1] or self._zeros_around(node):
             return Use.STOP
-        return super().use(node, operand, shift, fold)
+        return super().use(node, operand, shift, gauge)
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node) if self._zeros_around(node) else super().settle(node, fold)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node) if self._zeros_around(node) else super().settle(node, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, reshape, same_size, to_rank, varying
-from .base import Rule, Use, argument, is_float, rule_for
-
-if TYPE_CHECKING:
-    from ..engine import Folding
+from ..gauge import Gauge
+from ..weight_edits import WeightEdits
+from .base import MeanRole, Rule, Use, argument, is_float, rule_for
 
 aten = torch.ops.aten
 
@@ -26,32 +25,41 @@ aten = torch.ops.aten
 class Carry(Rule):
     """One operand's channels, rearranged by :meth:`arrange`."""
 
-    alike = True
+    mean = MeanRole.MOVES
+    moves = True
 
     def operand(self, node: Node) -> Node:
         return node.args[0]
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         return is_float(self.operand(node))
 
-    def relate(self, node: Node, fold: Folding) -> None:
+    def relate(self, node: Node, gauge: Gauge) -> None:
         operand = self.operand(node)
-        fold.scale_of[node] = self.carry(node, operand, fold.scale(operand), fold.require_equal, fold)
+        gauge.matches.scale_of[node] = self.carry(node, operand, gauge.scale(operand), gauge.require_equal, gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         if operand is not self.operand(node):
             return Use.ABSORB  # only its shape is read
-        return Use.PASS if fold.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> Any:
+    def source(self, node: Node, gauge: Gauge) -> Node:
+        """The value whose elements the result has."""
+        return self.operand(node)
+
+    def arranged(self, node: Node, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        """Numbers about the source's channels, arranged as the result's."""
+        return self.carry(node, source, numbers, collapse, gauge)
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
         return self.arrange(node, numbers, operand.meta["val"].shape, collapse)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> Any:
         raise NotImplementedError
 
-    def settle(self, node: Node, fold: Folding) -> Any:
+    def settle(self, node: Node, gauge: Gauge) -> Any:
         operand = self.operand(node)
-        return fold.carried(node, operand)
+        return gauge.carried(node, operand)
 
 
 @rule_for(
@@ -76,19 +84,22 @@ class Identity(Carry):
     :data:`normfuse.folding.settle.GROWTH` asks costs no digits: both pass.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def keeps_channels(self, node: Node) -> bool:
+        return True
+
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         dropping = argument(node, "train", False)  # of the kinds of dropout only
-        return not dropping and is_float(node) and super().matches(node, fold)
+        return not dropping and is_float(node) and super().matches(node, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return numbers
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
         # A copy can be what makes a later view possible; nothing else here changes a value of the same dtype.
         copies = node.target in (aten.contiguous.default, aten.clone.default)
         before, after = self.operand(node).meta["val"], node.meta["val"]
         if not copies and (before.dtype, before.device) == (after.dtype, after.device):
-            fold.replace(node, self.operand(node))
+            edits.replace(node, self.operand(node))
 
 
 @rule_for(
@@ -162,6 +173,8 @@ class Repeat(Carry):
 class Slice(Carry):
     """A range along one axis; where scales vary along it, the range must be known."""
 
+    reads_part = True
+
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         axis = argument(node, "dim") % numbers.ndim
         start, end, step = (argument(node, name) for name in ("start", "end", "step"))
@@ -175,6 +188,8 @@ class Slice(Carry):
 @rule_for(aten.select.int)
 class Select(Carry):
     """One entry along an axis, which goes."""
+
+    reads_part = True
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         axis, position = node.args[1] % numbers.ndim, node.args[2]
@@ -195,6 +210,8 @@ class Select(Carry):
 class Split(Carry):
     """Consecutive pieces along one axis; `unbind` also drops the axis."""
 
+    reads_part = True
+
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> list[np.ndarray]:
         axis = argument(node, "dim") % numbers.ndim
         pieces = node.meta["val"]
@@ -213,13 +230,23 @@ class Split(Carry):
 class Piece(Carry):
     """One result of an operation that has several."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return isinstance(fold.scale_of.get(node.args[0]), list)
+    reads_part = True
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def source(self, node: Node, gauge: Gauge) -> Node:
+        several = node.args[0]
+        return gauge.matches.rule_of[several].source(several, gauge)
+
+    def arranged(self, node: Node, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        several = node.args[0]
+        return gauge.matches.rule_of[several].carry(several, source, numbers, collapse, gauge)[node.args[1]]
+
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return isinstance(gauge.matches.scale_of.get(node.args[0]), list)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.PASS
 
-    def carry(self, node: Node, operand: Node, numbers: Any, collapse: Collapse, fold: Folding) -> np.ndarray:
+    def carry(self, node: Node, operand: Node, numbers: Any, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         return numbers[node.args[1]]
 
 
@@ -262,19 +289,19 @@ class PixelUnshuffle(Carry):
 class Pad(Carry):
     """Padding with zeros keeps scales but no shift (the border has none); copies of border values keep both."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return super().matches(node, fold) and (self._copies(node) or not argument(node, "value"))
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return super().matches(node, gauge) and (self._copies(node) or not argument(node, "value"))
 
     def _copies(self, node: Node) -> bool:
         amounts = argument(node, "pad")
         nothing = all(isinstance(amount, int) and amount <= 0 for amount in amounts)
         return nothing or (node.target is aten.pad.default and argument(node, "mode") != "constant")
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return super().use(node, operand, shift, fold) if self._copies(node) else Use.STOP
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return super().use(node, operand, shift, gauge) if self._copies(node) else Use.STOP
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return super().settle(node, fold) if self._copies(node) else fold.no_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return super().settle(node, gauge) if self._copies(node) else gauge.no_shift(node)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         amounts = list(argument(node, "pad"))  # two for each axis, from the last one on

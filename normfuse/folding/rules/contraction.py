@@ -103,13 +103,13 @@ def _einsum(equation: str, left: int, right: int) -> Contraction | None:
     found = _EINSUM.fullmatch(equation)
     if found is None:
         return None
-    axes = [_letters(found[side], rank) for side, rank in (("left", left), ("right", right))]
+    first, second = (_letters(found[side], rank) for side, rank in (("left", left), ("right", right)))
     others = max((_others(found[side], rank) for side, rank in (("left", left), ("right", right))), key=len)
     if found["result"] is not None:
-        return Contraction(*axes, _letters(found["result"], None, others))
-    letters = [name for name in (*axes[0], *axes[1]) if name.isalpha()]
+        return Contraction(first, second, _letters(found["result"], None, others))
+    letters = [name for name in (*first, *second) if name.isalpha()]
     once = tuple(name for name in sorted(set(letters)) if letters.count(name) == 1)
-    return Contraction(*axes, (*others, *once))
+    return Contraction(first, second, (*others, *once))
 
 
 def _letters(term: str, rank: int | None, others: Axes = ()) -> Axes:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..gauge import Gauge
 from ..scales import AGREEMENT
-from .base import Rule, argument, is_float, rule_for
-
-if TYPE_CHECKING:
-    from ..engine import Folding
+from ..weight_edits import WeightEdits
+from .base import MeanRole, Rule, argument, is_float, rule_for
 
 aten = torch.ops.aten
 
@@ -37,11 +34,12 @@ class DynamicNorm(Rule):
     """
 
     owns_constants = True
+    mean = MeanRole.MEASURES
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         constants = (argument(node, "weight"), argument(node, "bias"))
         measures = argument(node, "training", True) and argument(node, "use_input_stats", True)
-        return measures and is_float(node.args[0]) and all(c is None or fold.usable_weight(c) for c in constants)
+        return measures and is_float(node.args[0]) and all(c is None or gauge.usable_weight(c) for c in constants)
 
     def axes(self, node: Node) -> tuple[int, ...]:
         """The axes of gain and shift."""
@@ -49,55 +47,57 @@ class DynamicNorm(Rule):
         rank = node.meta["val"].dim()
         return (1,) if shape is None else tuple(range(rank - len(shape), rank))
 
-    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
         return node.target is not aten.rms_norm.default
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.pin(node.args[0], f"the statistics of {fold.describe(node)}")
-        fold.free_axes(node, self.axes(node))
-        fold.dynamic.append(node)
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        gauge.pin(node.args[0], f"the statistics of {gauge.describe(node)}")
+        gauge.free_axes(node, self.axes(node))
+        gauge.matches.dynamic.append(node)
 
-    def gain(self, node: Node, fold: Folding) -> np.ndarray:
+    def gain(self, node: Node, gauge: Gauge) -> np.ndarray:
         """The gain along the result's channels; ones where there is none."""
-        return self._constant(node, "weight", 1.0, fold)
+        return self._constant(node, "weight", 1.0, gauge)
 
-    def shift(self, node: Node, fold: Folding) -> np.ndarray:
+    def shift(self, node: Node, gauge: Gauge) -> np.ndarray:
         """The shift along the result's channels; zeros where there is none."""
-        return self._constant(node, "bias", 0.0, fold)
+        return self._constant(node, "bias", 0.0, gauge)
 
-    def gain_is_gone(self, node: Node, fold: Folding) -> bool:
+    def gain_is_gone(self, node: Node, gauge: Gauge) -> bool:
         """Whether the weights behind have all of the gain, but for rounding."""
-        return np.allclose(fold.scales[fold.scale(node)], self.gain(node, fold), rtol=AGREEMENT, atol=0.0)
+        gone = np.allclose(gauge.scales[gauge.scale(node)], self.gain(node, gauge), rtol=AGREEMENT, atol=0.0)
+        return bool(gone)
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.chosen_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(node)
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
-        gain, shift = self.gain(node, fold), self.shift(node, fold)
-        s_y, t_y = fold.scales[fold.scale(node)], fold.shift_of[node]
-        if node in fold.cancelled:
-            left = np.ones(()) if self.gain_is_gone(node, fold) else gain / np.where(s_y == 0, 1.0, s_y)
-            fold.replace(node, fold.multiply(node.args[0], left, before=node))
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+        gauge = edits.gauge
+        gain, shift = self.gain(node, gauge), self.shift(node, gauge)
+        s_y, t_y = gauge.scales[gauge.scale(node)], gauge.shifts.of[node]
+        if node in gauge.cancelling.cancelled:
+            left = np.ones(()) if self.gain_is_gone(node, gauge) else gain / np.where(s_y == 0, 1.0, s_y)
+            edits.replace(node, edits.multiply(node.args[0], left, before=node))
             return
         weight = argument(node, "weight")
-        if self.gain_is_gone(node, fold):
+        if self.gain_is_gone(node, gauge):
             if weight is not None:
-                fold.set_argument(node, "weight", None)
+                edits.set_argument(node, "weight", None)
         elif weight is None:
-            fold.create_weight(node, "weight", self._stored(node, gain / s_y))
+            edits.create_weight(node, "weight", self._stored(node, gain / s_y))
         elif (s_y != 1).any():
             # Where the scale is zero, so is the gain, and whatever is stored counts for nothing.
-            fold.scale_weight(node, weight, 1.0 / self._stored(node, np.where(s_y == 0, 1.0, s_y)))
-        if self.chooses_shift(node, fold) and (t_y.any() or (s_y != 1).any()):
+            edits.scale_weight(node, weight, 1.0 / self._stored(node, np.where(s_y == 0, 1.0, s_y)))
+        if self.chooses_shift(node, gauge) and (t_y.any() or (s_y != 1).any()):
             rest = shift - t_y
             assert not rest[np.broadcast_to(s_y == 0, rest.shape)].any(), (
                 "a scale is zero only where all weights take shifts"
             )
             rest = np.divide(rest, s_y, out=np.zeros_like(rest), where=s_y != 0)
             bias = argument(node, "bias")
-            name = f"{fold.path(node)}.bias"
-            fold.set_bias(node, "bias", bias, self._stored(node, rest), name=name, like=node.args[0])
-        if node in fold.without_mean:
+            name = f"{gauge.path(node)}.bias"
+            edits.set_bias(node, "bias", bias, self._stored(node, rest), name=name, like=node.args[0])
+        if node in gauge.centring.without_mean:
             shape, eps = argument(node, "normalized_shape"), argument(node, "eps")
             args = (node.args[0], shape, argument(node, "weight"), eps)
             node.target, node.args, node.kwargs = aten.rms_norm.default, args, {}
@@ -111,7 +111,7 @@ class DynamicNorm(Rule):
     def _shape(self, node: Node) -> tuple[int, ...]:
         return tuple(int(node.meta["val"].shape[axis]) for axis in self.axes(node))
 
-    def _constant(self, node: Node, name: str, default: float, fold: Folding) -> np.ndarray:
+    def _constant(self, node: Node, name: str, default: float, gauge: Gauge) -> np.ndarray:
         value, axes, shape = argument(node, name), self.axes(node), node.meta["val"].shape
-        numbers = np.full(self._shape(node), default) if value is None else fold.program.constant(value).numpy()
+        numbers = np.full(self._shape(node), default) if value is None else gauge.program.constant(value).numpy()
         return numbers.reshape([int(shape[axis]) if axis in axes else 1 for axis in range(len(shape))])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse
-from .base import MAX_LOOKED_AT, Rule, Use, argument, is_float, rule_for
+from ..gauge import Gauge
+from ..weight_edits import WeightEdits
+from .base import MAX_LOOKED_AT, MeanRole, Rule, Use, argument, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 _POOLS = {  # how many of the last axes they reduce
@@ -35,13 +33,13 @@ _COMPARISONS = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
 class Rising(Carry):
     """What takes positive scales only."""
 
-    alike = False
+    mean = MeanRole.READS
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        super().relate(node, fold)
-        scales = fold.scale_of[node]
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        super().relate(node, gauge)
+        scales = gauge.matches.scale_of[node]
         for scale in scales if isinstance(scales, list) else [scales]:
-            fold.scales.require_positive(scale)
+            gauge.scales.require_positive(scale)
 
 
 @rule_for(
@@ -50,6 +48,9 @@ class Rising(Carry):
 )
 class Maximum(Rising):
     """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""
+
+    def keeps_channels(self, node: Node) -> bool:
+        return True
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         if node.target in _POOLS:
@@ -69,10 +70,13 @@ class Maximum(Rising):
 class Ranked(Maximum):
     """Values chosen by their order, with the places where they were, which no scale or shift changes."""
 
+    def keeps_channels(self, node: Node) -> bool:
+        return False
+
     def carry(
-        self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding
+        self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge
     ) -> list[np.ndarray]:
-        result = super().carry(node, operand, numbers, collapse, fold)
+        result = super().carry(node, operand, numbers, collapse, gauge)
         places = np.zeros((1,) * result.ndim, numbers.dtype)
         return [result if value.is_floating_point() else places for value in node.meta["val"]]
 
@@ -82,11 +86,11 @@ class Homogeneous(Rising):
 
     owns_constants = True
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return numbers
@@ -101,11 +105,11 @@ _BOUNDS = ("min", "max", "min_val", "max_val", "threshold", "value")
 class Slope(Homogeneous):
     """Two slopes that meet at zero, which are constant."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         slope = argument(node, "weight")
-        if not super().matches(node, fold) or argument(node, "training"):
+        if not super().matches(node, gauge) or argument(node, "training"):
             return False
-        return slope is None or fold.program.is_constant(slope)
+        return slope is None or gauge.program.is_constant(slope)
 
 
 @rule_for(
@@ -119,26 +123,27 @@ class Bend(Homogeneous):
     Where a shift has nowhere else to go, the bound takes it: ``max(s * x + t, 0) = s * max(x, -t / s) + t``.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         value, bounds = node.args[0], self._bounds(node)
-        if not is_float(value) or fold.program.is_constant(value) or value.meta["val"].dtype != node.meta["val"].dtype:
+        if not is_float(value) or gauge.program.is_constant(value) or value.meta["val"].dtype != node.meta["val"].dtype:
             return False
-        return value.meta["val"].dim() == node.meta["val"].dim() and all(is_bound(bound, fold) for bound in bounds)
+        return value.meta["val"].dim() == node.meta["val"].dim() and all(is_bound(bound, gauge) for bound in bounds)
 
     def bends(self, node: Node) -> bool:
         """Whether there is one bound, zero everywhere."""
         return self._side(node) is not None
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.PASS if node in fold.bent else Use.STOP
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.PASS if node in gauge.shifts.bent else Use.STOP
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.carried(node, node.args[0]) if node in fold.bent else fold.no_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.carried(node, node.args[0]) if node in gauge.shifts.bent else gauge.no_shift(node)
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
-        if node in fold.bent and fold.shift_of[node].any():
-            bound = -fold.shift_of[node] / fold.scales[fold.scale(node)]
-            fold.replace(node, fold.apply(self._side(node), node.args[0], bound, name="bound", before=node))
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+        gauge = edits.gauge
+        if node in gauge.shifts.bent and gauge.shifts.of[node].any():
+            bound = -gauge.shifts.of[node] / gauge.scales[gauge.scale(node)]
+            edits.replace(node, edits.apply(self._side(node), node.args[0], bound, name="bound", before=node))
 
     def _bounds(self, node: Node) -> list[object]:
         if node.target in (aten.maximum.default, aten.minimum.default):
@@ -161,22 +166,22 @@ class Bend(Homogeneous):
 class Sign(Rule):
     """Which values are above zero: a positive scale does not matter, a shift does."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         return is_float(node.args[0]) and node.args[1] == 0
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.scales.require_positive(fold.scale(node.args[0]))
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        gauge.scales.require_positive(gauge.scale(node.args[0]))
 
 
-def is_bound(bound: object, fold: Folding) -> bool:
+def is_bound(bound: object, gauge: Gauge) -> bool:
     """Whether a bound is the same for every positive scale: none, zero or infinite, everywhere."""
     if bound is None:
         return True
     if isinstance(bound, int | float):
         return bound == 0 or math.isinf(bound)
-    if not fold.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:
+    if not gauge.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:
         return False
-    value = fold.program.constant(bound)
+    value = gauge.program.constant(bound)
     return bool(((value == 0) | value.isinf()).all())
 
 

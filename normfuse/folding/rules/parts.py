@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, varying
+from ..gauge import Gauge
 from .base import Use, argument, is_float, rule_for
 from .carry import Carry, varying_of
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 
@@ -23,7 +19,7 @@ class Flip(Carry):
     """Entries along some axes in reverse order."""
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return np.flip(numbers, [dim % numbers.ndim for dim in node.args[1]])
+        return np.flip(numbers, tuple(dim % numbers.ndim for dim in node.args[1]))
 
 
 @rule_for(aten.narrow.default)
@@ -85,11 +81,11 @@ class Windows(Carry):
 class Patches(Carry):
     """Windows of an image: the entries of a window become neighbouring channels. Padding has no shift."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
-        return Use.STOP if any(argument(node, "padding")) else super().use(node, operand, shift, fold)
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if any(argument(node, "padding")) else super().use(node, operand, shift, gauge)
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node) if any(argument(node, "padding")) else super().settle(node, fold)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node) if any(argument(node, "padding")) else super().settle(node, gauge)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, varying_of(numbers, (-1, -2))).squeeze(-1)
@@ -102,11 +98,11 @@ class Patches(Carry):
 class Overlaps(Carry):
     """Windows added up where they overlap, which takes equal scales within a window and no shift."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.no_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node)
 
     def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, varying_of(numbers, (-1,)))
@@ -135,17 +131,17 @@ class Diagonal(Carry):
 class Chosen(Carry):
     """Entries along some axes, chosen by tensors of indices. Where the scales differ, the choice must be constant."""
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, fold: Folding) -> np.ndarray:
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         chosen = self.indices(node, numbers.ndim)
         axes = self.axes(chosen)
-        constant = all(index is None or fold.program.is_constant(index) for index in chosen)
+        constant = all(index is None or gauge.program.is_constant(index) for index in chosen)
         if not constant or any(not isinstance(operand.meta["val"].shape[axis], int) for axis in axes):
             numbers = collapse(numbers, varying_of(numbers, axes))
         if not varying_of(numbers, axes):
             return numbers[tuple(self._nothing(index) for index in self._without_masks(chosen))]
         shape = operand.meta["val"].shape
         full = [int(shape[axis]) if axis in axes else size for axis, size in enumerate(numbers.shape)]
-        index = tuple(slice(None) if i is None else fold.program.constant(i).numpy() for i in chosen)
+        index = tuple(slice(None) if i is None else gauge.program.constant(i).numpy() for i in chosen)
         return np.broadcast_to(numbers, full)[index]
 
     def indices(self, node: Node, rank: int) -> list[Node | None]:
@@ -159,8 +155,8 @@ class Chosen(Carry):
     def _without_masks(self, chosen: list[Node | None]) -> list[Node | None]:
         spread: list[Node | None] = []
         for index in chosen:
-            mask = index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
-            spread += [index] * (index.meta["val"].dim() if mask else 1)
+            masks = index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+            spread += [index] * (index.meta["val"].dim() if index is not None and masks else 1)
         return spread
 
     def _nothing(self, index: Node | None) -> slice | np.ndarray:
@@ -175,8 +171,8 @@ class Chosen(Carry):
 class Index(Chosen):
     """``x[:, i, j]`` with tensors of indices."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return super().matches(node, fold) and any(index is not None for index in node.args[1])
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return super().matches(node, gauge) and any(index is not None for index in node.args[1])
 
     def indices(self, node: Node, rank: int) -> list[Node | None]:
         return list(node.args[1])
@@ -186,9 +182,9 @@ class Index(Chosen):
 class IndexSelect(Chosen):
     """Chosen entries along one axis."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         one = node.args[2].meta["val"].dim() == 1 and is_float(node.args[0]) and node.args[0].meta["val"].dim() > 0
-        return one and super().matches(node, fold)
+        return one and super().matches(node, gauge)
 
     def indices(self, node: Node, rank: int) -> list[Node | None]:
         return [None] * (node.args[1] % rank) + [node.args[2]]
@@ -198,7 +194,7 @@ class IndexSelect(Chosen):
 class Gather(Carry):
     """One entry along an axis, chosen at each position: the scales along it are equal."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         same_rank = is_float(node.args[0]) and 0 < node.args[0].meta["val"].dim() == node.meta["val"].dim()
         return same_rank and argument(node, "dim") is not None
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch.fx import Node
 
+from ..gauge import Gauge
 from .base import Rule, is_float, rule_for
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 _EXPONENTS = {
@@ -30,8 +26,8 @@ class Power(Rule):
     The equation is no ratio. It is met when the ratios are: see :func:`settle_powers`.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        if node in fold.fixed_powers or not is_float(node) or not is_float(node.args[0]):
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        if node in gauge.options.fixed_powers or not is_float(node) or not is_float(node.args[0]):
             return False
         if node.target is aten.mul.Tensor:
             return node.args[0] is node.args[1]
@@ -41,32 +37,33 @@ class Power(Rule):
         """The power to which the operand is raised."""
         return node.args[1] if node.target is aten.pow.Tensor_Scalar else _EXPONENTS[node.target]
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        scale = fold.scale(node.args[0])
-        fold.scale_of[node] = fold.scales.fresh(scale.shape)
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        scale = gauge.scale(node.args[0])
+        gauge.matches.scale_of[node] = gauge.scales.fresh(scale.shape)
         if self.exponent(node) % 1:
-            fold.scales.require_positive(scale)
-            fold.scales.require_positive(fold.scale_of[node])
-        fold.powers.append(node)
+            gauge.scales.require_positive(scale)
+            gauge.scales.require_positive(gauge.matches.scale_of[node])
+        gauge.matches.powers.append(node)
 
 
-def settle_powers(fold: Folding) -> Node | None:
-    """Meet the equations of all powers, one after another; returns the first that contradicts what is known.
+def settle_powers(gauge: Gauge) -> set[Node]:
+    """Meet the equations of all powers, one after another; returns those that contradict what is known.
 
     Where the scale of one side is fixed, the other follows. Where both are free, the operand's is chosen.
     """
-    for node in fold.powers:
-        rule = fold.rule_of[node]
-        assert isinstance(rule, Power)
-        exponent, x, y = rule.exponent(node), fold.scale(node.args[0]), fold.scale(node)
-        behind = fold.scales.known(y)
-        follows = np.isnan(fold.scales.known(x)) & ~np.isnan(behind)
-        if exponent % 2 != 1 and (behind[follows] < 0).any():
-            return node
-        root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / exponent)
-        if not fold.scales.demand(x[follows], np.zeros_like(x[follows]), root):
-            return node
-        fold.scales.choose(x)
-        if not fold.scales.demand(y, np.zeros_like(y), fold.scales.known(x) ** exponent):
-            return node
-    return None
+    return {node for node in gauge.matches.powers if not _meet(node, gauge)}
+
+
+def _meet(node: Node, gauge: Gauge) -> bool:
+    rule = gauge.matches.rule_of[node]
+    assert isinstance(rule, Power)
+    exponent, x, y = rule.exponent(node), gauge.scale(node.args[0]), gauge.scale(node)
+    behind = gauge.scales.known(y)
+    follows = np.isnan(gauge.scales.known(x)) & ~np.isnan(behind)
+    if exponent % 2 != 1 and (behind[follows] < 0).any():
+        return False
+    root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / exponent)
+    if not gauge.scales.demand(x[follows], np.zeros_like(x[follows]), root):
+        return False
+    gauge.scales.choose(x)
+    return bool(gauge.scales.demand(y, np.zeros_like(y), gauge.scales.known(x) ** exponent))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ..arrays import to_rank, without_leading_ones
+from ..gauge import Gauge
 from .base import argument, rule_for
 from .contraction import Contraction, contraction_of, factors_of, lay
 from .weights import Weighted
-
-if TYPE_CHECKING:
-    from ..engine import Folding
 
 aten = torch.ops.aten
 
@@ -30,9 +26,9 @@ class Product(Weighted):
         factors = factors_of(node)
         return factors[1 - self.weight_at], factors[self.weight_at], None
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         found = contraction_of(node)
-        if found is None or not super().matches(node, fold):
+        if found is None or not super().matches(node, gauge):
             return False
         x, weight, result = self._axes(found)
         # What is summed over belongs to both: a sum over positions or over a weight alone is no map along axes.
@@ -84,11 +80,14 @@ class Linear(Product):
 
     has_bias = True
 
+    def writes_rows(self, node: Node) -> bool:
+        return True
+
     def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
         return Weighted.operands(self, node)
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return argument(node, "weight").meta["val"].dim() == 2 and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return argument(node, "weight").meta["val"].dim() == 2 and super().matches(node, gauge)
 
 
 @rule_for(
@@ -113,8 +112,8 @@ class LeftProduct(Product):
 class LinearToOne(Product):
     """``y = x w`` with a vector w; a bias that folding creates follows as an Add."""
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return argument(node, "bias") is None and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return argument(node, "bias") is None and super().matches(node, gauge)
 
 
 class BiasedProduct(Product):
@@ -126,8 +125,8 @@ class BiasedProduct(Product):
     def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
         return *super().operands(node)[:2], argument(node, self.bias_name)
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return argument(node, "beta") != 0 and super().matches(node, fold)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return argument(node, "beta") != 0 and super().matches(node, gauge)
 
     def bias_fits(self, node: Node, shape: torch.Size) -> bool:
         return True

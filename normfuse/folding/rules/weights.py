@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, take_first, varying, without_leading_ones
+from ..gauge import Gauge
 from ..program import piece
-from .base import Rule, Use, argument, is_float, rule_for
-
-if TYPE_CHECKING:
-    from ..engine import Folding
+from ..weight_edits import WeightEdits
+from .base import MeanRole, Rule, Use, argument, is_float, rule_for
 
 aten = torch.ops.aten
 
@@ -33,18 +30,20 @@ class Weighted(Rule):
     """
 
     owns_constants = True
+    mean = MeanRole.WRITES
+    weighs = True
     #: Name of the bias in the operation's schema.
     bias_name = "bias"
     #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
     has_bias = True
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         operand, weight, bias = self.operands(node)
-        if not is_float(operand) or fold.program.is_constant(operand):
+        if not is_float(operand) or gauge.program.is_constant(operand):
             return False
-        if not fold.usable_weight(weight) or not is_float(weight):
+        if not gauge.usable_weight(weight) or not is_float(weight):
             return False
-        return bias is None or (fold.program.is_constant(bias) and self.bias_fits(node, bias.meta["val"].shape))
+        return bias is None or (gauge.program.is_constant(bias) and self.bias_fits(node, bias.meta["val"].shape))
 
     def bias_fits(self, node: Node, shape: torch.Size) -> bool:
         """Whether a bias of this shape is added to the output channels; others broadcast."""
@@ -54,8 +53,11 @@ class Weighted(Rule):
     def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
         return tuple(argument(node, name) for name in ("input", "weight", self.bias_name))
 
-    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
         return True
+
+    def price(self, node: Node) -> int:
+        return 0 if self.operands(node)[2] is not None else 1
 
     def input_axes(self, node: Node) -> tuple[int, ...]:
         """The axes of the input that the weight reads."""
@@ -93,14 +95,14 @@ class Weighted(Rule):
         """Whether the weight can produce its result less means over groups of its entries."""
         return True
 
-    def relate(self, node: Node, fold: Folding) -> None:
+    def relate(self, node: Node, gauge: Gauge) -> None:
         operand, _, _ = self.operands(node)
-        inner = fold.scale(operand)
-        fold.require_equal(inner, self._others(node, inner))
-        fold.stored.append(inner)
-        fold.free_axes(node, self.output_axes(node))
+        inner = gauge.scale(operand)
+        gauge.require_equal(inner, self._others(node, inner))
+        gauge.matches.stored.append(inner)
+        gauge.free_axes(node, self.output_axes(node))
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         if shift is None:
             return Use.ABSORB
         try:
@@ -109,43 +111,44 @@ class Weighted(Rule):
             return Use.STOP
         return Use.ABSORB
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.chosen_shift(node)
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(node)
 
-    def constant_part(self, node: Node, fold: Folding) -> np.ndarray:
+    def constant_part(self, node: Node, gauge: Gauge) -> np.ndarray:
         """``bias + W t_x``, what the result holds whatever the input is; nothing where it differs between positions."""
-        constant = self._constant(node, fold)
+        constant = self._constant(node, gauge)
         positions = tuple(axis for axis in varying(constant) if axis not in self.output_axes(node))
-        return fold.no_shift(node) if positions else np.broadcast_to(constant, fold.scale_of[node].shape)
+        return gauge.no_shift(node) if positions else np.broadcast_to(constant, gauge.matches.scale_of[node].shape)
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+        gauge = edits.gauge
         operand, weight, bias = self.operands(node)
-        s_x, s_y = fold.scales[fold.scale(operand)], fold.scales[fold.scale(node)]
-        t_x, t_y = fold.incoming(node, operand), fold.shift_of[node]
+        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(node)]
+        t_x, t_y = gauge.incoming(node, operand), gauge.shifts.of[node]
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
-        centre = fold.centred.get(node)
-        if fold.program.computed(weight) and not rescaled and centre is None:
-            fold.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
+        centre = gauge.centring.centred.get(node)
+        if gauge.program.computed(weight) and not rescaled and centre is None:
+            edits.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
         if not rescaled and not t_x.any() and not t_y.any() and centre is None:
             return
-        constant = (self._constant(node, fold) - t_y) / s_y
+        constant = (self._constant(node, gauge) - t_y) / s_y
         if centre is not None:
             constant = subtract_means(torch.from_numpy(constant), centre).numpy()
         if rescaled or centre is not None:
             s_x = take_first(s_x, self._others(node, s_x))
             factors = (self.rows(node, 1.0 / s_y), self.columns(node, s_x)) if rescaled else ()
             centre = None if centre is None else self.rows(node, centre).numpy()
-            fold.scale_weight(node, weight, *factors, centre=centre)
-        self.set_bias(node, weight, bias, constant / self.factor_of_bias(node), fold)
+            edits.scale_weight(node, weight, *factors, centre=centre)
+        self.set_bias(node, weight, bias, constant / self.factor_of_bias(node), edits)
 
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: np.ndarray, fold: Folding) -> None:
+    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
         """Let the operation add `value`, an array over the result's channels."""
-        name = _bias_name(fold.program.name(weight))
+        name = _bias_name(edits.program.name(weight))
         if self.has_bias:
             stored = torch.from_numpy(np.array(self.bias_layout(node, value)))
-            fold.set_bias(node, self.bias_name, bias, stored, name=name, like=weight)
+            edits.set_bias(node, self.bias_name, bias, stored, name=name, like=weight)
         elif value.any():
-            fold.append_add(node, without_leading_ones(value), name=name, like=weight)
+            edits.append_add(node, without_leading_ones(value), name=name, like=weight)
 
     def bias_of(self, node: Node, value: np.ndarray) -> np.ndarray:
         """The operation's bias as an array over the result."""
@@ -157,20 +160,20 @@ class Weighted(Rule):
         (axis,) = self.output_axes(node)
         return np.broadcast_to(value.ravel(), (int(node.meta["val"].shape[axis]),))
 
-    def through(self, node: Node, weight: Node, shift: np.ndarray, fold: Folding) -> np.ndarray:
+    def through(self, node: Node, weight: Node, shift: np.ndarray, gauge: Gauge) -> np.ndarray:
         """What a constant input contributes to the result: ``W shift``, as an array over the result's channels."""
         laid, contracted = self.columns(node, collapse_equal(shift, self._others(node, shift))), self.contracted(node)
-        parts = [block * piece(laid, rows) for rows, block in fold.program.blocks(weight)]
+        parts = [block * piece(laid, rows) for rows, block in gauge.program.blocks(weight)]
         parts = [part.sum(contracted, keepdim=True) for part in parts] if contracted else parts
         return self.written(node, sum(parts) if 0 in contracted else torch.cat(parts)) * self.factor_of_product(node)
 
-    def _constant(self, node: Node, fold: Folding) -> np.ndarray:
+    def _constant(self, node: Node, gauge: Gauge) -> np.ndarray:
         operand, weight, bias = self.operands(node)
-        constant = fold.no_shift(node)
+        constant = gauge.no_shift(node)
         if bias is not None:
-            constant = self.bias_of(node, fold.program.constant(bias).numpy()) * self.factor_of_bias(node)
-        t_x = fold.incoming(node, operand)
-        return constant + self.through(node, weight, t_x, fold) if t_x.any() else constant
+            constant = self.bias_of(node, gauge.program.constant(bias).numpy()) * self.factor_of_bias(node)
+        t_x = gauge.incoming(node, operand)
+        return constant + self.through(node, weight, t_x, gauge) if t_x.any() else constant
 
     def _others(self, node: Node, numbers: np.ndarray) -> tuple[int, ...]:
         """The axes along which numbers about the input vary, though the weight does not read them."""
@@ -192,9 +195,9 @@ class Convolution(Weighted):
     ``W t_x`` sums over the kernel, which holds only where no zero padding enters: with padding, a shift stops.
     """
 
-    def matches(self, node: Node, fold: Folding) -> bool:
+    def matches(self, node: Node, gauge: Gauge) -> bool:
         batched = argument(node, "input").meta["val"].dim() == argument(node, "weight").meta["val"].dim()
-        return batched and super().matches(node, fold)
+        return batched and super().matches(node, gauge)
 
     def input_axes(self, node: Node) -> tuple[int, ...]:
         return (1,)
@@ -202,12 +205,12 @@ class Convolution(Weighted):
     def output_axes(self, node: Node) -> tuple[int, ...]:
         return (1,)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         padding = argument(node, "padding")
         padding = [padding] if isinstance(padding, str | int) else padding
         if any(amount not in (0, "valid") for amount in padding):
             return Use.STOP
-        return super().use(node, operand, shift, fold)
+        return super().use(node, operand, shift, gauge)
 
     def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
         return self._over_kernel(node, torch.from_numpy(np.array(numbers)))
@@ -223,6 +226,9 @@ class Convolution(Weighted):
 
     def can_centre(self, node: Node, groups: np.ndarray) -> bool:
         return argument(node, "groups") == 1  # other groups of the convolution read other inputs
+
+    def writes_rows(self, node: Node) -> bool:
+        return argument(node, "groups") == 1
 
     def _over_kernel(self, node: Node, numbers: Tensor) -> Tensor:
         """Numbers along the weight's first axis."""
@@ -241,8 +247,11 @@ class Convolution(Weighted):
 class TransposedConvolution(Convolution):
     """W[in, out / groups, *kernel]: scales pass, a shift never does (the borders see fewer kernel taps)."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, fold: Folding) -> Use:
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
+
+    def writes_rows(self, node: Node) -> bool:
+        return False
 
     def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
         return self._per_group(node, torch.from_numpy(np.array(numbers)))
@@ -256,28 +265,39 @@ class Embedding(Rule):
     """``y = E[index]``: ``E' = (E - t_y) / s_y``."""
 
     owns_constants = True
+    mean = MeanRole.WRITES
 
-    def matches(self, node: Node, fold: Folding) -> bool:
-        return fold.usable_weight(node.args[0]) and not fold.program.is_constant(node.args[1])
+    def output_axes(self, node: Node) -> tuple[int, ...]:
+        return (node.meta["val"].dim() - 1,)
 
-    def chooses_shift(self, node: Node, fold: Folding) -> bool:
+    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
         return True
 
-    def relate(self, node: Node, fold: Folding) -> None:
-        fold.free_axes(node, (node.meta["val"].dim() - 1,))
+    def price(self, node: Node) -> int:
+        return 2
 
-    def settle(self, node: Node, fold: Folding) -> np.ndarray:
-        return fold.chosen_shift(node)
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        return gauge.usable_weight(node.args[0]) and not gauge.program.is_constant(node.args[1])
 
-    def rewrite(self, node: Node, fold: Folding) -> None:
+    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
+        return True
+
+    def relate(self, node: Node, gauge: Gauge) -> None:
+        gauge.free_axes(node, (node.meta["val"].dim() - 1,))
+
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(node)
+
+    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+        gauge = edits.gauge
         weight = node.args[0]
         size = int(node.meta["val"].shape[-1])
-        s_y = fold.vector(fold.scales[fold.scale(node)], -1, size)
-        t_y = fold.vector(fold.shift_of[node], -1, size)
-        centre = fold.centred.get(node)
+        s_y = edits.vector(gauge.scales[gauge.scale(node)], -1, size)
+        t_y = edits.vector(gauge.shifts.of[node], -1, size)
+        centre = gauge.centring.centred.get(node)
         if (s_y != 1).any() or t_y.any() or centre is not None:
             centre = None if centre is None else centre.reshape(1, -1)
-            fold.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
+            edits.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
 
 
 def _bias_name(weight_name: str) -> str:

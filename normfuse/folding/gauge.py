@@ -1,0 +1,244 @@
+"""What rules ask about a program while it is folded, and the results of the steps that know the answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from .arrays import CannotCarry, collapse_equal, same_size, take_first
+from .nodes import is_float, module_of, operation_name
+from .program import Program
+from .results import Cancelling, Centring, Matches, Shifts, Solution
+from .scales import Outcome, Scales
+
+aten = torch.ops.aten
+
+_ABOUT_SIZES = {
+    *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
+    *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+}
+# A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
+MAX_FREE_ENTRIES = 1 << 22
+# Dtypes with so few exponents that scales take them away from the values: one byte leaves none to spare.
+_FEW_EXPONENTS = {
+    *(torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a program is folded, see :func:`normfuse.fold`; the last two change where a first attempt contradicts itself.
+
+    Attributes:
+        fold_zeros: whether norms with gains of zero fold where only weights read the result.
+        fixed_powers: powers whose scales are fixed before all demands.
+    """
+
+    copy_shared: bool = True
+    carry_biases: bool = False
+    max_scale_range: float = 2.0**40
+    keep_dynamic_norms: bool = False
+    fold_zeros: bool = True
+    fixed_powers: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """``original = scale * folded + shift`` for every value: what is known of it so far.
+
+    Every step returns its result, and :meth:`knowing` makes a gauge that answers with it. A step's own result is still
+    open while it asks the rules; afterwards nobody writes into it.
+    """
+
+    program: Program
+    options: Options
+    scales: Scales
+    matches: Matches
+    solution: Solution = field(default_factory=Solution)
+    shifts: Shifts = field(default_factory=Shifts)
+    centring: Centring = field(default_factory=Centring)
+    cancelling: Cancelling = field(default_factory=Cancelling)
+    _shift_shapes: dict[Node, Any] = field(default_factory=dict)
+
+    def knowing(self, **results: Any) -> Gauge:
+        """The same with the results of another step."""
+        return replace(self, **results)
+
+    # -- scales ------------------------------------------------------------------------------------------------
+
+    def scale(self, node: Node) -> Any:
+        """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
+        if node not in self.matches.scale_of:
+            value = node.meta["val"]
+            if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES:
+                self.matches.scale_of[node] = self.scales.fresh(tuple(value.shape))
+                self.matches.stored.append(self.matches.scale_of[node])
+                self.matches.leaves.append(node)
+                self.bound(node)
+            else:
+                self.matches.scale_of[node] = self.scales.pinned((1,) * value.dim())
+        return self.matches.scale_of[node]
+
+    def pin(self, node: Node, reason: str) -> None:
+        """Fix a value's scale to one."""
+        if not is_float(node):
+            return
+        if node in self.matches.scale_of:
+            self.scales.pin(self.matches.scale_of[node], reason)
+        else:
+            self.matches.scale_of[node] = self.scales.fresh((1,) * node.meta["val"].dim())
+            self.scales.pin(self.matches.scale_of[node], reason)
+
+    def is_fixed(self, node: Node) -> bool:
+        """Whether a value's scale is one already."""
+        return not self.program.is_constant(node) and self.scales.is_pinned(self.scale(node))
+
+    def require_equal(self, index: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+        """Require equal scales along `axes`."""
+        first = take_first(index, axes)
+        self.scales.equate(index, first)
+        return first
+
+    def free_axes(self, node: Node, axes: tuple[int, ...]) -> None:
+        """Give the result of a weight operation free scales along some axes."""
+        value = node.meta["val"]
+        shape = [int(size) if axis in axes else 1 for axis, size in enumerate(value.shape)]
+        self.matches.scale_of[node] = self.scales.fresh(tuple(shape))
+        self.matches.stored.append(self.matches.scale_of[node])
+
+    def usable_weight(self, node: object) -> bool:
+        """Whether a weight is constant and may be replaced."""
+        return self.program.is_constant(node) and (self.options.copy_shared or not self.program.shared(node))
+
+    def bound(self, node: Node) -> None:
+        """Keep the scales of values that are stored in few exponents close to one, whatever other values allow."""
+        scale, value = self.matches.scale_of.get(node), node.meta.get("val")
+        pieces = zip(scale, value, strict=True) if isinstance(scale, list) else [(scale, value)]
+        for index, part in pieces:
+            if index is None or not isinstance(part, torch.Tensor) or part.dtype not in _FEW_EXPONENTS:
+                continue
+            if part.itemsize == 1:
+                self.scales.pin(index, f"its dtype {str(part.dtype).removeprefix('torch.')}")
+            else:
+                self.scales.bound(index)
+
+    # -- shifts ------------------------------------------------------------------------------------------------
+
+    def no_shift(self, node: Node) -> np.ndarray:
+        return np.zeros((1,) * node.meta["val"].dim())
+
+    def any_shift(self, node: Node) -> Any:
+        """A shift that differs wherever one can: what can be done with it can be done with any."""
+        if not self._shift_shapes:
+            self._shift_shapes.update(self._find_shift_shapes())
+        shapes = self._shift_shapes[node]
+        several = isinstance(shapes, list)
+        shifts = [np.arange(1.0, math.prod(shape) + 1.0).reshape(shape) for shape in (shapes if several else [shapes])]
+        return shifts if several else shifts[0]
+
+    def _find_shift_shapes(self) -> dict[Node, Any]:
+        """The shapes that the shifts of values can have (lists for several results): some vary where scales do not.
+
+        Found by settling shifts of zero.
+        """
+        shapes: dict[Node, Any] = {}
+        trial = Shifts()
+        empty = self.knowing(shifts=trial)
+        for node in self.program.graph.nodes:
+            scale, rule = self.matches.scale_of.get(node), self.matches.rule_of.get(node)
+            if scale is None:
+                continue
+            shift = self.no_shift(node) if rule is None else rule.settle(node, empty)
+            if isinstance(scale, list):
+                pairs = zip(scale, shift, strict=True)
+                shapes[node] = [np.broadcast_shapes(*(a.shape for a in pair)) for pair in pairs]
+                trial.of[node] = [np.zeros(shape) for shape in shapes[node]]
+            else:
+                shapes[node] = np.broadcast_shapes(scale.shape, shift.shape)
+                trial.of[node] = np.zeros(shapes[node])
+        return shapes
+
+    def chosen_shift(self, node: Node) -> np.ndarray:
+        """The shift that was chosen for the result of a weight operation; none unless a norm asked for one."""
+        return self.shifts.chosen.get(node, self.no_shift(node))
+
+    def incoming(self, node: Node, operand: Node) -> np.ndarray:
+        """The shift with which `operand` arrives at `node`: none where it has been written out."""
+        if node in self.shifts.spilled.get(operand, ()):
+            return self.no_shift(operand)
+        return self.shifts.of.get(operand, self.no_shift(operand))
+
+    def carried(self, node: Node, operand: Node) -> Any:
+        """An operand's shift, arranged as the result's."""
+        several = isinstance(self.matches.scale_of[operand], list)
+        shift = self.shifts.of[operand] if several else self.incoming(node, operand)
+        return self.matches.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+
+    def can_carry(self, node: Node, operand: Node, shift: np.ndarray | None) -> bool:
+        """Whether the operation can arrange this shift as its result's; an unknown one counts as possible."""
+        if shift is None:
+            return True
+        try:
+            self.matches.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+        except CannotCarry:
+            return False
+        return True
+
+    def scales_behind(self, node: Node) -> np.ndarray:
+        """The scale variables of a value and of those that are it, rearranged or mapped, and nothing else."""
+        found, pending = [], [node]
+        while pending:
+            current = pending.pop()
+            scale = self.matches.scale_of[current]
+            found += [part.ravel() for part in (scale if isinstance(scale, list) else [scale])]
+            for user in current.users:
+                mapped = user in self.matches.affine and user not in self.solution.kept
+                rule = self.matches.rule_of.get(user)
+                if user in self.matches.scale_of and (mapped or (rule is not None and rule.moves)):
+                    pending.append(user)
+        return np.concatenate(found)
+
+    # -- words -------------------------------------------------------------------------------------------------
+
+    def reads_values(self, node: Node) -> bool:
+        """Whether a node looks at the values of tensors, not only at their sizes."""
+        return node.target not in _ABOUT_SIZES
+
+    def returns(self, reader: Node, value: Node) -> bool:
+        """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""
+        return reader.op == "output" or reader in self.program.shared_by_outputs.get(value, ())
+
+    def same_shape(self, a: Node, b: Node) -> bool:
+        shapes = (a.meta["val"].shape, b.meta["val"].shape)
+        return all(same_size(x, y) for x, y in zip(*shapes, strict=True))
+
+    def path(self, node: Node) -> str:
+        return module_of(node)[0] or node.name
+
+    def describe(self, node: Node) -> str:
+        name, path = operation_name(node), module_of(node)[0]
+        shared = [
+            self.program.name(c)
+            for c in node.all_input_nodes
+            if not self.options.copy_shared and self.program.is_constant(c) and self.program.shared(c)
+        ]
+        because = f", whose weight {shared[0]!r} is shared and may not be copied," if shared else ""
+        return (f"{name} in {path}" if path else name) + because
+
+    def why_not(self, outcome: Outcome) -> str:
+        """Why a demand was refused, apart from what fixes its two sides."""
+        if outcome is Outcome.RANGE:
+            allowed = self.options.max_scale_range
+            return f"the scales in one channel of its stream would span more than a factor of {allowed:g}"
+        if outcome is Outcome.BOUND:
+            return "its scales would take values between two weights out of the range of float16"
+        if outcome is Outcome.SIGN:
+            return "some of its scales are negative, and what stands between two weights passes positive ones only"
+        return ""

@@ -1,0 +1,58 @@
+"""The last step of folding: the rules put scales and shifts into the weights, and what nothing needs goes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .arrays import subtract_means
+from .gauge import Gauge
+from .weight_edits import WeightEdits
+
+aten = torch.ops.aten
+
+
+def rewrite(gauge: Gauge) -> WeightEdits:
+    """Rewrite the program's graph; returns what was changed."""
+    edits, program, shifts = WeightEdits(gauge), gauge.program, gauge.shifts
+    for node, rule in list(gauge.matches.rule_of.items()):
+        if node in gauge.matches.scale_of:
+            rule.rewrite(node, edits)
+    replaced = {leaf: _rewrite_leaf(leaf, edits) for leaf in gauge.matches.leaves}
+    for node, bias in edits.biases:
+        added = program.insert(node.next, aten.add.Tensor, (node, bias), node)
+        program.redirect(node, added)
+        replaced[node] = added
+    for node, users in shifts.spilled.items():
+        value = replaced.get(node, node)
+        shift = shifts.of[node] / gauge.scales[gauge.scale(node)]
+        if node in gauge.centring.centred:
+            shift = subtract_means(torch.from_numpy(shift), gauge.centring.centred[node]).numpy()
+        added = edits.add(value, shift, after=value)
+        for user in users:
+            program.redirect(value, added, [user])
+    # Nodes are replaced only after every rule has read the graph as it was.
+    for node, by in edits.replacements:
+        while replaced.get(by, by) is not by:
+            by = replaced[by]
+        program.replace(node, by)
+        replaced[node] = by
+    return edits
+
+
+def _rewrite_leaf(leaf: Node, edits: WeightEdits) -> Node:
+    """Let what reads a constant as a value read the folded one, which is returned."""
+    gauge = edits.gauge
+    scale, shift, centre = gauge.scales[gauge.scale(leaf)], gauge.shifts.of[leaf], gauge.centring.centred.get(leaf)
+    if (scale == 1).all() and not shift.any() and centre is None:
+        return leaf
+    new = (gauge.program.constant(leaf) - torch.from_numpy(shift)) / torch.from_numpy(scale)
+    if centre is not None:
+        new = subtract_means(new, centre)
+    node = gauge.program.add_parameter(gauge.program.name(leaf), new, leaf)
+    for user in list(leaf.users):
+        rule = gauge.matches.rule_of.get(user)
+        if rule is not None and not rule.owns_constants:
+            user.replace_input_with(leaf, node)
+            edits.absorbed.setdefault(user, []).append(gauge.program.name(leaf))
+    return node

@@ -1,0 +1,114 @@
+"""The step of folding that meets the demands for ratios, those that save most first; what contradicts stays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from .arrays import example_size
+from .gains import assign_zero_gain, demand_gains, has_zero_gain
+from .gauge import Gauge
+from .nodes import module_of, operation_name
+from .operations import NORMALISING
+from .report import FoldError
+from .results import Solution
+from .rules.powers import settle_powers
+from .scales import Outcome
+from .settle import tolerant_values
+from .weight_edits import REFUSED
+
+aten = torch.ops.aten
+_ZERO = "a scale is zero, and not only weights read the result"
+_ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
+
+
+class Contradiction(Exception):
+    """Powers whose scales cannot be met: they are to be fixed before all demands."""
+
+    def __init__(self, powers: set[Node]) -> None:
+        super().__init__(powers)
+        self.powers = powers
+
+
+def solve(gauge: Gauge) -> Gauge:
+    """Give every scale its value. Raises :class:`Contradiction`."""
+    gauge, options = gauge.knowing(solution=Solution()), gauge.options
+    for stored in gauge.matches.stored:
+        gauge.scales.store(stored)
+    with_zeros = _meet_demands(gauge)
+    if not options.keep_dynamic_norms:
+        demand_gains(gauge)
+    if contradicting := settle_powers(gauge):
+        raise Contradiction(contradicting)
+    gauge.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in gauge.matches.stored)]))
+    tolerant = tolerant_values(gauge) if options.fold_zeros else set()
+    dynamic = set() if options.keep_dynamic_norms else {n for n in gauge.matches.dynamic if has_zero_gain(n, gauge)}
+    for node in gauge.program.graph.nodes:  # in its order: a map builds on the scale in front of it
+        if node in dynamic:
+            assign_zero_gain(node, gauge, tolerant)
+        elif node in with_zeros:
+            operand, a, _ = gauge.matches.affine[node]
+            values = a * gauge.scales[gauge.scale(operand)]
+            behind = gauge.scales_behind(node)
+            if node not in tolerant or not gauge.scales.rescale(gauge.scale(node), values, behind):
+                gauge.solution.kept[node] = _ZERO if options.fold_zeros else _ZERO_BEFORE_ADD
+    for node, (_, _, b) in gauge.matches.affine.items():
+        if not np.isfinite(b).all():
+            _refuse_not_finite(node)
+    return gauge
+
+
+def _meet_demands(gauge: Gauge) -> set[Node]:
+    """Enter the ratios of affine maps; returns those that have none, because they multiply by zero somewhere."""
+    with_zeros, solution = set(), gauge.solution
+    for node in sorted(gauge.matches.demands, key=lambda n: _saved(n, gauge), reverse=True):
+        _, a, b = gauge.matches.affine[node]
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            _refuse_not_finite(node)
+            solution.kept[node] = "a constant factor is not finite"
+        elif not a.all():
+            with_zeros.add(node)
+        elif not (outcome := _demand(node, gauge)):
+            solution.kept[node] = gauge.why_not(outcome) or _what_fixes(node, gauge)
+            if outcome in (Outcome.RANGE, Outcome.BOUND):
+                allowed = gauge.options.max_scale_range if outcome is Outcome.RANGE else math.inf
+                solution.refused_range[node] = allowed
+    return with_zeros
+
+
+def _demand(node: Node, gauge: Gauge) -> Outcome:
+    # What an earlier fold kept for its range it would not keep again: all scales begin at one once more.
+    if node.meta.get("custom", {}).get(REFUSED, 0.0) >= gauge.options.max_scale_range:
+        return Outcome.RANGE
+    operand, a, _ = gauge.matches.affine[node]
+    return gauge.scales.demand(gauge.scale(node), gauge.scale(operand), a)
+
+
+def _saved(node: Node, gauge: Gauge) -> int:
+    """How many results of operations are never computed when a demand is met, for the example's sizes."""
+    _, a, b = gauge.matches.affine[node]
+    return (int((a != 1).any()) + int(b.any())) * math.prod(map(example_size, node.meta["val"].shape))
+
+
+def _refuse_not_finite(node: Node) -> None:
+    # Elsewhere, an infinite number can be a mask.
+    if node.target in NORMALISING or node.target is aten.addcmul.default:
+        path, kind = module_of(node)
+        raise FoldError(
+            f"{kind or operation_name(node)} {path or node.name!r}: its scale or shift is not finite; its weight, "
+            "bias and running statistics must be finite and the running variance not negative"
+        )
+
+
+def _what_fixes(node: Node, gauge: Gauge) -> str:
+    before = gauge.scales.why_pinned(gauge.scale(gauge.matches.affine[node].operand))
+    behind = gauge.scales.why_pinned(gauge.scale(node))
+    if before and behind:
+        return f"its input is fixed by {before}, its result by {behind}: no weight between them can take the scale"
+    return (
+        "its result meets its own input again (in an addition) or is mixed over its channels: "
+        "no weight between them can take the scale"
+    )
