@@ -48,7 +48,7 @@ class Cancelling(nn.Sequential):
 def errors(model: nn.Module, **options: bool) -> tuple[float, float, object]:
     """What float32 costs the model and the folded program, against the model in float64."""
     x = torch.randn(64, 9, 6)
-    result, report = fold(torch.export.export(model, (x,)), **options)
+    result, report = fold(torch.export.export(model, (x,)), verify=False, **options)  # which is what is measured
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         pair = [difference(exact, run(x).double()) for run in (model, result.module())]
