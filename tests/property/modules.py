@@ -244,9 +244,10 @@ def errors(number: int, seed: int, statuses: Counter) -> tuple[float, float]:
                 statuses.update(record.status for record in report.norms)
                 statuses.update(f"core {record.core}" for record in report.dynamic)
     wide, narrow = (max(_differences(expected, got)) for got in changed)
+    allowed = TIMES * max(_differences(expected, own)) + UNITS
     if "region=narrow" in case.words:  # both round to float16, at other places
-        return wide / NARROW, narrow / NARROW
-    return wide / WIDE, narrow / (TIMES * max(_differences(expected, own)) + UNITS)
+        return wide / NARROW, narrow / max(NARROW, allowed)
+    return wide / WIDE, narrow / allowed
 
 
 def _look_trained(module: nn.Module, extreme: bool) -> None:
