@@ -320,7 +320,7 @@ def test_exits_of_a_model_that_the_user_names_are_errors(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "name", "what"),
     [
-        (gzip.compress(b"x" * 100), "m.pt", "gzip"),
+        (gzip.compress(b"x" * 100, mtime=0), "m.pt", "gzip"),
         (b"hello, world\n", "m.pt", "a text"),
         ("Größe".encode() * 20000, "m.pt", "a text"),
         (b'{"a": 1}', "m.pt", "a JSON text"),
