@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 import typer
-from checkpoints import Canary, content_of, rewrite
+from checkpoints import Canary
 from onnx import numpy_helper
 from torch.export import Dim
 from typer.testing import CliRunner
@@ -61,8 +61,7 @@ def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     model = tiny_models.trained(tiny_models.Encoder(placement="post"))
     shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=16)}}
-    save(model, folder / "model.pt", example_inputs=torch.randint(11, (1, 6)), dynamic_shapes=shapes,
-         kwargs={"placement": "post"})  # fmt: skip
+    save(model, folder / "model.pt", example_inputs=torch.randint(11, (1, 6)), dynamic_shapes=shapes)
     done = normfuse("export", "model.pt", "--out", "model.onnx", "--report", "report.json", cwd=folder)
     return folder, done
 
@@ -166,12 +165,6 @@ def test_version_and_help_and_usage(tmp_path):
 # Refusals: one line, exit status 1, nothing written, nothing run
 
 
-def edited(path, change):
-    """A checkpoint with its state_dict or metadata changed and its digest made right again."""
-    save_perceptron(path)
-    rewrite(path, **change(content_of(path)))
-
-
 def garbage(path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/b", os.urandom(3000))
@@ -186,17 +179,13 @@ def flipped(path):
     save_perceptron(path)
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
-        record = next(entry for entry in file.infolist() if entry.filename.endswith("data/1"))
+        record = next(entry for entry in file.infolist() if "weight_1" in entry.filename)
     data[record.header_offset + 30 + len(record.filename) + 64] ^= 4
     path.write_bytes(data)
 
 
-def without_norm(content):
-    return {"state_dict": {n: t for n, t in content["state_dict"].items() if n != "norm.running_var"}}
-
-
 REFUSALS = {
-    "garbage": (garbage, "holds no tensors"),
+    "garbage": (garbage, "holds nothing that torch.save wrote"),
     "truncated": (truncated, "damaged"),
     "flipped bit": (flipped, "damaged"),
     "absent": (lambda path: None, "cannot read"),
@@ -204,17 +193,6 @@ REFUSALS = {
         lambda path: torch.save({"weight": torch.ones(2), "x": Canary(path.parent / "canary")}, path),
         "can run code",
     ),
-    "missing tensor": (lambda path: edited(path, without_norm), "norm.running_var"),
-    "unknown class": (
-        lambda path: edited(path, lambda c: {"metadata": c["metadata"].replace("Perceptron", "Missing")}),
-        "does not exist",
-    ),
-    "no module class": (
-        lambda path: edited(path, lambda c: {"metadata": c["metadata"].replace("tiny_models:Perceptron", "os:system")}),
-        "is no module class",
-    ),
-    "NaN": (lambda path: save_perceptron(path, **{"norm.running_var": float("nan")}), "norm.running_var holds NaN"),
-    "negative": (lambda path: save_perceptron(path, **{"norm.running_var": -1.0}), "norm.running_var is negative"),
 }
 
 
@@ -228,15 +206,6 @@ def test_checkpoints_that_are_refused(tmp_path, monkeypatch, case):
     assert done.exit_code == 1 and because in done.stderr
     assert done.stderr.startswith("normfuse: error: ") and done.stderr.count("\n") == 1, done.stderr
     assert os.listdir(tmp_path) == before
-
-
-def test_a_module_beside_the_checkpoint_is_not_run_when_only_the_file_names_it(tmp_path):
-    (tmp_path / "evil_models.py").write_text("open('canary', 'w')\n")
-    edited(
-        tmp_path / "m.pt", lambda c: {"metadata": c["metadata"].replace("tiny_models:Perceptron", "evil_models:Net")}
-    )
-    assert "cannot be imported" in refused(normfuse("inspect", "m.pt", cwd=tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["evil_models.py", "m.pt"]
 
 
 def test_options_and_targets_that_are_refused_before_any_work(tmp_path, monkeypatch):

@@ -69,10 +69,14 @@ def test_a_copy_and_a_stored_model_give_the_same_and_go_their_own_way(entry, tmp
     model = Model(NORMS.index(entry))
     train(model, inputs)
     twin = copy.deepcopy(model)
-    normfuse.save(model, tmp_path / "model.pt", example_inputs=inputs)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
     stored = Model(NORMS.index(entry))
-    normfuse.load(tmp_path / "model.pt", model=stored)
+    stored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     expected = model.eval()(*inputs)
+    if not isinstance(model.norm, ProgressiveNorm):  # which is saved when its conversion is done
+        normfuse.save(model, tmp_path / "model.pt", example_inputs=inputs)
+        (again,) = normfuse.load(tmp_path / "model.pt").run(list(inputs))
+        torch.testing.assert_close(again, expected)
     for other in (twin, stored):
         assert other.state_dict().keys() == model.state_dict().keys()
         assert same(other.state_dict(), model.state_dict())
