@@ -64,14 +64,10 @@ def largest_values(program: ExportedProgram, checkpoint: Checkpoint) -> dict[str
 def growth(folded: ExportedProgram, own: dict[str, tuple[str, float]], checkpoint: Checkpoint, limit: float) -> Growth:
     """Compare a folded program with what :func:`largest_values` says of the program it came from."""
     already = tuple(f"{what} ({size:.3g})" for what, size in own.values() if size > limit)
-    over = [size for _, size in own.values() if size > limit]
-
-    def is_the_models(name: str, size: float) -> bool:
-        # Two factors that became one have the name of the first and the value of the second.
-        return own.get(name, ("", 0.0))[1] > limit or any(abs(size - other) <= 1e-3 * other for other in over)
-
     values = {
-        name: entry for name, entry in largest_values(folded, checkpoint).items() if not is_the_models(name, entry[1])
+        name: entry
+        for name, entry in largest_values(folded, checkpoint).items()
+        if not own.get(name, ("", 0.0))[1] > limit
     }
     at, largest = max(values.values(), key=lambda entry: entry[1], default=("", 0.0))
     original = max((size for _, size in own.values() if not size > limit), default=0.0)
