@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import some_of
+
 
 def from_pretrained(
     model_class: Any, folder: str | os.PathLike[str], change: Callable[[nn.Module], object], **options: Any
@@ -49,8 +51,8 @@ def from_pretrained(
         names = sorted(found[what])
         if names:
             raise ValueError(
-                f"{folder} does not fit {model_class.__name__} as it was changed: {kind} {', '.join(names[:3])}"
-                f"{' and more' if len(names) > 3 else ''}; change it as it was changed before it was saved"
+                f"{folder} does not fit {model_class.__name__} as it was changed: {kind} {some_of(names)}; "
+                "change it as it was changed before it was saved"
             )
     model.__class__ = model_class
     return model

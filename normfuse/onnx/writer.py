@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.options import DTYPES, OPSETS
+from normfuse.quiet import quiet
 
 INPUTS = "normfuse.inputs"  # in the file's metadata: what ONNX has no place for, such as the bounds of dimensions
 # A protobuf message ends at 2 GiB; what is not weights (nodes, names, shapes) stays far below this margin.
@@ -251,16 +249,3 @@ def _translation_problem(error: BaseException) -> str:
     if missing:
         return f"ONNX has no translation of {some_of(missing)}; write that part of the model with other operations"
     return f"torch.onnx could not translate the program: {one_line(causes[-1])}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the exporter's remarks on torchvision, deprecations and opset conversion off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

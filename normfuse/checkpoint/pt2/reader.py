@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -26,6 +24,7 @@ from normfuse.checkpoint.pt2.tensors import TensorReader
 from normfuse.checkpoint.records import Records
 from normfuse.checkpoint.strict_json import parse_json
 from normfuse.errors import one_line
+from normfuse.quiet import quiet
 
 WEIGHTS, CONSTANTS, SAMPLES, MODELS = "data/weights/", "data/constants/", "data/sample_inputs/", "models/"
 OWN_RECORD, OWN_FOLDER = "extra/normfuse.json", "data/normfuse/"
@@ -70,19 +69,6 @@ class Archive:
         return tensor
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps torch from logging what is said in one line anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 @dataclass(frozen=True)
 class FlatProgram:
     """A program that takes flat tensors and returns flat tensors, as its archive says.
@@ -109,7 +95,7 @@ def read_program(archive: Archive) -> FlatProgram:
 
     Raises CheckpointError, in one line, for whatever is not allowed and whatever does not fit.
     """
-    with _silent():
+    with quiet(logging.CRITICAL):  # what torch logs is said in one line anyway
         return _read_program(archive)
 
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphError
-from normfuse.onnx.writer import quiet
+from normfuse.quiet import quiet
 
 from .calls import aten
 from .edits import Edited, edit, rewritten_maps

@@ -24,7 +24,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from normfuse.onnx.writer import quiet
+from normfuse.quiet import quiet
 
 from .calls import Call, Origin, unknown_operation
 from .observing import Observed
