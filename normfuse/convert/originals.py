@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,18 +82,13 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Any], strict: bool 
         prefix = path + "." if path else ""
         for kind, renamed in _NAMES:
             if isinstance(module, kind):
-                state = _rename(state, prefix, renamed, {name for name, _ in _own_names(module)})
+                state = _rename(state, prefix, renamed, set(module.state_dict()))
         for kind, convert in _VALUES:
             if isinstance(module, kind):
                 convert(module, prefix, state)
         if parametrize.is_parametrized(module):
             _singular_vectors(module, prefix, state)
     return model.load_state_dict(state, strict=strict)
-
-
-def _own_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _rename(state: State, prefix: str, renamed: tuple[tuple[str, str], ...], ours: set[str]) -> State:
