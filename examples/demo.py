@@ -36,7 +36,7 @@ def classify(file: Path, images: torch.Tensor) -> np.ndarray:
 
 
 def export_both(
-    checkpoint: normfuse.Checkpoint, fused: Path, unfused: Path
+    checkpoint: normfuse.ExportableModel, fused: Path, unfused: Path
 ) -> tuple[normfuse.onnx.ExportResult, normfuse.onnx.GraphSummary]:
     """The verified file without norms, and the same program written without folding."""
     result = normfuse.onnx.export(checkpoint, fused)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .deprecation import deprecated_names
+
 if TYPE_CHECKING:
     from . import checkpoint, convert, folding, nn, onnx, ops, optim, plotting, sources
     from ._native import build_info
-    from .checkpoint import Checkpoint, CheckpointError, save
+    from .checkpoint import CheckpointError, ExportableModel, save
     from .errors import NormfuseError
     from .folding import FoldError, FoldReport, NormRecord, fold, fuse
     from .sources import load
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Checkpoint",
     "CheckpointError",
+    "ExportableModel",
     "FoldError",
     "FoldReport",
     "NormRecord",
@@ -44,8 +46,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Checkpoint": "checkpoint",
     "CheckpointError": "checkpoint",
+    "ExportableModel": "checkpoint",
     "FoldError": "folding",
     "FoldReport": "folding",
     "NormRecord": "folding",
@@ -58,10 +60,13 @@ _HOMES = {
 }
 
 
+_deprecated = deprecated_names(__name__, {"Checkpoint": "ExportableModel"})
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: training needs no ONNX, and the command's help no torch."""
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _deprecated(name)
     home = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
     found = getattr(home, name) if name in _HOMES else home
     globals()[name] = found

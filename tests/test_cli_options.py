@@ -161,7 +161,7 @@ def defaults(function):
 GROUPS = {
     onnx.export: (options.ModelFolding, options.Tolerance, options.ModelWriting),
     onnx.fold_file: (options.Folding, options.Tolerance),
-    onnx.fold_checkpoint: (options.ModelFolding,),
+    onnx.fold_model: (options.ModelFolding,),
     onnx.fold_file: (options.Folding, options.Inputs, options.Tolerance),
     normfuse.load: (options.Loading,),
 }

@@ -7,10 +7,13 @@ A digest of each record finds damage, not malice: whoever can change the file ca
 by reading nothing but data, within bounds, and checking all of it before anything is built.
 """
 
-from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec, parse_input
 from normfuse.checkpoint.loading import load
 from normfuse.checkpoint.saving import save
+from normfuse.deprecation import deprecated_names
 
-__all__ = ["Checkpoint", "CheckpointError", "Derived", "Dimension", "InputSpec", "load", "parse_input", "save"]
+__all__ = ["CheckpointError", "Derived", "Dimension", "ExportableModel", "InputSpec", "load", "parse_input", "save"]
+
+__getattr__ = deprecated_names(__name__, {"Checkpoint": "ExportableModel"})

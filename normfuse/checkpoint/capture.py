@@ -36,7 +36,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ExportableModel:
     """A model ready to be exported: a program of tensors, whatever it came from.
 
     Attributes:
@@ -60,7 +60,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_model(cls, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Checkpoint:
+    def from_model(cls, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> ExportableModel:
         """Traces a live module in evaluation mode.
 
         The module's modes, parameters and buffers and the example inputs are as they were afterwards. It is traced as
@@ -84,7 +84,7 @@ class Checkpoint:
                 that no training leaves behind.
 
         Example:
-            >>> Checkpoint.from_model(nn.Linear(4, 2), torch.ones(3, 4), ({0: "batch"},)).outputs
+            >>> ExportableModel.from_model(nn.Linear(4, 2), torch.ones(3, 4), ({0: "batch"},)).outputs
             ('output',)
         """
         live, plain, notes = unwrapped(model)
@@ -116,8 +116,8 @@ def capture(
     plain: nn.Module | None = None,
     unnamed: frozenset[str] = frozenset(),
     notes: Sequence[str] = (),
-) -> Checkpoint:
-    """Records what a module gives on a call, and traces it; see :meth:`Checkpoint.from_model`.
+) -> ExportableModel:
+    """Records what a module gives on a call, and traces it; see :meth:`ExportableModel.from_model`.
 
     Args:
         module: without wrappers.
@@ -158,7 +158,7 @@ def capture(
         changes.append(f"no tensors, left out of the outputs: {some_of(listed)}")
     traced.program.example_inputs = (tuple(single), {})
     notes = [*notes, *changes, *narrower]
-    return Checkpoint(traced.program, specs, tuple(names), tuple(single), expected, source, tuple(notes))
+    return ExportableModel(traced.program, specs, tuple(names), tuple(single), expected, source, tuple(notes))
 
 
 def asked(call: Call, axes: Sequence[Axes]) -> tuple[list[InputSpec], frozenset[str]]:

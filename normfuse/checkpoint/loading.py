@@ -17,7 +17,7 @@ from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint import weights as weights_module
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import bind, parameters_of
-from normfuse.checkpoint.capture import Checkpoint, capture
+from normfuse.checkpoint.capture import ExportableModel, capture
 from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
 from normfuse.checkpoint.programs import load_program, made_up
 
@@ -33,7 +33,7 @@ def load(
     inputs: Sequence[str | InputSpec] | None = None,
     weights: str | None = None,
     trust: bool = False,
-) -> Checkpoint:
+) -> ExportableModel:
     """Loads a checkpoint of :func:`normfuse.save`, or the weights that a training script saved, without running
     anything that the file holds.
 
@@ -48,7 +48,7 @@ def load(
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
         weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
-            the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
+            the trained ones, not their average. ``ExportableModel.notes`` name what was taken.
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, and the class
             that a file of format 1 names. Only for files whose maker you know.
 
@@ -74,7 +74,7 @@ def _load(
     specs: list[InputSpec] | None,
     weights: str | None,
     trust: bool,
-) -> Checkpoint:
+) -> ExportableModel:
     content = _read(path, trust)
     if content is _PROGRAM:
         checkpoint = load_program(path, specs, trust)
@@ -133,7 +133,7 @@ def captured(
     examples: Mapping[str, torch.Tensor],
     source: str,
     notes: Sequence[str] = (),
-) -> Checkpoint:
+) -> ExportableModel:
     """Traces a module whose ``forward`` takes one tensor per spec, by name."""
     allowed = parameters_of(module)
     for spec in specs:

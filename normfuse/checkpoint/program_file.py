@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 import normfuse
 from normfuse.checkpoint import inputs as specs_module
-from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import DTYPES, Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_tensors
@@ -27,7 +27,7 @@ _UNNAMED_BY_DIGESTS = (OWN_RECORD, ".data/", "byteorder")
 _ALL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensors.DTYPES.values()}
 
 
-def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
+def write(checkpoint: ExportableModel, file: BinaryIO) -> None:
     """Writes a checkpoint; CheckpointError if something in its program is not data."""
     groups = {"inputs": checkpoint.example_inputs, "outputs": checkpoint.expected_outputs}
     record = {
@@ -48,7 +48,7 @@ def is_ours(archive: Archive) -> bool:
     return OWN_RECORD in archive.records.sizes
 
 
-def read(archive: Archive) -> Checkpoint:
+def read(archive: Archive) -> ExportableModel:
     """The checkpoint in an archive that :func:`write` wrote; CheckpointError if anything in it is not as it must be."""
     what = f"{archive.source}: {OWN_RECORD}"
     record = parse_json(archive.read(OWN_RECORD, _RECORD_BYTES), what)
@@ -80,7 +80,7 @@ def read(archive: Archive) -> Checkpoint:
     _check_results(flat.program, examples, expected, archive.source)
     set_examples(flat.program, examples)
     check_stored_numbers(flat.program, archive.source)
-    return Checkpoint(flat.program, specs, outputs, examples, expected, archive.source, notes)
+    return ExportableModel(flat.program, specs, outputs, examples, expected, archive.source, notes)
 
 
 def check_program(program: ExportedProgram, specs: Sequence[InputSpec], source: str) -> None:

@@ -14,7 +14,7 @@ from normfuse.checkpoint import archive as files
 from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint import kinds, program_file, structure
 from normfuse.checkpoint.arguments import bind
-from normfuse.checkpoint.capture import Checkpoint, capture
+from normfuse.checkpoint.capture import ExportableModel, capture
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.pt2.reader import Archive, FlatProgram, read_program, read_samples
@@ -24,7 +24,7 @@ from normfuse.checkpoint.tracing import linear, separate_outputs
 _MOST_PARTS = 10_000
 
 
-def load_program(path: Path, specs: Sequence[InputSpec] | None, trust: bool) -> Checkpoint:
+def load_program(path: Path, specs: Sequence[InputSpec] | None, trust: bool) -> ExportableModel:
     """The checkpoint in a PT2 archive.
 
     Args:
@@ -47,7 +47,7 @@ def load_program(path: Path, specs: Sequence[InputSpec] | None, trust: bool) -> 
     return checkpoint if specs is None else _respecified(checkpoint, specs)
 
 
-def _from_elsewhere(archive: Archive) -> Checkpoint:
+def _from_elsewhere(archive: Archive) -> ExportableModel:
     flat = read_program(archive)
     specs = _specs(flat.program, flat.input_names, archive.source)
     examples = _examples(flat, read_samples(archive), specs)
@@ -59,10 +59,10 @@ def _from_elsewhere(archive: Archive) -> Checkpoint:
     copy_what_changes(flat.program)
     program_file.set_examples(flat.program, examples)
     names = structure.output_names(flat.result_paths, [spec.name for spec in specs])
-    return Checkpoint(flat.program, specs, tuple(names), examples, (), archive.source)
+    return ExportableModel(flat.program, specs, tuple(names), examples, (), archive.source)
 
 
-def _trusted(path: Path) -> Checkpoint:
+def _trusted(path: Path) -> ExportableModel:
     program = files.guarded(path, torch.export.load)
     names = program.graph_signature.user_inputs
     if not all(isinstance(name, str) for name in names):
@@ -76,7 +76,7 @@ def _trusted(path: Path) -> Checkpoint:
 
 def _retraced(
     program: ExportedProgram, specs: Sequence[InputSpec], examples: Sequence[torch.Tensor], source: str
-) -> Checkpoint:
+) -> ExportableModel:
     module = program.module()
     call = bind(module, {spec.name: example for spec, example in zip(specs, examples, strict=True)})
     return capture(module, call, specs, source)
@@ -157,7 +157,7 @@ def made_up(specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...]:
     return tuple(specs_module.make_up(spec, sizes, generator) for spec in specs)
 
 
-def _respecified(checkpoint: Checkpoint, specs: Sequence[InputSpec]) -> Checkpoint:
+def _respecified(checkpoint: ExportableModel, specs: Sequence[InputSpec]) -> ExportableModel:
     """The checkpoint with the inputs as somebody described them, whose examples are made up if its own do not fit."""
     if [spec.name for spec in specs] != list(checkpoint.input_names):
         names = ", ".join(checkpoint.input_names)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from normfuse.checkpoint import program_file
-from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.pt2.reader import Archive
 from normfuse.errors import one_line
@@ -34,8 +34,8 @@ def save(
         model: the trained module, on any device, in any mode; it is left as it is. Wrappers of training (torch.compile,
             DistributedDataParallel) are taken off.
         path: the file to write. It appears under this name only when it is complete.
-        example_inputs: what ``model.forward`` takes, see :meth:`Checkpoint.from_model`. They are stored, and exporting
-            verifies on them.
+        example_inputs: what ``model.forward`` takes, see :meth:`ExportableModel.from_model`. They are stored, and
+            exporting verifies on them.
         dynamic_shapes: which dimensions may vary, as torch.export takes them: by input name or in order, an
             ``{axis: dim}`` per input, where a plain name serves as well as ``torch.export.Dim``. None: all fixed.
         factory, kwargs: of earlier versions, which rebuilt the model; refused.
@@ -55,7 +55,7 @@ def save(
                 "nor its arguments; leave it out"
             )
     with Output(path, error=CheckpointError) as output:  # before the work: it says what cannot be written
-        checkpoint = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
+        checkpoint = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
         try:
             with output.staged.open("xb") as file:
                 program_file.write(checkpoint, file)

@@ -47,10 +47,10 @@ def inspect(checkpoint: CheckpointArgument, loading: Loading, folding: ModelFold
     check_readable(checkpoint)
     with printing.stages() as stages:
         stages(f"load {checkpoint}")
-        from normfuse.onnx import fold_checkpoint
+        from normfuse.onnx import fold_model
 
-        result = fold_checkpoint(loading.load(checkpoint), progress=stages, **asdict(folding))
-    inputs = [str(spec) for spec in result.checkpoint.inputs]
+        result = fold_model(loading.load(checkpoint), progress=stages, **asdict(folding))
+    inputs = [str(spec) for spec in result.model.inputs]
 
     def show(console: Console) -> None:
         from rich.markup import escape

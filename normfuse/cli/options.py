@@ -34,7 +34,7 @@ from normfuse.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from normfuse.checkpoint import Checkpoint, InputSpec
+    from normfuse.checkpoint import ExportableModel, InputSpec
 
 
 class UsageError(NormfuseError):
@@ -126,7 +126,7 @@ class Loading(Inputs):
         name = "" if self.model is None else self.model.partition(":")[0].replace(".", "/")
         return [Path(f"{name}.py"), Path(name) / "__init__.py"] if name else []
 
-    def load(self, path: Path) -> Checkpoint:
+    def load(self, path: Path) -> ExportableModel:
         """The checkpoint; what the options say is read before the file is."""
         from normfuse.sources import load
 
@@ -148,7 +148,7 @@ class Loading(Inputs):
 
 @dataclass(frozen=True)
 class Folding:
-    """What changes folding; arguments of :func:`normfuse.onnx.export`, ``fold_file`` and ``fold_checkpoint``."""
+    """What changes folding; arguments of :func:`normfuse.onnx.export`, ``fold_file`` and ``fold_model``."""
 
     dtype: Annotated[str, typer.Option(help="float32, or float16 for the weights.", autocompletion=_among(DTYPES))] = (
         "float32"

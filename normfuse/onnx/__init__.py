@@ -5,14 +5,15 @@ The spine is :func:`export`; each of its steps can be called alone::
     program = torch.export.export(module, args, dynamic_shapes=…)
     folded, report = normfuse.fold(program)
     normfuse.onnx.write(folded, "model.onnx", opset=20)
-    normfuse.onnx.verify(checkpoint, "model.onnx")
+    normfuse.onnx.verify(model, "model.onnx")
 
 :func:`fold_file` folds the norms of an ONNX file that comes from elsewhere.
 """
 
+from normfuse.deprecation import deprecated_names
 from normfuse.onnx.benchmark import BenchError, bench
 from normfuse.onnx.editing import fold_file
-from normfuse.onnx.exporter import ExportResult, FoldedCheckpoint, export, fold_checkpoint
+from normfuse.onnx.exporter import ExportResult, FoldedModel, export, fold_model
 from normfuse.onnx.graph import GraphError, GraphSummary, summarize
 from normfuse.onnx.verifier import Proof, VerificationError, verify
 from normfuse.onnx.writer import WriteError, write
@@ -22,7 +23,7 @@ __all__ = [
     "BenchError",
     "ExportError",
     "ExportResult",
-    "FoldedCheckpoint",
+    "FoldedModel",
     "GraphError",
     "GraphSummary",
     "Proof",
@@ -30,9 +31,11 @@ __all__ = [
     "WriteError",
     "bench",
     "export",
-    "fold_checkpoint",
     "fold_file",
+    "fold_model",
     "summarize",
     "verify",
     "write",
 ]
+
+__getattr__ = deprecated_names(__name__, {"FoldedCheckpoint": "FoldedModel", "fold_checkpoint": "fold_model"})

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
@@ -86,7 +86,7 @@ class ExportResult:
 
 
 def export(
-    model: nn.Module | Checkpoint,
+    model: nn.Module | ExportableModel,
     path: str | os.PathLike[str],
     *,
     example_inputs: Any = None,
@@ -107,11 +107,11 @@ def export(
     """Folds the norms of a model away, writes ONNX, and proves in ONNX Runtime that the outputs are the same.
 
     Args:
-        model: a checkpoint of :func:`normfuse.load`, or a module (then with ``example_inputs``), which is not
+        model: what :func:`normfuse.load` gives, or a module (then with ``example_inputs``), which is not
             changed.
         path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
             verification. A symbolic link stays and is followed.
-        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.Checkpoint.from_model`. A model of
+        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.ExportableModel.from_model`. A model of
             transformers needs none.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
         dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32).
@@ -141,17 +141,17 @@ def export(
     check_opset(opset)
     steps = steps_for(target, no_shape)
     path = Path(path)
-    known = isinstance(model, Checkpoint) or huggingface.is_model(model)
+    known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
-    reads = [model.source] if isinstance(model, Checkpoint) else []
+    reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
-        if not isinstance(model, Checkpoint):
+        if not isinstance(model, ExportableModel):
             progress("trace with torch.export")
             if example_inputs is None:
-                model = huggingface.checkpoint_of(model)
+                model = huggingface.exportable(model)
             else:
-                model = Checkpoint.from_model(model, example_inputs, dynamic_shapes)
+                model = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
         notes = list(model.notes)
         limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
         options = {
@@ -212,7 +212,7 @@ class _Form:
 
 
 def _forms(
-    checkpoint: Checkpoint,
+    model: ExportableModel,
     dtype: str,
     max_scale_range: float,
     steps: tuple[str, ...],
@@ -222,16 +222,16 @@ def _forms(
     notes: list[str],
 ) -> list[_Form]:
     """What to write, best first; the last one is not shaped."""
-    program, own = checkpoint.program, None
+    program, own = model.program, None
     if dtype in LARGEST:
         progress(f"run the example inputs to see whether values fit {dtype}")
-        own = largest_values(program, checkpoint)
+        own = largest_values(program, model)
     progress("fold the norms")
     try:
         plain, scale_range, grown, note = fold_in_range(
             lambda bound: fold(program, max_scale_range=bound, verify=False, **fold_options),
             own,
-            checkpoint,
+            model,
             dtype,
             max_scale_range,
         )
@@ -241,20 +241,20 @@ def _forms(
     if grown and grown.already:
         notes.append(f"{dtype}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
     progress("verify the folded program")
-    form = _Form(*plain, verify(checkpoint, None, program=plain[0], **limits), (), grown)
+    form = _Form(*plain, verify(model, None, program=plain[0], **limits), (), grown)
     if not steps:
         return [form]
     shaped = replace(form, steps=steps)
     if "carry_biases" in steps:
         progress("let biases travel")
-        carried, note = carry_biases(program, plain, checkpoint, max_scale_range=scale_range, **fold_options)
+        carried, note = carry_biases(program, plain, model, max_scale_range=scale_range, **fold_options)
         try:
             if carried is not plain:
-                grown = None if own is None else growth(carried[0], own, checkpoint, LARGEST[dtype])
+                grown = None if own is None else growth(carried[0], own, model, LARGEST[dtype])
                 if grown and grown.beyond:
                     note = f"biases stay in their branches: travelling, values leave {dtype} at {some_of(grown.beyond)}"
                 else:
-                    proof = verify(checkpoint, None, program=carried[0], **limits)
+                    proof = verify(model, None, program=carried[0], **limits)
                     shaped = _Form(*carried, proof, steps, grown)
         except VerificationError as error:
             note = f"biases stay in their branches: {error}"
@@ -270,24 +270,24 @@ def _shape(steps: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> 
 
 
 @dataclass(frozen=True)
-class FoldedCheckpoint:
-    """What :func:`fold_checkpoint` gives.
+class FoldedModel:
+    """What :func:`fold_model` gives.
 
     Attributes:
-        checkpoint: what was folded.
+        model: what was folded.
         program: the folded program.
         report: what became of each norm.
-        notes: decisions in words: those of the checkpoint, and on ranges and biases.
+        notes: decisions in words: those of the model, and on ranges and biases.
     """
 
-    checkpoint: Checkpoint
+    model: ExportableModel
     program: torch.export.ExportedProgram
     report: FoldReport
     notes: list[str]
 
 
-def fold_checkpoint(
-    checkpoint: Checkpoint,
+def fold_model(
+    model: ExportableModel,
     *,
     dtype: str = "float32",
     copy_shared: bool = True,
@@ -298,15 +298,15 @@ def fold_checkpoint(
     target: str = "portable",
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
-) -> FoldedCheckpoint:
-    """Folds a checkpoint as :func:`export` with the same arguments does, and writes nothing.
+) -> FoldedModel:
+    """Folds a loaded model as :func:`export` with the same arguments does, and writes nothing.
 
-    Raises FoldError if it cannot be folded, VerificationError if the folded program differs from the checkpoint's.
+    Raises FoldError if it cannot be folded, VerificationError if the folded program differs from the model's.
     """
     check_dtype(dtype)
     check_scale_range(max_scale_range)
     steps = steps_for(target, no_shape)
-    notes = list(checkpoint.notes)
+    notes = list(model.notes)
     limits = {"rtol": RTOL["float32"], "atol": 0.0}
     options = {
         "copy_shared": copy_shared,
@@ -315,5 +315,5 @@ def fold_checkpoint(
         "cancel_norms": cancel_norms,
     }
     at_most = math.inf if max_scale_range is None else max_scale_range
-    form = _forms(checkpoint, dtype, at_most, steps, limits, options, progress, notes)[0]
-    return FoldedCheckpoint(checkpoint, form.program, form.report, notes)
+    form = _forms(model, dtype, at_most, steps, limits, options, progress, notes)[0]
+    return FoldedModel(model, form.program, form.report, notes)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import some_of
 from normfuse.folding import FoldReport
 
@@ -53,21 +53,19 @@ class Growth:
     already: tuple[str, ...] = ()
 
 
-def largest_values(program: ExportedProgram, checkpoint: Checkpoint) -> dict[str, tuple[str, float]]:
+def largest_values(program: ExportedProgram, model: ExportableModel) -> dict[str, tuple[str, float]]:
     """What every operation gives on the example inputs: its name to its description and largest finite entry."""
     watch = _Watch(program.module())
     with torch.no_grad():
-        watch.run(*checkpoint.example_inputs, enable_io_processing=False)
+        watch.run(*model.example_inputs, enable_io_processing=False)
     return watch.largest
 
 
-def growth(folded: ExportedProgram, own: dict[str, tuple[str, float]], checkpoint: Checkpoint, limit: float) -> Growth:
+def growth(folded: ExportedProgram, own: dict[str, tuple[str, float]], model: ExportableModel, limit: float) -> Growth:
     """Compare a folded program with what :func:`largest_values` says of the program it came from."""
     already = tuple(f"{what} ({size:.3g})" for what, size in own.values() if size > limit)
     values = {
-        name: entry
-        for name, entry in largest_values(folded, checkpoint).items()
-        if not own.get(name, ("", 0.0))[1] > limit
+        name: entry for name, entry in largest_values(folded, model).items() if not own.get(name, ("", 0.0))[1] > limit
     }
     at, largest = max(values.values(), key=lambda entry: entry[1], default=("", 0.0))
     original = max((size for _, size in own.values() if not size > limit), default=0.0)
@@ -82,7 +80,7 @@ def growth(folded: ExportedProgram, own: dict[str, tuple[str, float]], checkpoin
 def fold_in_range(
     fold: Callable[[float], Folded],
     own: dict[str, tuple[str, float]] | None,
-    checkpoint: Checkpoint,
+    model: ExportableModel,
     dtype: str,
     at_most: float = math.inf,
 ) -> tuple[Folded, float, Growth | None, str]:
@@ -91,7 +89,7 @@ def fold_in_range(
     Args:
         fold: folds with a given bound on the range of scales.
         own: the model's own largest values; None for a type whose exponents are float32's.
-        checkpoint: has the example inputs.
+        model: has the example inputs.
         dtype: of the file.
         at_most: a bound on the range that the caller asks for.
 
@@ -106,7 +104,7 @@ def fold_in_range(
         folded = fold(scale_range)
         if own is None:
             return folded, scale_range, None, ""
-        grown = growth(folded[0], own, checkpoint, LARGEST[dtype])
+        grown = growth(folded[0], own, model, LARGEST[dtype])
         if not grown.beyond:
             if first is None:
                 return folded, scale_range, grown, ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normfuse.checkpoint import Checkpoint, InputSpec
+from normfuse.checkpoint import ExportableModel, InputSpec
 from normfuse.checkpoint import inputs as specs
 from normfuse.onnx.roles import Role, roles
 
@@ -38,60 +38,60 @@ class Trial:
     kind: str
 
 
-def example(checkpoint: Checkpoint) -> Trial:
+def example(model: ExportableModel) -> Trial:
     """The example inputs."""
-    tensors = checkpoint.example_inputs
+    tensors = model.example_inputs
     return Trial(f"the example inputs {shapes(tensors)}", tensors, EXAMPLE)
 
 
-def random(checkpoint: Checkpoint, number: int, generator: torch.Generator) -> Trial:
+def random(model: ExportableModel, number: int, generator: torch.Generator) -> Trial:
     """Random inputs of the examples' kinds; number 0 has the smallest sizes, which break what was specialised."""
-    now = specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs)
+    now = specs.consistent_sizes(model.inputs, model.example_inputs)
     sizes = {
         name: _smallest(dim)
         if number == 0
         else specs.clamp(int(torch.randint(1, 2 * now[name] + 2, (), generator=generator)), dim)
-        for name, dim in specs.dimensions(checkpoint.inputs).items()
+        for name, dim in specs.dimensions(model.inputs).items()
     }
-    tensors = _drawn(checkpoint, sizes, generator)
+    tensors = _drawn(model, sizes, generator)
     return Trial(f"random inputs {shapes(tensors)}", tensors, RANDOM)
 
 
-def edges(checkpoint: Checkpoint, generator: torch.Generator, half: bool = False) -> Iterator[Trial]:
+def edges(model: ExportableModel, generator: torch.Generator, half: bool = False) -> Iterator[Trial]:
     """Inputs that look for trouble: masks, integers, sizes and numbers at their ends.
 
     Args:
-        checkpoint: the model.
+        model: the model.
         generator: of what is random in them.
         half: whether the form to try computes in float16, whose numbers end early.
     """
-    now = specs.consistent_sizes(checkpoint.inputs, checkpoint.example_inputs)
-    dims = specs.dimensions(checkpoint.inputs)
+    now = specs.consistent_sizes(model.inputs, model.example_inputs)
+    dims = specs.dimensions(model.inputs)
     several = {name: specs.clamp(max(now[name], _SEVERAL), dim) for name, dim in dims.items()}
-    drawn = _drawn(checkpoint, several, generator)
-    found = roles(checkpoint.program)
-    yield from _masks(checkpoint, found, drawn, half)
-    yield from _integers(checkpoint, found, drawn)
-    yield from _floats(checkpoint, found, drawn, half)
+    drawn = _drawn(model, several, generator)
+    found = roles(model.program)
+    yield from _masks(model, found, drawn, half)
+    yield from _integers(model, found, drawn)
+    yield from _floats(model, found, drawn, half)
     alone = list(dims)[:_MOST_ALONE] if len(dims) > 1 else []
     for name in alone:
-        tensors = _drawn(checkpoint, several | {name: _smallest(dims[name])}, generator)
+        tensors = _drawn(model, several | {name: _smallest(dims[name])}, generator)
         yield Trial(f"inputs with the smallest {name} {shapes(tensors)}", tensors, EDGE)
-    largest = _largest(checkpoint, now)
+    largest = _largest(model, now)
     if largest != now:
-        tensors = _drawn(checkpoint, largest, generator)
+        tensors = _drawn(model, largest, generator)
         yield Trial(f"inputs of the largest sizes {shapes(tensors)}", tensors, EDGE)
-    rows = _rows(checkpoint.inputs)
+    rows = _rows(model.inputs)
     if rows is not None:
         none = several | {rows: 0}
-        tensors = tuple(specs.resize(x, spec.shape(none)) for spec, x in zip(checkpoint.inputs, drawn, strict=True))
+        tensors = tuple(specs.resize(x, spec.shape(none)) for spec, x in zip(model.inputs, drawn, strict=True))
         yield Trial(f"an empty {rows} {shapes(tensors)}", tensors, SOFT)
 
 
-def _masks(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _masks(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
     """Every mask by itself: nothing hidden, one row hidden, everything hidden."""
-    for index, (spec, role) in enumerate(zip(checkpoint.inputs, found, strict=True)):
-        example = checkpoint.example_inputs[index]
+    for index, (spec, role) in enumerate(zip(model.inputs, found, strict=True)):
+        example = model.example_inputs[index]
         if not _is_mask(example, role):
             continue
         for value, what in _mask_values(example, spec):
@@ -134,11 +134,11 @@ def _parts(mask: Tensor, value: float) -> list[tuple[str, Tensor]]:
     return changed
 
 
-def _integers(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor]) -> Iterator[Trial]:
+def _integers(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor]) -> Iterator[Trial]:
     """All integers at both ends of their ranges, and rows of a number that the program compares them with."""
     whole = [
-        (index, *_ends(checkpoint.example_inputs[index], spec, found[index]))
-        for index, spec in enumerate(checkpoint.inputs)
+        (index, *_ends(model.example_inputs[index], spec, found[index]))
+        for index, spec in enumerate(model.inputs)
         if not spec.dtype.is_floating_point and spec.dtype != torch.bool
     ]
     for place, what in ((1, "lowest"), (2, "highest")):
@@ -152,7 +152,7 @@ def _integers(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Ten
             if low <= value <= high:
                 for part, changed in _parts(drawn[index], value):
                     tensors = (*drawn[:index], changed, *drawn[index + 1 :])
-                    name = checkpoint.inputs[index].name
+                    name = model.inputs[index].name
                     yield Trial(f"{name} with {part} of {value} {shapes(tensors)}", tensors, EDGE)
 
 
@@ -165,12 +165,12 @@ def _ends(example: Tensor, spec: InputSpec, role: Role) -> tuple[int, int]:
     return (int(example.min()), int(example.max())) if example.numel() else (0, 1)
 
 
-def _floats(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _floats(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
     """All numbers zero, all the same, and all large."""
     places = [
         index
-        for index, spec in enumerate(checkpoint.inputs)
-        if spec.dtype.is_floating_point and not _is_mask(checkpoint.example_inputs[index], found[index])
+        for index, spec in enumerate(model.inputs)
+        if spec.dtype.is_floating_point and not _is_mask(model.example_inputs[index], found[index])
     ]
     changes: list[tuple[str, Callable[[Tensor], Tensor]]] = [("zeros", torch.zeros_like), ("ones", torch.ones_like)]
     if not half:
@@ -180,16 +180,16 @@ def _floats(checkpoint: Checkpoint, found: Sequence[Role], drawn: Sequence[Tenso
         yield Trial(f"{what} {shapes(tensors)}", tensors, EDGE)
 
 
-def _largest(checkpoint: Checkpoint, now: dict[str, int]) -> dict[str, int]:
+def _largest(model: ExportableModel, now: dict[str, int]) -> dict[str, int]:
     """Every dynamic dimension at its largest, or a multiple of the example's, within what a run may take."""
-    dims = specs.dimensions(checkpoint.inputs)
+    dims = specs.dimensions(model.inputs)
     sizes = {n: dim.maximum or specs.clamp(_GROWTH * max(now[n], 1), dim) for n, dim in dims.items()}
-    entries = _entries(checkpoint.inputs, now)
+    entries = _entries(model.inputs, now)
     start = time.perf_counter()
-    checkpoint.run(checkpoint.example_inputs)
+    model.run(model.example_inputs)
     seconds = time.perf_counter() - start
     while sizes != now:
-        grown = _entries(checkpoint.inputs, sizes)
+        grown = _entries(model.inputs, sizes)
         # Attention takes the square of the length: at most that of what the inputs grow by.
         if grown <= max(_MOST_ENTRIES, entries) and seconds * (grown / max(entries, 1)) ** 2 <= _MOST_SECONDS:
             break
@@ -214,10 +214,10 @@ def _rows(inputs: Sequence[InputSpec]) -> str | None:
     return None
 
 
-def _drawn(checkpoint: Checkpoint, sizes: dict[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+def _drawn(model: ExportableModel, sizes: dict[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
     return tuple(
         specs.redraw(spec, example, sizes, generator)
-        for spec, example in zip(checkpoint.inputs, checkpoint.example_inputs, strict=True)
+        for spec, example in zip(model.inputs, model.example_inputs, strict=True)
     )
 
 

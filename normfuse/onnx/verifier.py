@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.errors import NormfuseError, some_of
 from normfuse.onnx import trials
@@ -82,7 +82,7 @@ class Proof:
 
 
 def verify(
-    checkpoint: Checkpoint,
+    model: ExportableModel,
     path: str | os.PathLike[str] | None,
     *,
     program: torch.export.ExportedProgram | None = None,
@@ -102,7 +102,7 @@ def verify(
     inputs, up to ten times the program's own rounding is allowed where that is more.
 
     Args:
-        checkpoint: the original program with its inputs.
+        model: the original program with its inputs.
         path: the ONNX file; None compares the program only.
         program: the folded program; None compares the file only.
         rtol: allowed difference relative to the largest value of the output (per output, over all its
@@ -121,14 +121,14 @@ def verify(
         runner = Runner(program)
         forms["folded program"] = lambda tensors: runner(*tensors)
     if path is not None:
-        forms["ONNX file"] = _onnx_runner(Path(path), checkpoint)
+        forms["ONNX file"] = _onnx_runner(Path(path), model)
     half = path is not None and summarize(path).dtype == "float16"
     if rtol is None:
         rtol = RTOL["float16" if half else "float32"]
     cases: list[Case] = []
     notes: list[str] = []
     granted: list[float] = []
-    for trial, expected in _references(checkpoint, rounds, seed, edges, half, notes):
+    for trial, expected in _references(model, rounds, seed, edges, half, notes):
         rounding: list[float] | None = None
         scales = [_scale(want) for want in expected]
         granted = granted or [rtol + (atol / scale if scale else 0.0) for scale in scales]
@@ -142,7 +142,7 @@ def verify(
                     case = _compare(trial.label, form, f"output {index}", got, want, scales[index], allowed)
                     if not case.passed:
                         if rounding is None:
-                            rounding = own_rounding(checkpoint.program, expected, trial.tensors)
+                            rounding = own_rounding(model.program, expected, trial.tensors)
                         case = _judged(case, trial, rounding[index] * coarser, rtol)
                     cases.append(case)
             except VerificationError as error:
@@ -184,26 +184,26 @@ def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
 
 
 def _references(
-    checkpoint: Checkpoint, rounds: int, seed: int, edges: bool, half: bool, notes: list[str]
+    model: ExportableModel, rounds: int, seed: int, edges: bool, half: bool, notes: list[str]
 ) -> Iterator[tuple[Trial, list[torch.Tensor]]]:
     """What to compare on, and what the model gives for it."""
-    trial = trials.example(checkpoint)
-    yield trial, _live(checkpoint, trial)
+    trial = trials.example(model)
+    yield trial, _live(model, trial)
     generator = torch.Generator().manual_seed(seed)
     for number in range(rounds):
         for _ in range(_DRAWS):
-            trial = trials.random(checkpoint, number, generator)
+            trial = trials.random(model, number, generator)
             try:
-                expected = checkpoint.run(trial.tensors)
+                expected = model.run(trial.tensors)
             except Exception as error:  # a program is free to fail in its own way
                 raise VerificationError(f"the module itself fails on {trial.label}: {one_line(error)}") from error
             if not _has_nan(expected):
                 yield trial, expected
                 break
     unknown: list[str] = []
-    for trial in trials.edges(checkpoint, generator, half) if edges else ():
+    for trial in trials.edges(model, generator, half) if edges else ():
         try:
-            expected = checkpoint.run(trial.tensors)
+            expected = model.run(trial.tensors)
         except Exception:  # it takes no such inputs, so neither need the other forms
             continue
         if _has_nan(expected):
@@ -213,17 +213,17 @@ def _references(
         notes.append(f"where the model gives NaN nothing is compared: {some_of(unknown)}")
 
 
-def _live(checkpoint: Checkpoint, trial: Trial) -> list[torch.Tensor]:
+def _live(model: ExportableModel, trial: Trial) -> list[torch.Tensor]:
     """What the live model gave on the examples, after the traced program was seen to give the same."""
-    traced = checkpoint.run(trial.tensors)
-    live = checkpoint.expected_outputs or traced  # a program from elsewhere is the model itself
+    traced = model.run(trial.tensors)
+    live = model.expected_outputs or traced  # a program from elsewhere is the model itself
     if _has_nan(live):
         raise VerificationError("the module itself gives NaN on its example inputs; no export of it can be verified")
     rounding: list[float] = []
     for index, (got, want) in enumerate(zip(traced, live, strict=True)):
         difference = relative_difference(got, want)
         if difference > _LIVE_RTOL.get(want.dtype, _LIVE_CHOICES):
-            rounding = rounding or own_rounding(checkpoint.program, traced, trial.tensors)
+            rounding = rounding or own_rounding(model.program, traced, trial.tensors)
             coarser = torch.finfo(want.dtype).eps / torch.finfo(torch.float32).eps if want.is_floating_point() else 1
             if difference > _TIMES_ITS_OWN * rounding[index] * coarser:
                 raise VerificationError(
@@ -247,17 +247,17 @@ def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = N
         raise VerificationError(f"ONNX Runtime cannot load {path}: {runtime_problem(error)}") from error
 
 
-def _onnx_runner(path: Path, checkpoint: Checkpoint) -> Any:
+def _onnx_runner(path: Path, model: ExportableModel) -> Any:
     loaded = session(path)
     wanted = [entry.name for entry in loaded.get_inputs()]
-    missing = [name for name in wanted if name not in checkpoint.input_names]
+    missing = [name for name in wanted if name not in model.input_names]
     if missing:
         raise VerificationError(
-            f"{path} wants an input {missing[0]!r}; the module takes {', '.join(checkpoint.input_names)}"
+            f"{path} wants an input {missing[0]!r}; the module takes {', '.join(model.input_names)}"
         )
 
     def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        named = dict(zip(checkpoint.input_names, tensors, strict=True))
+        named = dict(zip(model.input_names, tensors, strict=True))
         return [torch.from_numpy(array) for array in loaded.run(None, {name: named[name].numpy() for name in wanted})]
 
     return run

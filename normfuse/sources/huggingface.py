@@ -1,4 +1,4 @@
-"""A directory of Hugging Face transformers, or a model of that library, as a checkpoint."""
+"""A directory of Hugging Face transformers, or a model of that library, as an exportable model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
-from normfuse.checkpoint.capture import Checkpoint
+from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.inputs import InputSpec
 from normfuse.options import TASKS, WITH_PAST, check_task
 from normfuse.sources import past as past_module
@@ -49,8 +49,8 @@ def load(
     with_past: bool = False,
     inputs: Sequence[InputSpec] | None = None,
     trust: bool = False,
-) -> Checkpoint:
-    """A directory as a checkpoint: the class that it names, its inputs, and names as optimum gives them.
+) -> ExportableModel:
+    """A directory as an exportable model: the class that it names, its inputs, and names as optimum gives them.
 
     Args:
         path: with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
@@ -68,18 +68,18 @@ def load(
     if task is not None and task.endswith(WITH_PAST):
         task, with_past = task.removesuffix(WITH_PAST), True
     model = load_model(path, task, trust)
-    return checkpoint_of(model, with_past=with_past, inputs=inputs or (), source=str(path), processor=_processor(path))
+    return exportable(model, with_past=with_past, inputs=inputs or (), source=str(path), processor=_processor(path))
 
 
-def checkpoint_of(
+def exportable(
     model: PreTrainedModel,
     *,
     with_past: bool = False,
     inputs: Sequence[InputSpec] = (),
     source: str | None = None,
     processor: Mapping[str, Any] | None = None,
-) -> Checkpoint:
-    """A model of transformers as a checkpoint, with inputs made up from its configuration. It is not changed.
+) -> ExportableModel:
+    """A model of transformers as an exportable model, with inputs made up from its configuration. It is not changed.
 
     Args:
         model: in any mode, on any device.
@@ -98,8 +98,8 @@ def checkpoint_of(
             takes = inspect.signature(type(model).forward).parameters
             called = calling(model, signature.names, {"use_cache": False} if "use_cache" in takes else {}, _tensors)
         signature = signature.bounded(inputs)
-        checkpoint = Checkpoint.from_model(called, dict(signature.examples), dict(signature.dims))
-    return _renamed(checkpoint, signature, source or type(model).__name__)
+        traced = ExportableModel.from_model(called, dict(signature.examples), dict(signature.dims))
+    return _renamed(traced, signature, source or type(model).__name__)
 
 
 def _tensors(outputs: Any) -> dict[str, torch.Tensor]:
@@ -107,11 +107,11 @@ def _tensors(outputs: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
-def _renamed(checkpoint: Checkpoint, signature: Signature, source: str) -> Checkpoint:
+def _renamed(traced: ExportableModel, signature: Signature, source: str) -> ExportableModel:
     """With the names that sessions ask for, which are no Python names (``past_key_values.0.key``)."""
-    inputs = tuple(replace(s, name=signature.session_names.get(s.name, s.name)) for s in checkpoint.inputs)
-    outputs = tuple(signature.session_names.get(name, name) for name in checkpoint.outputs)
-    return replace(checkpoint, inputs=inputs, outputs=outputs, source=source)
+    inputs = tuple(replace(s, name=signature.session_names.get(s.name, s.name)) for s in traced.inputs)
+    outputs = tuple(signature.session_names.get(name, name) for name in traced.outputs)
+    return replace(traced, inputs=inputs, outputs=outputs, source=source)
 
 
 def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreTrainedModel:

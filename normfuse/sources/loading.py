@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from normfuse import checkpoint
-from normfuse.checkpoint import Checkpoint, CheckpointError, InputSpec, parse_input
+from normfuse.checkpoint import CheckpointError, ExportableModel, InputSpec, parse_input
 from normfuse.sources import huggingface, libraries
 
 
@@ -24,7 +24,7 @@ def load(
     task: str | None = None,
     with_past: bool = False,
     trust: bool = False,
-) -> Checkpoint:
+) -> ExportableModel:
     """Loads a model as a traced program, without running anything that the file holds.
 
     Args:
@@ -39,7 +39,7 @@ def load(
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records, or the model's configuration says.
         weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
-            the trained ones, not their average. ``Checkpoint.notes`` name what was taken.
+            the trained ones, not their average. ``ExportableModel.notes`` name what was taken.
         task: for a folder of transformers: which head to build (``"feature-extraction"``). None: the saved one.
         with_past: for a folder of transformers with a decoder: keys and values of earlier tokens go in and out.
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, the class that a

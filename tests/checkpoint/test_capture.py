@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import normfuse.onnx
-from normfuse.checkpoint import Checkpoint, CheckpointError
+from normfuse.checkpoint import CheckpointError, ExportableModel
 
 X = torch.randn(3, 4)
 
 
-def agrees(checkpoint: Checkpoint, expected: torch.Tensor) -> bool:
+def agrees(checkpoint: ExportableModel, expected: torch.Tensor) -> bool:
     assert torch.equal(checkpoint.expected_outputs[0], expected)
     (computed,) = checkpoint.run(checkpoint.example_inputs)
     return torch.allclose(computed, expected, atol=1e-6)
@@ -42,7 +42,7 @@ def test_modes_buffers_attributes_and_examples_stay_as_they_are():
     buffers = (model.calls, model.replaced, model.norm.num_batches_tracked)
     before = [buffer.clone() for buffer in buffers]
     modes = [part.training for part in model.modules()]
-    Checkpoint.from_model(model, x)
+    ExportableModel.from_model(model, x)
     assert modes == [part.training for part in model.modules()] == [True, True, False]
     assert (model.calls, model.replaced, model.norm.num_batches_tracked) == buffers
     assert all(torch.equal(*pair) for pair in zip(buffers, before, strict=True))
@@ -55,7 +55,7 @@ def writes(program: torch.export.ExportedProgram) -> list[str]:
 
 def test_a_program_that_runs_does_not_count_on():
     model = Stateful()
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     for _ in range(2):
         assert torch.equal(checkpoint.run([X])[0], checkpoint.expected_outputs[0])
     assert not model.calls.any() and not writes(checkpoint.program)
@@ -75,7 +75,7 @@ class Writing(nn.Module):
 
 def test_what_is_written_to_is_a_copy():
     model = Writing()
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     assert writes(checkpoint.program) == ["copy_"]
     for _ in range(2):
         computed = checkpoint.run([X])
@@ -94,7 +94,7 @@ def test_a_module_that_changes_its_input_does_not_change_the_example():
             return x.mul_(2)
 
     x = X.clone()
-    checkpoint = Checkpoint.from_model(Changing(), x)
+    checkpoint = ExportableModel.from_model(Changing(), x)
     assert torch.equal(x, X) and torch.equal(checkpoint.example_inputs[0], X)
 
 
@@ -109,7 +109,7 @@ def test_a_mode_that_does_more_than_change_happens_to_a_copy():
 
     model = nn.Sequential(Merging(4, 4), nn.ReLU())
     weight = model[0].weight.clone()
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     assert torch.equal(model[0].weight, weight) and model[0].training
     assert agrees(checkpoint, copy.deepcopy(model).eval()(X))
 
@@ -153,7 +153,7 @@ LIVE = {
 def test_what_is_traced_is_the_live_module(case):
     model = LIVE[case]().eval()
     expected = model(X)
-    assert agrees(Checkpoint.from_model(model, X), expected)
+    assert agrees(ExportableModel.from_model(model, X), expected)
     assert torch.equal(model(X), expected)
 
 
@@ -162,7 +162,7 @@ def test_attention_is_traced_without_its_fast_path():
     model = nn.TransformerEncoder(layer, 2).eval()
     padding = torch.tensor([[False, False, True, True], [False] * 4])
     inputs = {"src": torch.randn(2, 4, 8), "src_key_padding_mask": padding}
-    checkpoint = Checkpoint.from_model(model, inputs, {name: {0: "batch", 1: "seq"} for name in inputs})
+    checkpoint = ExportableModel.from_model(model, inputs, {name: {0: "batch", 1: "seq"} for name in inputs})
     assert not any("transformer_encoder_layer" in str(node.target) for node in checkpoint.program.graph.nodes)
     torch.testing.assert_close(checkpoint.run(checkpoint.example_inputs)[0], checkpoint.expected_outputs[0])
     assert torch.backends.mha.get_fastpath_enabled()
@@ -170,7 +170,7 @@ def test_attention_is_traced_without_its_fast_path():
 
 def test_names_are_those_of_the_module():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)))
-    program = Checkpoint.from_model(model, X).program
+    program = ExportableModel.from_model(model, X).program
     assert set(program.state_dict) == set(model.state_dict())
     stacks = [list(node.meta["nn_module_stack"].values()) for node in program.graph.nodes if "layer_norm" in node.name]
     assert [path for path, _ in stacks[0]] == ["", "1", "1.0"] and "Sequential" in stacks[0][0][1]
@@ -180,7 +180,7 @@ def test_names_are_those_of_the_module():
 
 def test_the_program_of_an_exported_program_is_captured_again():
     program = torch.export.export(nn.Linear(4, 2), (X,), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    checkpoint = Checkpoint.from_model(program.module(), X, ({0: "rows"},))
+    checkpoint = ExportableModel.from_model(program.module(), X, ({0: "rows"},))
     assert agrees(checkpoint, program.module()(X)) and str(checkpoint.inputs[0]) == "input:float32[rows,4]"
 
 
@@ -210,7 +210,7 @@ REFUSED = {
 def test_refusals_are_one_line(case, capfd):
     make, because = REFUSED[case]
     with pytest.raises(CheckpointError, match=because) as caught:
-        Checkpoint.from_model(make(), X)
+        ExportableModel.from_model(make(), X)
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
     assert capfd.readouterr() == ("", "")
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 import normfuse.onnx
-from normfuse.checkpoint import Checkpoint, CheckpointError, inputs, parse_input
+from normfuse.checkpoint import CheckpointError, ExportableModel, inputs, parse_input
 
 X = torch.randn(4, 8)
 
@@ -20,11 +20,11 @@ class Function(nn.Module):
         return self.function(self.linear(x), y)
 
 
-def captured(function, *examples, shapes) -> Checkpoint:
-    return Checkpoint.from_model(Function(function), examples, shapes)
+def captured(function, *examples, shapes) -> ExportableModel:
+    return ExportableModel.from_model(Function(function), examples, shapes)
 
 
-def dims(checkpoint: Checkpoint) -> list[str]:
+def dims(checkpoint: ExportableModel) -> list[str]:
     return [str(spec).partition(":")[2].partition("[")[2].removesuffix("]") for spec in checkpoint.inputs]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import normfuse.onnx
-from normfuse.checkpoint import Checkpoint, CheckpointError, structure
+from normfuse.checkpoint import CheckpointError, ExportableModel, structure
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -76,7 +76,7 @@ def network(forward) -> nn.Module:
     return type("Network", (Network,), {"forward": forward})()
 
 
-def check(checkpoint: Checkpoint, inputs: str, outputs: str) -> None:
+def check(checkpoint: ExportableModel, inputs: str, outputs: str) -> None:
     assert " ".join(checkpoint.input_names) == inputs
     assert " ".join(checkpoint.outputs) == outputs
     computed = checkpoint.run(checkpoint.example_inputs)
@@ -127,7 +127,7 @@ INPUTS = {
 @pytest.mark.parametrize("case", INPUTS)
 def test_inputs(case):
     forward, inputs, names = INPUTS[case]
-    check(Checkpoint.from_model(network(forward), inputs), names, "output")
+    check(ExportableModel.from_model(network(forward), inputs), names, "output")
 
 
 OUTPUTS = {
@@ -156,7 +156,7 @@ OUTPUTS = {
 def test_outputs(case):
     forward, names = OUTPUTS[case]
     model = network(forward)
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     check(checkpoint, "x", names)
     tensors = [leaf for _, leaf in structure.leaves(model.eval()(X)) if isinstance(leaf, torch.Tensor)]
     assert all(torch.equal(*pair) for pair in zip(checkpoint.expected_outputs, tensors, strict=True))
@@ -206,14 +206,14 @@ def test_weights_that_are_returned_are_not_folded_into(tmp_path):
 
 def test_flags_and_numbers_keep_their_values_and_are_said():
     model = network(lambda self, x, mode="a", flag=True, n=2: self.body(x) * n if flag and mode == "b" else x)
-    checkpoint = Checkpoint.from_model(model, {"x": X, "n": 3, "mode": "b"})
+    checkpoint = ExportableModel.from_model(model, {"x": X, "n": 3, "mode": "b"})
     check(checkpoint, "x", "output")
     assert checkpoint.notes == ("fixed in the program: mode='b', n=3",)
 
 
 def test_numbers_that_follow_from_a_size_are_outputs_and_other_values_are_left_out():
     model = network(lambda self, x: (self.body(x), x.shape[0], x.shape[0] * 0.5, x.shape[1], "text"))
-    checkpoint = Checkpoint.from_model(model, X, ({0: "batch"},))
+    checkpoint = ExportableModel.from_model(model, X, ({0: "batch"},))
     check(checkpoint, "x", "output_0 output_1 output_2")
     _, count, half = checkpoint.run([torch.randn(6, 4)])
     assert (count.dtype, count.item(), half.item()) == (torch.int64, 6, 3.0)
@@ -240,7 +240,7 @@ def test_refusals(forward, inputs, because):
     if because.startswith("forward"):
         forward = lambda self, x: self.body(x)  # noqa: E731
     with pytest.raises(CheckpointError, match=because) as caught:
-        Checkpoint.from_model(network(forward), inputs)
+        ExportableModel.from_model(network(forward), inputs)
     assert "\n" not in str(caught.value)
 
 

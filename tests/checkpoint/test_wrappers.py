@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from normfuse.checkpoint import Checkpoint, CheckpointError
+from normfuse.checkpoint import CheckpointError, ExportableModel
 
 X = torch.randn(3, 4)
 eager = functools.partial(torch.compile, backend="eager")
@@ -61,7 +61,7 @@ def test_the_model_inside_is_traced(case):
     wrap, note = WRAPPERS[case]
     model = Inner()
     expected = model.eval()(X)["y"]
-    checkpoint = Checkpoint.from_model(wrap(model), {"x": X})
+    checkpoint = ExportableModel.from_model(wrap(model), {"x": X})
     assert checkpoint.input_names == ("x",) and checkpoint.outputs == ("y",)
     assert torch.equal(checkpoint.expected_outputs[0], expected)
     assert set(checkpoint.program.state_dict) == set(Inner().state_dict())
@@ -70,7 +70,7 @@ def test_the_model_inside_is_traced(case):
 
 def test_compiled_parts_run_as_they_are_and_lose_their_prefix():
     model = nn.Sequential(eager(nn.LayerNorm(4)), nn.Linear(4, 2))
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     assert set(checkpoint.program.state_dict) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert "_orig_mod" in dict(model[0].named_children())
 
@@ -83,7 +83,7 @@ def test_an_autocast_around_forward_is_left_out_and_stays_on_the_model():
     model.forward = torch.autocast("cpu", torch.bfloat16)(lambda *args, **kwargs: original(*args, **kwargs))
     around = model.forward
     assert not torch.equal(model(X)["y"], expected)
-    checkpoint = Checkpoint.from_model(model, X)
+    checkpoint = ExportableModel.from_model(model, X)
     assert checkpoint.input_names == ("x",) and torch.equal(checkpoint.expected_outputs[0], expected)
     assert checkpoint.notes == ("without the autocast that accelerate put around forward",)
     assert model.forward is around
@@ -113,7 +113,7 @@ class Adapted(nn.Module):
 def test_adapters_are_merged_into_a_copy_and_compared_with_the_live_model():
     model = Adapted(Inner()).eval()
     bias, expected = model.base.linear.bias.clone(), model(X)["y"]
-    checkpoint = Checkpoint.from_model(model, X, ({0: "batch"},))
+    checkpoint = ExportableModel.from_model(model, X, ({0: "batch"},))
     assert checkpoint.input_names == ("x",) and checkpoint.notes == ("the adapters of Adapted are merged",)
     assert torch.equal(checkpoint.expected_outputs[0], expected) and torch.equal(model.base.linear.bias, bias)
     assert set(checkpoint.program.state_dict) == set(Inner().state_dict())
@@ -123,8 +123,8 @@ def test_adapters_are_merged_into_a_copy_and_compared_with_the_live_model():
 def test_weights_that_are_spread_over_processes_are_the_reason():
     sharded = type("FullyShardedDataParallel", (Inner,), {})()
     with pytest.raises(CheckpointError, match=r"spread over processes: .*full_state_dict"):
-        Checkpoint.from_model(nn.Sequential(sharded), X)
+        ExportableModel.from_model(nn.Sequential(sharded), X)
     model = Inner()
     model.linear.weight.__class__ = type("DTensor", (nn.Parameter,), {})
     with pytest.raises(CheckpointError, match=r"tensor 'linear.weight' is spread over processes \(DTensor\)"):
-        Checkpoint.from_model(model, X)
+        ExportableModel.from_model(model, X)

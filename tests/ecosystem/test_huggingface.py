@@ -225,7 +225,7 @@ def test_what_cannot_be_guessed_is_said():
         transformers.BertConfig(**MODELS["BERT"][2])
     )
     with pytest.raises(CheckpointError, match="what Odd takes is not known here: export it from Python"):
-        huggingface.checkpoint_of(model)
+        huggingface.exportable(model)
 
 
 def test_a_missing_library_is_said(saved, monkeypatch):

@@ -173,7 +173,7 @@ def test_external_weights_arrive_beside_the_file(tmp_path, monkeypatch):
     model = perceptron()
     result = export(model, tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), opset=20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", *data_beside(result.path)]
-    checkpoint = normfuse.Checkpoint.from_model(model, torch.ones(3, 4))
+    checkpoint = normfuse.ExportableModel.from_model(model, torch.ones(3, 4))
     assert normfuse.onnx.verify(checkpoint, result.path).cases
 
 

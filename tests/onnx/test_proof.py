@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normfuse.checkpoint import Checkpoint, CheckpointError
+from normfuse.checkpoint import CheckpointError, ExportableModel
 from normfuse.onnx import VerificationError, export, verify, writer
 from normfuse.programs import Runner, own_rounding, relative_difference
 
@@ -91,7 +91,7 @@ def test_where_the_model_gives_nan_nothing_is_compared_and_elsewhere_everything(
             return (self.inner(x) * m).sum(1) / m.sum(1)
 
     model = Pooled().eval()
-    checkpoint = Checkpoint.from_model(model, inputs(), ROWS)
+    checkpoint = ExportableModel.from_model(model, inputs(), ROWS)
     assert any(
         "NaN" in note and "a row 0" in note for note in verify(checkpoint, None, program=checkpoint.program).notes
     )
@@ -99,10 +99,10 @@ def test_where_the_model_gives_nan_nothing_is_compared_and_elsewhere_everything(
     other.load_state_dict(model.state_dict())
     real = other.forward
     other.forward = lambda x, mask: torch.where(mask.sum() == 0, 1.0, real(x, mask))
-    wrong = Checkpoint.from_model(other, inputs(), ROWS).program
+    wrong = ExportableModel.from_model(other, inputs(), ROWS).program
     assert verify(checkpoint, None, program=wrong).cases  # the model has no value where this one gives 1
     other.forward = lambda x, mask: torch.where(mask.sum(1)[0] == 0, 1.0, real(x, mask))
-    wrong = Checkpoint.from_model(other, inputs(), ROWS).program
+    wrong = ExportableModel.from_model(other, inputs(), ROWS).program
     with pytest.raises(VerificationError, match=r"folded program differs .* a row 0"):
         verify(checkpoint, None, program=wrong)
 
@@ -122,7 +122,7 @@ def planted(change):
     torch.manual_seed(0)
     example = torch.randn(3, 4), torch.tensor([1, 2, 3])
     seq = torch.export.Dim("batch", max=7)
-    return Checkpoint.from_model(Net().eval(), example, ({0: seq}, {0: seq}))
+    return ExportableModel.from_model(Net().eval(), example, ({0: seq}, {0: seq}))
 
 
 EDGES = {
@@ -158,7 +158,7 @@ def test_a_model_that_computes_otherwise_when_traced_is_caught():
         def forward(self, x):
             return x if torch.compiler.is_compiling() else 2 * x
 
-    checkpoint = Checkpoint.from_model(Net(), (torch.randn(3, 4),))
+    checkpoint = ExportableModel.from_model(Net(), (torch.randn(3, 4),))
     with pytest.raises(VerificationError, match="the model does in Python what"):
         verify(checkpoint, None, program=checkpoint.program)
 
@@ -203,7 +203,7 @@ def test_what_trains_or_is_random_in_evaluation_is_refused_by_name(because):
     model, x = Net(TRAINING[because]).eval(), torch.randn(3, 4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=because) as caught:
-        Checkpoint.from_model(model, (x,))
+        ExportableModel.from_model(model, (x,))
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -219,7 +219,7 @@ INERT = {
 
 @pytest.mark.parametrize("name", INERT)
 def test_what_rests_in_evaluation_is_taken(name):
-    assert Checkpoint.from_model(Net(INERT[name]).eval(), (torch.randn(3, 4),)).outputs == ("output",)
+    assert ExportableModel.from_model(Net(INERT[name]).eval(), (torch.randn(3, 4),)).outputs == ("output",)
 
 
 def test_a_model_that_changes_its_input_is_said_to_and_nothing_of_the_user_changes(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normfuse.checkpoint import Checkpoint, InputSpec, parse_input
+from normfuse.checkpoint import ExportableModel, InputSpec, parse_input
 from normfuse.onnx import trials
 from normfuse.onnx.roles import roles
 from normfuse.onnx.trials import EDGE, EXAMPLE, RANDOM, SOFT
@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
 
 def captured(model, *example, shapes=None):
-    return Checkpoint.from_model(model.eval(), example, shapes)
+    return ExportableModel.from_model(model.eval(), example, shapes)
 
 
 def edges(checkpoint, **options):

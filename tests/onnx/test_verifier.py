@@ -5,13 +5,13 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint import ExportableModel
 from normfuse.onnx import VerificationError, verify, write
 
 
 def made(model, *example, dims=("batch",)):
     shapes = [dict(enumerate(dims)) for _ in example]
-    return Checkpoint.from_model(model, example, shapes)
+    return ExportableModel.from_model(model, example, shapes)
 
 
 def exported(checkpoint, path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normfuse.checkpoint import Checkpoint
+from normfuse.checkpoint import ExportableModel
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.verifier import VerificationError, verify
 
@@ -19,7 +19,7 @@ Folded = tuple[torch.export.ExportedProgram, FoldReport]
 def carry_biases(
     program: torch.export.ExportedProgram,
     plain: Folded,
-    checkpoint: Checkpoint,
+    model: ExportableModel,
     **fold_options: Any,
 ) -> tuple[Folded, str]:
     """The fold with travelling biases if it keeps the digits, else the plain one; and why, in one line.
@@ -34,7 +34,7 @@ def carry_biases(
     """
     try:
         carried = fold(program, carry_biases=True, verify=False, **fold_options)
-        errors = [_error(checkpoint, folded) for folded, _ in (plain, carried)]
+        errors = [_error(model, folded) for folded, _ in (plain, carried)]
     except VerificationError as error:
         return plain, f"biases stay in their branches: {error}"
     numbers = f"error {errors[1]:.1e} on the example inputs, {errors[0]:.1e} without"
@@ -43,6 +43,6 @@ def carry_biases(
     return carried, f"biases travel with the stream ({numbers})"
 
 
-def _error(checkpoint: Checkpoint, program: torch.export.ExportedProgram) -> float:
+def _error(model: ExportableModel, program: torch.export.ExportedProgram) -> float:
     """The largest difference from the module ÷ its largest value."""
-    return verify(checkpoint, None, program=program, rtol=float("inf"), rounds=0, edges=False).worst("folded program")
+    return verify(model, None, program=program, rtol=float("inf"), rounds=0, edges=False).worst("folded program")
