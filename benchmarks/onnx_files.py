@@ -34,8 +34,8 @@ def fold_one(path: Path, folder: Path) -> dict:
         "nodes": [report.nodes_before, report.nodes_after],
         "norms": len(report.norms),
         "folded": len(report.norms) - len(report.remaining),
-        "difference": result.proof.worst("ONNX file"),
-        "inputs": result.proof.shapes,
+        "difference": result.verification.worst("ONNX file"),
+        "inputs": result.verification.shapes,
         "notes": result.notes,
         "seconds": round(time.perf_counter() - started, 1),
     }

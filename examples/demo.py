@@ -102,7 +102,7 @@ def serve(trained: Run, data: Digits, folder: Path, rounds: int) -> dict[str, ob
         "opset": result.opset,
         "nodes_with_norms": with_norms.node_count,
         "nodes_folded": result.graph.node_count,
-        "largest_difference": result.proof.worst("ONNX file"),
+        "largest_difference": result.verification.worst("ONNX file"),
         "latency_ms": {"with_norms": timing.quartiles(0), "folded": timing.quartiles(1)},
         "ratio": {"median": ratio, "quartiles": (low, high)},
     }

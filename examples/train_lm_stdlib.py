@@ -125,7 +125,7 @@ def main() -> None:
     print(f"saved {args.out}, exported {onnx_file} (opset {result.opset})")
     print(
         f"{folded} of {len(result.report.norms)} norms folded; "
-        f"largest difference to the module {result.proof.worst('ONNX file'):.1e} of the largest output value"
+        f"largest difference to the module {result.verification.worst('ONNX file'):.1e} of the largest output value"
     )
     print("\nwritten by ONNX Runtime:\n")
     print(continue_text(onnxruntime.InferenceSession(onnx_file), "    def __init__(self, ", 300, args.seed))

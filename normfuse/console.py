@@ -90,12 +90,12 @@ def print_result(console: Console, result: ExportResult) -> None:
             f"in the model; {result.dtype} holds up to {grown.limit:.0f}",
             highlight=False,
         )
-    graph, proof = result.graph, result.proof
-    forms = dict.fromkeys(case.form for case in proof.cases)
+    graph, verification = result.graph, result.verification
+    forms = dict.fromkeys(case.form for case in verification.cases)
     if forms:
-        within = ", ".join(f"{form} within {proof.worst(form):.1e}" for form in forms)
+        within = ", ".join(f"{form} within {verification.worst(form):.1e}" for form in forms)
         console.print(
-            f"verified on {len(proof.shapes)} inputs: {within} of the output's largest value", highlight=False
+            f"verified on {len(verification.shapes)} inputs: {within} of the output's largest value", highlight=False
         )
     left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
     console.print(

@@ -14,6 +14,7 @@ NAMES = [
     ("normfuse", "Checkpoint", "ExportableModel"),
     ("normfuse.checkpoint", "Checkpoint", "ExportableModel"),
     ("normfuse.onnx", "FoldedCheckpoint", "FoldedModel"),
+    ("normfuse.onnx", "Proof", "VerificationReport"),
     ("normfuse.onnx", "fold_checkpoint", "fold_model"),
 ]
 

@@ -37,6 +37,6 @@ def test_a_trained_sigma_reparam_model_is_saved_loaded_and_exported(tmp_path, in
     assert torch.equal(loaded.expected_outputs[0], model(x))
     result = export(loaded, tmp_path / "model.onnx")
     assert result.graph.norms == [] and not result.report.remaining
-    assert result.proof.worst("ONNX file") < 1e-5
+    assert result.verification.worst("ONNX file") < 1e-5
     # Nothing of the iteration is in the file: a convolution, an average, a product.
     assert result.graph.node_count <= 4

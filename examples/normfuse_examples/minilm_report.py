@@ -59,7 +59,7 @@ def serve(
     normfuse.onnx.export(original, kept, example_inputs=example, dynamic_shapes=shapes, target="cpu")
     found: dict[str, Any] = {
         "norms_folded": f"{len(shaped.report.norms) - len(shaped.report.remaining)} of {len(shaped.report.norms)}",
-        "largest_difference": shaped.proof.worst("ONNX file"),
+        "largest_difference": shaped.verification.worst("ONNX file"),
         "norms_folded_for_int8": f"{len(report.norms) - len(report.remaining)} of {len(report.norms)}",
     }
     precisions = {

@@ -87,16 +87,16 @@ def verify(
         loaded = loading.load(checkpoint)
         allowed = RTOL[graph.dtype] if tolerance.rtol is None else tolerance.rtol
         stages(f"run {onnx} in ONNX Runtime")
-        proof = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)
+        verification = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)
 
     def show(console: Console) -> None:
         from normfuse.console import make_table
 
         table = make_table("inputs", "output", "difference", "÷ largest value")
-        for case in proof.cases:
+        for case in verification.cases:
             table.add_row(case.inputs, case.output, f"{case.difference:.2e}", f"{case.error:.2e}")
         console.print(table)
-        console.print(f"the same within {proof.worst('ONNX file'):.1e} (allowed {allowed:.0e})", highlight=False)
+        console.print(f"the same within {verification.worst('ONNX file'):.1e} (allowed {allowed:.0e})", highlight=False)
 
     data: dict[str, Any] = {"checkpoint": str(checkpoint), "onnx": str(onnx), "rtol": allowed, "atol": tolerance.atol}
-    printing.result(data | {"worst": proof.worst("ONNX file"), **proof.to_dict()}, show)
+    printing.result(data | {"worst": verification.worst("ONNX file"), **verification.to_dict()}, show)

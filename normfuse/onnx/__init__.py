@@ -1,4 +1,4 @@
-"""From a model to an ONNX file without its norms, and the proof in ONNX Runtime that nothing changed.
+"""From a model to an ONNX file without its norms, verified in ONNX Runtime.
 
 The spine is :func:`export`; each of its steps can be called alone::
 
@@ -15,7 +15,7 @@ from normfuse.onnx.benchmark import BenchError, bench
 from normfuse.onnx.editing import fold_file
 from normfuse.onnx.exporter import ExportResult, FoldedModel, export, fold_model
 from normfuse.onnx.graph import GraphError, GraphSummary, summarize
-from normfuse.onnx.verifier import Proof, VerificationError, verify
+from normfuse.onnx.verifier import VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write
 from normfuse.options import ExportError
 
@@ -26,8 +26,8 @@ __all__ = [
     "FoldedModel",
     "GraphError",
     "GraphSummary",
-    "Proof",
     "VerificationError",
+    "VerificationReport",
     "WriteError",
     "bench",
     "export",
@@ -38,4 +38,11 @@ __all__ = [
     "write",
 ]
 
-__getattr__ = deprecated_names(__name__, {"FoldedCheckpoint": "FoldedModel", "fold_checkpoint": "fold_model"})
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "FoldedCheckpoint": "FoldedModel",
+        "Proof": "VerificationReport",
+        "fold_checkpoint": "fold_model",
+    },
+)

@@ -17,6 +17,7 @@ from torch import nn
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line, some_of
+from normfuse.deprecation import deprecated_attribute
 from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx import shaping
@@ -24,7 +25,7 @@ from normfuse.onnx.graph import GraphSummary, summarize
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.shaping.biases import carry_biases
-from normfuse.onnx.verifier import RTOL, Proof, VerificationError, verify
+from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
     OPSETS,
@@ -47,7 +48,7 @@ class ExportResult:
         rejected: newer opsets that were tried, and why they failed.
         dtype: of the weights in the file.
         report: what became of each norm.
-        proof: every comparison made.
+        verification: every comparison made.
         graph: what is in the file.
         target: what the graph was shaped for.
         shaping: how often each shaping pass applied; empty if none was asked for or shaping was given up.
@@ -61,12 +62,14 @@ class ExportResult:
     rejected: dict[int, str]
     dtype: str
     report: FoldReport
-    proof: Proof
+    verification: VerificationReport
     graph: GraphSummary
     target: str = "portable"
     shaping: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     growth: Growth | None = None
+
+    proof = deprecated_attribute("proof", "verification")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data: everything, unabridged."""
@@ -76,7 +79,7 @@ class ExportResult:
             "rejected_opsets": {str(opset): why for opset, why in self.rejected.items()},
             "dtype": self.dtype,
             "fold": self.report.to_dict(),
-            "verification": self.proof.to_dict(),
+            "verification": self.verification.to_dict(),
             "graph": self.graph.to_dict(),
             "target": self.target,
             "shaping": self.shaping,
@@ -104,7 +107,7 @@ def export(
     no_shape: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
-    """Folds the norms of a model away, writes ONNX, and proves in ONNX Runtime that the outputs are the same.
+    """Folds the norms of a model away, writes ONNX, and verifies in ONNX Runtime that the outputs are the same.
 
     Args:
         model: what :func:`normfuse.load` gives, or a module (then with ``example_inputs``), which is not
@@ -180,7 +183,7 @@ def export(
                     shape=shape,
                 )
                 progress(f"verify in ONNX Runtime, {what}")
-                proof = verify(model, output.staged, **limits)
+                verification = verify(model, output.staged, **limits)
             except (WriteError, VerificationError) as error:
                 why = str(error).replace(str(output.folder) + os.sep, "")
                 if form.steps:
@@ -192,10 +195,13 @@ def export(
                 continue
             graph = summarize(output.staged)
             publish(output)
-            proof = Proof(form.proof.cases + proof.cases, list(dict.fromkeys(form.proof.notes + proof.notes)))
-            notes += proof.notes
+            verification = VerificationReport(
+                form.verification.cases + verification.cases,
+                list(dict.fromkeys(form.verification.notes + verification.notes)),
+            )
+            notes += verification.notes
             return ExportResult(
-                path, candidate, rejected, dtype, form.report, proof, graph, target, applied, notes, form.growth
+                path, candidate, rejected, dtype, form.report, verification, graph, target, applied, notes, form.growth
             )
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
 
@@ -206,7 +212,7 @@ class _Form:
 
     program: torch.export.ExportedProgram
     report: FoldReport
-    proof: Proof
+    verification: VerificationReport
     steps: tuple[str, ...]
     growth: Growth | None
 
@@ -254,8 +260,8 @@ def _forms(
                 if grown and grown.beyond:
                     note = f"biases stay in their branches: travelling, values leave {dtype} at {some_of(grown.beyond)}"
                 else:
-                    proof = verify(model, None, program=carried[0], **limits)
-                    shaped = _Form(*carried, proof, steps, grown)
+                    verification = verify(model, None, program=carried[0], **limits)
+                    shaped = _Form(*carried, verification, steps, grown)
         except VerificationError as error:
             note = f"biases stay in their branches: {error}"
         notes.append(note)

@@ -1,4 +1,4 @@
-"""The proof: the original module, the folded program and the ONNX file give the same outputs."""
+"""Verification: the original module, the folded program and the ONNX file give the same outputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Proof:
+class VerificationReport:
     """All comparisons that were made; every one passed.
 
     Attributes:
@@ -91,7 +91,7 @@ def verify(
     rounds: int = 4,
     seed: int = 0,
     edges: bool = True,
-) -> Proof:
+) -> VerificationReport:
     """Compares what the live model gave with its traced program, optionally the folded program, and the ONNX file in
     ONNX Runtime (CPU).
 
@@ -149,7 +149,7 @@ def verify(
                 if trial.kind != SOFT:
                     raise
                 notes.append(str(error))
-    return Proof(cases, list(dict.fromkeys(notes)))
+    return VerificationReport(cases, list(dict.fromkeys(notes)))
 
 
 def _run(

@@ -123,7 +123,7 @@ def test_multiples_are_exported_and_verified_at_their_smallest(tmp_path):
 
     model = Function(lambda x, y: x.view(-1, 2, 8))
     result = normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=X, dynamic_shapes=({0: "n"},), opset=20)
-    assert any("[2,8]" in shapes for shapes in result.proof.shapes)
+    assert any("[2,8]" in shapes for shapes in result.verification.shapes)
     graph = onnx.load(result.path).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "2*n_2"
 

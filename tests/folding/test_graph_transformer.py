@@ -112,4 +112,4 @@ def test_the_file_agrees_with_the_model(tmp_path) -> None:
     model = look_trained(GraphTransformer(nn.BatchNorm1d))
     result = export(model, tmp_path / "graph.onnx", example_inputs=packed(14, 40, torch.float32))
     assert not result.report.remaining and not result.graph.norms
-    assert result.proof.worst("ONNX file") < 1e-4
+    assert result.verification.worst("ONNX file") < 1e-4

@@ -38,8 +38,8 @@ def test_every_placement_ends_without_norms_and_without_per_channel_arithmetic(t
     result = export(model, tmp_path / "m.onnx", example_inputs=example, dynamic_shapes=shapes)
     assert result.graph.norms == [] and result.graph.affines == []
     assert result.report.norms and not result.report.remaining
-    assert result.proof.worst("ONNX file") < 1e-4
-    assert sum("random" in label for label in result.proof.shapes) == 4
+    assert result.verification.worst("ONNX file") < 1e-4
+    assert sum("random" in label for label in result.verification.shapes) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -94,8 +94,8 @@ def test_batchnorm_in_a_convolution_network_and_a_single_example_image(tmp_path)
         model, tmp_path / "m.onnx", example_inputs=torch.randn(1, 3, 8, 8), dynamic_shapes={"image": {0: "batch"}}
     )
     assert result.graph.norms == [] and result.graph.affines == []
-    assert "random inputs [1,3,8,8]" in result.proof.shapes
-    assert len({shape for shape in result.proof.shapes if "random" in shape}) > 1
+    assert "random inputs [1,3,8,8]" in result.verification.shapes
+    assert len({shape for shape in result.verification.shapes if "random" in shape}) > 1
 
 
 def test_a_live_module_is_not_changed(tmp_path):
@@ -124,7 +124,7 @@ def test_bfloat16_is_refused_because_nothing_could_verify_it(tmp_path):
 
 def test_float16_is_verified_against_the_float32_module(tmp_path):
     result = export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.randn(3, 4), dtype="float16", opset=20)
-    assert result.graph.dtype == "float16" and 0 < result.proof.worst("ONNX file") < 2e-2
+    assert result.graph.dtype == "float16" and 0 < result.verification.worst("ONNX file") < 2e-2
 
 
 def test_keyword_inputs_and_a_program_from_a_pt2_file(tmp_path):

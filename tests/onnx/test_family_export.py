@@ -65,7 +65,7 @@ def test_a_mixed_model_is_verified_and_only_what_is_computed_from_inputs_stays(t
         example_inputs=(torch.randn(4, 3, 6, 6), torch.randn(4)),
         dynamic_shapes={"image": {0: batch}, "log_snr": {0: batch}},
     )
-    assert result.proof.worst("ONNX file") < 1e-4
+    assert result.verification.worst("ONNX file") < 1e-4
     status = {record.name: record.status for record in result.report.norms}
     folded = ["patches.1.batch_norm", "patches.4", "norms.0", "norms.1.norms.1"]
     assert {name: status[name] for name in folded} == dict.fromkeys(folded, "folded")
@@ -96,4 +96,4 @@ def test_what_is_computed_from_inputs_is_exported_as_it_is(tmp_path):
     hole = torch.rand(2, 1, 5, 6) < 0.5
     example = (torch.randn(2, 3, 5, 6), hole, torch.randn(2, 4, 7, 3))
     result = export(model.eval(), tmp_path / "computed.onnx", example_inputs=example)
-    assert result.proof.worst("ONNX file") < 1e-4 and result.graph.nodes["Erf"] == 1
+    assert result.verification.worst("ONNX file") < 1e-4 and result.graph.nodes["Erf"] == 1

@@ -93,7 +93,7 @@ def run(entry: Entry, model: nn.Module, folder: Path) -> Outcome:
     inputs = entry.inputs()
     result = normfuse.onnx.export(model, folder / "model.onnx", example_inputs=inputs, dynamic_shapes=entry.dynamic)
     report, error64 = in_float64(entry, model.double(), inputs)
-    return Outcome(report, error64, result.proof.worst("ONNX file"))
+    return Outcome(report, error64, result.verification.worst("ONNX file"))
 
 
 def in_float64(entry: Entry, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[FoldReport, float]:

@@ -23,7 +23,7 @@ from normfuse.onnx.exporter import ExportResult
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
-from normfuse.onnx.verifier import Case, Proof, VerificationError
+from normfuse.onnx.verifier import Case, VerificationError, VerificationReport
 from normfuse.onnx.writer import as_float16, refuse_overflow, save_model
 from normfuse.options import ExportError, check_dtype, check_scale_range, steps_for
 
@@ -80,7 +80,7 @@ def fold_file(
         progress: called with the name of each stage when it begins.
 
     Returns:
-        What was done. Its ``proof`` compares the new file with the old one; a copy has no comparison.
+        What was done. Its ``verification`` compares the new file with the old one; a copy has no comparison.
 
     Raises:
         GraphError: it is no ONNX file, contradicts itself, or runs at no size that was tried.
@@ -90,7 +90,7 @@ def fold_file(
     Example::
 
         result = normfuse.onnx.fold_file("resnet50.onnx", "folded.onnx")
-        print(result.report.nodes_before, result.report.nodes_after, result.proof.worst("ONNX file"))
+        print(result.report.nodes_before, result.report.nodes_after, result.verification.worst("ONNX file"))
     """
     source = Path(source)
     check_dtype(dtype)
@@ -123,9 +123,9 @@ def fold_file(
             publish(output, beside)
     report = result.report
     report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
-    proof = Proof(result.cases)
+    verification = VerificationReport(result.cases)
     return ExportResult(
-        output.path, file.version, {}, job.dtype, report, proof, graph, target, result.shaping, job.notes
+        output.path, file.version, {}, job.dtype, report, verification, graph, target, result.shaping, job.notes
     )
 
 

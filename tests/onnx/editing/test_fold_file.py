@@ -24,7 +24,7 @@ def test_a_norm_behind_a_convolution_goes_into_it(tmp_path):
     assert (record.kind, record.status, weight) == ("BatchNormalization", "folded", "k")
     assert (result.report.nodes_before, result.report.nodes_after) == (4, 3)
     assert [tensor.name for tensor in after.graph.initializer] == ["k", "k2", bias]
-    assert result.proof.cases and all(case.passed for case in result.proof.cases)
+    assert result.verification.cases and all(case.passed for case in result.verification.cases)
     assert "gone: BatchNormalization ×1" in result.notes
     for batch in (1, 5):
         assert_equal(tmp_path, {"x": draw(batch, 3, 8, 8)})
@@ -287,7 +287,7 @@ def test_inputs_can_be_bounded(tmp_path):
     proto = model("int64[batch, seq] tokens", "float[batch, seq, 2] y", body, **constants)
     result, after = folded(proto, tmp_path, inputs=["tokens:int64[batch,seq<=4]<7"])
     assert kinds(after) == ["Clip", "Gather", "MatMul"]
-    assert all(int(shapes.rpartition(",")[2].strip("]")) <= 4 for shapes in result.proof.shapes)
+    assert all(int(shapes.rpartition(",")[2].strip("]")) <= 4 for shapes in result.verification.shapes)
 
 
 def test_float16_on_request(tmp_path):

@@ -9,7 +9,7 @@ def test_a_file_without_norms_is_copied(tmp_path):
     proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
     result, _ = folded(proto, tmp_path)
     assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
-    assert any(note.startswith("nothing folds") for note in result.notes) and not result.proof.cases
+    assert any(note.startswith("nothing folds") for note in result.notes) and not result.verification.cases
 
 
 SPELLED_OUT = (

@@ -47,7 +47,7 @@ def test_a_block_is_four_products_and_one_attention(tmp_path, placement, mask):
     assert (found["MatMul"], found["Attention"], found["Add"]) == (5, 1, 1 + 2 + 3)
     assert found["Transpose"] == 0
     assert result.shaping == {"attention3d": 1}
-    assert result.graph.norms == result.graph.affines == [] and result.proof.worst("ONNX file") < 1e-4
+    assert result.graph.norms == result.graph.affines == [] and result.verification.worst("ONNX file") < 1e-4
     assert any(note.startswith("biases travel") for note in result.notes)
 
 
@@ -57,7 +57,7 @@ def test_one_thread_gets_products_with_their_biases(tmp_path, mask):
     found = operations(result.path)
     assert (found["Gemm"], found["MatMul"], found["Attention"]) == (3, 2, 1)
     assert found["Add"] == 1 + 2  # positions and residuals
-    assert result.shaping == {"attention3d": 1, "gemm2d": 5} and result.proof.worst("ONNX file") < 1e-4
+    assert result.shaping == {"attention3d": 1, "gemm2d": 5} and result.verification.worst("ONNX file") < 1e-4
     _, running = executed(result.path, tmp_path)
     # ONNX Runtime itself makes residuals the operands of products that have no bias.
     assert (running["Gemm"], running["MatMul"], running["Add"]) == (5, 0, 1)
@@ -67,7 +67,7 @@ def test_long_sequences_get_attention_in_blocks(tmp_path):
     result = export(encoder(), tmp_path / "m.onnx", target="cpu-long", **arguments())
     found = operations(result.path)
     assert (found["MatMul"], found["MultiHeadAttention"], found["Attention"]) == (5, 1, 0) and not result.notes[1:]
-    assert result.shaping["blockwise_attention"] == 1 and result.proof.worst("ONNX file") < 1e-4
+    assert result.shaping["blockwise_attention"] == 1 and result.verification.worst("ONNX file") < 1e-4
     assert summarize(result.path).opset == 23
     masked = export(encoder(), tmp_path / "masked.onnx", target="cpu-long", **arguments(mask=True))
     assert masked.shaping["blockwise_attention"] == 0 and operations(masked.path)["Attention"] == 1

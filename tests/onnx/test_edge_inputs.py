@@ -1,4 +1,4 @@
-"""The proof catches what random inputs do not: forms that are wrong for masked rows, edges, and state."""
+"""Verification catches what random inputs do not: forms that are wrong for masked rows, edges, and state."""
 
 import random
 
@@ -45,7 +45,7 @@ def inputs():
 @pytest.mark.parametrize("see", [additive, boolean])
 def test_masked_rows_are_right_in_every_form(tmp_path, see, opset):
     result = export(Attention(see), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=opset)
-    assert any("mask mask with a row 0" in label for label in result.proof.shapes)
+    assert any("mask mask with a row 0" in label for label in result.verification.shapes)
 
 
 def test_a_form_that_is_wrong_for_masked_rows_gives_way_to_another(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_masks_with_a_number_that_float16_lacks_are_tried_in_float16(tmp_path):
     result = export(
         model, tmp_path / "m.onnx", example_inputs=(x, mask), dynamic_shapes=ROWS, dtype="float16", opset=23
     )
-    assert any("mask mask with a row -3.4e+38" in label for label in result.proof.shapes)
+    assert any("mask mask with a row -3.4e+38" in label for label in result.verification.shapes)
     assert all("empty" in note for note in result.notes)
 
 
@@ -77,7 +77,7 @@ def test_an_empty_batch_that_the_file_refuses_is_said(tmp_path):
     result = export(Attention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23)
     assert any("an empty batch" in note for note in result.notes)
     result = export(Attention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18)
-    assert result.notes == [] and any("an empty batch" in label for label in result.proof.shapes)
+    assert result.notes == [] and any("an empty batch" in label for label in result.verification.shapes)
 
 
 def test_where_the_model_gives_nan_nothing_is_compared_and_elsewhere_everything(tmp_path):
@@ -229,7 +229,7 @@ def test_a_model_that_changes_its_input_is_said_to_and_nothing_of_the_user_chang
     result = export(model, tmp_path / "m.onnx", example_inputs=(x,), dynamic_shapes=({0: "batch"},), opset=20)
     assert torch.equal(x, before)
     assert any("changes its input" in note for note in result.notes)
-    assert result.proof.worst("ONNX file") < 1e-5
+    assert result.verification.worst("ONNX file") < 1e-5
 
 
 def test_running_a_program_changes_neither_its_state_nor_its_arguments():
