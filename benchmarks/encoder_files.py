@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import normfuse
 from normfuse import onnx as to_onnx
 from normfuse.nn import UnifiedNorm
-from normfuse.onnx import shaping
+from normfuse.onnx import graph_passes
 
 VOCABULARY, POSITIONS = 1000, 512
 TOOLS = ("layer, transformers.optimizer", "layer, optimize_for_ort")
@@ -192,9 +192,9 @@ def _forms(norm: str, program: ExportedProgram, model: Encoder, width: int) -> d
             "layer, opset 20": partial(_write, program, 20),
             "layer, transformers.optimizer": partial(_transformers_optimizer, program, width),
             "layer, optimize_for_ort": partial(_optimize_for_ort, program),
-            "layer, shaped": partial(_write, program, 23, shape=_steps("cpu")),
-            "layer, shaped, single": partial(_write, program, 23, shape=_steps("cpu-single")),
-            "layer, shaped, long": partial(_write, program, 23, shape=_steps("cpu-long")),
+            "layer, shaped": partial(_write, program, 23, shape=_passes("cpu")),
+            "layer, shaped, single": partial(_write, program, 23, shape=_passes("cpu-single")),
+            "layer, shaped, long": partial(_write, program, 23, shape=_passes("cpu-long")),
         }
     folded, _ = normfuse.fold(program)
     return {
@@ -206,8 +206,8 @@ def _forms(norm: str, program: ExportedProgram, model: Encoder, width: int) -> d
     }
 
 
-def _steps(target: str) -> Callable[[ir.Model], dict[str, int]]:
-    return partial(shaping.shape, steps=shaping.TARGETS[target])
+def _passes(target: str) -> Callable[[ir.Model], dict[str, int]]:
+    return partial(graph_passes.run_passes, names=graph_passes.TARGETS[target])
 
 
 def _write(program: ExportedProgram, opset: int, path: Path, shape: Callable | None = None) -> None:
@@ -218,7 +218,7 @@ def _export(model: Encoder, target: str, path: Path) -> None:
     """What a user gets: normfuse.onnx.export with its checks."""
     shapes = {"tokens": {0: Dim("batch"), 1: Dim("seq", max=model.positions.shape[1])}}
     result = to_onnx.export(model, path, example_inputs=sample(), dynamic_shapes=shapes, target=target)
-    if not result.shaping:
+    if not result.passes:
         raise ValueError(f"not shaped: {result.notes}")
 
 

@@ -38,7 +38,7 @@ OURS = ("folded", "static", *SHAPED)  # what is left is what a user gets without
 
 
 def advised(norm: str, threads: int, batch: int, length: int) -> str:
-    """The shaped variant that docs/shaping.md advises for a setting."""
+    """The shaped variant that docs/graph_passes.md advises for a setting."""
     long = length >= 1024 or batch * length >= 4096
     single = threads == 1 and batch * length <= 2000
     return f"{norm} shaped{', long' if long else ', single' if single else ''}"

@@ -19,7 +19,7 @@ SERIES = {
     "fastest LayerNorm": "#8d99ae",
     "static": "#edae49",
     "folded": "#9ad1b3",
-    "folded and shaped": "#0b6e4f",  # for the target that docs/shaping.md advises
+    "folded and shaped": "#0b6e4f",  # for the target that docs/graph_passes.md advises
 }
 
 

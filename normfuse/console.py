@@ -75,14 +75,14 @@ def make_table(*columns: str) -> Table:
 
 
 def print_result(console: Console, result: ExportResult) -> None:
-    """What became of the norms, how the graph was shaped, and how well it agrees."""
+    """What became of the norms, which graph passes applied, and how well it agrees."""
     print_report(console, result.report)
     for number, why in result.rejected.items():
         console.print(f"opset {number} was left out: {escape(why)}", style="yellow", highlight=False)
     print_notes(console, result.notes)
-    if result.shaping:
-        passes = ", ".join(f"{name} ×{count}" for name, count in result.shaping.items() if count)
-        console.print(f"shaped for {result.target}: {passes or 'no pass applies'}", highlight=False)
+    if result.passes:
+        passes = ", ".join(f"{name} ×{count}" for name, count in result.passes.items() if count)
+        console.print(f"graph passes for {result.target}: {passes or 'no pass applies'}", highlight=False)
     if result.growth:
         grown = result.growth
         console.print(

@@ -23,7 +23,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "cpu-long": ("carry_biases", "attention3d", "blockwise_attention"),
     "cuda": ("carry_biases",),
 }
-STEPS = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
+PASS_NAMES = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
 
 # The names that optimum and the hub use, and which of transformers' automatic classes builds the head.
 TASKS = {
@@ -54,17 +54,17 @@ class ExportError(NormfuseError):
     """The model cannot be exported; the message is one line. No file was written."""
 
 
-def steps_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
-    """The shaping steps of a target without those to skip, in their order.
+def passes_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
+    """The graph passes of a target without those to skip, in their order.
 
     Raises:
-        ExportError: there is no such target, or no step of a name to skip.
+        ExportError: there is no such target, or no pass of a name to skip.
     """
     if target not in TARGETS:
         raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     for name in skip:
-        if name not in STEPS:
-            raise ExportError(f"there is no shaping step {name!r} to leave out; there are {', '.join(STEPS)}")
+        if name not in PASS_NAMES:
+            raise ExportError(f"there is no graph pass {name!r} to disable; there are {', '.join(PASS_NAMES)}")
     return tuple(name for name in TARGETS[target] if name not in skip)
 
 

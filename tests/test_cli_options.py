@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import normfuse
 from normfuse import onnx, plotting
 from normfuse.cli import app, options, running
-from normfuse.onnx import shaping
-from normfuse.options import STEPS
+from normfuse.onnx import graph_passes
+from normfuse.options import PASS_NAMES
 
 COMMANDS = ("export", "fold", "inspect", "verify", "bench", "plot")
 WITHOUT_TORCH = """
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
         (["--version"], 0, normfuse.__version__),
         *(([command, "-h"], 0, "--json") for command in COMMANDS),
         (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "target 'gpu' is not one of portable"),
-        (["export", "m.pt", "--out", "m.onnx", "--no-shape", "gemm"], 1, "no shaping step 'gemm'"),
+        (["export", "m.pt", "--out", "m.onnx", "--disable-pass", "gemm"], 1, "no graph pass 'gemm'"),
         (["export", "m.pt", "--out", "absent/m.onnx"], 1, "there is no folder absent"),
         (["export", "m.pt", "--out", "m.onnx", "--report", "absent/r.json"], 1, "there is no folder absent"),
         (["export", "m.pt", "--out", "m.onnx", "--opset", "99"], 1, "opset 99 is outside 18 to 23"),
@@ -93,7 +93,7 @@ def test_help_and_refused_options_load_nothing(tmp_path, arguments, status, said
         ("export m.pt --target cpu-", ["cpu-single", "cpu-long"]),
         ("export m.pt --dtype ", ["float32", "float16"]),
         ("export m.pt --opset 2", ["23", "20"]),
-        ("inspect m.pt --no-shape g", ["gemm2d"]),
+        ("inspect m.pt --disable-pass g", ["gemm2d"]),
     ],
 )
 def test_values_are_completed(tmp_path, typed, completed):
@@ -190,8 +190,8 @@ def test_commands_have_the_defaults_of_their_functions():
     assert defaults(onnx.write)["opset"] is defaults(onnx.export)["opset"] is None
 
 
-def test_every_shaping_step_is_an_option():
-    assert STEPS == ("carry_biases", *shaping.PASSES)
+def test_every_graph_pass_is_an_option():
+    assert PASS_NAMES == ("carry_biases", *graph_passes.PASSES)
 
 
 # Advice

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from normfuse import onnx
+from normfuse.cli.app import app
 from normfuse.deprecation import deprecated_arguments, deprecated_attribute, deprecated_names
 
 NAMES = [
@@ -26,6 +29,21 @@ def test_an_old_name_is_the_new_one(module, old, new):
     with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {module}.{new}"):
         assert getattr(home, old) is getattr(home, new)
     assert old not in home.__all__ and new in home.__all__
+
+
+def test_an_old_option_is_taken_and_not_shown(tmp_path):
+    done = CliRunner().invoke(app, ["export", "m.pt", "--out", "m.onnx", "--no-shape", "gemm"])
+    assert "--no-shape is now --disable-pass" in done.stderr and "no graph pass 'gemm'" in done.stderr
+    shown = CliRunner().invoke(app, ["export", "--help"]).output
+    assert "--disable-pass" in shown and "--no-shape" not in shown
+
+
+@pytest.mark.parametrize("function", [onnx.export, onnx.fold_model, onnx.fold_file])
+def test_an_old_argument_is_taken(function, tmp_path):
+    given = {"path": tmp_path / "m.onnx"} if function is not onnx.fold_model else {}
+    with pytest.warns(DeprecationWarning, match="'no_shape' is now 'disable_passes'"):
+        with pytest.raises(onnx.ExportError, match="no graph pass 'gemm'"):
+            function("m.onnx", **given, no_shape=["gemm"])
 
 
 def test_a_name_that_never_was_is_refused():

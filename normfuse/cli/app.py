@@ -6,7 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import normfuse
 from normfuse import signals
@@ -17,6 +17,8 @@ from .models import export, inspect, verify
 from .plot import plot
 from .running import command
 
+_RENAMED = {"--no-shape": "--disable-pass"}
+
 
 class _Group(TyperGroup):
     """Remembers the arguments as they were typed, for errors that advise."""
@@ -26,6 +28,20 @@ class _Group(TyperGroup):
         context = super().make_context(info_name, args, *rest, **extra)
         context.obj = typed
         return context
+
+
+class _Command(TyperCommand):
+    """Takes options under their old names as well, with a warning; help shows the new names only."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        renamed = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if name in _RENAMED:
+                typer.echo(f"{name} is now {_RENAMED[name]}", err=True)
+                argument = _RENAMED[name] + equals + value
+            renamed.append(argument)
+        return super().parse_args(context, renamed)
 
 
 app = typer.Typer(
@@ -46,7 +62,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 for function in (export, fold, inspect, verify, bench, plot):
-    app.command()(command(function))
+    app.command(cls=_Command)(command(function))
 
 
 def main() -> None:

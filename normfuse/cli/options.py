@@ -21,14 +21,14 @@ from normfuse.files import OutputError, check_target, same_file
 from normfuse.options import (
     DTYPES,
     OPSETS,
-    STEPS,
+    PASS_NAMES,
     TARGETS,
     TASKS,
     check_dtype,
     check_opset,
     check_scale_range,
     check_task,
-    steps_for,
+    passes_for,
 )
 
 if TYPE_CHECKING:
@@ -180,24 +180,25 @@ class Folding:
     target: Annotated[
         str,
         typer.Option(
-            help="Shape the graph for ONNX Runtime: cpu; cpu-single, one thread and up to 2000 tokens at a time; "
+            help="Run graph passes for ONNX Runtime on: cpu; cpu-single, one thread and up to 2000 tokens at a time; "
             "cpu-long, from 4000 tokens at a time; cuda; or portable (leave it).",
             autocompletion=_among(TARGETS),
         ),
     ] = "portable"
-    no_shape: Annotated[
+    disable_passes: Annotated[
         list[str],
         typer.Option(
-            metavar="STEP",
-            help=f"Leave out a shaping step ({', '.join(STEPS)}); repeatable.",
-            autocompletion=_among(STEPS),
+            "--disable-pass",
+            metavar="NAME",
+            help=f"Leave out a graph pass ({', '.join(PASS_NAMES)}); repeatable.",
+            autocompletion=_among(PASS_NAMES),
         ),
     ] = field(default_factory=list)
 
     def check(self) -> None:
         check_dtype(self.dtype)
         check_scale_range(self.max_scale_range)
-        steps_for(self.target, self.no_shape)
+        passes_for(self.target, self.disable_passes)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from torch import nn
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line, some_of
-from normfuse.deprecation import deprecated_attribute
+from normfuse.deprecation import deprecated_arguments, deprecated_attribute
 from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
-from normfuse.onnx import shaping
+from normfuse.onnx import graph_passes
 from normfuse.onnx.graph import GraphSummary, summarize
+from normfuse.onnx.graph_passes.biases import carry_biases
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
-from normfuse.onnx.shaping.biases import carry_biases
 from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
@@ -33,7 +33,7 @@ from normfuse.options import (
     check_dtype,
     check_opset,
     check_scale_range,
-    steps_for,
+    passes_for,
 )
 from normfuse.sources import huggingface
 
@@ -50,10 +50,10 @@ class ExportResult:
         report: what became of each norm.
         verification: every comparison made.
         graph: what is in the file.
-        target: what the graph was shaped for.
-        shaping: how often each shaping pass applied; empty if none was asked for or shaping was given up.
+        target: what the graph passes were chosen for.
+        passes: how often each graph pass applied; empty if none was asked for, or the result failed verification.
         notes: decisions in words: bounds of dimensions that tracing found, arguments that became constants, why
-            shaping was given up.
+            graph passes were given up.
         growth: how large values become inside, for float16; None for float32.
     """
 
@@ -65,10 +65,11 @@ class ExportResult:
     verification: VerificationReport
     graph: GraphSummary
     target: str = "portable"
-    shaping: dict[str, int] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     growth: Growth | None = None
 
+    shaping = deprecated_attribute("shaping", "passes")
     proof = deprecated_attribute("proof", "verification")
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,12 +83,13 @@ class ExportResult:
             "verification": self.verification.to_dict(),
             "graph": self.graph.to_dict(),
             "target": self.target,
-            "shaping": self.shaping,
+            "passes": self.passes,
             "notes": self.notes,
             "growth": self.growth and asdict(self.growth),
         }
 
 
+@deprecated_arguments(no_shape="disable_passes")
 def export(
     model: nn.Module | ExportableModel,
     path: str | os.PathLike[str],
@@ -104,7 +106,7 @@ def export(
     cancel_norms: bool = False,
     max_scale_range: float | None = None,
     target: str = "portable",
-    no_shape: Collection[str] = (),
+    disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Folds the norms of a model away, writes ONNX, and verifies in ONNX Runtime that the outputs are the same.
@@ -129,11 +131,11 @@ def export(
         cancel_norms: whether norms go whose division later norms undo, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             what `dtype` bears. Try 32 for a file that is to be quantised to int8.
-        target: what to shape the graph for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
+        target: what to run graph passes for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
             ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from about
             4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
-            only. A shaped graph that fails verification is replaced by the graph as it is, and ``notes`` say so.
-        no_shape: shaping steps to leave out, see :data:`normfuse.onnx.shaping.STEPS`.
+            only. If the result fails verification, the graph is written as it is, and ``notes`` say so.
+        disable_passes: graph passes to leave out, see :data:`normfuse.onnx.graph_passes.PASS_NAMES`.
         progress: called with the name of each stage when it begins.
 
     Raises:
@@ -142,7 +144,7 @@ def export(
     check_dtype(dtype)
     check_scale_range(max_scale_range)
     check_opset(opset)
-    steps = steps_for(target, no_shape)
+    passes = passes_for(target, disable_passes)
     path = Path(path)
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
@@ -164,15 +166,15 @@ def export(
             "cancel_norms": cancel_norms,
         }
         at_most = math.inf if max_scale_range is None else max_scale_range
-        forms = _forms(model, dtype, at_most, steps, limits, options, progress, notes)
+        forms = _forms(model, dtype, at_most, passes, limits, options, progress, notes)
         rejected: dict[int, str] = {}
         limits["rtol"] = RTOL[dtype] if rtol is None else rtol
         for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
-            what = f"opset {candidate}" + (f", shaped for {target}" if form.steps else "")
+            what = f"opset {candidate}" + (f", passes for {target}" if form.passes else "")
             applied: dict[str, int] = {}
             try:
                 progress(f"write ONNX, {what}")
-                shape = partial(_shape, form.steps, applied) if form.steps else None
+                shape = partial(_run_passes, form.passes, applied) if form.passes else None
                 write_staged(
                     form.program,
                     output.staged,
@@ -186,7 +188,7 @@ def export(
                 verification = verify(model, output.staged, **limits)
             except (WriteError, VerificationError) as error:
                 why = str(error).replace(str(output.folder) + os.sep, "")
-                if form.steps:
+                if form.passes:
                     notes.append(f"{what}, was given up: {why}")
                 elif opset is not None:
                     raise
@@ -208,12 +210,12 @@ def export(
 
 @dataclass(frozen=True)
 class _Form:
-    """A folded program that agrees with the module, and how its graph is to be shaped."""
+    """A folded program that agrees with the module, and the graph passes to run on it."""
 
     program: torch.export.ExportedProgram
     report: FoldReport
     verification: VerificationReport
-    steps: tuple[str, ...]
+    passes: tuple[str, ...]
     growth: Growth | None
 
 
@@ -221,13 +223,13 @@ def _forms(
     model: ExportableModel,
     dtype: str,
     max_scale_range: float,
-    steps: tuple[str, ...],
+    passes: tuple[str, ...],
     limits: Mapping[str, float],
     fold_options: Mapping[str, Any],
     progress: Callable[[str], None],
     notes: list[str],
 ) -> list[_Form]:
-    """What to write, best first; the last one is not shaped."""
+    """What to write, best first; the last one has no graph passes."""
     program, own = model.program, None
     if dtype in LARGEST:
         progress(f"run the example inputs to see whether values fit {dtype}")
@@ -248,10 +250,10 @@ def _forms(
         notes.append(f"{dtype}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
     progress("verify the folded program")
     form = _Form(*plain, verify(model, None, program=plain[0], **limits), (), grown)
-    if not steps:
+    if not passes:
         return [form]
-    shaped = replace(form, steps=steps)
-    if "carry_biases" in steps:
+    best = replace(form, passes=passes)
+    if "carry_biases" in passes:
         progress("let biases travel")
         carried, note = carry_biases(program, plain, model, max_scale_range=scale_range, **fold_options)
         try:
@@ -261,18 +263,18 @@ def _forms(
                     note = f"biases stay in their branches: travelling, values leave {dtype} at {some_of(grown.beyond)}"
                 else:
                     verification = verify(model, None, program=carried[0], **limits)
-                    shaped = _Form(*carried, verification, steps, grown)
+                    best = _Form(*carried, verification, passes, grown)
         except VerificationError as error:
             note = f"biases stay in their branches: {error}"
         notes.append(note)
-    return [shaped, form]
+    return [best, form]
 
 
-def _shape(steps: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> None:
+def _run_passes(names: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> None:
     try:
-        applied.update(shaping.shape(model, steps))
-    except Exception as error:  # a graph that a pass cannot take must cost the shaping, not the export
-        raise WriteError(f"shaping failed: {type(error).__name__}: {one_line(error)}") from error
+        applied.update(graph_passes.run_passes(model, names))
+    except Exception as error:  # a graph that a pass cannot take must cost the passes, not the export
+        raise WriteError(f"a graph pass failed: {type(error).__name__}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ class FoldedModel:
     notes: list[str]
 
 
+@deprecated_arguments(no_shape="disable_passes")
 def fold_model(
     model: ExportableModel,
     *,
@@ -302,7 +305,7 @@ def fold_model(
     cancel_norms: bool = False,
     max_scale_range: float | None = None,
     target: str = "portable",
-    no_shape: Collection[str] = (),
+    disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> FoldedModel:
     """Folds a loaded model as :func:`export` with the same arguments does, and writes nothing.
@@ -311,7 +314,7 @@ def fold_model(
     """
     check_dtype(dtype)
     check_scale_range(max_scale_range)
-    steps = steps_for(target, no_shape)
+    passes = passes_for(target, disable_passes)
     notes = list(model.notes)
     limits = {"rtol": RTOL["float32"], "atol": 0.0}
     options = {
@@ -321,5 +324,5 @@ def fold_model(
         "cancel_norms": cancel_norms,
     }
     at_most = math.inf if max_scale_range is None else max_scale_range
-    form = _forms(model, dtype, at_most, steps, limits, options, progress, notes)[0]
+    form = _forms(model, dtype, at_most, passes, limits, options, progress, notes)[0]
     return FoldedModel(model, form.program, form.report, notes)

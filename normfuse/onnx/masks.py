@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from normfuse.onnx.shaping.editing import Editor, constant, producer
+from normfuse.onnx.graph_passes.editing import Editor, constant, producer
 
 _ATTENTION_SINCE = 23  # the operator set that Attention came with; before, torch.onnx writes Softmax and products
 _MASKED = re.compile(r"scaled_dot_product_attention\.default\]\(args = \((?:%\w+, ){3}%|attn_mask: %")

@@ -13,12 +13,12 @@ import torch
 from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
-from normfuse.onnx.shaping.editing import Editor
+from normfuse.onnx.graph_passes.editing import Editor
 
 aten = torch.ops.aten
 RMS_NORM_SINCE = 23  # the operator set that RMSNormalization came with
 _DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.DOUBLE: torch.float64}
-# Until shaping is done, an RMSNorm is one node in every operator set; the exporter lets foreign domains pass.
+# Until the graph passes are done, an RMSNorm is one node in every operator set; the exporter lets foreign domains pass.
 _DOMAIN = "normfuse"
 _standard = onnx.defs.get_schema("RMSNormalization", RMS_NORM_SINCE)
 _own_rms_norm = Op(

@@ -63,7 +63,7 @@ def write(
             metadata has them with their bounds, under ``normfuse.inputs``: a line for each, as `--input` takes it.
         outputs: names for the outputs; without them keys of a dictionary, else ``output_0``, ``output_1``, …
         one_file_limit: weights of more bytes than this go to a file beside it, ``<path>.<random>.data``.
-        shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.shaping`.
+        shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.graph_passes`.
 
     Returns:
         The files written: the ONNX file, and the one with its weights if they are apart.

@@ -15,17 +15,18 @@ from onnx import TensorProto
 from onnx_ir.passes.common import ShapeInferencePass
 
 from normfuse.checkpoint import InputSpec, parse_input
+from normfuse.deprecation import deprecated_arguments
 from normfuse.errors import one_line, some_of
 from normfuse.files import Output
 from normfuse.folding import FoldError, FoldReport
-from normfuse.onnx import shaping
+from normfuse.onnx import graph_passes
 from normfuse.onnx.exporter import ExportResult
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
 from normfuse.onnx.verifier import Case, VerificationError, VerificationReport
 from normfuse.onnx.writer import as_float16, refuse_overflow, save_model
-from normfuse.options import ExportError, check_dtype, check_scale_range, steps_for
+from normfuse.options import ExportError, check_dtype, check_scale_range, passes_for
 
 from . import saving
 from .choosing import choose
@@ -35,9 +36,10 @@ from .observing import evaluate_constants, observe, observe_inputs, value_types
 from .onnx_file import OnnxFile, tensors_of
 from .trial import Search, Trial, describe_inputs
 
-_SHAPED_SINCE = 23  # the operator set with Attention as one operation
+_PASSES_SINCE = 23  # the operator set with Attention as one operation
 
 
+@deprecated_arguments(no_shape="disable_passes")
 def fold_file(
     source: str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -50,7 +52,7 @@ def fold_file(
     keep_dynamic_norms: bool = False,
     max_scale_range: float | None = None,
     target: str = "portable",
-    no_shape: Collection[str] = (),
+    disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Folds the norms of an ONNX file; all that folding does not touch stays as it was.
@@ -74,9 +76,9 @@ def fold_file(
         keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
         max_scale_range: the largest ratio between the scales of one channel in different places; None is what the
             file's type bears.
-        target: what to shape transformers of operator set 23 for, as in :func:`normfuse.onnx.export`; files of older
-            sets are left as they are, and ``notes`` say so.
-        no_shape: shaping steps to leave out.
+        target: what to run graph passes for, as in :func:`normfuse.onnx.export`. They are for transformers of operator
+            set 23; files of older sets are left as they are, and ``notes`` say so.
+        disable_passes: graph passes to leave out.
         progress: called with the name of each stage when it begins.
 
     Returns:
@@ -95,7 +97,7 @@ def fold_file(
     source = Path(source)
     check_dtype(dtype)
     check_scale_range(max_scale_range)
-    steps = steps_for(target, no_shape)
+    passes = passes_for(target, disable_passes)
     progress(f"read {source}")
     given = [parse_input(spec) if isinstance(spec, str) else spec for spec in inputs or ()]
     file = OnnxFile(source)
@@ -106,13 +108,13 @@ def fold_file(
         job = _Job(file, types, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
         options = {
             "copy_shared": copy_shared,
-            "carry_biases": "carry_biases" in steps and file.version >= _SHAPED_SINCE,
+            "carry_biases": "carry_biases" in passes and file.version >= _PASSES_SINCE,
         }
         result = job.fold(options, keep_dynamic_norms, math.inf if max_scale_range is None else max_scale_range)
         if dtype == "float16" and own != "float16":
             result = job.convert(result)
-        if steps:
-            result = job.shape(result, steps, target)
+        if passes:
+            result = job.run_passes(result, passes, target)
         if result.changed:
             graph = summarize(output.staged)
             publish(output)
@@ -125,7 +127,7 @@ def fold_file(
     report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
     verification = VerificationReport(result.cases)
     return ExportResult(
-        output.path, file.version, {}, job.dtype, report, verification, graph, target, result.shaping, job.notes
+        output.path, file.version, {}, job.dtype, report, verification, graph, target, result.passes, job.notes
     )
 
 
@@ -155,7 +157,7 @@ class _Result:
     report: FoldReport
     changed: bool = False
     cases: list[Case] = field(default_factory=list)
-    shaping: dict[str, int] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
 
 
 class _Job:
@@ -237,26 +239,28 @@ class _Job:
         save_model(as_float16(self._staged), self._staged)
         return replace(result, changed=True, cases=self._comparison.compare(self._staged))
 
-    def shape(self, result: _Result, steps: Sequence[str], target: str) -> _Result:
-        """The graph shaped for a target; as it was if that is not for it, or fails."""
-        if self._file.version < _SHAPED_SINCE:
-            self.notes.append(f"not shaped for {target}: that is for transformers of operator set {_SHAPED_SINCE}")
+    def run_passes(self, result: _Result, names: Sequence[str], target: str) -> _Result:
+        """The graph after passes for a target; as it was if that is not for it, or fails."""
+        if self._file.version < _PASSES_SINCE:
+            self.notes.append(
+                f"no graph passes for {target}: they are for transformers of operator set {_PASSES_SINCE}"
+            )
             return result
-        self._progress("shape the graph")
-        aside = self._staged.with_name("shaped.onnx")
+        self._progress("run graph passes")
+        aside = self._staged.with_name("passes.onnx")
         try:
             model = ir.external_data.load_to_model(ir.load(self._staged if result.changed else self._file.path))
             ShapeInferencePass()(model)  # what the passes go by
-            applied = shaping.shape(model, steps)
+            applied = graph_passes.run_passes(model, names)
             if not any(applied.values()):
-                return replace(result, shaping=applied)
+                return replace(result, passes=applied)
             save_model(model, aside)
             cases = self._comparison.compare(aside)
-        except Exception as error:  # a graph that a pass cannot take must cost the shaping only
-            self.notes.append(f"shaping was given up: {one_line(error)}")
+        except Exception as error:  # a graph that a pass cannot take must cost the passes only
+            self.notes.append(f"graph passes were given up: {one_line(error)}")
             return result
         save_model(ir.external_data.load_to_model(ir.load(aside)), self._staged)
-        return replace(result, changed=True, cases=cases, shaping=applied)
+        return replace(result, changed=True, cases=cases, passes=applied)
 
 
 def _difference(file: OnnxFile, edited: Edited) -> str:

@@ -300,9 +300,9 @@ def test_float16_on_request(tmp_path):
     assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)}, rtol=2e-2)
 
 
-def test_shaping_is_for_transformers_of_new_operator_sets(tmp_path):
+def test_graph_passes_are_for_transformers_of_new_operator_sets(tmp_path):
     result, _ = folded(images(), tmp_path, target="cpu-single")
-    assert any("not shaped for cpu-single" in note for note in result.notes)
+    assert any("no graph passes for cpu-single" in note for note in result.notes)
     body = (
         "p = MatMul (x, up) b = Add (p, bias) g = Gelu (b) q = MatMul (g, down) c = Add (q, last) s = Add (x, c) "
         "y = Mul (s, gain)"
@@ -310,7 +310,7 @@ def test_shaping_is_for_transformers_of_new_operator_sets(tmp_path):
     constants = {"up": draw(4, 6), "bias": draw(6), "down": draw(6, 4), "last": draw(4), "gain": draw(4)}
     proto = model("float[batch, seq, 4] x", "float[batch, seq, 4] y", body, 23, **constants)
     result, after = folded(proto, tmp_path, target="cpu-single")
-    assert result.shaping["gemm2d"] == 2 and "Gemm" in kinds(after)
+    assert result.passes["gemm2d"] == 2 and "Gemm" in kinds(after)
     assert_equal(tmp_path, {"x": draw(2, 5, 4)})
 
 

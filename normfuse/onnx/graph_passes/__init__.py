@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
-from normfuse.options import STEPS, TARGETS, steps_for
+from normfuse.options import PASS_NAMES, TARGETS, passes_for
 
 from .attention import attention3d
 from .blockwise import blockwise_attention
@@ -23,18 +23,18 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
 }
 
 
-def shape(model: ir.Model, steps: Collection[str]) -> dict[str, int]:
-    """Applies those of the passes that are among ``steps``, in place; returns how often each one applied."""
-    return {name: apply(model) for name, apply in PASSES.items() if name in steps}
+def run_passes(model: ir.Model, names: Collection[str]) -> dict[str, int]:
+    """Applies those of the passes that are among ``names``, in place; returns how often each one applied."""
+    return {name: apply(model) for name, apply in PASSES.items() if name in names}
 
 
 __all__ = [
     "PASSES",
-    "STEPS",
+    "PASS_NAMES",
     "TARGETS",
     "attention3d",
     "blockwise_attention",
     "gemm2d",
-    "shape",
-    "steps_for",
+    "passes_for",
+    "run_passes",
 ]

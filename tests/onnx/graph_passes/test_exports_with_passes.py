@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from normfuse import save
 from normfuse.cli import app
 from normfuse.onnx import ExportError, VerificationError, export, summarize
-from normfuse.onnx.shaping import PASSES, STEPS, TARGETS, steps_for
+from normfuse.onnx.graph_passes import PASS_NAMES, PASSES, TARGETS, passes_for
 
 exporter = importlib.import_module("normfuse.onnx.exporter")
-biases = importlib.import_module("normfuse.onnx.shaping.biases")
+biases = importlib.import_module("normfuse.onnx.graph_passes.biases")
 
 
 def encoder(**options):
@@ -46,7 +46,7 @@ def test_a_block_is_four_products_and_one_attention(tmp_path, placement, mask):
     # Additions left: positions, two residuals, and the biases of three products (into each branch, and the head).
     assert (found["MatMul"], found["Attention"], found["Add"]) == (5, 1, 1 + 2 + 3)
     assert found["Transpose"] == 0
-    assert result.shaping == {"attention3d": 1}
+    assert result.passes == {"attention3d": 1}
     assert result.graph.norms == result.graph.affines == [] and result.verification.worst("ONNX file") < 1e-4
     assert any(note.startswith("biases travel") for note in result.notes)
 
@@ -57,7 +57,7 @@ def test_one_thread_gets_products_with_their_biases(tmp_path, mask):
     found = operations(result.path)
     assert (found["Gemm"], found["MatMul"], found["Attention"]) == (3, 2, 1)
     assert found["Add"] == 1 + 2  # positions and residuals
-    assert result.shaping == {"attention3d": 1, "gemm2d": 5} and result.verification.worst("ONNX file") < 1e-4
+    assert result.passes == {"attention3d": 1, "gemm2d": 5} and result.verification.worst("ONNX file") < 1e-4
     _, running = executed(result.path, tmp_path)
     # ONNX Runtime itself makes residuals the operands of products that have no bias.
     assert (running["Gemm"], running["MatMul"], running["Add"]) == (5, 0, 1)
@@ -67,10 +67,10 @@ def test_long_sequences_get_attention_in_blocks(tmp_path):
     result = export(encoder(), tmp_path / "m.onnx", target="cpu-long", **arguments())
     found = operations(result.path)
     assert (found["MatMul"], found["MultiHeadAttention"], found["Attention"]) == (5, 1, 0) and not result.notes[1:]
-    assert result.shaping["blockwise_attention"] == 1 and result.verification.worst("ONNX file") < 1e-4
+    assert result.passes["blockwise_attention"] == 1 and result.verification.worst("ONNX file") < 1e-4
     assert summarize(result.path).opset == 23
     masked = export(encoder(), tmp_path / "masked.onnx", target="cpu-long", **arguments(mask=True))
-    assert masked.shaping["blockwise_attention"] == 0 and operations(masked.path)["Attention"] == 1
+    assert masked.passes["blockwise_attention"] == 0 and operations(masked.path)["Attention"] == 1
 
 
 def test_portable_is_the_graph_as_it_was(tmp_path):
@@ -78,7 +78,7 @@ def test_portable_is_the_graph_as_it_was(tmp_path):
     export(model, tmp_path / "default.onnx", **given)
     result = export(model, tmp_path / "portable.onnx", target="portable", **given)
     assert (tmp_path / "default.onnx").read_bytes() == result.path.read_bytes()
-    assert result.shaping == {} and all("empty batch" in note for note in result.notes)
+    assert result.passes == {} and all("empty batch" in note for note in result.notes)
 
 
 def test_cuda_only_saves_additions(tmp_path):
@@ -87,11 +87,11 @@ def test_cuda_only_saves_additions(tmp_path):
     assert plain - operations(result.path) == {"Add": 2} and not operations(result.path) - plain
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_every_step_can_be_left_out(tmp_path, step):
-    target = next(name for name, steps in TARGETS.items() if step in steps and "attention3d" in steps)
-    result = export(encoder(), tmp_path / "m.onnx", target=target, no_shape=[step], **arguments())
-    assert step not in result.shaping
+@pytest.mark.parametrize("name", PASS_NAMES)
+def test_every_pass_can_be_left_out(tmp_path, name):
+    target = next(target for target, names in TARGETS.items() if name in names and "attention3d" in names)
+    result = export(encoder(), tmp_path / "m.onnx", target=target, disable_passes=[name], **arguments())
+    assert name not in result.passes
     found = operations(result.path)
     without = {
         "carry_biases": found["Add"] == 1 + 2 + 5,
@@ -99,30 +99,30 @@ def test_every_step_can_be_left_out(tmp_path, step):
         "blockwise_attention": found["Attention"] == 1,
         "gemm2d": found["MatMul"] == 5,
     }
-    assert without[step], found
+    assert without[name], found
 
 
 def test_other_operator_sets_keep_what_applies_to_them(tmp_path):
     result = export(encoder(), tmp_path / "m.onnx", target="cpu-single", opset=20, **arguments())
-    assert result.shaping == {"attention3d": 0, "gemm2d": 5}
+    assert result.passes == {"attention3d": 0, "gemm2d": 5}
 
 
 def test_a_network_without_streams_stays(tmp_path):
     model = tiny_models.trained(tiny_models.ConvNet())
     result = export(model, tmp_path / "m.onnx", target="cpu-single", example_inputs=torch.randn(2, 3, 8, 8))
-    assert not any(result.shaping.values()) and set(result.shaping) == set(steps_for("cpu-single")) - {"carry_biases"}
+    assert not any(result.passes.values()) and set(result.passes) == set(passes_for("cpu-single")) - {"carry_biases"}
 
 
 def failing(model):
     raise IndexError("no such axis")
 
 
-def test_a_pass_that_fails_costs_the_shaping_and_says_why(tmp_path, monkeypatch):
+def test_a_pass_that_fails_costs_the_passes_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(PASSES, "attention3d", failing)
     model, given = encoder(), arguments()
     result = export(model, tmp_path / "m.onnx", target="cpu", **given)
-    assert "opset 23, shaped for cpu, was given up: shaping failed: IndexError: no such axis" in result.notes
-    assert result.shaping == {}
+    assert "opset 23, passes for cpu, was given up: a graph pass failed: IndexError: no such axis" in result.notes
+    assert result.passes == {}
     monkeypatch.undo()
     portable = export(model, tmp_path / "p.onnx", **given)
     assert result.path.read_bytes() == portable.path.read_bytes()
@@ -171,32 +171,32 @@ def test_biases_that_fail_verification_stay(monkeypatch):
     assert chosen[0] == "plain" and why == "biases stay in their branches: not finite"
 
 
-def test_unknown_targets_and_steps_are_refused(tmp_path):
+def test_unknown_targets_and_passes_are_refused(tmp_path):
     with pytest.raises(ExportError, match="target 'gpu' is not one of portable, cpu, cpu-single, cpu-long, cuda"):
         export(encoder(), tmp_path / "m.onnx", target="gpu", **arguments())
-    with pytest.raises(ExportError, match="no shaping step 'gemm3d' to leave out; there are carry_biases, attention3d"):
-        export(encoder(), tmp_path / "m.onnx", no_shape=["gemm3d"], **arguments())
+    with pytest.raises(ExportError, match="no graph pass 'gemm3d' to disable; there are carry_biases, attention3d"):
+        export(encoder(), tmp_path / "m.onnx", disable_passes=["gemm3d"], **arguments())
     assert not list(tmp_path.iterdir())
 
 
-def test_steps_of_targets_exist_and_keep_their_order():
+def test_passes_of_targets_exist_and_keep_their_order():
     for target in TARGETS:
-        assert [step for step in STEPS if step in steps_for(target)] == list(steps_for(target))
-    assert steps_for("cpu-single", ["attention3d"]) == ("carry_biases", "gemm2d")
+        assert [name for name in PASS_NAMES if name in passes_for(target)] == list(passes_for(target))
+    assert passes_for("cpu-single", ["attention3d"]) == ("carry_biases", "gemm2d")
 
 
 def test_float16_weights_are_shaped_as_well(tmp_path):
     result = export(encoder(), tmp_path / "m.onnx", target="cpu-single", dtype="float16", **arguments())
-    assert result.graph.dtype == "float16" and result.shaping == {"attention3d": 1, "gemm2d": 5}
+    assert result.graph.dtype == "float16" and result.passes == {"attention3d": 1, "gemm2d": 5}
 
 
-def test_the_command_line_says_what_was_shaped(tmp_path):
+def test_the_command_line_says_which_passes_applied(tmp_path):
     save(encoder(), tmp_path / "m.pt", **arguments())
     command = ["export", str(tmp_path / "m.pt"), "--out", str(tmp_path / "m.onnx"), "--target", "cpu-single"]
-    done = CliRunner().invoke(app, [*command, "--no-shape", "attention3d", "--report", str(tmp_path / "r.json")])
+    done = CliRunner().invoke(app, [*command, "--disable-pass", "attention3d", "--report", str(tmp_path / "r.json")])
     assert done.exit_code == 0, done.output
-    assert "shaped for cpu-single: gemm2d ×5" in done.output and "biases travel" in done.output
+    assert "graph passes for cpu-single: gemm2d ×5" in done.output and "biases travel" in done.output
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["target"], report["shaping"]) == ("cpu-single", {"gemm2d": 5})
-    refused = CliRunner().invoke(app, [*command, "--no-shape", "attention"])
-    assert refused.exit_code == 1 and "no shaping step 'attention'" in refused.stderr
+    assert (report["target"], report["passes"]) == ("cpu-single", {"gemm2d": 5})
+    refused = CliRunner().invoke(app, [*command, "--disable-pass", "attention"])
+    assert refused.exit_code == 1 and "no graph pass 'attention'" in refused.stderr

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from graphs import model, operations, run, same, unchanged
 
-from normfuse.onnx.shaping import gemm2d
+from normfuse.onnx.graph_passes import gemm2d
 
 GENERATOR = np.random.default_rng(0)
 WEIGHTS = {

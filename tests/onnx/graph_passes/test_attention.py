@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from graphs import model, operations, run, same, unchanged
 
-from normfuse.onnx.shaping import attention3d, blockwise_attention
+from normfuse.onnx.graph_passes import attention3d, blockwise_attention
 
 HEADS, SIZE = 2, 4
 MERGE = "t = Transpose <perm: ints = [0, 2, 1, 3]> (a) y = Reshape (t, merge)"
