@@ -1,0 +1,243 @@
+"""What benchmarks/quality.py trains: data, models, norms."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfuse.convert.swap import put
+from normfuse.nn import DyT, MaskedBatchNorm, PowerNorm, RegularizedBatchNorm, UnifiedNorm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from normfuse_examples import LanguageModel, VisionTransformer
+
+CONTEXT = 128
+PLACEMENTS = ("pre", "post")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One contender.
+
+    Attributes:
+        title: its name in tables.
+        static: whether it folds away after the training.
+        make: builds it for so many channels and so many training steps; None: LayerNorm stays.
+        conversion: "progressive" or "tapered", a way from LayerNorm to a static norm within the training.
+    """
+
+    title: str
+    static: bool
+    make: Callable[[int, int], nn.Module] | None = None
+    conversion: str | None = None
+
+
+NORMS = {
+    "layer": Norm("LayerNorm", False),
+    "rms": Norm("RMSNorm", False, lambda dim, steps: nn.RMSNorm(dim, eps=1e-5)),
+    "unified": Norm("UnifiedNorm", True, lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps // 10)),
+    "power": Norm(
+        "PowerNorm(group_num=None)",
+        True,
+        lambda dim, steps: PowerNorm(dim, group_num=None, warmup_iters=steps // 10),
+    ),
+    "power_groups": Norm("PowerNorm", False, lambda dim, steps: PowerNorm(dim, warmup_iters=steps // 10)),
+    "batch": Norm("MaskedBatchNorm", True, lambda dim, steps: MaskedBatchNorm(dim)),
+    "regularized": Norm("RegularizedBatchNorm", True, lambda dim, steps: RegularizedBatchNorm(dim)),
+    "progressive": Norm("LayerNorm → RepBatchNorm", True, conversion="progressive"),
+    "dyt": Norm("DyT", False, lambda dim, steps: DyT(dim)),
+}
+
+
+def apply_norm(model: nn.Module, norm: Norm, steps: int) -> None:
+    """Put the contender in the place of every LayerNorm, before the optimiser is made."""
+    if norm.make is None:
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            put(model, name, norm.make(module.normalized_shape[0], steps))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and model of a training.
+
+    Attributes:
+        title: for tables.
+        build: the model with LayerNorm, from the placement.
+        batch: inputs and targets of one training step, drawn with a generator.
+        parts: inputs and targets of the splits "validation" and "test", in batches.
+        rates: learning rates to choose from, the middle one is the default of the examples.
+        constant: the loss of predicting how frequent each class is, whatever the input: a training that ends there or
+            above has diverged.
+        tokens_per_step: positions that enter a step.
+    """
+
+    title: str
+    build: Callable[[str], nn.Module]
+    batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    parts: dict[str, list[tuple[Tensor, Tensor]]]
+    rates: tuple[float, ...]
+    constant: float
+    tokens_per_step: int
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: str, batches: int | None = None) -> dict[str, float]:
+        """Mean loss and accuracy on a split or its first batches, in evaluation mode; the model's mode is restored."""
+        training = model.training
+        model.eval()
+        loss, right, count = 0.0, 0, 0
+        for inputs, targets in self.parts[split][:batches]:
+            logits, wanted = model(inputs).flatten(0, -2), targets.flatten()
+            loss += F.cross_entropy(logits, wanted, reduction="sum").item()
+            right += (logits.argmax(-1) == wanted).sum().item()
+            count += wanted.numel()
+        model.train(training)
+        return {"loss": loss / count, "accuracy": right / count}
+
+
+def _entropy(targets: Tensor, classes: int) -> float:
+    """The loss of always predicting the frequencies of the classes."""
+    share = torch.bincount(targets.flatten(), minlength=classes).double() / targets.numel()
+    return float(-(share * share.clamp(min=1e-12).log()).sum())
+
+
+def _text() -> dict[str, Tensor]:
+    """Bytes of the standard library's top-level modules. Every tenth is held out, in turns to choose and to test."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    held_out = files[::10]
+    parts = {"training": [f for f in files if f not in held_out], "validation": held_out[::2], "test": held_out[1::2]}
+    joined = {name: b"\n".join(file.read_bytes() for file in part) for name, part in parts.items()}
+    return {name: torch.frombuffer(bytearray(text), dtype=torch.uint8) for name, text in joined.items()}
+
+
+def _windows(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    pieces = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+def language_model(width: int = 128, depth: int = 4, batch: int = 16, held_out: int = 512) -> Task:
+    """A byte-level decoder on Python's standard library.
+
+    Args:
+        width, depth: of the decoder.
+        batch: pieces of ``CONTEXT`` bytes in a step.
+        held_out: pieces of each of the two held-out splits, evenly spaced over it.
+    """
+    text = _text()
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return _windows(text["training"], torch.randint(len(text["training"]) - CONTEXT, (batch,), generator=generator))
+
+    def part(name: str) -> list[tuple[Tensor, Tensor]]:
+        starts = torch.linspace(0, len(text[name]) - CONTEXT - 1, held_out).long()
+        starts = starts[torch.randperm(held_out, generator=torch.Generator().manual_seed(0))]
+        return [_windows(text[name], some) for some in starts.split(batch)]
+
+    parts = {name: part(name) for name in ("validation", "test")}
+    return Task(
+        f"byte-level language model, {depth} blocks of width {width}, context {CONTEXT}",
+        lambda placement: LanguageModel(
+            CONTEXT, dim=width, depth=depth, heads=width // 32, norm="layer", placement=placement
+        ),
+        draw,
+        parts,
+        (1e-3, 2e-3, 4e-3),
+        _entropy(torch.cat([targets for _, targets in parts["validation"]]), 256),
+        batch * CONTEXT,
+    )
+
+
+class ChannelsLastNorm(nn.Module):
+    """A norm over the channels of [N, C, H, W], as ConvNeXt has it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ConvolutionBlock(nn.Module):
+    """Two convolutions in a residual branch; "pre" as in ResNet v2, "post" as in v1."""
+
+    def __init__(self, width: int, placement: str) -> None:
+        super().__init__()
+        self.placement = placement
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(ChannelsLastNorm(nn.LayerNorm(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (first, second), (norm, other) = self.convolutions, self.norms
+        if self.placement == "pre":
+            return x + second(F.relu(other(first(F.relu(norm(x))))))
+        return F.relu(other(x + second(F.relu(norm(first(x))))))
+
+
+class ConvolutionalNetwork(nn.Module):
+    """Grey pictures [N, 1, 8, 8] to the logits of ten classes."""
+
+    def __init__(self, placement: str, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ConvolutionBlock(width, placement) for _ in range(depth)))
+        self.norm = ChannelsLastNorm(nn.LayerNorm(width)) if placement == "pre" else nn.Identity()
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.avg_pool2d(self.stem(images), 2)
+        return self.head(self.norm(self.blocks(x)).mean((2, 3)))
+
+
+@cache
+def _digits() -> dict[str, tuple[Tensor, Tensor]]:
+    """scikit-learn's pictures: 1137 to train on, 300 to choose with, 360 to test on; the same in every run."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().div(8).sub(1).unsqueeze(1)
+    labels = torch.from_numpy(data.target)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    parts = dict(zip(("test", "validation", "training"), order.split([360, 300, 1137]), strict=True))
+    return {name: (images[part], labels[part]) for name, part in parts.items()}
+
+
+def digits(build: Callable[[str], nn.Module], title: str, batch: int = 32) -> Task:
+    """Classification of handwritten digits, shifted by up to one pixel in training."""
+    data = _digits()
+    images, labels = data["training"]
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(labels), (batch,), generator=generator)
+        down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        shifted = F.pad(images[chosen], (1 + right, 1 - right, 1 + down, 1 - down))[:, :, 1:-1, 1:-1]
+        return shifted, labels[chosen]
+
+    parts = {name: [data[name]] for name in ("validation", "test")}
+    constant = _entropy(data["validation"][1], 10)
+    return Task(title, build, draw, parts, (1e-3, 2e-3, 4e-3), constant, batch)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "lm": language_model,
+    "transformer": partial(
+        digits,
+        lambda placement: VisionTransformer(norm="layer", placement=placement),
+        "vision transformer on digits, 4 blocks of width 64",
+    ),
+    "cnn": partial(digits, ConvolutionalNetwork, "convolutional network on digits, 3 blocks of width 32"),
+    "lm512": partial(language_model, 512, 6),
+}

@@ -1,0 +1,111 @@
+"""The study of training: it goes on after a kill, repeats nothing, and judges on a split that chose nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def quality():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import quality
+
+        yield quality
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def training(quality):
+    return quality.Training("cnn", "pre", "progressive", "judge", 12, 2e-3, 0)
+
+
+def without_time(record):
+    return {name: value for name, value in record.items() if name not in ("seconds", "fluctuation")}
+
+
+def test_a_killed_training_goes_on_bit_for_bit(quality, training, tmp_path, monkeypatch):
+    task = quality.TASKS["cnn"]()
+    whole = quality.Trainer(training, task, tmp_path).run()
+    monkeypatch.setattr(quality, "STORE_EVERY", -1.0)
+    killed = quality.Trainer(training, task, tmp_path)
+    take_step = killed._take_step
+
+    def until_the_seventh():
+        if killed.step == 7:
+            raise KeyboardInterrupt
+        take_step()
+
+    monkeypatch.setattr(killed, "_take_step", until_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    torch.rand(3)  # the state of the process is not what the training goes on with
+    again = quality.Trainer(training, task, tmp_path)
+    assert again.step == 7
+    assert without_time(again.run()) == without_time(whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_a_crash_cut_off_is_forgotten(quality, training, tmp_path):
+    file = tmp_path / "quality.jsonl"
+    results = quality.Results(file)
+    results.add(training, {"validation": {"loss": 1.0}})
+    with file.open("a") as lines:
+        lines.write('{"training": {"task": "cn')
+    again = quality.Results(file)
+    assert list(again.found) == [training]
+    again.add(quality.Training("cnn", "pre", "layer", "judge", 12, 2e-3, 0), {})
+    assert [json.loads(line)["training"]["norm"] for line in file.read_text().splitlines()] == ["progressive", "layer"]
+
+
+def test_the_best_rate_is_that_of_the_validation_split(quality, tmp_path):
+    options = quality.argparse.Namespace(
+        state=tmp_path / "state", results=tmp_path, digit_steps=40, only=["cnn:pre:layer"], seeds=2
+    )
+    study = quality.Study(options)
+    expected = []
+    for training in study.plan():
+        expected.append(training)
+        loss = {1e-3: None, 2e-3: 1.0, 4e-3: 2.0}[training.rate]
+        study.results.add(training, {"validation": {"loss": loss}, "test": {"loss": -training.rate}})
+        if len(expected) == 5:
+            break
+    assert [(t.stage, t.rate, t.seed) for t in expected] == [
+        *(("choose", rate, quality.CHOOSING_SEED) for rate in (1e-3, 2e-3, 4e-3)),
+        ("judge", 2e-3, 0),
+        ("judge", 2e-3, 1),
+    ]
+
+
+def test_no_picture_that_is_judged_on_is_trained_on(quality):
+    task = quality.TASKS["cnn"]()
+    validation, test = (
+        {row.numpy().tobytes() for inputs, _ in task.parts[split] for row in inputs} for split in ("validation", "test")
+    )
+    assert len(validation) == 300 and len(test) == 360 and not validation & test
+    generator = torch.Generator().manual_seed(0)
+    seen = {row.numpy().tobytes() for _ in range(60) for row in task.batch(generator)[0]}
+    assert not seen & (validation | test)
+
+
+def test_no_text_that_is_judged_on_is_trained_on(quality):
+    import quality_tasks
+
+    text = {name: bytes(part.numpy()) for name, part in quality_tasks._text().items()}
+    assert len({len(part) for part in text.values()}) == 3
+    for split, others in (("validation", ("training", "test")), ("test", ("training", "validation"))):
+        assert not any(text[split][at : at + 2000] in text[other] for at in (0, 100_000) for other in others)
