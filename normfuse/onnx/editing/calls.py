@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +30,17 @@ class Slot:
         path: of the argument: its position, and its position in a list.
         node: position of the ONNX operation in the file.
         operand: which of its operands it is; None for a name that its graphs read.
-        transposed: whether the file holds it with its two axes exchanged.
+        store: makes what the file holds of a new value; None where both are the same.
         required: whether the ONNX operation cannot do without it.
+        factor: the attribute that multiplies it in the file, and is 1 once the value is a new one.
     """
 
     path: tuple[int, ...]
     node: int
     operand: int | None
-    transposed: bool = False
+    store: Callable[[torch.Tensor], torch.Tensor] | None = None
     required: bool = False
+    factor: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Call:
     Attributes:
         node: the operation.
         operands: its operands in the program; None for absent ones.
-        attributes: by name.
+        domain: whose operation it is: empty for ONNX's own, None for one that the file defines itself.
     """
 
     def __init__(self, reader: Reader, position: int, node: NodeProto, product: tuple[int, NodeProto] | None) -> None:
@@ -64,6 +66,8 @@ class Call:
         own = () if product is None else product[1].output  # which nothing else reads, so that it is no value here
         self.operands = [None if name in own else reader.value(name) for name in node.input]
         self._attributes = {attribute.name: attribute for attribute in node.attribute}
+        self.domain = reader.file.domain(node)
+        self._placed: set[int] = set()  # operands that operations of the program read
         self.version = reader.file.version
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -101,8 +105,16 @@ class Call:
         """Whether no result but the first is asked for."""
         return not any(self.node.output[1:])
 
-    def transposed(self, weight: Node) -> Node:
-        return self._reader.transposed(weight)
+    def derived(self, target: Any, constant: Node, *args: Any) -> Node:
+        """A constant that is computed from another one, as the program needs it."""
+        return self._reader.derived(target, constant, *args)
+
+    def step(self, target: Any, *args: Any, slots: Sequence[Slot] = (), optional: Mapping[int, int] = {}) -> Node:
+        """Put a part of the operation into the program whose result has no name in the file; see :meth:`emit`."""
+        found = [*slots, *self._slots(args, optional, slots)]
+        node = self._reader.inner(target, args, self._position, self.node)
+        self._reader.origins[node.name] = Origin((self._position,), tuple(found))
+        return node
 
     def emit(
         self, target: object, *args: Any, outputs: int = 1, slots: Sequence[Slot] = (), optional: Mapping[int, int] = {}
@@ -131,23 +143,28 @@ class Call:
         place, maker = self.product
         x, weight = (self._reader.value(name) for name in maker.input)
         bias = next(i for i, name in enumerate(self.node.input) if name != maker.output[0])
-        slots = (Slot((0,), place, 0), Slot((1,), place, 1, transposed=True), Slot((2,), self._position, bias))
-        node = self._reader.add(
-            aten.linear.default, (x, self.transposed(weight), self.operands[bias]), self._position, self.node,
-            self.node.output[:1],
-        )  # fmt: skip
+        slots = (Slot((0,), place, 0), Slot((1,), place, 1, torch.Tensor.t), Slot((2,), self._position, bias))
+        args = (x, self.derived(aten.t.default, weight), self.operands[bias])
+        node = self._reader.add(aten.linear.default, args, self._position, self.node, self.node.output[:1])
         self._reader.origins[node.name] = Origin((place, self._position), slots)
         return True
 
-    def slot(self, path: tuple[int, ...], operand: int, *, transposed: bool = False, required: bool = False) -> Slot:
-        return Slot(path, self._position, operand, transposed, required)
+    def slot(self, argument: int, operand: int, **more: Any) -> Slot:
+        """Where an argument of the program's operation stands; see :class:`Slot`."""
+        return Slot((argument,), self._position, operand, **more)
 
-    def opaque(self) -> None:
-        """Put the operation into the program as one of which nothing is known."""
-        operands = [*self.operands, *(self._reader.value(name) for name in outer_names(self.node))]
+    def opaque(self, parts: Sequence[Node] = (), read: Container[int] = ()) -> bool:
+        """Put the operation into the program as one of which nothing is known.
+
+        Args:
+            parts: what is known of it, see :meth:`step`.
+            read: the operands that these read.
+        """
+        own = [None if number in read else operand for number, operand in enumerate(self.operands)]
+        operands = [*own, *(self._reader.value(name) for name in outer_names(self.node)), *parts]
         slots = [
             Slot((0, place), self._position, place if place < len(self.operands) else None)
-            for place, operand in enumerate(operands)
+            for place, operand in enumerate(operands[: len(operands) - len(parts)])
             if operand is not None
         ]
         outputs = list(self.node.output)
@@ -157,11 +174,13 @@ class Call:
             unknown_operation(self.node.op_type), (operands,), self._position, self.node, outputs or [""]
         )
         self._reader.origins[node.name] = Origin((self._position,), tuple(slots))
+        return True
 
     def _slots(self, args: tuple, optional: Mapping[int, int], given: Sequence[Slot]) -> list[Slot]:
         waiting: dict[Node, list[int]] = {}
+        self._placed.update(slot.operand for slot in given if slot.operand is not None)
         for number, operand in enumerate(self.operands):
-            if operand is not None and number not in {slot.operand for slot in given}:
+            if operand is not None and number not in self._placed:
                 waiting.setdefault(operand, []).append(number)
         found = []
         for path, value in arguments(args):
@@ -169,6 +188,7 @@ class Call:
                 continue
             if isinstance(value, Node) and waiting.get(value):
                 found.append(Slot(path, self._position, waiting[value].pop(0)))
+                self._placed.add(found[-1].operand)
             elif value is None and path[0] in optional:
                 found.append(Slot(path, self._position, optional[path[0]]))
         return found

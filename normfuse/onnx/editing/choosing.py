@@ -18,7 +18,7 @@ from normfuse.onnx.graph import GraphError
 from normfuse.quiet import quiet
 
 from .calls import aten
-from .edits import Edited, edit, rewritten_maps
+from .edits import Edited, EditError, edit, rewritten_maps
 from .observing import Observed
 from .onnx_file import OnnxFile
 from .reading import Reader, Reading
@@ -112,11 +112,17 @@ def _settled(
 ) -> Choice:
     """Fold, and leave alone what would only have moved; until nothing that is added could have been spared."""
     best: Choice | None = None
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS):  # each leaves more alone
         reading = Reader(file, observed, inputs, pinned).read()
         with quiet():  # PyTorch remarks on names that Python does not have
             folded, report = fold(reading.program, **options)
-        edited = edit(reading, folded)
+        try:
+            edited = edit(reading, folded)
+        except EditError as error:
+            if error.position is None or error.position in pinned:
+                raise
+            pinned |= {error.position}
+            continue
         choice = Choice(edited, _in_words_of_the_file(report, reading), operations(edited.proto), 0)
         if best is None or choice.operations <= best.operations:
             best = choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .calls import Origin, Slot, arguments, aten
-from .onnx_file import graphs_of, reads
+from .onnx_file import graphs_of, label, reads
 from .reading import Reading
 
+Store = Callable[[torch.Tensor], torch.Tensor] | None  # see Slot.store
 _ADDED = {
     aten.mul.Tensor: "Mul",
     aten.add.Tensor: "Add",
@@ -29,7 +30,15 @@ _SUFFIX = re.compile(r"(_folded(_\d+)?)+$")
 
 
 class EditError(ValueError):
-    """Folding made something that cannot be written as edits of the file; one line."""
+    """Folding made something that cannot be written as edits of the file; one line.
+
+    Attributes:
+        position: of the operation that would have to be left as it is; None where that is not known.
+    """
+
+    def __init__(self, message: str, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 @dataclass
@@ -80,7 +89,7 @@ class _Editor:
         self._behind: dict[int, list[NodeProto]] = {}  # new operations by the position that they follow
         self._places: dict[str, int] = {}  # where values of the program are written
         self._targets = {spec.arg.name: spec.target for spec in folded.graph_signature.input_specs if spec.target}
-        self._fresh: dict[tuple[str, bool], str] = {}
+        self._fresh: dict[tuple[str, Store], str] = {}
         self._wished: dict[str, set[str]] = {}  # which new constants want to be called as an old one is
         self._renamed: dict[str, str] = {}
 
@@ -100,10 +109,8 @@ class _Editor:
             elif node.op == "call_function" and node.name not in self._before and node.users:
                 self._insert(node)
         stay = {norm[0] for norm in norms.values() if norm is not None}
-        for name, origin in self._reading.origins.items():
-            if name not in alive:
-                for position in set(origin.nodes) - stay:
-                    self._nodes[position] = None
+        for position in self._gone(alive) - stay:
+            self._nodes[position] = None
         self._keep_output_names(nodes[-1])
         self._assemble()
         self._clear()
@@ -113,6 +120,17 @@ class _Editor:
 
     # -- operations --------------------------------------------------------------------------------------------
 
+    def _gone(self, alive: Collection[str]) -> set[int]:
+        """Positions of operations that are no longer in the program. EditError where one of several parts is."""
+        parts: dict[int, set[bool]] = {}
+        for name, origin in self._reading.origins.items():
+            for position in origin.nodes:
+                parts.setdefault(position, set()).add(name in alive)
+        halves = [position for position, states in parts.items() if len(states) > 1]
+        if halves:
+            raise EditError(f"a part of {label(self._graph.node[halves[0]])} would go", halves[0])
+        return {position for position, states in parts.items() if states == {False}}
+
     def _rewire(self, node: Node, origin: Origin) -> None:
         """Let an operation that stays read what it reads in the folded program."""
         before, args = self._before[node.name], node.args
@@ -120,15 +138,16 @@ class _Editor:
             self._nodes[origin.nodes[0]].op_type = "RMSNormalization"  # all attributes mean the same
             args = (*args[:3], None, *args[3:])
         elif node.target is not before.target:
-            raise EditError(f"{node.name} became {node.target}")
+            raise EditError(f"{node.name} became {node.target}", max(origin.nodes))
         old, new = dict(arguments(before.args)), dict(arguments(args))
         for slot in origin.slots:
             was, now = old.get(slot.path), new.get(slot.path)
             if (was and was.name) != (now and now.name):
                 self._set(slot, was, now, origin)
         known = {slot.path for slot in origin.slots}
-        if any(isinstance(value, Node) and path not in known and path not in old for path, value in new.items()):
-            raise EditError(f"{node.name} got an operand that the file has no place for")
+        for path, value in new.items():
+            if path not in known and isinstance(value, Node) and value.name != getattr(old.get(path), "name", None):
+                raise EditError(f"{node.name} got an operand that the file has no place for", max(origin.nodes))
 
     def _set(self, slot: Slot, old: Node | None, new: Node | None, origin: Origin) -> None:
         target = self._nodes[slot.node]
@@ -144,9 +163,10 @@ class _Editor:
         if new is None:
             fill = 1.0 if target.op_type in ("LayerNormalization", "RMSNormalization") else 0.0
             tensor = torch.full_like(self._value(old), fill)
-            name = self._store(f"{old.name}:{fill}", False, tensor, self._names.get(old.name, old.name))
+            name = self._store(f"{old.name}:{fill}", slot.store, tensor, self._wish(old) or old.name)
         else:
-            name = self._name(new, slot.transposed, old)
+            name = self._name(new, slot.store, old)
+        _remove_attribute(target, slot.factor)
         if slot.operand is None:
             for graph in graphs_of(target):
                 _rename(graph, {self._names[old.name]: name})
@@ -188,10 +208,10 @@ class _Editor:
         numbers = {1: scale * np.sqrt(variance + eps), 2: shift + scale * mean}
         for place, values in numbers.items():
             tensor = torch.from_numpy(values.copy()).to(self._stored(product.args[1]).dtype)
-            name = self._store(f"{addition.name}:{place}", False, tensor, names[place])
+            name = self._store(f"{addition.name}:{place}", None, tensor, names[place])
             self._wished.setdefault(names[place], set()).add(name)
             norm.input[place] = name
-        norm.input[0] = self._name(product.args[0], False, None)
+        norm.input[0] = self._name(product.args[0])
         self._names[addition.name] = norm.output[0]
         self._places[addition.name] = position
 
@@ -209,7 +229,7 @@ class _Editor:
         result = self._free(f"{self._base(operands[0])}_{_ADDED[node.target].lower()}")
         self._names[node.name] = result
         self._places[node.name] = place
-        inputs = [self._name(operand, False, None) for operand in operands]
+        inputs = [self._name(operand) for operand in operands]
         self._behind.setdefault(place, []).append(helper.make_node(_ADDED[node.target], inputs, [result], name=result))
 
     def _source(self, node: Node) -> Node:
@@ -224,10 +244,11 @@ class _Editor:
         own = [value.name for value in self._graph.output]
         fixed = {*own, *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
         alive = {self._names[node.name] for node in self._folded.graph.nodes if node.name in self._names}
-        for name, result in zip(own, output.args[0], strict=False):
+        for name, returned in zip(own, output.args[0], strict=False):
+            result = returned.args[0][0]
             written = self._names.get(result.name)
             if written is None:
-                written = self._name(result, False, None)
+                written = self._name(result)
             if written == name:
                 continue
             maker = self._source(result).name
@@ -248,30 +269,36 @@ class _Editor:
 
     # -- constants ---------------------------------------------------------------------------------------------
 
-    def _name(self, node: Node, transposed: bool, old: Node | None) -> str:
+    def _name(self, node: Node, store: Store = None, old: Node | None = None) -> str:
         """What a value is called in the file; a new constant is stored there."""
         if node.name in self._names:
             return self._names[node.name]
         if node.op != "placeholder":
-            raise EditError(f"{node.name} has no name in the file")
-        wish = self._names.get(old.name) if isinstance(old, Node) else None
-        if wish is None and isinstance(old, Node) and transposed:
-            wish = self._names.get(old.args[0].name) if old.target is aten.t.default else None
-        tensor = self._stored(node)
-        name = self._store(node.name, transposed, tensor, wish or _SUFFIX.sub("", self._targets[node.name]))
+            inside = self._reading.origins.get(node.name)
+            raise EditError(f"{node.name} has no name in the file", max(inside.nodes) if inside else None)
+        wish = self._wish(old)
+        name = self._store(node.name, store, self._stored(node), wish or _SUFFIX.sub("", self._targets[node.name]))
         if wish is not None:
             self._wished.setdefault(wish, set()).add(name)
         return name
 
-    def _store(self, key: str, transposed: bool, tensor: torch.Tensor, base: str) -> str:
-        if (key, transposed) not in self._fresh:
+    def _wish(self, old: Node | None) -> str | None:
+        """What a constant in place of another one would best be called: as that one, or as what it is computed from."""
+        while isinstance(old, Node):
+            if old.name in self._names:
+                return self._names[old.name]
+            old = old.args[0] if old.op == "call_function" else None
+        return None
+
+    def _store(self, key: str, store: Store, tensor: torch.Tensor, base: str) -> str:
+        if (key, store) not in self._fresh:
             name = self._free(base)
-            self._graph.initializer.append(_to_proto(tensor.t() if transposed else tensor, name))
+            self._graph.initializer.append(_to_proto(tensor if store is None else store(tensor), name))
             if self._proto.ir_version < 4:
                 stored = self._graph.initializer[-1]
                 self._graph.input.append(helper.make_tensor_value_info(name, stored.data_type, stored.dims))
-            self._fresh[key, transposed] = name
-        return self._fresh[key, transposed]
+            self._fresh[key, store] = name
+        return self._fresh[key, store]
 
     def _value(self, node: Node) -> torch.Tensor:
         return torch.empty(tuple(node.meta["val"].shape), dtype=node.meta["val"].dtype)
@@ -347,6 +374,10 @@ class _Editor:
         missing += [value.name for value in self._graph.output if value.name not in known]
         if missing:
             raise EditError(f"nothing would write {missing[0]!r} any more")
+
+
+def _remove_attribute(node: NodeProto, name: str) -> None:
+    _replace(node.attribute, [attribute for attribute in node.attribute if attribute.name != name])
 
 
 def _uses(graph: GraphProto) -> Counter[str]:

@@ -144,7 +144,12 @@ class OnnxFile:
 
     def is_own(self, node: NodeProto) -> bool:
         """Whether an operation is ONNX's, and not a function of the file that bears its name."""
-        return node.domain in STANDARD and ("", node.op_type) not in self.functions
+        return self.domain(node) == ""
+
+    def domain(self, node: NodeProto) -> str | None:
+        """The domain of an operation, empty for ONNX's own; None for a function of the file."""
+        domain = "" if node.domain in STANDARD else node.domain
+        return None if (domain, node.op_type) in self.functions else domain
 
     def _check(self, fixed: set[str]) -> None:
         graph = self.proto.graph

@@ -1,4 +1,4 @@
-"""The operations of ONNX that have a rule in folding, as those of PyTorch; all others are opaque to it.
+"""The operations of ONNX that have a rule in folding, as those of PyTorch.
 
 A translation need not be complete: what decides is which form folding has to know. One that gives False leaves the
 operation opaque. Sizes that only shape a result may be missing, because the result's own are known.
@@ -6,42 +6,13 @@ operation opaque. Sizes that only shape a result may be missing, because the res
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 
-from .calls import Call, aten
-
-_TABLE: dict[str, Callable[[Call], bool]] = {}
-# What is translated completely, so that the value of a result may be computed where all operands are constants.
-_EXACT = frozenset(
-    "Abs Add Cast Concat Div Dropout Expand Flatten Identity Mul Neg Relu Reshape Squeeze Sub Transpose "
-    "Unsqueeze".split()
-)
-
-
-def translate(call: Call) -> bool:
-    """Put an operation into the program as one that folding knows; False if there is none."""
-    if call.product is not None:
-        return call.emit_product()
-    translation = _TABLE.get(call.node.op_type)
-    if translation is None or not call.node.output or not call.node.output[0]:
-        return False
-    result = call.result()
-    if result is None or not result.is_floating_point() or (call.operands and call.operands[0] is None):
-        return False
-    if call.is_fixed() and call.node.op_type not in _EXACT:
-        return False
-    first = call.operands[0].meta["val"] if call.operands else None
-    return isinstance(first, torch.Tensor) and translation(call)
-
-
-def _operation(*kinds: str) -> Callable:
-    def register(function: Callable[[Call], bool]) -> Callable[[Call], bool]:
-        _TABLE.update(dict.fromkeys(kinds, function))
-        return function
-
-    return register
+from .calls import Call, Slot, aten
+from .translating import operation
 
 
 def _rank(call: Call, operand: int) -> int | None:
@@ -65,44 +36,65 @@ def _axes(call: Call, place: int = 1) -> list[int] | None:
 # -- products ----------------------------------------------------------------------------------------------------
 
 
-@_operation("Conv", "ConvTranspose")
+@operation("Conv", "ConvTranspose")
 def _convolution(call: Call) -> bool:
+    target, args = convolution(call)
+    return target is not None and call.emit(target, *args, optional={2: 2})
+
+
+def convolution(call: Call) -> tuple[Any, tuple]:
+    """PyTorch's operation for a convolution, and its arguments; None where there is none."""
     rank = _rank(call, 1)
     if rank not in (3, 4, 5) or rank != _rank(call, 0):
-        return False
+        return None, ()
     axes = rank - 2
     pads, auto = call.get("pads", []), call.get("auto_pad", "NOTSET")
     # Only whether there is padding matters: it adds zeros, which have no shift.
-    padded = any(pads) if auto == "NOTSET" else auto != "VALID"
-    strides, dilations = call.get("strides", [1] * axes), call.get("dilations", [1] * axes)
-    group = call.get("group", 1)
-    x, weight, bias = (*call.operands, None)[:3]
-    if call.node.op_type == "Conv":
-        target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[axes]
-        args = (x, weight, bias, list(strides), [int(padded)] * axes, list(dilations), group)
-    else:
+    padded = [int(any(pads) if auto == "NOTSET" else auto != "VALID")] * axes
+    strides, dilations = (list(call.get(name, [1] * axes)) for name in ("strides", "dilations"))
+    group, x, weight, bias = call.get("group", 1), *(*call.operands, None)[:3]
+    if call.node.op_type == "ConvTranspose":
         target = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
-        args = (x, weight, bias, list(strides), [int(padded)] * axes, [0] * axes, group, list(dilations))
-        target = target[axes]
-    return call.emit(target, *args, optional={2: 2})
+        return target[axes], (x, weight, bias, strides, padded, [0] * axes, group, dilations)
+    target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+    return target[axes], (x, weight, bias, strides, padded, dilations, group)
 
 
-@_operation("Gemm")
+@operation("Gemm")
 def _gemm(call: Call) -> bool:
-    plain = call.get("alpha", 1.0) == 1 and not call.get("transA", 0)
-    if not plain or not call.is_constant(1) or _rank(call, 1) != 2:
+    if not call.is_constant(1) or _rank(call, 1) != 2:
         return False
-    x, weight, bias = (*call.operands, None)[:3]
-    if bias is not None and (call.get("beta", 1.0) != 1 or not call.is_constant(2)):
-        return False
-    if bias is not None and call.shape(2) != [call.shape(1)[0 if call.get("transB", 0) else 1]]:
-        return False
-    swapped = not call.get("transB", 0)
-    slots = [call.slot((1,), 1, transposed=swapped), call.slot((2,), 2, required=call.version < 11)]
-    return call.emit(aten.linear.default, x, call.transposed(weight) if swapped else weight, bias, slots=slots)
+    x = call.operands[0]
+    if call.get("transA", 0):
+        x = call.step(aten.permute.default, x, [1, 0])
+    weight, slot = weight_of(call, 1, transposed=not call.get("transB", 0))
+    bias, slots = call.operand(2), [slot]
+    if bias is not None:
+        fits = call.is_constant(2) and call.shape(2) in (
+            [weight.meta["val"].shape[0]],
+            [1, weight.meta["val"].shape[0]],
+        )
+        if not fits:
+            return False
+        if _rank(call, 2) == 2:
+            bias = call.derived(aten.reshape.default, bias, [-1])
+        if call.get("beta", 1.0) != 1:
+            bias = call.derived(aten.mul.Tensor, bias, call.get("beta"))
+    slots.append(call.slot(2, 2, required=call.version < 11, factor="beta"))
+    return call.emit(aten.linear.default, x, weight, bias, slots=slots)
 
 
-@_operation("MatMul")
+def weight_of(call: Call, operand: int, *, transposed: bool) -> tuple[torch.fx.Node, Slot]:
+    """A constant factor as a linear layer has it, multiplied by the attribute `alpha` if there is one."""
+    weight = call.operands[operand]
+    if transposed:
+        weight = call.derived(aten.t.default, weight)
+    if call.get("alpha", 1.0) != 1:
+        weight = call.derived(aten.mul.Tensor, weight, call.get("alpha"))
+    return weight, call.slot(1, operand, store=torch.Tensor.t if transposed else None, factor="alpha")
+
+
+@operation("MatMul")
 def _matmul(call: Call) -> bool:
     ranks = (_rank(call, 0), _rank(call, 1))
     if None in ranks or min(ranks) < 2:
@@ -110,14 +102,14 @@ def _matmul(call: Call) -> bool:
     return call.emit(aten.matmul.default, *call.operands)
 
 
-@_operation("Einsum")
+@operation("Einsum")
 def _einsum(call: Call) -> bool:
     if len(call.operands) != 2:
         return False
     return call.emit(aten.einsum.default, call.get("equation"), list(call.operands))
 
 
-@_operation("Gather")
+@operation("Gather")
 def _gather(call: Call) -> bool:
     axis, index = call.get("axis", 0), call.number(1)
     if call.is_constant(0):
@@ -127,13 +119,15 @@ def _gather(call: Call) -> bool:
         return call.emit(aten.select.int, call.operands[0], axis, int(index))
     if _rank(call, 1) == 1:
         return call.emit(aten.index_select.default, call.operands[0], axis, call.operands[1])
-    return False
+    if _rank(call, 1) is None:
+        return False
+    return call.emit(aten.index.Tensor, call.operands[0], [None] * axis + [call.operands[1]])
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------
 
 
-@_operation("Add", "Sub", "Mul", "Div")
+@operation("Add", "Sub", "Mul", "Div")
 def _arithmetic(call: Call) -> bool:
     if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
         return False
@@ -145,7 +139,38 @@ def _arithmetic(call: Call) -> bool:
     return call.emit(targets[call.node.op_type], *call.operands)
 
 
-@_operation("BatchNormalization")
+@operation("Sum")
+def _sum(call: Call) -> bool:
+    """Of any number of values."""
+    if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
+        return False
+    *before, last = call.operands
+    if not before:
+        return call.emit(aten.clone.default, last)
+    total = before[0]
+    for operand in before[1:]:
+        total = call.step(aten.add.Tensor, total, operand)
+    return call.emit(aten.add.Tensor, total, last)
+
+
+@operation("Max", "Min")
+def _extreme(call: Call) -> bool:
+    """Of two values, of which one may be a constant."""
+    if len(call.operands) != 2 or any(_rank(call, place) is None for place in (0, 1)):
+        return False
+    target = aten.maximum.default if call.node.op_type == "Max" else aten.minimum.default
+    first, second = call.operands
+    return call.emit(target, second, first) if call.is_constant(0) else call.emit(target, first, second)
+
+
+@operation("Where")
+def _where(call: Call) -> bool:
+    if any(_rank(call, place) is None for place in range(3)):
+        return False
+    return call.emit(aten.where.self, *call.operands)
+
+
+@operation("BatchNormalization")
 def _batch_norm(call: Call) -> bool:
     training = call.get("training_mode", 0) or call.get("spatial", 1) != 1 or not call.only_first()
     if training or len(call.operands) != 5 or _rank(call, 0) in (None, 0, 1):
@@ -154,7 +179,7 @@ def _batch_norm(call: Call) -> bool:
     return call.emit(aten.batch_norm.default, *call.operands, False, momentum, eps, False)
 
 
-@_operation("LayerNormalization")
+@operation("LayerNormalization")
 def _layer_norm(call: Call) -> bool:
     rank = _rank(call, 0)
     last = rank is not None and call.get("axis", -1) % max(rank, 1) == rank - 1
@@ -164,41 +189,74 @@ def _layer_norm(call: Call) -> bool:
     if bias is not None and _rank(call, 2) != 1:
         return False
     args = (x, [call.shape(1)[0]], weight, bias, call.get("epsilon", 1e-5))
-    slots = [call.slot((2,), 1, required=True), call.slot((3,), 2)]
+    slots = [call.slot(2, 1, required=True), call.slot(3, 2)]
     return call.emit(aten.layer_norm.default, *args, slots=slots)
 
 
-@_operation("RMSNormalization")
+@operation("RMSNormalization")
 def _rms_norm(call: Call) -> bool:
     rank = _rank(call, 0)
     if rank is None or call.get("axis", -1) % rank != rank - 1 or _rank(call, 1) != 1:
         return False
     x, weight = call.operands
-    slots = [call.slot((2,), 1, required=True)]
+    slots = [call.slot(2, 1, required=True)]
     return call.emit(aten.rms_norm.default, x, [call.shape(1)[0]], weight, call.get("epsilon", 1e-5), slots=slots)
 
 
-@_operation("Relu")
+@operation("InstanceNormalization")
+def _instance_norm(call: Call) -> bool:
+    if _rank(call, 0) not in (3, 4, 5):
+        return False
+    slots = [call.slot(1, 1, required=True), call.slot(2, 2, required=True)]
+    args = (*call.operands, None, None, True, 0.0, call.get("epsilon", 1e-5), False)
+    return call.emit(aten.instance_norm.default, *args, slots=slots)
+
+
+@operation("GroupNormalization")
+def _group_norm(call: Call) -> bool:
+    """With a gain for each channel; in its first form it had one for each group."""
+    if call.shape(1) != call.shape(0)[1:2] or call.get("stash_type", 1) != 1:
+        return False
+    x, weight, bias = call.operands
+    slots = [call.slot(2, 1, required=True), call.slot(3, 2, required=True)]
+    args = (x, call.get("num_groups"), weight, bias, call.get("epsilon", 1e-5))
+    return call.emit(aten.group_norm.default, *args, slots=slots)
+
+
+@operation("Relu")
 def _relu(call: Call) -> bool:
     return call.emit(aten.relu.default, call.operands[0])
 
 
-@_operation("LeakyRelu")
+@operation("LeakyRelu")
 def _leaky_relu(call: Call) -> bool:
     return call.emit(aten.leaky_relu.default, call.operands[0], call.get("alpha", 0.01))
 
 
-@_operation("Abs")
+@operation("PRelu")
+def _prelu(call: Call) -> bool:
+    """With one slope, or one for each channel."""
+    shape, rank = call.shape(1), _rank(call, 0)
+    if not call.is_constant(1) or rank in (None, 0):
+        return False
+    aligned = [1] * (rank - len(shape)) + shape
+    if math.prod(shape) != 1 and (rank < 2 or any(size != 1 for axis, size in enumerate(aligned) if axis != 1)):
+        return False
+    slope = call.derived(aten.reshape.default, call.operands[1], [-1])
+    return call.emit(aten.prelu.default, call.operands[0], slope)
+
+
+@operation("Abs")
 def _abs(call: Call) -> bool:
     return call.emit(aten.abs.default, call.operands[0])
 
 
-@_operation("Neg")
+@operation("Neg")
 def _neg(call: Call) -> bool:
     return call.emit(aten.neg.default, call.operands[0])
 
 
-@_operation("Clip")
+@operation("Clip")
 def _clip(call: Call) -> bool:
     """With a lower bound of zero and no upper one it is a Relu."""
     if call.version < 11:
@@ -211,7 +269,7 @@ def _clip(call: Call) -> bool:
     return call.emit(aten.relu.default, call.operands[0])
 
 
-@_operation("Identity", "Dropout")
+@operation("Identity", "Dropout")
 def _identity(call: Call) -> bool:
     """Dropout outside of training. As a copy it stays where it is."""
     if not call.only_first():
@@ -222,7 +280,7 @@ def _identity(call: Call) -> bool:
     return call.emit(aten.clone.default, call.operands[0])
 
 
-@_operation("Cast")
+@operation("Cast")
 def _cast(call: Call) -> bool:
     """One that changes nothing is a copy, which stays."""
     before, after = call.operands[0].meta["val"].dtype, call.result().dtype
@@ -234,42 +292,45 @@ def _cast(call: Call) -> bool:
 # -- layout ------------------------------------------------------------------------------------------------------
 
 
-@_operation("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+@operation("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def _reshape(call: Call) -> bool:
     # The result's sizes say all; those that an operand computes are read, so that it stays.
-    shape = [size if isinstance(size, int) else -1 for size in call.result().shape]
     rest = [operand for operand in call.operands[1:] if operand is not None and not _is_placeholder(operand)]
     if rest:
         return call.emit(aten.reshape.default, call.operands[0], rest[0])
-    return call.emit(aten.reshape.default, call.operands[0], shape)
+    return call.emit(aten.reshape.default, call.operands[0], _known(call))
+
+
+def _known(call: Call) -> list[int]:
+    """The result's sizes, -1 for those that differ from run to run."""
+    return [size if isinstance(size, int) else -1 for size in call.result().shape]
 
 
 def _is_placeholder(operand: torch.fx.Node) -> bool:
     return operand.op == "placeholder"
 
 
-@_operation("Transpose")
+@operation("Transpose")
 def _transpose(call: Call) -> bool:
     perm = call.get("perm", list(range(len(call.shape(0))))[::-1])
     return call.emit(aten.permute.default, call.operands[0], [int(axis) for axis in perm])
 
 
-@_operation("Expand")
+@operation("Expand")
 def _expand(call: Call) -> bool:
     if call.is_constant(1):
-        shape = [size if isinstance(size, int) else -1 for size in call.result().shape]
-        return call.emit(aten.expand.default, call.operands[0], shape)
+        return call.emit(aten.expand.default, call.operands[0], _known(call))
     return call.emit(aten.expand.default, *call.operands)
 
 
-@_operation("Concat")
+@operation("Concat")
 def _concat(call: Call) -> bool:
     if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
         return False
     return call.emit(aten.cat.default, list(call.operands), _axis(call, 0))
 
 
-@_operation("Split")
+@operation("Split")
 def _split(call: Call) -> bool:
     if not all(call.node.output) or len(call.node.output) < 2:
         return False
@@ -286,9 +347,9 @@ def _split(call: Call) -> bool:
     return call.emit(aten.split_with_sizes.default, call.operands[0], sizes, axis, outputs=len(sizes))
 
 
-@_operation("Slice")
+@operation("Slice")
 def _slice(call: Call) -> bool:
-    """Along one axis, by constants."""
+    """By constants, from front to back."""
     if call.version < 10:
         starts, ends, axes, steps = call.get("starts"), call.get("ends"), call.get("axes"), None
     else:
@@ -298,13 +359,17 @@ def _slice(call: Call) -> bool:
             return False
         starts, ends, axes, steps = (None if g is None else g.ravel().tolist() for g in given)
     axes = list(range(len(starts))) if axes is None else axes
-    step = 1 if steps is None else steps[0]
-    if len(starts) != 1 or step < 1:
+    steps = [1] * len(starts) if steps is None else steps
+    ranges = [tuple(map(int, entry)) for entry in zip(axes, starts, ends, steps, strict=True)]
+    if not ranges or any(step < 1 for *_, step in ranges):
         return False
-    return call.emit(aten.slice.Tensor, call.operands[0], int(axes[0]), int(starts[0]), int(ends[0]), int(step))
+    x = call.operands[0]
+    for entry in ranges[:-1]:
+        x = call.step(aten.slice.Tensor, x, *entry)
+    return call.emit(aten.slice.Tensor, x, *ranges[-1])
 
 
-@_operation("Pad")
+@operation("Pad")
 def _pad(call: Call) -> bool:
     """With zeros or copies, by constants."""
     rank, mode = len(call.shape(0)), call.get("mode", "constant")
@@ -332,7 +397,7 @@ def _pad(call: Call) -> bool:
 # -- pooling -----------------------------------------------------------------------------------------------------
 
 
-@_operation("MaxPool")
+@operation("MaxPool")
 def _max_pool(call: Call) -> bool:
     axes = len(call.shape(0)) - 2
     targets = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}
@@ -341,7 +406,7 @@ def _max_pool(call: Call) -> bool:
     return call.emit(targets[axes], call.operands[0], list(call.get("kernel_shape")))
 
 
-@_operation("AveragePool")
+@operation("AveragePool")
 def _average_pool(call: Call) -> bool:
     axes = len(call.shape(0)) - 2
     targets = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
@@ -356,13 +421,19 @@ def _average_pool(call: Call) -> bool:
     return call.emit(targets[axes], call.operands[0], *args)
 
 
-@_operation("GlobalAveragePool", "GlobalMaxPool")
+@operation("GlobalAveragePool", "GlobalMaxPool")
 def _global_pool(call: Call) -> bool:
     target = aten.mean.dim if call.node.op_type == "GlobalAveragePool" else aten.amax.default
     return call.emit(target, call.operands[0], list(range(2, len(call.shape(0)))), True)
 
 
-@_operation("ReduceMean", "ReduceMax")
+_REDUCTIONS = {
+    "ReduceMean": aten.mean.dim, "ReduceSum": aten.sum.dim_IntList, "ReduceMax": aten.amax.default,
+    "ReduceMin": aten.amin.default,
+}  # fmt: skip
+
+
+@operation(*_REDUCTIONS)
 def _reduce(call: Call) -> bool:
     rank, axes = len(call.shape(0)), _axes(call)
     if axes is None:
@@ -371,11 +442,11 @@ def _reduce(call: Call) -> bool:
         axes = list(range(rank))
     if not axes:
         return False
-    target = aten.mean.dim if call.node.op_type == "ReduceMean" else aten.amax.default
+    target = _REDUCTIONS[call.node.op_type]
     return call.emit(target, call.operands[0], [axis % rank for axis in axes], bool(call.get("keepdims", 1)))
 
 
-@_operation("Resize", "Upsample")
+@operation("Resize", "Upsample")
 def _resize(call: Call) -> bool:
     """Between neighbouring positions of one channel, the weights adding up to one."""
     before, after = call.shape(0), list(call.result().shape)
@@ -397,14 +468,31 @@ def _resize(call: Call) -> bool:
     return call.emit(targets[mode, len(before)], call.operands[0], *rest)
 
 
-@_operation("DepthToSpace")
+@operation("DepthToSpace")
 def _depth_to_space(call: Call) -> bool:
-    return call.get("mode", "DCR") == "CRD" and call.emit(
-        aten.pixel_shuffle.default, call.operands[0], call.get("blocksize")
-    )
+    if _rank(call, 0) != 4:
+        return False
+    (batch, channels, height, width), block = call.shape(0), call.get("blocksize")
+    if call.get("mode", "DCR") == "CRD":
+        return call.emit(aten.pixel_shuffle.default, call.operands[0], block)
+    parts = [batch, block, block, channels // block**2, height, width]
+    x = call.step(aten.reshape.default, call.operands[0], parts)
+    x = call.step(aten.permute.default, x, [0, 3, 4, 1, 5, 2])
+    return call.emit(aten.reshape.default, x, _known(call))
 
 
-@_operation("Tile")
+@operation("SpaceToDepth")
+def _space_to_depth(call: Call) -> bool:
+    if _rank(call, 0) != 4:
+        return False
+    (batch, channels, *_), block = call.shape(0), call.get("blocksize")
+    height, width = call.result().shape[2:]
+    x = call.step(aten.reshape.default, call.operands[0], [batch, channels, height, block, width, block])
+    x = call.step(aten.permute.default, x, [0, 3, 5, 1, 2, 4])
+    return call.emit(aten.reshape.default, x, _known(call))
+
+
+@operation("Tile")
 def _tile(call: Call) -> bool:
     repeats = call.number(1)
     return repeats is not None and call.emit(aten.repeat.default, call.operands[0], [int(r) for r in repeats.ravel()])

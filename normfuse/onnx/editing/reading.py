@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +22,17 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from normfuse.quiet import quiet
 
+from . import fused, operations  # noqa: F401 (they fill the table that translate looks into)
 from .calls import Call, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, outer_names, torch_dtype
-from .operations import translate
 from .symbols import Sizes
+from .translating import translate
 
 aten = torch.ops.aten
 _OLDEST = 7  # operators before that broadcast, and normalise, in other ways
@@ -80,7 +82,7 @@ class Reader:
         self.paths: dict[str, int] = {}
         self._inputs: list[InputSpec] = []
         self._state: dict[str, torch.Tensor] = {}
-        self._transposed: dict[Node, Node] = {}
+        self._derived: dict[tuple[Any, ...], Node] = {}
         self._fakes: dict[str, torch.Tensor | None] = {}
         self.fixed: set[Node] = set()
 
@@ -98,8 +100,7 @@ class Reader:
             if position in skip and skip[position] is None:
                 continue  # read with the Add behind it
             call = Call(self, position, node, skip.get(position))
-            known = self.file.is_own(node) and self.file.version >= _OLDEST and position not in self._pinned
-            if not (known and translate(call)):
+            if position in self._pinned or self.file.version < _OLDEST or not translate(call):
                 call.opaque()
         return Reading(self.file, self._program(), self.origins, self.names, self.paths)
 
@@ -168,21 +169,34 @@ class Reader:
         self.values[name] = node
         self.names[node.name] = name
 
-    def transposed(self, weight: Node) -> Node:
-        """A constant of two axes with its axes exchanged."""
-        if weight not in self._transposed:
-            node = self.graph.call_function(aten.t.default, (weight,))
-            with self.mode:
-                node.meta["val"] = weight.meta["val"].t()
-            self._transposed[weight] = node
-        return self._transposed[weight]
+    def derived(self, target: Any, constant: Node, *args: Any) -> Node:
+        """What an operation makes of a constant; the same for every reader."""
+        key = (target, constant, str(args))
+        if key not in self._derived:
+            self._derived[key] = self._computed(target, (constant, *args), "")
+            self.fixed.add(self._derived[key])
+        return self._derived[key]
+
+    def inner(self, target: Any, args: tuple, position: int, node: NodeProto) -> Node:
+        """An operation of the program whose result has no name in the file."""
+        result = self._computed(target, args, _identifier("s", node.name or next(iter(node.output), "")))
+        path = self._path(position, node, next(iter(node.output), ""))
+        result.meta["nn_module_stack"] = {path: (path, node.op_type)}
+        return result
+
+    def _computed(self, target: Any, args: tuple, name: str) -> Node:
+        with self.mode:
+            value = target(*map_arg(args, lambda operand: operand.meta["val"]))
+        # Sizes that are not known stand in the value alone.
+        plain = [[-1 if isinstance(n, torch.SymInt) else n for n in a] if isinstance(a, list) else a for a in args]
+        result = self.graph.call_function(target, tuple(plain), name=name or None)
+        result.meta["val"] = value
+        return result
 
     def add(self, target: object, args: tuple, position: int, node: NodeProto, outputs: Sequence[str]) -> Node:
         """An operation of the program that gives `outputs`."""
         result = self.graph.call_function(target, args, name=_identifier("o", node.name or outputs[0]))
-        path = node.name or outputs[0] or node.op_type
-        path = path if path not in self.paths else f"{path} ({position})"
-        self.paths[path] = position
+        path = self._path(position, node, outputs[0])
         result.meta["nn_module_stack"] = {path: (path, node.op_type)}
         values = [self.fake(name) if name else None for name in outputs]
         if len(outputs) == 1:
@@ -197,6 +211,13 @@ class Reader:
                 piece.meta["nn_module_stack"] = result.meta["nn_module_stack"]
                 self._known(name, piece)
         return result
+
+    def _path(self, position: int, node: NodeProto, output: str) -> str:
+        """What reports call an operation."""
+        path = node.name or output or node.op_type
+        path = path if self.paths.get(path, position) == position else f"{path} ({position})"
+        self.paths[path] = position
+        return path
 
     def _products_with_bias(self) -> dict[int, tuple[int, NodeProto] | None]:
         """Products with a constant whose only reader adds a bias: the position of the Add to that of the product."""
@@ -229,8 +250,15 @@ class Reader:
 
     # -- the program -------------------------------------------------------------------------------------------
 
+    def _result(self, name: str) -> Node:
+        """What is returned: read by an operation that nothing is known of, because no value in ONNX is a view."""
+        value = self.value(name)
+        node = self.graph.call_function(unknown_operation("Output"), ([value],), name=_identifier("r", name))
+        node.meta["val"] = value.meta["val"]
+        return node
+
     def _program(self) -> ExportedProgram:
-        results = [self.value(value.name) for value in self.file.proto.graph.output]
+        results = [self._result(value.name) for value in self.file.proto.graph.output]
         # What nobody reads is kept from being cleared away by being a result.
         idle = [n for n in self.graph.nodes if n.op == "call_function" and not n.users and n not in results]
         results += [node for node in idle if not isinstance(node.meta["val"], list)]

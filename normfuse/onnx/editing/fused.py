@@ -1,0 +1,69 @@
+"""Operations of several parts, of which folding knows the first: what ONNX Runtime fuses, and recurrent layers."""
+
+from __future__ import annotations
+
+import torch
+
+from .calls import Call, aten
+from .operations import convolution, weight_of
+from .translating import operation
+
+_MICROSOFT = "com.microsoft"
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+@operation("FusedMatMul", domain=_MICROSOFT)
+def _fused_matmul(call: Call) -> bool:
+    """With a constant of two axes."""
+    others = any(call.get(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+    if others or not call.is_constant(1) or len(call.shape(1) or ()) != 2:
+        return False
+    weight, slot = weight_of(call, 1, transposed=bool(call.get("transB", 0)))
+    return call.emit(aten.matmul.default, call.operands[0], weight, slots=[slot])
+
+
+@operation("FusedConv", domain=_MICROSOFT)
+def _fused_conv(call: Call) -> bool:
+    """A convolution, perhaps a residual, and an activation."""
+    target, args = convolution(call)
+    if target is None:
+        return False
+    read = {number for number in (0, 1, 2) if number < len(call.operands)}
+    return call.opaque([call.step(target, *args, optional={2: 2})], read)
+
+
+@operation("Attention", domain=_MICROSOFT)
+def _attention(call: Call) -> bool:
+    """Its product with the weights of queries, keys and values."""
+    if not call.is_constant(1) or len(call.shape(1) or ()) != 2:
+        return False
+    if call.operand(2) is not None and not call.is_constant(2):
+        return False
+    weight, slot = weight_of(call, 1, transposed=True)
+    slots = [slot, call.slot(2, 2)]
+    return call.opaque(
+        [call.step(aten.linear.default, call.operands[0], weight, call.operand(2), slots=slots)], {0, 1, 2}
+    )
+
+
+@operation(*_GATES)
+def _recurrent(call: Call) -> bool:
+    """The product of every step's input: weights [directions, gates, inputs], biases [directions, 2 * gates]."""
+    if not call.is_constant(1) or (call.operand(3) is not None and not call.is_constant(3)):
+        return False
+    directions, rows, width = call.shape(1)
+    weight = call.derived(aten.reshape.default, call.operands[1], [directions * rows, width])
+    bias, rest = None, torch.zeros(directions, rows)
+    if call.operand(3) is not None:
+        half = call.derived(aten.slice.Tensor, call.operands[3], 1, 0, rows)
+        bias = call.derived(aten.reshape.default, half, [-1])
+        rest = torch.tensor(call.number(3)[:, rows:])
+
+    def unfold(value: torch.Tensor) -> torch.Tensor:
+        return value.reshape(directions, rows, width)
+
+    def unfold_bias(value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value.reshape(directions, rows), rest.to(value.dtype)], 1)
+
+    slots = [call.slot(1, 1, store=unfold), call.slot(2, 3, store=unfold_bias, required=bias is not None)]
+    return call.opaque([call.step(aten.linear.default, call.operands[0], weight, bias, slots=slots)], {0, 1, 3})

@@ -1,0 +1,43 @@
+"""Which operations of ONNX have a rule in folding; all others are opaque to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .calls import Call
+
+_TABLE: dict[tuple[str, str], Callable[[Call], bool]] = {}
+# What is translated completely, so that the value of a result may be computed where all operands are constants.
+_EXACT = frozenset(
+    "Abs Add Cast Concat Div Dropout Expand Flatten Identity Mul Neg Relu Reshape Squeeze Sub Transpose "
+    "Unsqueeze".split()
+)
+
+
+def translate(call: Call) -> bool:
+    """Put an operation into the program as one that folding knows; False if there is none."""
+    if call.product is not None:
+        return call.emit_product()
+    translation = _TABLE.get((call.domain, call.node.op_type))
+    first = next((number for number, name in enumerate(call.node.output) if name), None)
+    if translation is None or first is None:
+        return False
+    result = call.result(first)
+    if result is None or not result.is_floating_point() or (call.operands and call.operands[0] is None):
+        return False
+    if call.is_fixed() and call.node.op_type not in _EXACT:
+        return False
+    operand = call.operands[0].meta["val"] if call.operands else None
+    return isinstance(operand, torch.Tensor) and translation(call)
+
+
+def operation(*kinds: str, domain: str = "") -> Callable:
+    """Registers a translation of these operations."""
+
+    def register(function: Callable[[Call], bool]) -> Callable[[Call], bool]:
+        _TABLE.update(dict.fromkeys([(domain, kind) for kind in kinds], function))
+        return function
+
+    return register

@@ -1,0 +1,124 @@
+"""Every spelling of an operation that maps can go into, or pass."""
+
+import numpy as np
+import pytest
+from onnx_files import assert_equal, folded, kinds, read
+from onnx_text import draw, model
+
+TAIL = " a = Mul (l, gain) y = Add (a, shift)"
+FLAT = "float[batch, 3] x"
+IMAGE = "float[batch, 4, 6, 6] x"
+# Inputs, what comes before the map, what is left of it; and the map, where it is not the usual one behind.
+BEHIND = {
+    "Gemm, alpha": (FLAT, "l = Gemm <alpha: float = 0.5> (x, w, b)", ["Gemm"]),
+    "Gemm, alpha and beta": (FLAT, "l = Gemm <alpha: float = 0.5, beta: float = 2.0> (x, w, b)", ["Gemm"]),
+    "Gemm, beta without a bias": (FLAT, "l = Gemm <beta: float = 2.0> (x, w)", ["Gemm"]),
+    "Gemm, both transposed": ("float[3, batch] x", "l = Gemm <transA: int = 1, transB: int = 1> (x, wt, b)", ["Gemm"]),
+    "Gemm, the bias as a row": (FLAT, "l = Gemm (x, w, row)", ["Gemm"]),
+    "a sum of three": (
+        FLAT, "m = MatMul (x, w) n = MatMul (x, w) l = Sum (m, n, m)", ["MatMul", "MatMul", "Add", "Sum"]
+    ),
+    "FusedMatMul": (
+        FLAT, "p = com.microsoft.FusedMatMul <alpha: float = 0.5> (x, w) l = Add (p, b)", ["FusedMatMul", "Add"]
+    ),
+    "FusedMatMul, transposed": (
+        FLAT, "p = com.microsoft.FusedMatMul <transB: int = 1> (x, wt) l = Add (p, b)", ["FusedMatMul", "Add"]
+    ),
+    "InstanceNormalization": (
+        "float[batch, 4, 5] x", "l = InstanceNormalization (x, gain1, b)", ["InstanceNormalization"]
+    ),
+    "GroupNormalization": (
+        "float[batch, 4, 5] x", "l = GroupNormalization <num_groups: int = 2> (x, gain1, b)", ["GroupNormalization"]
+    ),
+}  # fmt: skip
+# What stands between the map and the convolution in front of it.
+BETWEEN = {
+    "a slice of two axes": ("s = Slice (c, starts, ends, axes)", ["Slice"]),
+    "a slice with steps": ("s = Slice (c, starts, ends, axes, steps)", ["Slice"]),
+    "depth to space, DCR": ("s = DepthToSpace <blocksize: int = 2> (c)", ["DepthToSpace"]),
+    "depth to space, CRD": ('s = DepthToSpace <blocksize: int = 2, mode: string = "CRD"> (c)', ["DepthToSpace"]),
+    "space to depth": ("s = SpaceToDepth <blocksize: int = 2> (c)", ["SpaceToDepth"]),
+    "entries chosen by an index of two axes": ("s = Gather <axis: int = 1> (c, pairs)", ["Gather"]),
+    "PRelu, one slope": ("s = PRelu (c, slope)", ["PRelu"]),
+    "PRelu, a slope for each channel": ("s = PRelu (c, slopes)", ["PRelu"]),
+    "a sum over positions": ("s = ReduceSum (c, places)", ["ReduceSum"]),
+    "the smallest": ("s = ReduceMin (c, places)", ["ReduceMin"]),
+    "zeros at some positions": ("h = Greater (x, zero) s = Where (h, c, zero)", ["Greater", "Where"]),
+    "the larger of it and zero": ("s = Max (zero, c)", ["Max"]),
+    "the larger of two": ("d = Conv (x, k) s = Max (c, d)", ["Conv", "Max"]),
+}
+CONSTANTS = {
+    "w": draw(3, 4), "wt": draw(4, 3), "b": draw(4), "row": draw(1, 4), "gain1": draw(4), "k": draw(4, 4, 1, 1),
+    "starts": np.array([1, 2]), "ends": np.array([9, 5]), "axes": np.array([2, 3]), "steps": np.array([2, 1]),
+    "pairs": np.array([[0, 2], [3, 1]]), "slope": np.full(1, 0.25, np.float32), "slopes": np.abs(draw(4, 1, 1)),
+    "places": np.array([2, 3]), "zero": np.zeros(1, np.float32), "three": np.full(1, 3.0, np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEHIND)
+def test_a_map_goes_into_what_is_in_front_of_it(tmp_path, case):
+    inputs, body, left = BEHIND[case]
+    axes = (4, 1) if "5]" in inputs else (4,)
+    proto = model(inputs, "float y", body + TAIL, 21, **read(body, CONSTANTS), gain=draw(*axes), shift=draw(*axes))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == left
+    shape = [2 if size == "batch" else int(size) for size in inputs.partition("[")[2].partition("]")[0].split(", ")]
+    assert_equal(tmp_path, {"x": draw(*shape)})
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_a_factor_passes(tmp_path, case):
+    """Which goes into the convolution: the Tanh behind it takes none."""
+    body, left = BETWEEN[case]
+    body = f"c = Conv (x, k) {body} m = Mul (s, three) y = Tanh (m)"
+    proto = model(IMAGE, "float y", body, 18, **read(body, CONSTANTS))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv", *left, "Tanh"]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
+
+
+FRONT = "m = Mul (x, gain) l = Add (m, shift) "
+FUSED = {
+    "an LSTM": ("y = LSTM <hidden_size: int = 2> (l, wl, rl, bl)", ["LSTM"]),
+    "an LSTM without biases, of which the last state is read": (
+        "z, y = LSTM <hidden_size: int = 2> (l, wl, rl)", ["LSTM"]
+    ),
+    "a GRU in both directions": (
+        'y = GRU <hidden_size: int = 2, direction: string = "bidirectional"> (l, wg, rg, bg)', ["GRU"]
+    ),
+    "fused attention": ("y = com.microsoft.Attention <num_heads: int = 2> (l, wa, ba)", ["Attention"]),
+}  # fmt: skip
+LARGE = {
+    "wl": draw(1, 8, 4), "rl": draw(1, 8, 2), "bl": draw(1, 16), "wg": draw(2, 6, 4), "rg": draw(2, 6, 2),
+    "bg": draw(2, 12), "wa": draw(4, 12), "ba": draw(12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_a_map_goes_into_the_first_part_of(tmp_path, case):
+    body, left = FUSED[case]
+    constants = read(body, LARGE) | {"gain": draw(4), "shift": draw(4)}
+    _, after = folded(model("float[steps, batch, 4] x", "float y", FRONT + body, 17, **constants), tmp_path)
+    assert kinds(after) == left
+    assert_equal(tmp_path, {"x": draw(5, 3, 4)})
+
+
+def test_a_norm_in_front_of_a_convolution_that_onnx_runtime_fused_with_its_relu(tmp_path):
+    body = (
+        "n = BatchNormalization (x, gain, shift, mean, variance) "
+        'c = com.microsoft.FusedConv <activation: string = "Relu", kernel_shape: ints = [1, 1]> (n, k) y = Tanh (c)'
+    )
+    constants = {"gain": draw(4), "shift": draw(4), "mean": draw(4), "variance": np.ones(4, np.float32)}
+    _, after = folded(model(IMAGE, "float y", body, 17, **constants, k=CONSTANTS["k"]), tmp_path)
+    assert kinds(after) == ["FusedConv", "Tanh"]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
+
+
+def test_an_output_may_be_shaped_by_what_is_computed(tmp_path):
+    body = "l = MatMul (x, w) a = Mul (l, gain) h = Shape (x) y = Reshape (a, order) z = Expand (y, h)"
+    constants = {"w": draw(4, 4), "gain": draw(4), "order": np.array([0, -1, 2])}
+    proto = model("float[batch, seq, 4] x", "float y", body, **read(body, constants | {"order": np.array([0, -1, 4])}))
+    proto.graph.output[0].name = "z"
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["MatMul", "Shape", "Reshape", "Expand"]
+    assert_equal(tmp_path, {"x": draw(2, 3, 4)})
