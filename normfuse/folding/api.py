@@ -16,6 +16,7 @@ from normfuse.programs import evaluating
 from .cancel import cancelling_norms
 from .centre import centre
 from .dead import remove_dead_channels
+from .fuse_patterns import fuse_patterns
 from .gauge import Gauge, Options
 from .program import Program
 from .records import collect_dynamic, collect_records
@@ -26,7 +27,6 @@ from .rewrite import rewrite
 from .settle import CannotWriteOut, settle
 from .solve import Contradiction, solve
 from .verify import check_folded
-from .written_out import restore_norms
 
 
 def fold(
@@ -79,7 +79,7 @@ def fold(
         opened = Program(program)
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     if not keep_dynamic_norms:
-        restore_norms(opened)
+        fuse_patterns(opened)
     options = Options(copy_shared, carry_biases, max_scale_range, keep_dynamic_norms)
     gauge = centre(_settled(opened, options))
     if cancel_norms and not keep_dynamic_norms:
@@ -92,8 +92,8 @@ def fold(
         record.absorbed_by = list(dict.fromkeys(names))
     report.norms = [record for record, _ in records]
     report.dynamic = [record for record, _ in dynamic]
-    leaves = gauge.matches.leaves
-    writers = [edits.absorbed.get(n, [opened.name(n)] if n in leaves else []) for n in gauge.centring.centred]
+    free = gauge.matches.free_constants
+    writers = [edits.absorbed.get(n, [opened.name(n)] if n in free else []) for n in gauge.centring.centred]
     report.centred = list(dict.fromkeys(name for names in writers for name in names))
     if gauge.matches.stored:
         used = np.abs(gauge.scales[np.concatenate([s.ravel() for s in gauge.matches.stored])])

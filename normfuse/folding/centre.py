@@ -64,7 +64,9 @@ def centre(gauge: Gauge) -> Gauge:
                 gauge.centring.without_mean.update(stream.norms)
                 for writer, groups in stream.writers.items():
                     gauge.centring.centred[writer] = _merge(gauge.centring.centred.get(writer), groups)
-                gauge.centring.centred.update((v, g) for v, g in stream.groups.items() if v in gauge.shifts.spilled)
+                gauge.centring.centred.update(
+                    (v, g) for v, g in stream.groups.items() if v in gauge.shifts.materialised_shifts
+                )
         if why is not None:
             gauge.centring.with_mean[node] = why
     return gauge
@@ -180,7 +182,7 @@ class _Stream:
 
     def _write(self, value: Node, groups: np.ndarray) -> None:
         gauge, what = self.gauge, self.gauge.describe(value)
-        if value in gauge.matches.leaves:
+        if value in gauge.matches.free_constants:
             self.writers[value] = groups
         elif gauge.program.is_constant(value):
             raise _Refused(f"the constant {gauge.program.name(value)!r} is too large to be rewritten as a value")

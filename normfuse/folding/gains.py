@@ -27,7 +27,7 @@ def demand_gains(gauge: Gauge) -> None:
 
 def assign_zero_gain(node: Node, gauge: Gauge, tolerant: set[Node]) -> None:
     """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
-    goes = node in tolerant and not who_stops(node, gauge)
+    goes = node in tolerant and not first_blocker(node, gauge)
     gain = gauge.matches.rule_of[node].gain(node, gauge)
     if not goes or not gauge.scales.rescale(gauge.scale(node), gain, gauge.scales_behind(node)):
         gauge.solution.kept_gain[node] = "it is zero in places, and not only weights read the result"
@@ -44,7 +44,7 @@ def choose_shifts(gauge: Gauge) -> None:
         shift = gauge.matches.rule_of[node].shift(node, gauge)
         if not shift.any() or node in gauge.shifts.kept_shift:
             continue
-        stopped_by = who_stops(node, gauge) if np.isfinite(shift).all() else _NOT_FINITE
+        stopped_by = first_blocker(node, gauge) if np.isfinite(shift).all() else _NOT_FINITE
         if stopped_by:
             gauge.shifts.kept_shift[node] = stopped_by
         else:
@@ -56,7 +56,7 @@ def keep_shift(node: Node, gauge: Gauge) -> None:
     gauge.shifts.kept_shift[node] = "it would have to be written out further on"
 
 
-def who_stops(node: Node, gauge: Gauge) -> str:
+def first_blocker(node: Node, gauge: Gauge) -> str:
     """Why a shift of `node` cannot go, or only into an Add of its own: the first reader in its way; else empty."""
     pending, seen = [node], {node}
     while pending:

@@ -80,7 +80,7 @@ class Gauge:
             if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES:
                 self.matches.scale_of[node] = self.scales.fresh(tuple(value.shape))
                 self.matches.stored.append(self.matches.scale_of[node])
-                self.matches.leaves.append(node)
+                self.matches.free_constants.append(node)
                 self.bound(node)
             else:
                 self.matches.scale_of[node] = self.scales.pinned((1,) * value.dim())
@@ -171,7 +171,7 @@ class Gauge:
 
     def incoming(self, node: Node, operand: Node) -> np.ndarray:
         """The shift with which `operand` arrives at `node`: none where it has been written out."""
-        if node in self.shifts.spilled.get(operand, ()):
+        if node in self.shifts.materialised_shifts.get(operand, ()):
             return self.no_shift(operand)
         return self.shifts.of.get(operand, self.no_shift(operand))
 

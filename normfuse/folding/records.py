@@ -18,7 +18,7 @@ _FAR = 64  # operations around a norm among which the weights that took it are l
 
 def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
-    spilling = {source for node in gauge.shifts.spilled for source in sources_of_shift(node, gauge)}
+    materialising = {source for node in gauge.shifts.materialised_shifts for source in sources_of_shift(node, gauge)}
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
     for node, (_, a, _) in gauge.matches.affine.items():
         path, kind = module_of(node)
@@ -30,7 +30,7 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
         record, around = records.setdefault(key, (NormRecord(name, kind if norm else "affine"), []))
         if node in gauge.solution.kept:
             record.status, record.reason = "kept", gauge.solution.kept[node]
-        elif node in spilling and record.status == "folded":
+        elif node in materialising and record.status == "folded":
             record.status = "partly folded"
             record.reason = "its shift meets an operation that cannot take one, and no weight before it can cancel it"
         around += _operations_around(node, gauge)

@@ -25,7 +25,7 @@ class Matches:
         powers: the powers, whose scales are settled once all ratios are.
         dynamic: the norms that compute their statistics from each input.
         stored: scale variables that go into weights.
-        leaves: constants that flow as values.
+        free_constants: constants that flow as values.
     """
 
     rule_of: dict[Node, Rule] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Matches:
     powers: list[Node] = field(default_factory=list)
     dynamic: list[Node] = field(default_factory=list)
     stored: list[np.ndarray] = field(default_factory=list)
-    leaves: list[Node] = field(default_factory=list)
+    free_constants: list[Node] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Shifts:
     Attributes:
         of: shifts of the values (a list for operations with several results).
         chosen: shifts that weights, norms and added parameters were asked for.
-        spilled: values whose shift is written out, and the readers that get it.
+        materialised_shifts: values whose shift is written out, and the readers that get it.
         bent: ReLUs and their like whose bound takes a shift, which their result carries on.
         settled_early: norms whose shift had grown too large to travel further.
         kept_shift: norms that measure their input whose shift stays in them, with the reason.
@@ -68,7 +68,7 @@ class Shifts:
 
     of: dict[Node, Any] = field(default_factory=dict)
     chosen: dict[Node, np.ndarray] = field(default_factory=dict)
-    spilled: dict[Node, list[Node]] = field(default_factory=dict)
+    materialised_shifts: dict[Node, list[Node]] = field(default_factory=dict)
     bent: set[Node] = field(default_factory=set)
     settled_early: list[Node] = field(default_factory=list)
     kept_shift: dict[Node, str] = field(default_factory=dict)

@@ -18,12 +18,12 @@ def rewrite(gauge: Gauge) -> WeightEdits:
     for node, rule in list(gauge.matches.rule_of.items()):
         if node in gauge.matches.scale_of:
             rule.rewrite(node, edits)
-    replaced = {leaf: _rewrite_leaf(leaf, edits) for leaf in gauge.matches.leaves}
+    replaced = {constant: _rewrite_constant(constant, edits) for constant in gauge.matches.free_constants}
     for node, bias in edits.biases:
         added = program.insert(node.next, aten.add.Tensor, (node, bias), node)
         program.redirect(node, added)
         replaced[node] = added
-    for node, users in shifts.spilled.items():
+    for node, users in shifts.materialised_shifts.items():
         value = replaced.get(node, node)
         shift = shifts.of[node] / gauge.scales[gauge.scale(node)]
         if node in gauge.centring.centred:
@@ -40,19 +40,20 @@ def rewrite(gauge: Gauge) -> WeightEdits:
     return edits
 
 
-def _rewrite_leaf(leaf: Node, edits: WeightEdits) -> Node:
+def _rewrite_constant(constant: Node, edits: WeightEdits) -> Node:
     """Let what reads a constant as a value read the folded one, which is returned."""
     gauge = edits.gauge
-    scale, shift, centre = gauge.scales[gauge.scale(leaf)], gauge.shifts.of[leaf], gauge.centring.centred.get(leaf)
+    scale, shift = gauge.scales[gauge.scale(constant)], gauge.shifts.of[constant]
+    centre = gauge.centring.centred.get(constant)
     if (scale == 1).all() and not shift.any() and centre is None:
-        return leaf
-    new = (gauge.program.constant(leaf) - torch.from_numpy(shift)) / torch.from_numpy(scale)
+        return constant
+    new = (gauge.program.constant(constant) - torch.from_numpy(shift)) / torch.from_numpy(scale)
     if centre is not None:
         new = subtract_means(new, centre)
-    node = gauge.program.add_parameter(gauge.program.name(leaf), new, leaf)
-    for user in list(leaf.users):
+    node = gauge.program.add_parameter(gauge.program.name(constant), new, constant)
+    for user in list(constant.users):
         rule = gauge.matches.rule_of.get(user)
         if rule is not None and not rule.owns_constants:
-            user.replace_input_with(leaf, node)
-            edits.absorbed.setdefault(user, []).append(gauge.program.name(leaf))
+            user.replace_input_with(constant, node)
+            edits.absorbed.setdefault(user, []).append(gauge.program.name(constant))
     return node

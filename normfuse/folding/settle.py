@@ -57,9 +57,9 @@ def settle(gauge: Gauge) -> Gauge:
         travelling = set(shifts.chosen)
         _carry_shifts(gauge)
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
-        back = travelling & {source for node in shifts.spilled for source in sources_of_shift(node, gauge)}
+        back = travelling & {source for node in shifts.materialised_shifts for source in sources_of_shift(node, gauge)}
         if not back:
-            if all(gauge.scales[gauge.scale(node)].all() for node in shifts.spilled):
+            if all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts):
                 return gauge
             if gauge.options.fold_zeros:
                 raise CannotWriteOut
@@ -73,8 +73,8 @@ def _carry_shifts(gauge: Gauge) -> None:
     order = {node: position for position, node in enumerate(gauge.program.graph.nodes)}
     tolerant, rule_of = tolerant_values(gauge), gauge.matches.rule_of
     constants: dict[Node, _Constants] = {}
-    for leaf in gauge.matches.leaves:
-        gauge.shifts.of[leaf] = gauge.no_shift(leaf)
+    for constant in gauge.matches.free_constants:
+        gauge.shifts.of[constant] = gauge.no_shift(constant)
     for node in order:
         if node not in gauge.matches.rule_of or node not in gauge.matches.scale_of:
             continue
@@ -97,7 +97,7 @@ def _carry_shifts(gauge: Gauge) -> None:
             stopping = [(user, rule_of[user]) for user in _stopping(node, gauge) if user in rule_of]
             gauge.shifts.bent.update(user for user, rule in stopping if rule.bends(user) and user in tolerant)
             if _stopping(node, gauge):
-                gauge.shifts.spilled[node] = _stopping(node, gauge)
+                gauge.shifts.materialised_shifts[node] = _stopping(node, gauge)
 
 
 def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> None:
@@ -110,7 +110,7 @@ def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], gauge:
         return
     for operand in joined:
         if gauge.incoming(node, operand).any() and not _cancel(operand, order, tolerant, gauge):
-            gauge.shifts.spilled.setdefault(operand, []).append(node)
+            gauge.shifts.materialised_shifts.setdefault(operand, []).append(node)
 
 
 def _use_of_its_shift(user: Node, node: Node, gauge: Gauge) -> Use:
@@ -239,7 +239,7 @@ def _choose(route: _Route, change: np.ndarray, order: dict[Node, int], gauge: Ga
     """Change the shift of a source, if that takes away the shift at the end of the route."""
     node, source, shifts = route.end, route.source, gauge.shifts
     size, had_one = np.abs(shifts.of[node]).max(), source in shifts.chosen
-    before = shifts.of[source] if source in gauge.matches.leaves else gauge.chosen_shift(source)
+    before = shifts.of[source] if source in gauge.matches.free_constants else gauge.chosen_shift(source)
     shifts.chosen[source] = before + change
     _resettle(source, order[node], order, gauge)
     # What is left is the rounding of the way there and back, which must not ask for an Add, unless the change reaches
@@ -277,7 +277,7 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
     while pending:
         current, steps = pending.pop(0)
         rule = gauge.matches.rule_of.get(current)
-        if current in gauge.matches.leaves or (rule is not None and rule.chooses_shift(current, gauge)):
+        if current in gauge.matches.free_constants or (rule is not None and rule.chooses_shift(current, gauge)):
             yield _Route(current, steps)
             continue
         if rule is None:
@@ -286,9 +286,11 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
             if operand not in gauge.matches.scale_of or rule.use(current, operand, None, gauge) is not Use.PASS:
                 continue
             others = (user for user in operand.users if user is not current and not _reads_part(user, gauge))
-            if operand not in gauge.matches.leaves and not all(_tolerates(u, operand, tolerant, gauge) for u in others):
+            if operand not in gauge.matches.free_constants and not all(
+                _tolerates(u, operand, tolerant, gauge) for u in others
+            ):
                 continue
-            if operand in gauge.matches.leaves and len(operand.users) > 1:
+            if operand in gauge.matches.free_constants and len(operand.users) > 1:
                 continue
             pending.append((operand, ((operand, current), *steps)))
 
@@ -353,7 +355,7 @@ def _needed_at_source(route: _Route, gauge: Gauge) -> np.ndarray | None:
 
 def _resettle(source: Node, last: int, order: dict[Node, int], gauge: Gauge) -> None:
     """Carry a changed shift on to every value up to position `last` that depends on it."""
-    if source in gauge.matches.leaves:
+    if source in gauge.matches.free_constants:
         gauge.shifts.of[source] = gauge.shifts.chosen[source]
     queue, queued = [(order[source], source)], {source}
     while queue:

@@ -14,7 +14,7 @@ from .program import Program
 aten = torch.ops.aten
 
 
-def restore_norms(program: Program) -> None:
+def fuse_patterns(program: Program) -> None:
     """Replace every written-out RMSNorm and LayerNorm over the last axis by one operation, gain and shift included.
 
     Found is what an RMSNorm computes, whatever module computes it: a value over the root of its own mean square and a
