@@ -285,9 +285,9 @@ def batch_norm_backward_reference(
 
 _own = register_operation("cell_norm_forward", cell_norm_forward_reference, mutates=())
 _batch = register_operation("batch_norm_forward", batch_norm_forward_reference, mutates=STATISTICS)
-_batch_once = register_forward(library, _batch, STATISTICS)
+_batch_recompute_safe = register_forward(library, _batch, STATISTICS)
 _backward = register_operation("batch_norm_backward", batch_norm_backward_reference, mutates=())
-_move_once = register_forward(
+_move_recompute_safe = register_forward(
     library,
     register_operation("batch_norm_statistics", move_batch_statistics, STATISTICS, in_library=False),
     STATISTICS,
@@ -297,7 +297,7 @@ _move_once = register_forward(
 def move_running_statistics(*arguments: object) -> None:
     """:func:`move_batch_statistics` alone: of a process group, or of a batch that is normalised elsewhere."""
     if torch.compiler.is_compiling():
-        _move_once(*arguments)
+        _move_recompute_safe(*arguments)
     elif transformed():
         _MoveBelowTransforms.apply(*arguments)
     else:
@@ -305,7 +305,7 @@ def move_running_statistics(*arguments: object) -> None:
 
 
 @torch.library.register_fake("normfuse::batch_norm_statistics")
-@torch.library.register_fake("normfuse::batch_norm_statistics_once")
+@torch.library.register_fake("normfuse::batch_norm_statistics_recompute_safe")
 def _(*arguments):
     return None
 
@@ -322,7 +322,7 @@ def _(x, mask, weight, bias, shortcut, group_size, correction, eps):
 
 
 @torch.library.register_fake("normfuse::batch_norm_forward")
-@torch.library.register_fake("normfuse::batch_norm_forward_once")
+@torch.library.register_fake("normfuse::batch_norm_forward_recompute_safe")
 def _(x, mask, weight, bias, shortcut, running_mean, running_var, num_batches_tracked, group_size, *options):
     return _fake_forward(x, True, group_size, 1)
 
@@ -381,7 +381,7 @@ class _CellNorm(torch.autograd.Function):
             y, stats, count = _own(*given, group_size, correction, eps)
         else:
             *state, estimated, momentum = running
-            forward = _batch_once if torch.compiler.is_compiling() else _batch
+            forward = _batch_recompute_safe if torch.compiler.is_compiling() else _batch
             y, stats, count = forward(*given, *state, group_size, estimated, momentum, eps)
         ctx.save_for_backward(x, mask, weight, shortcut, stats, count)
         ctx.layout, ctx.vectors, ctx.eps = (x.shape, channel_dim, rows), vectors, eps

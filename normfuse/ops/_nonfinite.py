@@ -15,12 +15,12 @@ from torch import Tensor
 Statistics = tuple[Tensor, ...]
 
 
-def remember(counter: Tensor | None, statistics: Statistics) -> Statistics:
-    """Copies of ``statistics`` for :func:`undo_unless`; nothing when ``counter`` is None."""
+def snapshot(counter: Tensor | None, statistics: Statistics) -> Statistics:
+    """Copies of ``statistics`` for :func:`rollback_unless`; nothing when ``counter`` is None."""
     return () if counter is None else tuple(tensor.clone() for tensor in statistics)
 
 
-def undo_unless(
+def rollback_unless(
     sound: Callable[[], Tensor], counter: Tensor | None, statistics: Statistics, before: Statistics
 ) -> None:
     """Set ``statistics`` back to ``before`` and add one to ``counter`` [1], unless all of ``sound()`` is true.

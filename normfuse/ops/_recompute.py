@@ -146,7 +146,7 @@ def register_forward(
     ``statistics`` names the arguments updated in place.
     """
     schema = operation._schema
-    name = f"{schema.name.split('::')[1]}_once"
+    name = f"{schema.name.split('::')[1]}_recompute_safe"
     positions = [i for i, argument in enumerate(schema.arguments) if argument.name in statistics]
 
     def run(*arguments: object) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ def register_composition(function: Callable[..., object]) -> None:
     library.impl(function.__name__, function, "CompositeImplicitAutograd")
 
 
-def is_usual_step(x: Tensor, channel_dim: int = -1, skipped: Tensor | None = None) -> bool:
+def can_run_cpp_autograd(x: Tensor, channel_dim: int = -1, skipped: Tensor | None = None) -> bool:
     """Whether a training step on ``x`` can run its autograd in C++: see ``csrc/autograd.cpp``."""
     return (
         _native.autograd is not None

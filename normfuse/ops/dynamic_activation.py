@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _native
 from ._derivatives import differentiated_again, transformed
 from ._layout import accumulation_dtype, cast, check_dtype, like_input, rows_of
-from ._registry import is_usual_step, register_composition, register_operation
+from ._registry import can_run_cpp_autograd, register_composition, register_operation
 
 TANH, ERF = range(2)  # the curves, as the kernels number them
 
@@ -123,7 +123,7 @@ def _dynamic_activation(
     alpha, shift = (None if p is None else cast(p, acc) for p in (alpha, shift))
     alpha, shift = (p.reshape(()) if p is not None and p.dim() else p for p in (alpha, shift))
     weight, bias = (cast(p, acc).contiguous() for p in (weight, bias))
-    step = _native.autograd.dynamic_activation if is_usual_step(x) else _DynamicActivation.apply
+    step = _native.autograd.dynamic_activation if can_run_cpp_autograd(x) else _DynamicActivation.apply
     return step(x.contiguous(), alpha, shift, weight, bias, curve)
 
 

@@ -133,7 +133,7 @@ def moving_average_norm_backward_reference(
 
 _STATISTICS = ("running_var", "buffer_x2", "iters")
 _forward = register_operation("moving_average_norm_forward", moving_average_norm_forward_reference, mutates=_STATISTICS)
-_forward_once = register_forward(library, _forward, _STATISTICS)
+_forward_recompute_safe = register_forward(library, _forward, _STATISTICS)
 _backward = register_operation(
     "moving_average_norm_backward", moving_average_norm_backward_reference, mutates=("buffer_gz",)
 )
@@ -151,7 +151,7 @@ _move_gradient = register_operation(
 
 
 @torch.library.register_fake("normfuse::moving_average_norm_statistics")
-@torch.library.register_fake("normfuse::moving_average_norm_statistics_once")
+@torch.library.register_fake("normfuse::moving_average_norm_statistics_recompute_safe")
 def _(q, *others):
     return q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)
 
@@ -162,7 +162,7 @@ def _(mean_gz, *others):
 
 
 @torch.library.register_fake("normfuse::moving_average_norm_forward")
-@torch.library.register_fake("normfuse::moving_average_norm_forward_once")
+@torch.library.register_fake("normfuse::moving_average_norm_forward_recompute_safe")
 def _(x, pad_mask, weight, *others):
     return torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64)
 
@@ -183,7 +183,7 @@ class _MovingAverageNorm(torch.autograd.Function):
         moved = state.running_var, state.buffer_x2, state.iters
         compiling = torch.compiler.is_compiling()
         moved = moved if compiling else statistics_of_this_run(moved)
-        forward = _forward_once if compiling else _forward
+        forward = _forward_recompute_safe if compiling else _forward
         if group is not None:
             move = _move_forward if compiling else move_forward_statistics
             forward = partial(_forward_on_cells, partial(sum_in_group, group), move)

@@ -39,9 +39,9 @@ from ._layout import (
     per_channel,
     rows_of,
 )
-from ._nonfinite import remember, undo_unless
+from ._nonfinite import rollback_unless, snapshot
 from ._recompute import register_forward, state_of_this_run
-from ._registry import is_usual_step, library, register_operation
+from ._registry import can_run_cpp_autograd, library, register_operation
 
 
 class PowerNormState(NamedTuple):
@@ -200,7 +200,7 @@ def power_norm_backward_reference(
 
 _FORWARD_STATISTICS = ("running_phi", "iters")
 _forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s"))
-_forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
+_forward_recompute_safe = register_forward(library, _forward, _FORWARD_STATISTICS)
 _backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
 _move_forward = register_forward(
@@ -214,14 +214,14 @@ _move_gradient = register_operation(
 
 
 @torch.library.register_fake("normfuse::power_norm_forward")
-@torch.library.register_fake("normfuse::power_norm_forward_once")
+@torch.library.register_fake("normfuse::power_norm_forward_recompute_safe")
 def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
     row_scale = running_phi.new_empty((prod(x.shape[:-1]), group_num) if group_num else (0,))
     return torch.empty_like(x), running_phi.new_empty(3, x.shape[-1]), row_scale
 
 
 @torch.library.register_fake("normfuse::power_norm_statistics")
-@torch.library.register_fake("normfuse::power_norm_statistics_once")
+@torch.library.register_fake("normfuse::power_norm_statistics_recompute_safe")
 def _(q, *others):
     return q.new_empty(2, q.shape[0])
 
@@ -245,15 +245,15 @@ class _PowerNorm(torch.autograd.Function):
         mask = None if pad_mask is None else pad_mask.reshape(-1)
         s = None if residual is None else torch.empty_like(last)
         moved = state.running_phi, state.iters
-        before = remember(state.skipped_forwards, moved)
+        before = snapshot(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
-            forward = _forward_once if torch.compiler.is_compiling() else _forward
+            forward = _forward_recompute_safe if torch.compiler.is_compiling() else _forward
             if residual is not None:
                 forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
         y, stats, row_scale = forward(last, mask, weight, bias, *moved, *options)
-        undo_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
+        rollback_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
         s = None if s is None else without_view(channels_back, s, channel_dim)
         return without_view(channels_back, y, channel_dim), s, stats, row_scale
 
@@ -274,7 +274,7 @@ class _PowerNorm(torch.autograd.Function):
         if grad_y is None:  # only s was used: nothing came through the norm
             return grad_s, None, None, None, grad_s, *[None] * 5
         x, weight, stats, row_scale = ctx.saved_tensors
-        before = remember(ctx.skipped, (ctx.ema_gz,))
+        before = snapshot(ctx.skipped, (ctx.ema_gz,))
         arguments = (
             channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, row_scale,
             ctx.ema_gz, *ctx.options,
@@ -291,7 +291,7 @@ class _PowerNorm(torch.autograd.Function):
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
-        undo_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
+        rollback_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
         grad_x = channels_back(grad_x, ctx.channel_dim)
         return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 5
 
@@ -388,7 +388,7 @@ def power_norm(
         groups = 0
     paper = backward == "paper"
     state = state_of_this_run(state, _FORWARD_STATISTICS)
-    if fused and is_usual_step(x, channel_dim, state.skipped_forwards):
+    if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.power_norm(
             x, weight, bias, residual, pad_mask, state.running_phi, state.iters, state.ema_gz, warmup_iters, groups,
             eps, alpha_fwd, alpha_bkw, paper,

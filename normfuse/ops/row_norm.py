@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import _native
 from ._derivatives import differentiated_again, transformed
 from ._layout import accumulation_dtype, cast, check_dtype, check_residual, like_input, rows_of
-from ._registry import is_usual_step, register_composition, register_operation
+from ._registry import can_run_cpp_autograd, register_composition, register_operation
 
 LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
 
@@ -190,7 +190,7 @@ def _row_norm(
         return y if residual is None else (y, s)
     weight = None if weight is None else cast(weight, acc).contiguous()
     bias = None if bias is None else cast(bias, acc).contiguous()
-    if is_usual_step(x):
+    if can_run_cpp_autograd(x):
         result = _native.autograd.row_norm(x, weight, bias, residual, None, kind, eps)
         return result[0] if residual is None else tuple(result)
     residual = None if residual is None else residual.contiguous()

@@ -37,9 +37,9 @@ from ._layout import (
     per_channel,
     rows_of,
 )
-from ._nonfinite import remember, undo_unless
+from ._nonfinite import rollback_unless, snapshot
 from ._recompute import register_forward, state_of_this_run
-from ._registry import is_usual_step, library, register_operation
+from ._registry import can_run_cpp_autograd, library, register_operation
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -212,7 +212,7 @@ _FORWARD_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
 _forward = register_operation(
     "unified_norm_forward", unified_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s")
 )
-_forward_once = register_forward(library, _forward, _FORWARD_STATISTICS)
+_forward_recompute_safe = register_forward(library, _forward, _FORWARD_STATISTICS)
 _GRADIENT_STATISTICS = ("ema_gz", "buffer_gz")
 _backward = register_operation("unified_norm_backward", unified_norm_backward_reference, mutates=_GRADIENT_STATISTICS)
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
@@ -227,14 +227,14 @@ _move_gradient = register_operation(
 
 
 @torch.library.register_fake("normfuse::unified_norm_forward")
-@torch.library.register_fake("normfuse::unified_norm_forward_once")
+@torch.library.register_fake("normfuse::unified_norm_forward_recompute_safe")
 def _(x, pad_mask, weight, bias, running_var, *others):
     stats = running_var.new_empty(2, x.shape[-1])
     return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
 
 
 @torch.library.register_fake("normfuse::unified_norm_statistics")
-@torch.library.register_fake("normfuse::unified_norm_statistics_once")
+@torch.library.register_fake("normfuse::unified_norm_statistics_recompute_safe")
 def _(q, *others):
     return q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)
 
@@ -258,15 +258,15 @@ class _UnifiedNorm(torch.autograd.Function):
         mask = None if pad_mask is None else pad_mask.reshape(-1)
         s = None if residual is None else torch.empty_like(last)
         moved = state.running_var, state.buffer_x2, state.iters, state.skip_counter
-        before = remember(state.skipped_forwards, moved)
+        before = snapshot(state.skipped_forwards, moved)
         if group is not None:
             forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
         else:
-            forward = _forward_once if torch.compiler.is_compiling() else _forward
+            forward = _forward_recompute_safe if torch.compiler.is_compiling() else _forward
             if residual is not None:
                 forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
         y, stats, step = forward(last, mask, weight, bias, *moved, *options)
-        undo_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
+        rollback_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
         s = None if s is None else without_view(channels_back, s, channel_dim)
         return without_view(channels_back, y, channel_dim), s, stats, step
 
@@ -289,7 +289,7 @@ class _UnifiedNorm(torch.autograd.Function):
             return grad_s, None, None, None, grad_s, *[None] * 4
         x, weight, stats, step = ctx.saved_tensors
         moved = ctx.ema_gz, ctx.buffer_gz
-        before = remember(ctx.skipped, moved)
+        before = snapshot(ctx.skipped, moved)
         arguments = (
             channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, step, *moved,
             ctx.warmup_iters, ctx.momentum,
@@ -306,7 +306,7 @@ class _UnifiedNorm(torch.autograd.Function):
             def sound() -> Tensor:
                 return grad_weight.isfinite() & grad_bias.isfinite()
 
-        undo_unless(sound, ctx.skipped, moved, before)
+        rollback_unless(sound, ctx.skipped, moved, before)
         grad_x = channels_back(grad_x, ctx.channel_dim)
         return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 4
 
@@ -373,7 +373,7 @@ def unified_norm(
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
     state = state_of_this_run(state, _FORWARD_STATISTICS)
-    if fused and is_usual_step(x, channel_dim, state.skipped_forwards):
+    if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.unified_norm(
             x, weight, bias, residual, pad_mask, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
             state.ema_gz, state.buffer_gz, warmup_iters, outlier_filtration, eps, momentum,

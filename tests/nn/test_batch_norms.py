@@ -309,7 +309,7 @@ def test_the_operations_are_sound(positions):
     running = torch.zeros(C), torch.ones(C), torch.tensor(0)
     given = x, mask, weight, weight + 1, torch.rand(1)
     torch.library.opcheck(operations.batch_norm_forward, (*given, *running, 2, False, 0.1, 1e-5))
-    torch.library.opcheck(operations.batch_norm_forward_once, (*given, *running, 0, True, None, 1e-5))
+    torch.library.opcheck(operations.batch_norm_forward_recompute_safe, (*given, *running, 0, True, None, 1e-5))
     torch.library.opcheck(operations.cell_norm_forward, (x, None, None, None, None, 2, 1, 1e-5))
     torch.library.opcheck(operations.cell_norm_forward, (*given, 2, 0, 1e-5))
     _, stats, count = operations.cell_norm_forward(*given, 2, 0, 1e-5)
