@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops._layout import accumulation_dtype, to_rows
 from ..ops._recompute import State
 from ._traced_as_one import Proxy, traced_as_one
+from ._update_bn import refuse_update_bn
 
 
 def check_count(name: str, value: int, minimum: int) -> None:
@@ -161,6 +162,10 @@ class ChannelNorm(nn.Module):
         if self.affine:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        refuse_update_bn(self)
+        return super().named_modules(*arguments, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelNorm:
         before = {name: self._buffers[name] for name in self._start_values}

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from normfuse.convert import adapt
 from normfuse.nn import (
@@ -208,6 +209,17 @@ def test_a_refusal_leaves_the_model_as_it_was(make, loader, message):
         calibrate(nn.Linear(2, 2), loader)
     with pytest.raises(ValueError, match=r"are BatchNorms of PyTorch; use torch\.optim\.swa_utils\.update_bn"):
         calibrate(nn.Sequential(nn.BatchNorm1d(4)), loader)
+
+
+def test_update_bn_says_what_it_leaves_to_calibrate(make):
+    """Beside BatchNorms of PyTorch it does its part."""
+    model, loader = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), network(make)), [torch.randn(16, 4)]
+    with pytest.warns(
+        RuntimeWarning, match=r"update_bn sets .* call normfuse\.nn\.calibrate\(model, loader\) after it"
+    ):
+        update_bn(loader, model)
+    torch.testing.assert_close(model[1].running_mean, model[0](loader[0]).mean(0))
+    calibrate(model, loader, progress=False)
 
 
 def test_an_interrupted_calibration_leaves_the_model_as_it_was(make):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import normfuse
@@ -397,7 +397,7 @@ def test_hooks_see_and_change_what_passes(entry):
 
 @EVERY
 def test_an_average_of_weights(entry):
-    """Statistics of the average: ``use_buffers``, or normfuse.nn.calibrate, which update_bn is for torch's norms."""
+    """Statistics of the average: ``use_buffers``, or normfuse.nn.calibrate, which update_bn names."""
     model, inputs = model_of(entry), inputs_of(entry)
     if not model.state_dict():
         pytest.skip("nothing to average")
@@ -407,3 +407,10 @@ def test_an_average_of_weights(entry):
     average.update_parameters(model)
     assert all(value.isfinite().all() for value in average.state_dict().values())
     assert average.eval()(*inputs).isfinite().all()
+    if has_running_statistics(entry):
+        with pytest.raises(
+            RuntimeError, match=r"update_bn sets .* call normfuse\.nn\.calibrate\(model, loader\) instead"
+        ):
+            update_bn([inputs], average)
+    else:
+        update_bn([inputs], average)
