@@ -78,7 +78,7 @@ class MovingAverageNormSpec:
         var = q if young else self.buffer_x2.mean(0)
         ratio = np.sqrt(var + self.eps) / np.sqrt(self.running_var + self.eps)
         ratio = np.ones_like(var) if self.iters <= max(1000, self.warmup) else np.clip(ratio, 1 / 5, 5)
-        self.running_var = var if self.iters == 1 else self.momentum * self.running_var + (1 - self.momentum) * var
+        self.running_var = self.momentum * self.running_var + (1 - self.momentum) * var
         z = x / np.sqrt(var + self.eps)
         return self.weight * ratio * z + self.bias, (z, var, ratio, self.iters)
 

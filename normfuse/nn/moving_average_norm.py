@@ -16,8 +16,11 @@ class MovingAverageBatchNorm(ChannelNorm):
     It subtracts no mean; centre the weights in front of it instead (:func:`center_weight`). In evaluation it is
     ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights. So that training comes to
     compute the same, its result is multiplied by the ratio of the window's to the running statistic (as in batch
-    renormalisation), clamped to [1/5, 5] and 1 in the first 1000 steps, as in the authors' programs. Those differ in
-    the first step: ``running_var`` takes that step's statistic here, as in the one for ImageNet; the other begins at 1.
+    renormalisation), clamped to [1/5, 5] and 1 in the first 1000 steps.
+
+    Of the authors' programs this is the one that they publish as the norm's definition (``MABN.py``) and use for
+    detection. Their program for ImageNet differs: its ratio is 1 for 99 steps only, ``running_var`` starts from the
+    first step's statistic instead of 1, and its window slides over parts of two samples inside a batch.
 
     Args:
         num_features: number of channels C.

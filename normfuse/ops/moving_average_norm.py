@@ -57,7 +57,7 @@ def move_forward_statistics(
     var = torch.where((t <= window) | (t < warmup_iters) | ~usable, q, buffer_x2.mean(0))
     ratio = ((var + eps).sqrt() / (running_var + eps).sqrt()).clamp(1 / MAX_RATIO, MAX_RATIO)
     ratio = torch.where((t <= max(RATIO_FREE_STEPS, warmup_iters)) | ~counted, 1.0, ratio)
-    moved = torch.where(t == 1, var, momentum * running_var + (1 - momentum) * var)
+    moved = momentum * running_var + (1 - momentum) * var
     running_var.copy_(torch.where(usable, moved, running_var))
     return torch.stack([(var + eps).rsqrt(), ratio]), torch.where(counted, t, 0)
 
