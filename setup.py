@@ -12,6 +12,7 @@ Read from the environment:
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ except ImportError:
     )
 
 ROOT = Path(__file__).parent.resolve()
+PYTHON_SIDE = ROOT / "normfuse" / "_native.py"
 
 
 def sources(folder: str, pattern: str) -> list[Path]:
@@ -141,6 +143,7 @@ class Build(BuildExtension):
             "architectures": architectures() if home else [],
             "compiler": output_of(os.environ.get("CXX", "c++"), "--version").splitlines()[0],
             "python_abi": f"abi3, built with CPython {platform.python_version()}",
+            "interface": int(re.search(r"^INTERFACE = (\d+)$", PYTHON_SIDE.read_text(), re.MULTILINE)[1]),
         }
         folder = ROOT if self.inplace else Path(self.build_lib)
         (folder / "normfuse" / "_build_info.json").write_text(json.dumps(facts, indent=2) + "\n")

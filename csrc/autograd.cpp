@@ -69,17 +69,19 @@ struct Unified {
 
 struct Power {
   static constexpr const char* name = "Power Norm";
-  using Fields = std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t, double, double, double, bool>;
+  using Fields = std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t, double, double, double, double, bool>;
 
   static Result forward(const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& residual,
                         const Maybe& pad_mask, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        int64_t, int64_t, double, double, const Maybe&, const Maybe&)>("normfuse::power_norm_forward");
-    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper] = fields;
+                        int64_t, int64_t, double, double, const Maybe&, const Maybe&, double)>(
+            "normfuse::power_norm_forward");
+    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, group_eps, alpha_fwd, alpha_bkw, paper] =
+        fields;
     const Maybe s = residual ? Maybe(at::empty_like(x)) : std::nullopt;
-    auto [y, stats, row_scale] =
-        run.call(x, pad_mask, *weight, *bias, running_phi, iters, warmup_iters, group_num, eps, alpha_fwd, residual, s);
+    auto [y, stats, row_scale] = run.call(x, pad_mask, *weight, *bias, running_phi, iters, warmup_iters, group_num, eps,
+                                          alpha_fwd, residual, s, group_eps);
     return {y, s.value_or(x), {*weight, stats, row_scale}};
   }
 
@@ -87,7 +89,8 @@ struct Power {
     static const auto run =
         operation<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         int64_t, double, bool, const Maybe&)>("normfuse::power_norm_backward");
-    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, alpha_fwd, alpha_bkw, paper] = fields;
+    const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, group_eps, alpha_fwd, alpha_bkw, paper] =
+        fields;
     return run.call(grad_y, saved[0], saved[1], saved[2], saved[3], ema_gz, group_num, alpha_bkw, paper, grad_s);
   }
 };

@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> unified_backward(Tensor grad_y, Tensor x, Ten
 std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor> pad_mask, Tensor weight, Tensor bias,
                                                  Tensor running_phi, Tensor iters, int64_t warmup_iters,
                                                  int64_t group_num, double eps, double alpha_fwd,
-                                                 std::optional<Tensor> residual, std::optional<Tensor> s) {
+                                                 std::optional<Tensor> residual, std::optional<Tensor> s,
+                                                 double group_eps) {
   const Input in(x);
   Tensor y = in.new_like_x(), stats = in.vectors(3);
   PowerForward a{};
@@ -74,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> power_forward(Tensor x, std::optional<Tensor>
   a.warmup_iters = warmup_iters;
   a.group_num = in.groups(group_num);
   a.eps = eps;
+  a.group_eps = group_eps;
   a.alpha_fwd = alpha_fwd;
   a.running_phi = in.vector("running_phi", running_phi);
   a.iters = in.counter("iters", iters);
@@ -225,7 +227,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
   m.def(
       "power_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_phi, "
       "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float alpha_fwd, Tensor? residual=None, "
-      "Tensor(c!)? s=None) "
+      "Tensor(c!)? s=None, float group_eps=1e-05) "
       "-> (Tensor y, Tensor stats, Tensor row_scale)");
   m.def(
       "power_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, "

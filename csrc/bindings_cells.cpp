@@ -91,7 +91,7 @@ using Normalised = std::tuple<Tensor, Tensor, Tensor>;
 
 // Runs the forward whose state and options are set in `a`.
 Normalised normalise_cells(BatchNormForward a, const CellInput& x, const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& bias, const std::optional<Tensor>& shortcut, double eps) {
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& shortcut) {
   STD_TORCH_CHECK(weight.has_value() == bias.has_value(), "normfuse: weight and bias come together.");
   const Tensor& in = x.in.x;
   Tensor y = weight ? x.in.new_like_x() : torch::stable::new_empty(in, {0}, in.scalar_type());
@@ -103,7 +103,6 @@ Normalised normalise_cells(BatchNormForward a, const CellInput& x, const std::op
     a.bias = x.broadcast("bias", *bias);
   }
   a.shortcut = x.number("shortcut", shortcut);
-  a.eps = eps;
   a.y = y.mutable_data_ptr();
   a.stats = stats.mutable_data_ptr();
   a.count = static_cast<int64_t*>(count.mutable_data_ptr());
@@ -114,29 +113,34 @@ Normalised normalise_cells(BatchNormForward a, const CellInput& x, const std::op
 Normalised batch_norm_forward(Tensor x, std::optional<Tensor> mask, Tensor weight, Tensor bias,
                               std::optional<Tensor> shortcut, Tensor running_mean, Tensor running_var,
                               Tensor num_batches_tracked, int64_t group_size, bool estimated,
-                              std::optional<double> momentum, double eps) {
+                              std::optional<double> momentum, double eps, double floor) {
   const CellInput in(x, mask, group_size, false);
   STD_TORCH_CHECK(!estimated || in.cells.groups() == 1, "normfuse: estimated statistics have one group.");
   BatchNormForward a{};
   a.estimated = estimated;
   a.momentum = momentum.value_or(-1.0);
+  a.eps = eps;
+  a.floor = floor;
   a.running_mean = in.state("running_mean", running_mean);
   a.running_var = in.state("running_var", running_var);
   a.num_batches_tracked = in.in.counter("num_batches_tracked", num_batches_tracked);
-  return normalise_cells(a, in, weight, bias, shortcut, eps);
+  return normalise_cells(a, in, weight, bias, shortcut);
 }
 
 Normalised cell_norm_forward(Tensor x, std::optional<Tensor> mask, std::optional<Tensor> weight,
                              std::optional<Tensor> bias, std::optional<Tensor> shortcut, int64_t group_size,
-                             int64_t correction, double eps) {
+                             int64_t correction, double eps, double eps_total) {
   BatchNormForward a{};
   a.correction = correction_of(correction);
-  return normalise_cells(a, CellInput(x, mask, group_size, true), weight, bias, shortcut, eps);
+  a.eps = eps;
+  a.eps_total = eps_total;
+  return normalise_cells(a, CellInput(x, mask, group_size, true), weight, bias, shortcut);
 }
 
 Normalised batch_norm_backward(Tensor grad_y, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_var, Tensor x,
                                std::optional<Tensor> mask, Tensor weight, std::optional<Tensor> shortcut, Tensor stats,
-                               Tensor count, int64_t group_size, bool regions, int64_t correction, bool estimated) {
+                               Tensor count, int64_t group_size, bool regions, int64_t correction, bool estimated,
+                               double floor) {
   const CellInput in(x, mask, group_size, regions);
   Tensor grad_x = in.in.new_like_x(), grad_weight = in.per_cell({}, in.in.acc, true),
          grad_bias = in.per_cell({}, in.in.acc, true);
@@ -153,6 +157,7 @@ Normalised batch_norm_backward(Tensor grad_y, std::optional<Tensor> grad_mean, s
       in.in.check("count", count, ScalarType::Long, in.cells.groups(), in.cells.sets()).mutable_data_ptr());
   a.correction = correction_of(correction);
   a.estimated = estimated;
+  a.floor = floor;
   a.grad_x = grad_x.mutable_data_ptr();
   a.grad_weight = grad_weight.mutable_data_ptr();
   a.grad_bias = grad_bias.mutable_data_ptr();
@@ -214,14 +219,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
   m.def(
       "batch_norm_forward(Tensor x, Tensor? mask, Tensor weight, Tensor bias, Tensor? shortcut, Tensor(a!) "
       "running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, int group_size, bool estimated, float? "
-      "momentum, float eps) -> (Tensor y, Tensor stats, Tensor count)");
+      "momentum, float eps, float floor=0.) -> (Tensor y, Tensor stats, Tensor count)");
   m.def(
       "cell_norm_forward(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? shortcut, int group_size, int "
-      "correction, float eps) -> (Tensor y, Tensor stats, Tensor count)");
+      "correction, float eps, float eps_total=0.) -> (Tensor y, Tensor stats, Tensor count)");
   m.def(
       "batch_norm_backward(Tensor grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor? mask, Tensor weight, "
-      "Tensor? shortcut, Tensor stats, Tensor count, int group_size, bool regions, int correction, bool estimated) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor? shortcut, Tensor stats, Tensor count, int group_size, bool regions, int correction, bool estimated, "
+      "float floor=0.) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "moving_average_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_var, "
       "Tensor(b!) buffer_x2, Tensor(c!) iters, int warmup_iters, float eps, float momentum) "

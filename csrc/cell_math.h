@@ -8,11 +8,14 @@
 //
 //   pull   = (2 dvar - w inv_std^3 s2) / (n - correction)
 //   offset = (dmean - w inv_std s1) / n
+//
+// where the second term of the pull is absent if the variance is below its floor.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
 #include "channel_math.h"
+#include "kernels.h"
 
 namespace normfuse {
 
@@ -52,9 +55,15 @@ struct CellStats {
 };
 
 template <class Acc>
-NORMFUSE_INLINE CellStats<Acc> own_stats(Acc mean, Acc squares, int64_t count, int64_t correction, Acc eps) {
-  const Acc var = count > 0 ? squares / (Acc(count) - Acc(correction)) : Acc(0);
-  return {mean, var, inverse_sqrt(var + eps)};
+NORMFUSE_INLINE Acc cell_inv_std(const BatchNormForward& a, Acc var, int64_t count) {
+  const Acc floored = var < Acc(a.floor) ? Acc(a.floor) : var;
+  return inverse_sqrt(floored + Acc(a.eps) + Acc(a.eps_total) / Acc(count > 1 ? count : 1));
+}
+
+template <class Acc>
+NORMFUSE_INLINE CellStats<Acc> own_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count) {
+  const Acc var = count > 0 ? squares / (Acc(count) - Acc(a.correction)) : Acc(0);
+  return {mean, var, cell_inv_std(a, var, count)};
 }
 
 // The share of the new value in update number `step`, from 1 on; without a momentum all updates have the same share.
@@ -83,14 +92,14 @@ NORMFUSE_INLINE void move_running(Acc mean, Acc var, Acc rate, Acc* running_mean
 
 // Running statistics that move first and normalise then, the variance around the mean as it was.
 template <class Acc>
-NORMFUSE_INLINE CellStats<Acc> estimated_stats(Acc mean, Acc squares, int64_t count, Acc rate, Acc eps,
-                                               Acc* running_mean, Acc* running_var) {
+NORMFUSE_INLINE CellStats<Acc> estimated_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count,
+                                               Acc rate, Acc* running_mean, Acc* running_var) {
   const Acc change = mean - *running_mean, var = count > 0 ? squares / Acc(count) + change * change : Acc(0);
   if (count > 0 && usable(change) && usable(var)) {
     *running_mean += rate * change;
     *running_var += rate * (var - *running_var);
   }
-  return {*running_mean, *running_var, inverse_sqrt(*running_var + eps)};
+  return {*running_mean, *running_var, cell_inv_std(a, *running_var, count)};
 }
 
 template <class Acc>
@@ -114,11 +123,11 @@ struct CellGradient {
 template <class Acc>
 NORMFUSE_INLINE CellGradient<Acc> gradient_of_cell(const CellStats<Acc>& stats, Acc weight, Acc shortcut, Acc sum_dy,
                                                    Acc sum_dyd, Acc grad_mean, Acc grad_var, int64_t count,
-                                                   int64_t correction) {
+                                                   int64_t correction, Acc floor) {
   const Acc scale = weight * stats.inv_std;
   if (count == 0) return {scale + shortcut, Acc(0), Acc(0)};
-  return {scale + shortcut,
-          (2 * grad_var - scale * stats.inv_std * stats.inv_std * sum_dyd) / (Acc(count) - Acc(correction)),
+  const Acc through_var = stats.var < floor ? Acc(0) : scale * stats.inv_std * stats.inv_std * sum_dyd;
+  return {scale + shortcut, (2 * grad_var - through_var) / (Acc(count) - Acc(correction)),
           (grad_mean - scale * sum_dy) / Acc(count)};
 }
 
@@ -132,7 +141,7 @@ NORMFUSE_INLINE UnifiedStats<Acc> moving_average_forward_channel(int64_t t, int6
   const bool warm = t <= window || t < warmup_iters || !usable(q);
   const Acc var = warm ? q : arithmetic_mean(column, window, stride);
   const Acc r = clamped_ratio(t, warmup_iters, var, *running_var, eps);
-  if (usable(q)) *running_var = t == 1 ? var : momentum * *running_var + (1 - momentum) * var;
+  if (usable(q)) *running_var = momentum * *running_var + (1 - momentum) * var;
   return {inverse_sqrt(var + eps), r};
 }
 

@@ -78,6 +78,7 @@ struct PowerForward {
   int64_t warmup_iters;
   int64_t group_num;  // groups of the group scaling, a divisor of channels; 0 = no group scaling
   double eps;
+  double group_eps;  // the group scaling's own
   double alpha_fwd;
   // state, moved in place
   void* running_phi;  // acc [channels]
@@ -209,14 +210,17 @@ struct BatchNormForward {
   int64_t correction;    // of the variance: divided by n - correction
   bool estimated;        // move the running statistics first, then normalise by them
   double momentum;       // share of the new value; negative: an average over all updates
+  // what stands under the root: max(variance, floor) + eps + eps_total / n
   double eps;
+  double floor;
+  double eps_total;
   // state, moved in place; all null: none
   void* running_mean;            // acc [channels]
   void* running_var;             // acc [channels]
   int64_t* num_batches_tracked;  // [1]
   // results
   void* y;         // like x
-  void* stats;     // acc [3, groups, sets, channels]: mean, variance, 1/sqrt(variance + eps)
+  void* stats;     // acc [3, groups, sets, channels]: mean, variance, 1/sqrt(what stands under the root)
   int64_t* count;  // [groups, sets]: numbers that a cell has
 };
 
@@ -232,6 +236,7 @@ struct BatchNormBackward {
   const int64_t* count;  // from the forward
   int64_t correction;
   bool estimated;  // nothing comes through the statistics
+  double floor;    // nothing comes through a variance below it
   // results
   void* grad_x;       // like x
   void* grad_weight;  // acc [groups, sets, channels]

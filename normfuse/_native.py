@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 
+#: Counts changes of what the library takes or computes; one that was built before the last is not used.
+INTERFACE = 2
+
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE / "_C.abi3.so"
 _FACTS = _HERE / "_build_info.json"
+_BUILD = "run `pip install --no-build-isolation -e .` in the source folder"
 
 available: bool = False
 unavailable_reason: str = ""  # one line, empty when available
@@ -30,7 +34,9 @@ def _load() -> str:
     if os.environ.get("NORMFUSE_DISABLE_NATIVE", "0") not in ("", "0"):
         return "switched off by NORMFUSE_DISABLE_NATIVE"
     if not _LIBRARY.exists():
-        return "not built: run `pip install --no-build-isolation -e .` in the source folder"
+        return f"not built: {_BUILD}"
+    if _facts().get("interface") != INTERFACE:
+        return f"built from other sources than these: {_BUILD}"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -60,9 +66,9 @@ def build_info() -> dict[str, Any]:
         some 40 microseconds a step), ``emulator`` (bool: the sources of the host emulator, which runs the CUDA
         kernels in the tests, are at hand). About the build, None when nothing was built: ``torch`` it was built against
         (str), ``cuda`` toolkit (str, None without CUDA kernels), ``architectures`` (list of str), ``compiler``
-        (str), ``python_abi`` (str).
+        (str), ``python_abi`` (str), ``interface`` (int: what the library takes, see INTERFACE).
     """
-    facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi"))
+    facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi", "interface"))
     facts.update(_facts())
     emulator = (_HERE.parent / "csrc" / "emulator").is_dir()
     return {

@@ -54,7 +54,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, sizes: Sizes = Size
         "group_num": sizes.groups,
         "group_size": sizes.group_size if norm == "batch" else 0,
         "warmup_iters": 2,
-        "eps": 1e-5,
+        **dict.fromkeys(("eps", "group_eps", "floor", "eps_total"), 1e-5),
         **dict.fromkeys(("momentum", "alpha_fwd", "alpha_bkw"), 0.9),
         **dict.fromkeys(("outlier_filtration", "paper", "regions", "estimated"), False),
     }

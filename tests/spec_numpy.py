@@ -82,7 +82,10 @@ class UnifiedNormSpec:
 class PowerNormSpec:
     STATE = ("running_phi", "ema_gz", "iters")
 
-    def __init__(self, channels, groups=1, alpha_fwd=0.9, alpha_bkw=0.9, warmup=10000, eps=1e-5, paper=False):
+    def __init__(
+        self, channels, groups=1, alpha_fwd=0.9, alpha_bkw=0.9, warmup=10000, eps=1e-5, group_eps=1e-5, paper=False
+    ):
+        self.group_eps = group_eps
         self.groups, self.alpha_fwd, self.alpha_bkw = groups, alpha_fwd, alpha_bkw
         self.warmup, self.eps, self.paper = warmup, eps, paper
         self.weight, self.bias = np.ones(channels), np.zeros(channels)
@@ -92,7 +95,7 @@ class PowerNormSpec:
         if not self.groups:
             return x, None
         parts = x.reshape(len(x), self.groups, x.shape[1] // self.groups)
-        root = np.sqrt((parts**2).mean(axis=2, keepdims=True) + self.eps)
+        root = np.sqrt((parts**2).mean(axis=2, keepdims=True) + self.group_eps)
         return (parts / root).reshape(x.shape), root
 
     def forward(self, x, pad=None):

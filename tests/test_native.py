@@ -9,7 +9,7 @@ import torch
 from normfuse import _native
 
 KEYS = {"available", "reason", "path", "autograd", "emulator"}
-KEYS |= {"torch", "cuda", "architectures", "compiler", "python_abi"}
+KEYS |= {"torch", "cuda", "architectures", "compiler", "python_abi", "interface"}
 
 
 def facts_in_a_new_process(**environment):
@@ -65,5 +65,11 @@ def test_says_when_nothing_was_built(monkeypatch, tmp_path):
 
 def test_says_when_the_library_does_not_load(monkeypatch, tmp_path):
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+    facts = tmp_path / "_build_info.json"
     monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(_native, "_FACTS", facts)
+    for interface in ({}, {"interface": _native.INTERFACE - 1}):
+        facts.write_text(json.dumps(interface))
+        assert "built from other sources than these" in _native._load()
+    facts.write_text(json.dumps({"interface": _native.INTERFACE}))
     assert "does not load" in _native._load()

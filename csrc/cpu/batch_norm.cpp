@@ -36,16 +36,15 @@ void forward(const BatchNormForward& a, Parallel parallel) {
     by.shift.resize(passes.size);
   }
   Acc *running_mean = static_cast<Acc*>(a.running_mean), *running_var = static_cast<Acc*>(a.running_var);
-  const Acc eps = Acc(a.eps), shortcut = a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0);
+  const Acc shortcut = a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0);
   each_cell(passes, [&](int64_t g, int64_t s, int64_t c, int64_t i) {
     const int64_t count = a.count[g * passes.sets + s];
     if (running_mean && count > 0 && s == 0 && c == 0) *a.num_batches_tracked = next_step(*a.num_batches_tracked);
     const Acc rate = running_mean ? moving_rate<Acc>(a.momentum, *a.num_batches_tracked) : Acc(0);
     if (running_mean && !a.estimated && count > 0)
       move_running(mean[i], unbiased_var(var[i], count), rate, running_mean + c, running_var + c);
-    const auto stats = a.estimated
-                           ? estimated_stats(mean[i], var[i], count, rate, eps, running_mean + c, running_var + c)
-                           : own_stats(mean[i], var[i], count, a.correction, eps);
+    const auto stats = a.estimated ? estimated_stats(a, mean[i], var[i], count, rate, running_mean + c, running_var + c)
+                                   : own_stats(a, mean[i], var[i], count);
     mean[i] = stats.mean;
     var[i] = stats.var;
     inv_std[i] = stats.inv_std;
@@ -74,7 +73,7 @@ void backward(const BatchNormBackward& a, Parallel parallel) {
   each_cell(passes, [&](int64_t g, int64_t s, int64_t c, int64_t i) {
     const auto k = gradient_of_cell<Acc>({mean[i], var[i], inv_std[i]}, number_of<Acc>(a.weight, g, s, c), shortcut,
                                          sum_dy[i], sum_dyd[i], of(a.grad_mean, i), of(a.grad_var, i),
-                                         a.estimated ? 0 : a.count[g * passes.sets + s], a.correction);
+                                         a.estimated ? 0 : a.count[g * passes.sets + s], a.correction, Acc(a.floor));
     by.slope[i] = k.slope;
     by.pull[i] = k.pull;
     by.offset[i] = k.offset;

@@ -1,5 +1,5 @@
 // Power Norm on the host. With a residual, x + residual stands for x, and the gradient of that sum is added to dx.
-// xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + eps), or x itself.
+// xs = x s is x after the group scaling, s = 1/sqrt(mean of the group's x^2 + group_eps), or x itself.
 //   forward   s; sums of xs^2; y = xs scale + shift. Reads x and writes y; in warm-up a second pass writes y.
 //   backward  sums of dy and dy xs; per group dot = mean of (slope dy - pull xs) xs; dx = s (slope dy - xs (pull + dot)).
 //             Reads dy and x, writes dx.
@@ -34,10 +34,11 @@ NORMFUSE_ROW_LOOP void for_turns(int64_t rows, const Body& body) {
 }
 
 template <class T>
-NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> eps, AccOf<T>* row_scale) {
+NORMFUSE_CLONES void scale_rows(const T* x, int64_t rows, Groups groups, AccOf<T> group_eps, AccOf<T>* row_scale) {
   const AccOf<T> inv_width = AccOf<T>(1) / AccOf<T>(groups.width);
   for (int64_t i = 0; i < rows * groups.count; ++i)
-    row_scale[i] = inverse_sqrt(row_sum_squares<T, AccOf<T>>(x + i * groups.width, groups.width) * inv_width + eps);
+    row_scale[i] =
+        inverse_sqrt(row_sum_squares<T, AccOf<T>>(x + i * groups.width, groups.width) * inv_width + group_eps);
 }
 
 template <class T>
@@ -55,8 +56,9 @@ NORMFUSE_CLONES void sum_squares(const T* x, const bool* pad_mask, int64_t rows,
 
 // y and, if kFirst, the factors of the rows and the sums of xs^2
 template <bool kFirst, class T>
-NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, int64_t n, Groups groups, AccOf<T> eps, AccOf<T>* row_scale,
-                                  const AccOf<T>* scale, const AccOf<T>* shift, AccOf<T>* sums, RowOutput<T> y) {
+NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, int64_t n, Groups groups, AccOf<T> group_eps,
+                                  AccOf<T>* row_scale, const AccOf<T>* scale, const AccOf<T>* shift, AccOf<T>* sums,
+                                  RowOutput<T> y) {
   if (!groups.scaled) {
     for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
       write_affine<kFirst, count>(x + r * n, stride * n, NoFactors(), scale, shift, y.row(r), y.pitch(stride), sums, n);
@@ -66,7 +68,7 @@ NORMFUSE_CLONES void apply_affine(const T* x, int64_t rows, int64_t n, Groups gr
   }
   for_turns(rows, [&](int64_t r, auto count) NORMFUSE_ALWAYS_INLINE {
     AccOf<T>* s = row_scale + r * groups.count;
-    if (kFirst) scale_rows(x + r * n, count, groups, eps, s);
+    if (kFirst) scale_rows(x + r * n, count, groups, group_eps, s);
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t c = g * groups.width;
       const Factors<AccOf<T>, count> by(s + g, groups.count);
@@ -138,10 +140,10 @@ void forward(const PowerForward& a, Parallel parallel) {
       const T* from = x + r * n;
       Acc* s = row_scale + r * a.group_num;
       if (warm) {
-        apply_affine<true, T>(from, rows, n, groups, Acc(a.eps), s, scale.data(), bias, sums_all,
+        apply_affine<true, T>(from, rows, n, groups, Acc(a.group_eps), s, scale.data(), bias, sums_all,
                               {y + r * n, n, stream});
       } else {
-        if (groups.scaled) scale_rows(from, rows, groups, Acc(a.eps), s);
+        if (groups.scaled) scale_rows(from, rows, groups, Acc(a.group_eps), s);
         sum_squares(from, nullptr, rows, n, groups, s, sums_all);
       }
       if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, n, groups, s, sums_valid);
@@ -163,7 +165,7 @@ void forward(const PowerForward& a, Parallel parallel) {
   if (warm) return;
   blocks.each_backwards(parallel, [&](int64_t b) {
     const int64_t r = blocks.first(b);
-    apply_affine<false, T>(x + r * n, blocks.length(b), n, groups, Acc(a.eps), row_scale + r * a.group_num,
+    apply_affine<false, T>(x + r * n, blocks.length(b), n, groups, Acc(a.group_eps), row_scale + r * a.group_num,
                            scale.data(), bias, nullptr, {y + r * n, n, stream});
   });
 }

@@ -39,9 +39,10 @@ struct BackwardFinish {
     const Acc* stats = static_cast<const Acc*>(a.stats);
     const CellStats<Acc> own{stats[i], stats[size + i], stats[2 * size + i]};
     const auto of = [i](const void* vectors) { return vectors ? static_cast<const Acc*>(vectors)[i] : Acc(0); };
-    const auto k = gradient_of_cell<Acc>(
-        own, number_of<Acc>(a.weight, group, set, c), a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0),
-        sums.dy, sums.dyd, of(a.grad_mean), of(a.grad_var), a.estimated ? 0 : a.count[cell], a.correction);
+    const auto k = gradient_of_cell<Acc>(own, number_of<Acc>(a.weight, group, set, c),
+                                         a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0), sums.dy, sums.dyd,
+                                         of(a.grad_mean), of(a.grad_var), a.estimated ? 0 : a.count[cell], a.correction,
+                                         Acc(a.floor));
     static_cast<Acc*>(a.grad_weight)[i] = sums.dyd * own.inv_std;
     static_cast<Acc*>(a.grad_bias)[i] = sums.dy;
     const BackwardVectors<Acc> vectors(workspace, a.cells);

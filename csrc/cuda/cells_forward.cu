@@ -37,10 +37,10 @@ struct ForwardFinish {
     const int64_t cell = group * sets + set, i = cell * n + c;
     const ForwardVectors<Acc> vectors(workspace, a.cells);
     const CellStats<Acc> own =
-        a.estimated ? estimated_stats(found.mean, found.squares, found.count,
-                                      moving_rate<Acc>(a.momentum, next_step(*a.num_batches_tracked)), Acc(a.eps),
+        a.estimated ? estimated_stats(a, found.mean, found.squares, found.count,
+                                      moving_rate<Acc>(a.momentum, next_step(*a.num_batches_tracked)),
                                       static_cast<Acc*>(a.running_mean) + c, static_cast<Acc*>(a.running_var) + c)
-                    : own_stats(found.mean, found.squares, found.count, a.correction, Acc(a.eps));
+                    : own_stats(a, found.mean, found.squares, found.count);
     Acc* stats = static_cast<Acc*>(a.stats);
     stats[i] = vectors.mean[i] = own.mean;
     stats[size + i] = own.var;

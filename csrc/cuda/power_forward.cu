@@ -1,4 +1,4 @@
-// Power Norm, forward. xs = s x, with s = 1/sqrt(mean of the group's x^2 + eps) per row and group, or 1. With a
+// Power Norm, forward. xs = s x, with s = 1/sqrt(mean of the group's x^2 + group_eps) per row and group, or 1. With a
 // residual, x + residual stands for x in what follows; whichever kernel reads it first writes it too.
 //   power_sums          sums of xs^2 over all and over the valid rows, the step on each channel; after warm-up also
 //                       y = w xs / sqrt(phi) + b. Reads x; after warm-up writes y: one pass is all there is.
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kSegmentBlocksPerMultiprocessor) pow
       walk_segment<T, V>({x}, width, [&](int64_t, const Pack<T, V>(&in)[1]) { add(in[0]); });
     }
     sum = add_lanes(sum);
-    if (threadIdx.x == 0) static_cast<Acc*>(a.row_scale)[segment] = inverse_sqrt(sum / Acc(width) + Acc(a.eps));
+    if (threadIdx.x == 0) static_cast<Acc*>(a.row_scale)[segment] = inverse_sqrt(sum / Acc(width) + Acc(a.group_eps));
   });
 }
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(Team<T, V, kWarps>::kBlockThreads, Team<T, V, 
       for (int i = 0; i < V; ++i) squares[0] += widen(x[p].v[i]) * widen(x[p].v[i]);
     });
     team.add(squares);
-    const Acc s = inverse_sqrt(squares[0] / Acc(width) + Acc(a.eps));
+    const Acc s = inverse_sqrt(squares[0] / Acc(width) + Acc(a.group_eps));
     if (team.member == 0) static_cast<Acc*>(a.row_scale)[row * a.group_num + blockIdx.x] = s;
     const bool counts = !(a.pad_mask && a.pad_mask[row]);
     valid += counts;

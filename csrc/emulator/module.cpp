@@ -119,7 +119,8 @@ py::tuple unified_backward(py::array grad_y, py::array x, py::array weight, py::
 
 py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
                         py::array running_phi, py::array iters, int64_t warmup_iters, int64_t group_num, double eps,
-                        double alpha_fwd, std::optional<py::array> residual, std::optional<py::array> s) {
+                        double alpha_fwd, std::optional<py::array> residual, std::optional<py::array> s,
+                        double group_eps) {
   const Input in(x);
   const int64_t n = in.shape.channels;
   py::array y = in.like_x(), stats = in.vectors(3), row_scale(in.acc, {in.shape.rows, group_num});
@@ -131,6 +132,7 @@ py::tuple power_forward(py::array x, std::optional<py::array> pad_mask, py::arra
                           warmup_iters,
                           group_num,
                           eps,
+                          group_eps,
                           alpha_fwd,
                           in.acc_data(running_phi, n),
                           in.integers(iters, 1),
@@ -285,7 +287,7 @@ struct CellInput {
 };
 
 py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::optional<py::array>& weight,
-                          std::optional<py::array>& bias, std::optional<py::array>& shortcut, double eps) {
+                          std::optional<py::array>& bias, std::optional<py::array>& shortcut) {
   const Cells& cells = x.cells;
   py::array y = weight ? x.like_x() : py::array(x.in.x.dtype(), 0),
             stats(x.in.acc, {int64_t(3), cells.groups(), cells.sets(), cells.channels}),
@@ -297,7 +299,6 @@ py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::option
     args.bias = x.broadcast(*bias);
   }
   args.shortcut = x.optional(shortcut, 1);
-  args.eps = eps;
   args.y = y.mutable_data();
   args.stats = stats.mutable_data();
   args.count = static_cast<int64_t*>(count.mutable_data());
@@ -308,29 +309,33 @@ py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::option
 py::tuple batch_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
                              std::optional<py::array> bias, std::optional<py::array> shortcut, py::array running_mean,
                              py::array running_var, py::array num_batches_tracked, int64_t group_size, bool estimated,
-                             std::optional<double> momentum, double eps) {
+                             std::optional<double> momentum, double eps, double floor) {
   const CellInput in(x, mask, group_size, false);
   BatchNormForward args{};
   args.estimated = estimated;
   args.momentum = momentum.value_or(-1.0);
+  args.eps = eps;
+  args.floor = floor;
   args.running_mean = in.in.acc_data(running_mean, in.cells.channels);
   args.running_var = in.in.acc_data(running_var, in.cells.channels);
   args.num_batches_tracked = in.in.integers(num_batches_tracked, 1);
-  return normalise_cells(args, in, weight, bias, shortcut, eps);
+  return normalise_cells(args, in, weight, bias, shortcut);
 }
 
 py::tuple cell_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
                             std::optional<py::array> bias, std::optional<py::array> shortcut, int64_t group_size,
-                            int64_t correction, double eps) {
+                            int64_t correction, double eps, double eps_total) {
   BatchNormForward args{};
   args.correction = correction;
-  return normalise_cells(args, CellInput(x, mask, group_size, true), weight, bias, shortcut, eps);
+  args.eps = eps;
+  args.eps_total = eps_total;
+  return normalise_cells(args, CellInput(x, mask, group_size, true), weight, bias, shortcut);
 }
 
 py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_mean, std::optional<py::array> grad_var,
                               py::array x, std::optional<py::array> mask, py::array weight,
                               std::optional<py::array> shortcut, py::array stats, py::array count, int64_t group_size,
-                              bool regions, int64_t correction, bool estimated) {
+                              bool regions, int64_t correction, bool estimated, double floor) {
   const CellInput in(x, mask, group_size, regions);
   py::array grad_x = in.like_x(), grad_weight = in.per_cell(), grad_bias = in.per_cell();
   const BatchNormBackward args{in.cells,
@@ -344,6 +349,7 @@ py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_me
                                in.in.integers(count, in.count() / in.cells.channels),
                                correction,
                                estimated,
+                               floor,
                                grad_x.mutable_data(),
                                grad_weight.mutable_data(),
                                grad_bias.mutable_data()};

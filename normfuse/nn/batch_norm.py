@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ops import BatchNormState, batch_norm
 from ..ops._layout import check_input, gain_and_shift
-from ..ops.batch_norm import BatchStatistics, affine_by_statistics, floored_batch_norm
-from ._running_norm import ChannelNorm, check_count, check_fraction, split_ghosts
+from ..ops.batch_norm import BatchStatistics, affine_by_statistics, batch_norm_with_statistics
+from ._running_norm import ChannelNorm, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
 
 #: Tokens whose losses the authors of :class:`RegularizedBatchNorm` add up in a step.
@@ -160,11 +160,10 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         if isinstance(x, Proxy):
             return traced_as_one(self, x, pad_mask)
         if self.training:
-            group = self.group_to_share_with()
-            sizes = split_ghosts(x, self.ghost_size) if group is None else [x.shape[0]]
-            y, batch, state = floored_batch_norm(
-                x, self.weight, self.bias, self.state, pad_mask, self.momentum, self.eps, self.channel_dim, sizes, group
-            )
+            y, batch, state = batch_norm_with_statistics(
+                x, self.weight, self.bias, self.state, pad_mask, self.momentum, self.eps, self.channel_dim,
+                self.ghost_size, process_group=self.group_to_share_with(), floor=True,
+            )  # fmt: skip
             self._add_penalty(self._penalise(batch, state))
         else:
             check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)

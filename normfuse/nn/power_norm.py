@@ -32,7 +32,7 @@ class PowerNorm(RunningNorm):
         ghost_size: samples (along the first dimension) per ghost batch: in training each is a step of its own, with
             its own statistics; a rest joins the last. ``warmup_iters`` then counts ghost batches. None: one batch.
         group_eps: added to the mean square of the group scaling. The authors' program keeps 1e-5 there whatever ``eps``
-            is. Training is fastest where the two are equal.
+            is.
         skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
             count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
             Without it such a pass moves the channels that are finite. Statistics are finite either way.

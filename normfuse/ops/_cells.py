@@ -5,10 +5,10 @@ rest joins the last; 0: all make one), and a cell is a channel of a group. A ``m
 the statistics do not count, or parts two regions, which double the cells: N = 2 sets of statistics in a group instead
 of 1. With n numbers, mean m and variance v = Σ(x − m)² / (n − correction) in a cell,
 
-    y = weight · (x − m) / sqrt(v + eps) + bias + shortcut · x
+    y = weight · (x − m) / sqrt(max(v, floor) + eps + eps_total / n) + bias + shortcut · x
 
-The variance is a sum of squared deviations, never a difference of large sums. Gradients are exact, also through the
-returned statistics.
+where ``floor`` and ``eps_total`` are 0 unless said otherwise. The variance is a sum of squared deviations, never a
+difference of large sums. Gradients are exact, also through the returned statistics.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 def _forward_on_cells(
     finish: Callable, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    shortcut: Tensor | None, group_size: int, regions: bool, eps: float,
+    shortcut: Tensor | None, group_size: int, regions: bool, eps: float, floor: float = 0.0, eps_total: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``finish`` makes the mean and variance of a cell from its group's number and moments."""
     results, found, counts = [], [], []
@@ -76,7 +76,7 @@ def _forward_on_cells(
         for s, keep in enumerate(_selections(part, regions)):
             moments = _moments(values, keep)
             mean, var = finish(g, *moments)
-            inv_std = (var + eps).rsqrt()
+            inv_std = _inv_std(var, moments[2], eps, floor, eps_total)
             found.append(torch.stack([mean, var, inv_std]))
             counts.append(moments[2])
             if weight is not None:
@@ -100,6 +100,11 @@ def _divisor(count: Tensor, correction: int) -> Tensor:
     return torch.where(count > 0, count - correction, 1)
 
 
+def _inv_std(var: Tensor, count: Tensor, eps: float, floor: float, eps_total: float) -> Tensor:
+    root = var.clamp(min=floor) + eps if floor else var + eps
+    return (root + eps_total / count.clamp(min=1).to(var.dtype) if eps_total else root).rsqrt()
+
+
 def _by_correction(correction: int) -> Callable:
     """A cell's own mean and variance, as :func:`_forward_on_cells` asks for them."""
     return lambda _, mean, squares, count: (mean, _variance(squares, count, correction))
@@ -114,25 +119,26 @@ def cell_norm_forward_reference(
     group_size: int,
     correction: int,
     eps: float,
+    eps_total: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise every cell by its own statistics, in plain PyTorch; a ``mask`` parts two regions.
 
     ``weight`` and ``bias`` are [K or 1, N or 1, C], ``shortcut`` [1], in the dtype of statistics. Returns ``y`` like x
-    ([0] where ``weight`` and ``bias`` are None), ``stats`` [3, K, N, C]: mean, variance, 1/sqrt(variance + eps), and
-    ``count`` int64 [K, N].
+    ([0] where ``weight`` and ``bias`` are None), ``stats`` [3, K, N, C]: mean, variance, and one over the root that
+    divides, and ``count`` int64 [K, N].
     """
 
     own = _by_correction(correction)
-    return _forward_on_cells(own, x, mask, weight, bias, shortcut, group_size, True, eps)
+    return _forward_on_cells(own, x, mask, weight, bias, shortcut, group_size, True, eps, 0.0, eps_total)
 
 
 def _own_statistics(
-    x: Tensor, mask: Tensor | None, group_size: int, regions: bool, correction: int, eps: float
+    x: Tensor, mask: Tensor | None, group_size: int, regions: bool, correction: int, *root: float
 ) -> Tensor:
     """``stats`` of cells that are normalised by their own, for a backward pass that is differentiated in turn."""
 
     own = _by_correction(correction)
-    return _forward_on_cells(own, x, mask, None, None, None, group_size, regions, eps)[1]
+    return _forward_on_cells(own, x, mask, None, None, None, group_size, regions, *root)[1]
 
 
 def move_batch_statistics(
@@ -201,13 +207,14 @@ class _MoveBelowTransforms(torch.autograd.Function):
 def _batch_norm_on_cells(
     move: Callable, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, shortcut: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor], group_size: int, estimated: bool, momentum: float | None, eps: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     def step(_: int, mean: Tensor, squares: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         var = _variance(squares, count, 0)
         running = move(mean, var, count, *state, estimated, momentum)
         return running if estimated else (mean, var)
 
-    return _forward_on_cells(step, x, mask, weight, bias, shortcut, group_size, False, eps)
+    return _forward_on_cells(step, x, mask, weight, bias, shortcut, group_size, False, eps, floor)
 
 
 def batch_norm_forward_reference(
@@ -223,6 +230,7 @@ def batch_norm_forward_reference(
     estimated: bool,
     momentum: float | None,
     eps: float,
+    floor: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for batch normalisation: ``mask`` marks padding, and the running statistics move, in place.
 
@@ -233,7 +241,7 @@ def batch_norm_forward_reference(
 
     state = running_mean, running_var, num_batches_tracked
     return _batch_norm_on_cells(
-        _move_and_copy, x, mask, weight, bias, shortcut, state, group_size, estimated, momentum, eps
+        _move_and_copy, x, mask, weight, bias, shortcut, state, group_size, estimated, momentum, eps, floor
     )
 
 
@@ -251,17 +259,19 @@ def batch_norm_backward_reference(
     regions: bool,
     correction: int,
     estimated: bool,
+    floor: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of both forwards, in plain PyTorch, from those of y and of mean and variance [K, N, C].
 
-    Returns ``grad_x`` like x, ``grad_weight`` and ``grad_bias`` [K, N, C]; the shortcut's gradient follows from these.
+    Nothing comes through a variance below ``floor``. Returns ``grad_x`` like x, ``grad_weight`` and ``grad_bias``
+    [K, N, C]; the shortcut's gradient follows from these.
     """
     results, along_weight, along_bias = [], torch.empty_like(stats[0]), torch.empty_like(stats[0])
     gradients = grad_y.to(stats.dtype).split(group_sizes(x.shape[0], group_size))
     for g, values, part in _groups(x, mask, group_size):
         of_sets = []
         for s, keep in enumerate(_selections(part, regions)):
-            mean, _, inv_std = stats[:, g, s]
+            mean, var, inv_std = stats[:, g, s]
             dy, deviation = gradients[g], values - mean[:, None]
             own = dy if keep is None or not regions else torch.where(keep, dy, 0.0)
             sum_dy = own.sum((0, 2))
@@ -273,6 +283,7 @@ def batch_norm_backward_reference(
             grad = dy * (scale if shortcut is None else scale + shortcut)[:, None]
             if not estimated:
                 pull = -scale * inv_std.square() * sum_dyd
+                pull = torch.where(var < floor, 0.0, pull) if floor else pull
                 pull = pull if grad_var is None else pull + 2 * grad_var[g, s]
                 offset = -scale * sum_dy if grad_mean is None else grad_mean[g, s] - scale * sum_dy
                 pull, offset = pull / _divisor(n, correction), offset / _divisor(n, 0)
@@ -317,7 +328,7 @@ def _fake_forward(x: Tensor, wanted: bool, group_size: int, sets: int) -> tuple[
 
 
 @torch.library.register_fake("normfuse::cell_norm_forward")
-def _(x, mask, weight, bias, shortcut, group_size, correction, eps):
+def _(x, mask, weight, bias, shortcut, group_size, correction, *root):
     return _fake_forward(x, weight is not None, group_size, 1 if mask is None else 2)
 
 
@@ -370,7 +381,7 @@ class _CellNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps
+        ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = samples_are_rows(x, channel_dim)
         cells = to_cells(x, channel_dim, rows)
@@ -378,13 +389,13 @@ class _CellNorm(torch.autograd.Function):
         gain, shift = (None if v is None else v.reshape(vectors).contiguous() for v in (weight, bias))
         given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
         if running is None:
-            y, stats, count = _own(*given, group_size, correction, eps)
+            y, stats, count = _own(*given, group_size, correction, eps, eps_total)
         else:
             *state, estimated, momentum = running
             forward = _batch_recompute_safe if torch.compiler.is_compiling() else _batch
-            y, stats, count = forward(*given, *state, group_size, estimated, momentum, eps)
+            y, stats, count = forward(*given, *state, group_size, estimated, momentum, eps, floor)
         ctx.save_for_backward(x, mask, weight, shortcut, stats, count)
-        ctx.layout, ctx.vectors, ctx.eps = (x.shape, channel_dim, rows), vectors, eps
+        ctx.layout, ctx.vectors, ctx.root = (x.shape, channel_dim, rows), vectors, (eps, floor, eps_total)
         ctx.options = group_size, running is None, correction, running is not None and running[3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
@@ -403,9 +414,9 @@ class _CellNorm(torch.autograd.Function):
         if differentiated_again():
             backward = batch_norm_backward_reference
             if not estimated:  # these carry no gradient
-                stats = _own_statistics(cells, mask, group_size, regions, correction, ctx.eps)
+                stats = _own_statistics(cells, mask, group_size, regions, correction, *ctx.root)
         grad_x, grad_weight, grad_bias = backward(
-            grad, grad_mean, grad_var, cells, mask, gain, shortcut, stats, count, *ctx.options
+            grad, grad_mean, grad_var, cells, mask, gain, shortcut, stats, count, *ctx.options, ctx.root[1]
         )
         grad_shortcut = None
         if ctx.needs_input_grad[4]:
@@ -414,7 +425,7 @@ class _CellNorm(torch.autograd.Function):
             g.sum_to_size(gain.shape).view(weight.shape) if needed else None
             for g, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True)
         ]
-        return from_cells(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 6
+        return from_cells(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 8
 
 
 def normalise_cells(
@@ -429,25 +440,30 @@ def normalise_cells(
     running: tuple[Tensor, Tensor, Tensor, bool, float | None] | None,
     correction: int,
     eps: float,
+    floor: float = 0.0,
+    eps_total: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operations on ``x`` of any layout, with gradients.
 
     ``weight`` and ``bias`` can be viewed as ``vectors`` [K or 1, N or 1, C]; None: statistics alone, and y is empty.
     ``group`` samples of x make a group; 0: all. ``running`` is (running_mean, running_var, num_batches_tracked,
-    estimated, momentum) of batch normalisation; None: the cells have no running statistics.
+    estimated, momentum) of batch normalisation; None: the cells have no running statistics. ``floor`` is for the
+    former, ``eps_total`` for the latter.
 
     Returns ``y`` like x; ``stats`` [3, K, N, C], whose first two, mean and variance, carry gradients; ``count`` [K, N].
     """
     if not transformed():
-        return _CellNorm.apply(x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps)
+        return _CellNorm.apply(
+            x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
+        )
     cells = to_cells(x, channel_dim, False)
     group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
     gain, shift = (None if v is None else v.reshape(vectors) for v in (weight, bias))
     given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
     if running is None:
-        y, stats, count = cell_norm_forward_reference(*given, group_size, correction, eps)
+        y, stats, count = cell_norm_forward_reference(*given, group_size, correction, eps, eps_total)
     else:
         *state, estimated, momentum = running
         move = _MoveBelowTransforms.apply
-        y, stats, count = _batch_norm_on_cells(move, *given, tuple(state), group_size, estimated, momentum, eps)
+        y, stats, count = _batch_norm_on_cells(move, *given, tuple(state), group_size, estimated, momentum, eps, floor)
     return (y if weight is None else from_cells(y, x.shape, channel_dim, False)), stats, count

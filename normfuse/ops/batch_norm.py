@@ -118,11 +118,12 @@ def batch_norm_with_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: BatchNormState, pad_mask: Tensor | None = None,
     momentum: float | None = 0.1, eps: float = 1e-5, channel_dim: int = -1, ghost_size: int | None = None,
     shortcut: Tensor | None = None, estimated: bool = False, process_group: ProcessGroup | None = None,
+    floor: bool = False,
 ) -> tuple[Tensor, BatchStatistics, BatchNormState]:  # fmt: skip
     """Training forward: the result, the statistics of each ghost batch, and the running ones after this step.
 
     The last are ``state`` itself, which this updates in place, except where a forward runs a second time under
-    activation checkpointing. Arguments: see :func:`batch_norm`.
+    activation checkpointing. ``floor``: divide by ``sqrt(max(var, eps))``. Other arguments: see :func:`batch_norm`.
     """
     check_input(x, state.running_mean.shape[0], channel_dim, pad_mask, state.running_mean)
     weight, bias = gain_and_shift(weight, bias, state.running_mean)
@@ -135,48 +136,13 @@ def batch_norm_with_statistics(
             process_group, cast(to_rows(x, channel_dim), weight.dtype), pad_mask, state, momentum, estimated
         )
         mean, var = (v[0] for v in statistics[:2])
-        y = affine_by_statistics(x, weight, bias, mean, var, eps, channel_dim)
+        y = affine_by_statistics(x, weight, bias, mean, var, eps, channel_dim, floor)
         return (y if shortcut is None else y + cast(shortcut, x.dtype) * x), statistics, state
     y, stats, count = normalise_cells(
         x, pad_mask, weight, bias, shortcut, channel_dim, ghost_size or 0, (1, 1, -1), (*state, estimated, momentum),
-        0, eps,
+        0, 0.0 if floor else eps, eps if floor else 0.0,
     )  # fmt: skip
     return y, BatchStatistics(stats[0].squeeze(1), stats[1].squeeze(1), count), state
-
-
-def floored_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: BatchNormState, pad_mask: Tensor | None,
-    momentum: float | None, eps: float, channel_dim: int, ghost_sizes: list[int], process_group: ProcessGroup | None,
-) -> tuple[Tensor, BatchStatistics, BatchNormState]:  # fmt: skip
-    """Training forward that divides by ``sqrt(max(var, eps))``; results as of :func:`batch_norm_with_statistics`.
-
-    The kernels take the statistics; the affine map is made of ATen operations. ``ghost_sizes``: samples of each ghost
-    batch, which sum up to ``x.shape[0]``.
-    """
-    check_input(x, state.running_mean.shape[0], channel_dim, pad_mask, state.running_mean)
-    weight, bias = gain_and_shift(weight, bias, state.running_mean)
-    if not torch.compiler.is_compiling():
-        state = BatchNormState(*statistics_of_this_run(tuple(state)))
-    results, found = [], []
-    masks = [None] * len(ghost_sizes) if pad_mask is None else pad_mask.split(ghost_sizes)
-    for part, mask in zip(x.split(ghost_sizes), masks, strict=True):
-        if process_group is not None:
-            rows = cast(to_rows(part, channel_dim), weight.dtype)
-            mean, var, count = moments_in_group(process_group, rows, None if mask is None else mask.reshape(-1))
-        else:
-            mean, var, count = _moments(part, mask, channel_dim)
-        move_running_statistics(mean.detach(), var.detach(), count, *state, False, momentum)
-        results.append(affine_by_statistics(part, weight, bias, mean, var, eps, channel_dim, floor=True))
-        found.append((mean, var, count))
-    y = results[0] if len(results) == 1 else torch.cat(results)
-    return y, BatchStatistics(*(torch.stack(values) for values in zip(*found, strict=True))), state
-
-
-def _moments(x: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance [C] of the valid rows, with gradients, and their number [1]."""
-    _, stats, count = normalise_cells(x, pad_mask, None, None, None, channel_dim, 0, (1, 1, -1), None, 0, 1.0)
-    # The mask of cells without running statistics parts two regions; the first is what is no padding.
-    return stats[0, 0, 0], stats[1, 0, 0], count[0, :1]
 
 
 def _statistics_in_group(

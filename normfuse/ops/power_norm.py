@@ -117,8 +117,9 @@ def move_gradient_statistics(mean_az: Tensor, ema_gz: Tensor) -> None:
 def _forward_on_rows(
     mean: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
     running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, alpha_fwd: float,
+    group_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    values, row_scale = group_scaling(rows_of(x), group_num, eps)
+    values, row_scale = group_scaling(rows_of(x), group_num, group_eps)
     q, count = mean(values, pad_mask, running_phi)
     mean_all, _ = mean_square(values, None, empty=torch.zeros_like(running_phi))
     mean_all = torch.where(count > 0, mean_all, torch.nan)
@@ -159,6 +160,7 @@ def power_norm_forward_reference(
     alpha_fwd: float,
     residual: Tensor | None = None,
     s: Tensor | None = None,
+    group_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch for x [..., C] and pad_mask [R], R rows; moves ``running_phi`` and ``iters``.
 
@@ -170,7 +172,7 @@ def power_norm_forward_reference(
     x = add_into(x, residual, s)
     return _forward_on_rows(
         mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_phi, iters, warmup_iters,
-        group_num, eps, alpha_fwd,
+        group_num, eps, alpha_fwd, group_eps,
     )  # fmt: skip
 
 
@@ -240,7 +242,7 @@ class _PowerNorm(torch.autograd.Function):
     """Autograd of the two operations: y, s (None without a residual), stats, row_scale. Keeps x or s for backward."""
 
     @staticmethod
-    def forward(x, pad_mask, weight, bias, residual, state, options, backward_options, channel_dim, group):
+    def forward(x, pad_mask, weight, bias, residual, state, options, group_eps, backward_options, channel_dim, group):
         last = channels_last(x, channel_dim)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
         s = None if residual is None else torch.empty_like(last)
@@ -252,14 +254,14 @@ class _PowerNorm(torch.autograd.Function):
             forward = _forward_recompute_safe if torch.compiler.is_compiling() else _forward
             if residual is not None:
                 forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
-        y, stats, row_scale = forward(last, mask, weight, bias, *moved, *options)
+        y, stats, row_scale = forward(last, mask, weight, bias, *moved, *options, group_eps=group_eps)
         rollback_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
         s = None if s is None else without_view(channels_back, s, channel_dim)
         return without_view(channels_back, y, channel_dim), s, stats, row_scale
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, weight, _, residual, state, _, backward_options, channel_dim, group = inputs
+        x, _, weight, _, residual, state, _, _, backward_options, channel_dim, group = inputs
         _, s, stats, row_scale = output
         ctx.mark_non_differentiable(stats, row_scale)
         ctx.save_for_backward(x if residual is None else s, weight, stats, row_scale)
@@ -272,7 +274,7 @@ class _PowerNorm(torch.autograd.Function):
     @approximate_gradient("Power Norm")
     def backward(ctx, grad_y, grad_s, *_):
         if grad_y is None:  # only s was used: nothing came through the norm
-            return grad_s, None, None, None, grad_s, *[None] * 5
+            return grad_s, None, None, None, grad_s, *[None] * 6
         x, weight, stats, row_scale = ctx.saved_tensors
         before = snapshot(ctx.skipped, (ctx.ema_gz,))
         arguments = (
@@ -293,7 +295,7 @@ class _PowerNorm(torch.autograd.Function):
 
         rollback_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
         grad_x = channels_back(grad_x, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 5
+        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 6
 
     vmap = no_vmap("Power Norm")
 
@@ -357,8 +359,7 @@ def power_norm(
         process_group: take the statistics of a training step over all ranks of this group; every rank must
             then call, also one without rows. None: over this process alone.
         residual: like ``x``; added to it first, s = x + residual, in the same pass.
-        group_eps: added to the mean square of the group scaling, whatever ``eps`` is, as in the authors' program. Where
-            the two differ, the group scaling of a training step is an operation of its own.
+        group_eps: added to the mean square of the group scaling, whatever ``eps`` is, as in the authors' program.
 
     Returns:
         A tensor of the shape and dtype of ``x``; with ``residual`` the pair of that and s, which is what was
@@ -374,31 +375,27 @@ def power_norm(
     check_options(channels, group_num, backward)
     check_residual(x, residual)
     groups = group_num or 0
-    scaled_apart = training and groups > 0 and group_eps != eps
-    fused = training and process_group is None and not scaled_apart
+    fused = training and process_group is None
     if residual is not None and not fused:
         x = x + residual
     weight, bias = gain_and_shift(weight, bias, state.running_phi)
     if not training:
         y = _evaluate(x, weight, bias, state.running_phi, groups, group_eps, eps, channel_dim)
         return y if residual is None else (y, x)
-    s = x
-    if scaled_apart:
-        x = cast(scale_channel_groups(cast(x, state.running_phi.dtype), groups, group_eps, channel_dim), x.dtype)
-        groups = 0
     paper = backward == "paper"
     state = state_of_this_run(state, _FORWARD_STATISTICS)
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.power_norm(
             x, weight, bias, residual, pad_mask, state.running_phi, state.iters, state.ema_gz, warmup_iters, groups,
-            eps, alpha_fwd, alpha_bkw, paper,
+            eps, group_eps, alpha_fwd, alpha_bkw, paper,
         )  # fmt: skip
         return result[0] if residual is None else tuple(result)
     y, added, *_ = _PowerNorm.apply(
-        x, pad_mask, weight, bias, residual if fused else None, state, (warmup_iters, groups, eps, alpha_fwd),
-        (groups, alpha_bkw, paper), channel_dim, process_group,
+        x, pad_mask, weight, bias, residual if fused else None, state,
+        (warmup_iters, groups, eps, alpha_fwd),
+        group_eps, (groups, alpha_bkw, paper), channel_dim, process_group,
     )  # fmt: skip
-    return y if residual is None else (y, added if fused else s)
+    return y if residual is None else (y, added if fused else x)
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

@@ -67,13 +67,15 @@ def region_norm(
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")
     inside, acc = region_mask(x, mask), accumulation_dtype(x.dtype)
-    plain = pool == "batch" or inside.dtype != torch.bool or x.numel() == 0
+    plain = inside.dtype != torch.bool or x.numel() == 0
     weight = x.new_ones(2, x.shape[1], dtype=acc) if weight is None else cast(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else cast(bias, acc)
     if plain or is_traced():  # a traced program is made of plain operations
         y = _plain(cast(x, acc).flatten(2), cast(inside, acc).flatten(1), weight, bias, eps, pool)
         return cast(y.view(x.shape), x.dtype)
-    return normalise_cells(x, inside[:, 0], weight, bias, None, 1, 1, (1, 2, -1), None, 0, eps)[0]
+    # Over the whole batch one group of samples, whose regions of n of all N pixels take eps · N / n.
+    group, eps, eps_total = (0, 0.0, eps * inside.numel()) if pool == "batch" else (1, eps, 0.0)
+    return normalise_cells(x, inside[:, 0], weight, bias, None, 1, group, (1, 2, -1), None, 0, eps, 0.0, eps_total)[0]
 
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:

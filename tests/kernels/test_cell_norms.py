@@ -78,6 +78,7 @@ class Step:
     state: list[torch.Tensor]
     group_size: int
     momentum: float | None = 0.1
+    root: tuple[float, float, float] = (EPS, 0.0, 0.0)  # eps, floor, eps_total
 
     @classmethod
     def random(cls, kind, shape, dtype=torch.float32, masked=True, momentum=0.1):
@@ -123,15 +124,16 @@ class Step:
         given = (self.x, self.mask, *self.vectors, self.shortcut)
         estimated = self.kind == "estimated"
         if self.kind == "regions":
-            y, stats, count = implementation("cell_norm_forward", *given, self.group_size, correction, EPS)
+            eps, _, eps_total = self.root
+            y, stats, count = implementation("cell_norm_forward", *given, self.group_size, correction, eps, eps_total)
         else:
             y, stats, count = implementation(
-                "batch_norm_forward", *given, *self.state, self.group_size, estimated, self.momentum, EPS
+                "batch_norm_forward", *given, *self.state, self.group_size, estimated, self.momentum, *self.root[:2]
             )
         more = [None, None] if self.grad_stats is None else list(self.grad_stats)
         grads = implementation(
             "batch_norm_backward", self.dy, *more, self.x, self.mask, self.vectors[0], self.shortcut, stats, count,
-            self.group_size, self.kind == "regions", correction, estimated,
+            self.group_size, self.kind == "regions", correction, estimated, self.root[1],
         )  # fmt: skip
         return self._results(y, stats, grads) | {"count": count}
 
@@ -166,6 +168,17 @@ def test_shapes(implementation, kind, dtype, masked):
     for shape in SHAPES:
         if kind != "regions" or shape[0] * shape[2] > 33:  # a group of one number has no unbiased variance
             Step.random(kind, shape, dtype, masked, None if shape[1] == 9 else 0.1).check(implementation)
+
+
+@pytest.mark.parametrize("shape", [(70, 48, 1, 0), (33, 7, 1, 11), (4, 9, 64, 2)], ids=str)
+@pytest.mark.parametrize(("kind", "root"), [("batch", (0.0, 1.0, 0.0)), ("regions", (0.0, 0.0, 7.0))], ids=str)
+def test_what_stands_under_the_root(implementation, kind, root, shape):
+    """Variances on both sides of a floor, and an eps that counts for more where a region is small."""
+    step = Step.random(kind, shape)
+    step.root = root
+    below = step.in_float64().run(reference)["stats"][1] < root[1]
+    assert kind == "regions" or (below.any() and not below.all())
+    step.check(implementation)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s.values())))

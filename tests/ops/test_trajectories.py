@@ -132,6 +132,7 @@ POWER = {
     "warm-up of one step": ({"warmup": 1, "groups": 3}, {"steps": 8}, {}),
     "warm-up ends": ({"warmup": 5, "groups": 3}, {"steps": 12}, {}),
     "no group scaling": ({"warmup": 3, "groups": 0, "alpha_fwd": 0.95, "alpha_bkw": 0.8}, {"steps": 20}, {}),
+    "an eps of its own": ({"warmup": 3, "groups": 2, "eps": 1e-3, "group_eps": 0.1}, {"steps": 12}, {}),
     "paper's gradient": ({"warmup": 3, "groups": 2, "paper": True}, {"steps": 20}, {}),
     "paper's gradient, no group scaling": ({"warmup": 3, "groups": 0, "paper": True}, {"steps": 20}, {}),
     "bursts": ({"warmup": 3, "groups": 0}, {"steps": 20, "bursts": (6, 12)}, {}),
@@ -164,6 +165,8 @@ def test_power_norm(case, dtype, implementation):
         alpha_fwd=spec.alpha_fwd,
         alpha_bkw=spec.alpha_bkw,
         warmup_iters=spec.warmup,
+        eps=spec.eps,
+        group_eps=spec.group_eps,
         backward="paper" if spec.paper else "reference",
     )
     run(norm, spec, dtype, stream(**{"channels": channels, "seed": 4, **data}), start)

@@ -127,6 +127,7 @@ struct Step {
             warmup,
             groups,
             1e-5,
+            1e-3,
             0.9,
             running.data(),
             iters.data(),
