@@ -64,11 +64,13 @@ test-quick: $(STAMPS)/built
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
 
-# A build of its own, loaded into a Python that knows nothing of sanitizers; its leaks are its own. No kernel runs in
-# more than one process, and compiled programs would have to be sanitized as well.
+# A build of its own, loaded into a Python that knows nothing of sanitizers: their library comes first, then that of C++,
+# whose exceptions it watches. Python's leaks are its own, and an allocation that fails is an error of the operation.
+# No kernel runs in more than one process, and compiled programs would have to be sanitized as well.
 sanitize: $(STAMPS)/requirements
 	NORMFUSE_CUDA=0 NORMFUSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
+	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q $(SANITIZE_TESTS)
 

@@ -1,4 +1,4 @@
-"""Strides on which torch.onnx does not agree with itself."""
+"""Programs as torch.onnx can translate them: in a copy of the graph, what it refuses is spelled otherwise."""
 
 from __future__ import annotations
 
@@ -7,34 +7,69 @@ from contextlib import contextmanager
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
 
 @contextmanager
-def contiguous_reshapes(program: ExportedProgram) -> Iterator[None]:
-    """Meanwhile what a program reshapes is made contiguous first.
+def translatable(program: ExportedProgram) -> Iterator[None]:
+    """Meanwhile the program has a graph of its own for torch.onnx; afterwards it has the one it had."""
+    module, own = program.graph_module, program.graph
+    graph = Graph()
+    graph.output(graph.graph_copy(own, {}))
+    graph.output_node().meta = dict(own.output_node().meta)
+    module.graph = graph
+    try:
+        _make_contiguous(graph)
+        _add_heads(graph)
+        graph.lint()
+        module.recompile()
+        yield
+    finally:
+        module.graph = own
+
+
+def _make_contiguous(graph: Graph) -> None:
+    """What is reshaped is made contiguous first.
 
     torch.onnx decides whether a reshape is a view from strides, when it decomposes the program, and refuses the view
     when strides differ the second time it looks; attention with a mask has such results. ONNX has no strides: nothing
     of this is left in the file.
     """
-    added = []
-    for node in list(program.graph.nodes):
-        if node.target is aten.reshape.default:
-            operand = node.args[0]
-            with program.graph.inserting_before(node):
-                copy = program.graph.call_function(
-                    aten.clone.default, (operand,), {"memory_format": torch.contiguous_format}
-                )
-            copy.meta = {**operand.meta, "val": operand.meta["val"].clone(memory_format=torch.contiguous_format)}
-            node.replace_input_with(operand, copy)
-            added.append((node, operand, copy))
-    program.graph_module.recompile()
-    try:
-        yield
-    finally:
-        for node, operand, copy in added:
-            node.replace_input_with(copy, operand)
-            program.graph.erase_node(copy)
-        program.graph_module.recompile()
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        operand = node.args[0]
+        value = operand.meta["val"].clone(memory_format=torch.contiguous_format)
+        with graph.inserting_before(node):
+            copy = graph.call_function(aten.clone.default, (operand,), {"memory_format": torch.contiguous_format})
+        copy.meta = {**operand.meta, "val": value}
+        node.replace_input_with(operand, copy)
+
+
+def _add_heads(graph: Graph) -> None:
+    """Attention of [batch, queries, width] or [queries, width] has one head: torch.onnx translates four axes only."""
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        value = node.meta["val"]
+        if value.dim() not in (2, 3):
+            continue
+        axes = [1] if value.dim() == 3 else [0, 1]
+        with graph.inserting_before(node):
+            # A mask of fewer axes broadcasts as it is.
+            same = [x is not None and x.meta["val"].dim() == value.dim() for x in node.args[:4]]
+            operands = [_unsqueezed(graph, x, axes) if add else x for x, add in zip(node.args, same, strict=False)]
+            node.args = (*operands, *node.args[4:])
+        with graph.inserting_after(node):
+            result = graph.call_function(aten.squeeze.dims, (node, axes))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        result.meta = dict(node.meta)
+        for axis in axes:
+            value = value.unsqueeze(axis)
+        node.meta = {**node.meta, "val": value}
+
+
+def _unsqueezed(graph: Graph, operand: Node, axes: list[int]) -> Node:
+    for axis in axes:
+        value = operand.meta["val"].unsqueeze(axis)
+        operand = graph.call_function(aten.unsqueeze.default, (operand, axis))
+        operand.meta = {"val": value}
+    return operand

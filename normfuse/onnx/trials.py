@@ -95,7 +95,8 @@ def _masks(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor
         if not _is_mask(example, role):
             continue
         for value, what in _mask_values(example, spec):
-            kind = SOFT if half and spec.dtype.is_floating_point and value < 0 else EDGE
+            # What hides in float32 is no number of float16: where every key is hidden, they may differ.
+            kind = SOFT if half else EDGE
             whole = torch.full_like(drawn[index], value)
             for part, changed in (("all of it", whole), *_parts(drawn[index], value)):
                 tensors = (*drawn[:index], changed, *drawn[index + 1 :])

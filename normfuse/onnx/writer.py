@@ -22,7 +22,7 @@ from normfuse.checkpoint.tracing import user_sizes
 from normfuse.errors import NormfuseError
 from normfuse.files import Output
 from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
-from normfuse.onnx.layouts import contiguous_reshapes
+from normfuse.onnx.layouts import translatable
 from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
@@ -99,7 +99,7 @@ def write_staged(
         raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     with quiet():
         try:
-            with contiguous_reshapes(program):
+            with translatable(program):
                 exported = torch.onnx.export(
                     program,
                     (),
@@ -195,21 +195,31 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def refuse_overflow(model: ir.Model) -> None:
-    """WriteError naming the weights with numbers beyond float16's largest, 65504."""
+    """WriteError naming the weights with numbers beyond float16's largest, 65504.
+
+    Constants that hide what a mask takes out are none of them: infinity is a float16, and a number such as
+    ``torch.finfo(torch.float32).min`` becomes the float16 of largest magnitude, which hides as well.
+    """
     beyond = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size:
-            largest = float(np.abs(tensor.numpy()).max())
-            if not largest <= _FLOAT16_MAX:
+            numbers = tensor.numpy()
+            if not (np.abs(numbers) <= _FLOAT16_MAX).all() and not _hides(numbers):
                 users = [use.node.name for use in value.uses()]
-                beyond.append(f"{value.name} of {some_of(users, 1)} (up to {largest:.3g})")
+                beyond.append(f"{value.name} of {some_of(users, 1)} (up to {np.abs(numbers).max():.3g})")
     if beyond:
         raise WriteError(
             f"float16 holds numbers up to {_FLOAT16_MAX:.0f}, and {len(beyond)} weight(s) go beyond: "
             f"{some_of(beyond)}; "
             "export float32"
         )
+
+
+def _hides(numbers: np.ndarray) -> bool:
+    """Whether a constant can be a mask, or a part of one: it has one number beyond float16, and no other but zero."""
+    large = numbers.flat[np.abs(numbers).argmax()]
+    return bool(np.isin(numbers, (0.0, large)).all())
 
 
 def as_float16(path: Path) -> ir.Model:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normfuse.onnx import write
+from normfuse.onnx import export, write
 
 LOWEST, INFINITY = torch.finfo(torch.float32).min, float("-inf")
 
@@ -105,3 +105,39 @@ def test_attention_without_a_mask_is_left_alone(tmp_path, opset):
     check(Causal(), MASKS["none"], {"none": MASKS["none"]}, opset, tmp_path)
     content = (tmp_path / "m.onnx").read_bytes()
     assert b"IsNaN" not in content and b"IsInf" not in content
+
+
+class _Attends(nn.Module):
+    """Attention that a boolean input limits, by a constant in one of the usual places."""
+
+    def __init__(self, hide):
+        super().__init__()
+        self.hide, self.query, self.key, self.value = hide, *(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, keep):
+        scores = self.query(x) @ self.key(x).mT
+        return self.hide(scores, keep[:, None, :]).softmax(-1) @ self.value(x)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda scores, keep: scores.masked_fill(~keep, torch.finfo(scores.dtype).min),
+        lambda scores, keep: scores.masked_fill(~keep, -torch.inf),
+        lambda scores, keep: scores + (1.0 - keep.float()) * torch.finfo(scores.dtype).min,
+        lambda scores, keep: scores + (keep.float() - 1.0) * 1e9,
+        lambda scores, keep: torch.where(keep, scores, -1e30),
+    ],
+    ids=["lowest", "infinity", "added", "positive", "where"],
+)
+def test_constants_that_hide_are_no_weights_beyond_float16(tmp_path, hide):
+    keep = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    result = export(
+        _Attends(hide).eval(),
+        tmp_path / "m.onnx",
+        example_inputs=(torch.randn(2, 4, 8), keep),
+        dtype="float16",
+        opset=20,
+    )
+    usual = [case for case in result.verification.cases if "random" in case.inputs and case.form == "ONNX file"]
+    assert usual and all(case.error < 2e-2 for case in usual)

@@ -136,3 +136,22 @@ def test_reshapes_of_attention_with_a_bias(tmp_path):
     assert str(program) == before
     expected = program.module()(x).detach().numpy()
     np.testing.assert_allclose(run(path, x=x.numpy()), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("mask", [None, "queries", "all"])
+@pytest.mark.parametrize("opset", [20, 23])
+def test_attention_without_heads(tmp_path, axes, mask, opset):
+    class Attends(nn.Module):
+        def forward(self, x, hidden=None):
+            return nn.functional.scaled_dot_product_attention(x, 2 * x, x + 1, attn_mask=hidden)
+
+    x = torch.randn(2, 4, 8)[(0,) * (3 - axes)]
+    hidden = {None: (), "queries": (torch.randn(4, 4),), "all": (torch.randn(2, 4, 4)[(0,) * (3 - axes)],)}[mask]
+    program = torch.export.export(Attends(), (x, *hidden))
+    before = str(program)
+    write(program, tmp_path / "m.onnx", opset=opset)
+    assert str(program) == before
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    feeds = dict(zip((i.name for i in session.get_inputs()), (x.numpy(), *(m.numpy() for m in hidden)), strict=True))
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feeds)[0]), Attends()(x, *hidden))
