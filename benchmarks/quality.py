@@ -31,7 +31,7 @@ import torch
 from quality_tasks import NORMS, PLACEMENTS, TASKS, Task, apply_norm
 from torch import nn
 
-from normfuse.convert import Conversion, Schedule, progressive
+from normfuse.convert import Conversion, Schedule, progressive, taper
 from normfuse.nn import RegularizedBatchNorm, batch_norm_penalty, monitor
 
 from normfuse_examples.training import optimizer_and_schedule  # isort: skip  (quality_tasks puts it on the path)
@@ -43,7 +43,7 @@ CHOOSING_SEED = 1000  # of the short trainings, so that no seed is both chosen w
 STORE_EVERY = 60.0  # seconds
 DIGIT_STEPS = 700
 # What is most useful first, so that a study that was cut short says something: (task, placement, norms, seeds).
-MAIN = ("layer", "unified", "power", "batch", "progressive")
+MAIN = ("layer", "unified", "power", "batch", "tapered", "progressive")
 PHASES: list[tuple[str, str, tuple[str, ...], int]] = [
     ("transformer", "pre", tuple(NORMS), 3),
     ("lm", "pre", MAIN, 1),
@@ -102,8 +102,13 @@ class Results:
 
 
 def convert(model: nn.Module, norm: str, steps: int) -> Conversion | None:
-    if NORMS[norm].conversion == "progressive":
-        return progressive(model, to="rep_batch", schedule=Schedule(steps), frozen=False)
+    match NORMS[norm].conversion:
+        case "progressive":
+            return progressive(model, to="rep_batch", schedule=Schedule(steps), frozen=False)
+        case "tapered":
+            return taper(model, steps)
+        case "tapered_wholly":
+            return taper(model, steps, keep_last=False)
     return None
 
 

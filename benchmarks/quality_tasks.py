@@ -32,7 +32,7 @@ class Norm:
         title: its name in tables.
         static: whether it folds away after the training.
         make: builds it for so many channels and so many training steps; None: LayerNorm stays.
-        conversion: "progressive" or "tapered", a way from LayerNorm to a static norm within the training.
+        conversion: a way from LayerNorm to a static norm within the training.
     """
 
     title: str
@@ -54,6 +54,8 @@ NORMS = {
     "batch": Norm("MaskedBatchNorm", True, lambda dim, steps: MaskedBatchNorm(dim)),
     "regularized": Norm("RegularizedBatchNorm", True, lambda dim, steps: RegularizedBatchNorm(dim)),
     "progressive": Norm("LayerNorm → RepBatchNorm", True, conversion="progressive"),
+    "tapered": Norm("LayerNorm tapered, the last one kept", True, conversion="tapered"),
+    "tapered_wholly": Norm("LayerNorm tapered, the last one too", True, conversion="tapered_wholly"),
     "dyt": Norm("DyT", False, lambda dim, steps: DyT(dim)),
 }
 

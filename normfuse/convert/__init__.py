@@ -11,6 +11,7 @@ from .pretrained import from_pretrained
 from .progressive import Conversion, Schedule, progressive
 from .reconstruction import reconstruct
 from .swap import Swap, SwapReport, swap_norms
+from .tapering import ScaleAnchor, taper
 
 __all__ = [
     "AlphaBatchNorm",
@@ -19,6 +20,7 @@ __all__ = [
     "DecayingBatchNorm",
     "Distillation",
     "Placed",
+    "ScaleAnchor",
     "Schedule",
     "Swap",
     "SwapReport",
@@ -39,5 +41,6 @@ __all__ = [
     "reparametrize",
     "split_domains",
     "swap_norms",
+    "taper",
     "trainer_callback",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import ChannelNorm, check_count
 from ..nn.calibration import keep_modes, run_batch
+from .fitting import static_alone
 from .progressive import Conversion
 
 OutputLoss = Callable[[Any, Any], Tensor]
@@ -152,6 +154,24 @@ class Distillation:
         self.terms = {name: part.detach() for name, part in parts.items()}
         return torch.stack(list(parts.values())).sum()
 
+    def error(self, batches: Iterable[Any]) -> float:
+        """Mean of :meth:`loss` over batches; the student is in evaluation mode, with its static norms alone (λ = 0).
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        norms = {n: m for n, m in self.student.named_modules() if isinstance(m, ProgressiveNorm)}
+        device = next(self.student.parameters()).device
+        losses = []
+        with keep_modes(self.student), static_alone(norms):
+            self.student.eval()
+            for batch in batches:
+                run_batch(self.student, batch, device)
+                losses.append(self.loss().detach())
+        if not losses:
+            raise ValueError("there is no batch to measure the error on; give at least one")
+        return torch.stack(losses).mean().item()
+
     def compute_loss(self, outputs: Any, labels: Any = None, num_items_in_batch: Any = None) -> Tensor:
         """:meth:`loss` in the form of transformers' ``Trainer(compute_loss_func=…)``."""
         return self.loss()
@@ -180,6 +200,8 @@ def distill(
     max_grad_norm: float | None = 1.0,
     dropout: bool = False,
     autocast: torch.dtype | None = None,
+    validation: Iterable[Any] | None = None,
+    validate_every: int = 100,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Train the student for some optimiser steps on nothing but its distillation loss.
@@ -197,15 +219,22 @@ def distill(
         max_grad_norm: gradients are clipped to this norm; None: not at all.
         dropout: whether dropout is on. Without it every part of the model but its norms is in evaluation mode.
         autocast: run the student and the teacher under ``torch.autocast`` with this dtype.
+        validation: batches that are not trained on, to be iterated over again and again. The student's error on them,
+            with its static norms alone, is measured at the start, every ``validate_every`` steps and at the end; in the
+            end the student gets back the parameters and buffers (but not λ's count) of the lowest. So it never ends
+            worse than it began. None: it ends with the last step.
+        validate_every: steps between two measurements.
         after_step: called with the number of the step, from 1, and its loss, a detached tensor.
 
     Returns:
         The loss of every step, [steps].
 
     Raises:
-        ValueError: ``steps`` is not positive or ``loader`` is empty.
+        ValueError: ``steps`` or ``validate_every`` is not positive; ``loader`` or ``validation`` is empty.
     """
     check_count("steps", steps, 1)
+    check_count("validate_every", validate_every, 1)
+    best = None if validation is None else _Best(distillation, validation)
     student = distillation.student
     with keep_modes(student):
         student.train(dropout)
@@ -234,7 +263,38 @@ def distill(
             losses.append(loss.detach())
             if after_step is not None:
                 after_step(step, losses[-1])
+            if best is not None and (step % validate_every == 0 or step == steps):
+                best.look()
+    if best is not None:
+        best.restore()
     return torch.stack(losses)
+
+
+class _Best:
+    """The state of a student in which its error on some batches was lowest."""
+
+    def __init__(self, distillation: Distillation, batches: Iterable[Any]) -> None:
+        self.distillation = distillation
+        self.batches = batches
+        self.error = math.inf
+        self.state: dict[str, Tensor] = {}
+        self.look()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        steps = {m.step for m in self.distillation.student.modules() if isinstance(m, ProgressiveNorm)}
+        named = self.distillation.student.state_dict(keep_vars=True)
+        return {name: value for name, value in named.items() if isinstance(value, Tensor) and value not in steps}
+
+    def look(self) -> None:
+        error = self.distillation.error(self.batches)
+        if error < self.error or not self.state:
+            self.error = error
+            self.state = {name: value.detach().clone() for name, value in self._tensors().items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, value in self._tensors().items():
+            value.copy_(self.state[name])
 
 
 def _endless(loader: Iterable[Any]) -> Iterable[Any]:

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_choice, check_count
+from ..nn.progressive_norm import SHAPES
 from .fitting import fit_static_norms
 from .swap import Swap, SwapReport, Where, find_norms, put, successor
 
-STATIC = ("rep_batch", "unified", "power")
+STATIC = ("rep_batch", "batch", "unified", "power")
 ORDERS = ("together", "layers")
 
 
@@ -30,6 +31,7 @@ class Schedule:
             with its static norms alone.
         order: "together": all norms at the same time; "layers": one after another in the order of the model, each in an
             equal part of the time.
+        shape: "linear", or "cosine": flat at both ends.
 
     Raises:
         TypeError, ValueError: a value is not allowed.
@@ -39,10 +41,12 @@ class Schedule:
     start: float = 0.0
     end: float = 0.8
     order: str = "together"
+    shape: str = "linear"
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 1)
         check_choice("order", self.order, ORDERS)
+        check_choice("shape", self.shape, SHAPES)
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 f"start={self.start}, end={self.end} are not allowed; give fractions with 0 <= start < end <= 1"
@@ -155,6 +159,8 @@ def progressive(
     *,
     where: Where | None = None,
     frozen: bool = True,
+    moving_average: float | None = None,
+    keep_last: bool = False,
     valid_mask: str | None = "attention_mask",
     **options: Any,
 ) -> Conversion:
@@ -175,13 +181,17 @@ def progressive(
 
     Args:
         model: changed in place. Found are the norms that :func:`swap_norms` finds.
-        to: "rep_batch", "unified" or "power" (without group scaling unless ``group_num`` asks for it).
+        to: "rep_batch", "batch", "unified" or "power" (without group scaling unless ``group_num`` asks for it).
         schedule: when λ falls; a number stands for ``Schedule(steps=number)``.
         where: which norms, as for :func:`swap_norms`; None: all.
         frozen: keep the statistics as calibrated, only gain and shift learn. Then training and evaluation are the same
             function, and a conversion never ends below what :meth:`Conversion.calibrate` gave because of statistics
             alone. False: statistics run, as in training from scratch; they follow the activations as they change, and
             forget the calibration.
+        moving_average: fit the static norms from moving averages, of this momentum, of what the original norms see and
+            give before λ falls, in the place of :meth:`Conversion.calibrate`; see :func:`normfuse.convert.taper`.
+        keep_last: leave the last norm in the order of the model alone. In front of a head it keeps the scale of the
+            logits.
         valid_mask: the argument of the model's ``forward`` that is not 0 where a position is valid; where its shape is
             that of a norm's input without the channels, padding is left out of the statistics. None: every row counts.
         options: of the static norms, such as ``momentum=0.05``.
@@ -198,13 +208,21 @@ def progressive(
         schedule = Schedule(schedule)
     options = {"affine": True, **({"group_num": None} if to == "power" else {}), **options}
     places, kept = find_norms(model, where)
+    if keep_last:
+        last = places[-1][1]
+        kept += [name for name, norm in places if norm is last]
+        places = [(name, norm) for name, norm in places if norm is not last]
+        if not places:
+            raise ValueError(f"keep_last=True leaves nothing to replace: {kept[-1]} is the only norm that was selected")
     fallback = next(model.parameters(), None)
     originals = dict.fromkeys(old for _, old in places)
     windows = schedule.windows(len(originals))
     for (begin, end), old in zip(windows, originals, strict=True):
         name = next(name for name, module in places if module is old)
         static = successor(name, old, to, options, fallback)
-        originals[old] = ProgressiveNorm(old, static, begin=begin, end=end, frozen=frozen)
+        originals[old] = ProgressiveNorm(
+            old, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
+        )
     report, norms = SwapReport(kept=kept), {}
     for name, old in places:
         new = originals[old]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ProgressiveNorm
+from ..nn._affine_fit import set_affine
 from ..nn._running_norm import check_count
 from ..nn.calibration import keep_modes, run_batch
-from .fitting import set_affine, static_alone
+from .fitting import static_alone
 from .progressive import Conversion
 
 
@@ -168,7 +169,7 @@ def _fit(
         h, x, valid = pair.run(conversion.model, batch, device)
         moments.add(_rows(h, valid), _rows(x, valid), _rows(teacher, valid))
     static = pair.norm.static
-    before = set_affine(static, *moments.of_the_norm(None))
+    before = set_affine(static, *moments.of_the_norm(None)).item()
     change = moments.solve(ridge, rounds)
     first, x, _ = pair.run(conversion.model, batches[0], device)
     layer.weight += change.T
@@ -177,7 +178,7 @@ def _fit(
     if not torch.allclose(got, predicted, rtol=0, atol=1e-2 * predicted.abs().max().item()):
         layer.weight -= change.T
         raise ValueError(f"the output of the layer before {name} is no summand of the norm's input; name another")
-    return before, set_affine(static, *moments.of_the_norm(change))
+    return before, set_affine(static, *moments.of_the_norm(change)).item()
 
 
 class _Moments:

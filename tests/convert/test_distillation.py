@@ -201,3 +201,31 @@ def test_refusals():
         distill(distillation, batches(), steps=0, optimizer=optimizer)
     with pytest.raises(ValueError, match="loader gave no batch"):
         distill(distillation, [], steps=1, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 10.0])
+def test_with_a_validation_set_it_never_ends_worse_than_it_began(rate):
+    student, _, conversion, distillation, _ = setup()
+    held_out = batches()[2:]
+    before = distillation.error(held_out)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate)
+    options = {"optimizer": optimizer, "conversion": conversion, "validation": held_out, "validate_every": 4}
+    distill(distillation, batches()[:2], steps=30, **options)
+    after = distillation.error(held_out)
+    assert after == before if rate > 1 else after < before
+    assert conversion.share == 0 and conversion.norms["norms.0"].step == 30
+    assert all(parameter.requires_grad for parameter in student.branches.parameters())
+
+
+def test_the_error_is_that_of_the_static_norms_alone():
+    student, _, conversion, distillation, _ = setup()
+    error = distillation.error(batches())
+    assert error > 0 and conversion.share == 1 and student.training
+    conversion.step(20)
+    losses = []
+    for batch in batches():
+        student.eval()(**batch)
+        losses.append(distillation.loss())
+    assert error == pytest.approx(torch.stack(losses).mean().item())
+    with pytest.raises(ValueError, match="there is no batch to measure the error on"):
+        distillation.error([])

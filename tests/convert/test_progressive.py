@@ -9,10 +9,10 @@ from torch import nn
 import normfuse.onnx
 from normfuse.convert import Schedule, progressive
 from normfuse.convert.fitting import static_alone
-from normfuse.nn import PowerNorm, ProgressiveNorm, RepBatchNorm, UnifiedNorm
+from normfuse.nn import MaskedBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm, UnifiedNorm
 
 DIM, WORDS, TOKENS = 8, 20, 6
-KINDS = {"rep_batch": RepBatchNorm, "unified": UnifiedNorm, "power": PowerNorm}
+KINDS = {"rep_batch": RepBatchNorm, "batch": MaskedBatchNorm, "unified": UnifiedNorm, "power": PowerNorm}
 
 
 class Encoder(nn.Module):
@@ -90,7 +90,7 @@ def test_the_fit_is_least_squares_over_valid_tokens(model, to, options):
     residual = (y - best).square().sum() / (y - y.mean(0)).square().sum()
     assert explained["norm"] == pytest.approx(1 - residual.item(), abs=1e-8) and 0 < explained["norm"] <= 1
     statistic = norm.static.get_buffer("running_phi" if to == "power" else "running_var")
-    torch.testing.assert_close(statistic, x.var(0) if to == "rep_batch" else u.square().mean(0))
+    torch.testing.assert_close(statistic, x.var(0) if "batch" in to else u.square().mean(0))
 
 
 def test_statistics_are_those_of_the_inputs_that_static_norms_leave(model):
@@ -126,7 +126,7 @@ def test_a_learning_rate_of_zero_keeps_what_calibration_gave(to, frozen):
             off = model.eval()(**whole) - expected
         return ((off.square().mean() / expected.var()).sqrt()).item()
 
-    options = {} if to == "rep_batch" else {"warmup_iters": 0}
+    options = {} if "batch" in to else {"warmup_iters": 0}
     conversion = progressive(model, to=to, schedule=Schedule(steps=60, end=0.5), frozen=frozen, **options)
     conversion.calibrate(data)
     with static_alone(conversion.norms):
@@ -192,7 +192,7 @@ def train(model, conversion, optimizer, steps, first):
 def test_resuming_is_bit_exact(model, to):
     def begin():
         net = copy.deepcopy(model)
-        conversion = progressive(net, to=to, schedule=8, **({} if to == "rep_batch" else {"warmup_iters": 3}))
+        conversion = progressive(net, to=to, schedule=8, **({} if "batch" in to else {"warmup_iters": 3}))
         return net, conversion, torch.optim.Adam(net.parameters(), lr=1e-2)
 
     through, conversion, optimizer = begin()
@@ -239,7 +239,7 @@ def test_exporting_waits_for_the_end(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"to": "layer"}, ValueError, "to='layer' is unknown; give 'rep_batch' or 'unified' or 'power'"),
+        ({"to": "layer"}, ValueError, "to='layer' is unknown; give 'rep_batch' or 'batch' or 'unified' or 'power'"),
         ({"where": "nothing"}, ValueError, "where='nothing' selects nothing; the norms are norm"),
         ({"schedule": 0}, ValueError, "steps=0 is not allowed"),
         ({"momentum": 7.0}, ValueError, r"norm: momentum=7\.0 is not allowed"),
@@ -258,6 +258,7 @@ def test_refusals_leave_the_model_as_it_was(model, options, error, message):
         ({"end": 1.5}, "end=1.5 are not allowed"),
         ({"start": 0.8}, "start=0.8, end=0.8 are not allowed"),
         ({"order": "x"}, "order='x' is unknown"),
+        ({"shape": "x"}, "shape='x' is unknown; give 'linear' or 'cosine'"),
     ],
 )
 def test_schedules_that_make_no_sense(options, message):
