@@ -93,6 +93,9 @@ class MovingAverageNormSpec:
             mean = self.buffer_gz.mean(0)
         return (g - mean * z) / np.sqrt(var + self.eps), (dy * ratio * z).sum(0), dy.sum(0)
 
+    def evaluate(self, x):
+        return self.weight * x / np.sqrt(self.running_var + self.eps) + self.bias
+
 
 def standardized_weight(weight, eps=1e-5, form="std"):
     """Filter by filter; the first axis is the output."""

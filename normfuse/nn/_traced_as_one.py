@@ -8,7 +8,7 @@ from torch.fx import Proxy
 __all__ = ["Proxy", "traced_as_one"]
 
 
-def traced_as_one(norm: nn.Module, x: Proxy, *others: object) -> Proxy:
+def traced_as_one(norm: nn.Module, x: Proxy, *others: object, **named: object) -> Proxy:
     """The call of ``norm`` as one node of the graph that ``torch.fx.symbolic_trace`` makes, as for torch's own modules.
 
     A norm begins its forward with ``if isinstance(x, Proxy)``: what it decides by shapes, masks and its mode is then
@@ -20,4 +20,4 @@ def traced_as_one(norm: nn.Module, x: Proxy, *others: object) -> Proxy:
             f"{type(norm).__name__} cannot be traced symbolically on its own: it is one node of a model's graph. Trace "
             "a model that holds it, such as nn.Sequential(norm)"
         )
-    return x.tracer.create_proxy("call_module", path, (x, *others), {})
+    return x.tracer.create_proxy("call_module", path, (x, *others), named)

@@ -49,11 +49,11 @@ class DomainSplitNorm(nn.Module):
             raise ValueError(f"domain={domain} does not exist; give one from 0 to {len(self.norms) - 1}")
         self._domain = domain
 
-    def forward(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *others: Tensor | None, **named: Tensor | None) -> Tensor:
         if isinstance(x, Proxy):
-            return traced_as_one(self, x, *others)
+            return traced_as_one(self, x, *others, **named)
         if not self.training:
-            return self.norms[self.domain](x, *others)
+            return self.norms[self.domain](x, *others, **named)
         count = len(self.norms)
         if x.shape[0] % count:
             raise ValueError(
@@ -61,7 +61,9 @@ class DomainSplitNorm(nn.Module):
                 "put the same number of samples of every domain into a batch"
             )
         parts = zip(*(_split(value, count) for value in (x, *others)), strict=True)
-        return torch.cat([norm(*part) for norm, part in zip(self.norms, parts, strict=True)])
+        more = [{name: _split(value, count)[i] for name, value in named.items()} for i in range(count)]
+        calls = zip(self.norms, parts, more, strict=True)
+        return torch.cat([norm(*part, **by_name) for norm, part, by_name in calls])
 
     def extra_repr(self) -> str:
         return f"domain={self.domain}"

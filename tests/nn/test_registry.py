@@ -11,7 +11,9 @@ from torch import nn
 
 import normfuse.nn
 from normfuse.folding import fold
+from normfuse.nn import PowerNorm, ProgressiveNorm
 from normfuse.nn.registry import NORMS, NOTHING, page
+from tests.property.programs import FAMILY
 
 ROOT = Path(__file__).parent.parent.parent
 C = 8
@@ -144,3 +146,13 @@ def test_an_empty_batch_is_no_accident(entry):
     for name, value in norm.named_buffers():
         if name in before and "buffer" not in name:
             assert torch.equal(value, before[name]), name
+
+
+def test_random_programs_hold_every_static_norm():
+    """A ProgressiveNorm at its end is the static norm in it."""
+
+    def kind(module):
+        return (type(module), module.group_num) if isinstance(module, PowerNorm) else type(module)
+
+    static = {kind(entry.make(C)) for entry in NORMS if entry.static and entry.layout != "weight"}
+    assert static - {kind(make(C)) for make in FAMILY} == {ProgressiveNorm}
