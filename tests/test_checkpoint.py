@@ -151,6 +151,15 @@ def test_a_model_from_the_working_directory_is_found_only_when_a_person_names_it
     assert torch.equal(loaded.program.state_dict["weight"], net.weight)
 
 
+def test_a_module_to_load_into_gets_the_weights_of_a_program(tmp_path):
+    model, empty = save_perceptron(tmp_path / "m.pt"), tiny_models.Perceptron()
+    assert "own program" in load(tmp_path / "m.pt", model=empty).notes[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(empty.state_dict()[name], value)
+    with pytest.raises(CheckpointError, match="does not fit Linear"):
+        load(tmp_path / "m.pt", model=nn.Linear(3, 3))
+
+
 def test_a_model_that_a_file_does_not_need_is_said_not_to_be_used(tmp_path):
     save_perceptron(tmp_path / "m.pt")
     assert load(tmp_path / "m.pt", model="no_such_package:Net").notes == (

@@ -79,6 +79,8 @@ def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: s
     shown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
     try:
         module = factory(**kwargs)
+    except CheckpointError:
+        raise
     except (Exception, SystemExit) as error:  # a constructor is free to fail in its own way
         raise CheckpointError(
             f"building {label}({one_line(shown, 120) if shown else ''}) failed: {type(error).__name__}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse.checkpoint import archive, factory, sharded
+from normfuse.checkpoint import archive, bounded, factory, sharded
 from normfuse.checkpoint import inputs as specs_module
 from normfuse.checkpoint import weights as weights_module
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
@@ -43,7 +44,8 @@ def load(
             (``….index.json``), or a folder that holds one of the last two. Weights are found under the names that
             training scripts use, whatever wrappers left in front of theirs.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
-            callable, or a module to load into. None: the program that the file holds.
+            callable, or a module to load into. None: the program that the file holds. A file that holds its program
+            is exported as it was saved; a module that is given gets its weights.
         model_args: keyword arguments for it; they go over those that the file records.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
@@ -77,10 +79,18 @@ def _load(
 ) -> ExportableModel:
     content = _read(path, trust)
     if content is _PROGRAM:
-        checkpoint = load_program(path, specs, trust)
-        unused = [name for name, value in (("model", model), ("model_args", model_args), ("weights", weights)) if value]
-        notes = (f"not used, since the file holds its program: {some_of(unused)}",) if unused else ()
-        return replace(checkpoint, notes=(*checkpoint.notes, *notes))
+        loaded = load_program(path, specs, trust)
+        said = [*loaded.notes]
+        if isinstance(model, nn.Module):
+            _fill(model, loaded.program.state_dict, {}, path, in_own_dtype=True)
+            said.append(
+                f"{type(model).__name__} has the weights of the file; what is exported is the file's own program"
+            )
+            model = None
+        options = {"model": model, "model_args": model_args, "weights": weights}
+        if unused := [name for name, value in options.items() if value]:
+            said.append(f"not used, since the file holds its program: {some_of(unused)}")
+        return replace(loaded, notes=tuple(said))
     metadata: dict[str, Any] = {}
     examples: dict[str, torch.Tensor] = {}
     notes: list[str] = []
@@ -91,7 +101,7 @@ def _load(
         module = held
     elif isinstance(content, Mapping) and "format" in content:
         metadata, state, examples = _checked(content, path)
-        module = _build(path, metadata, model, model_args, trust)
+        module = _build(path, metadata, model, model_args, trust, state)
         _fill(module, state, metadata, path)
     else:
         module = _build(path, metadata, model, model_args, trust)
@@ -195,8 +205,22 @@ def _only_tensors(group: Any) -> bool:
 
 
 def _build(
-    path: Path, metadata: Mapping[str, Any], model: Any, model_args: Mapping[str, Any] | None, trust: bool
+    path: Path,
+    metadata: Mapping[str, Any],
+    model: Any,
+    model_args: Mapping[str, Any] | None,
+    trust: bool,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
+    """The module to load into.
+
+    Args:
+        path: the file.
+        metadata: of a file of format 1, which names a class and records its arguments; else empty.
+        model, model_args: what the user gives.
+        trust: whether the class that the file names may be built, and with any argument that it records.
+        state: the weights in a file of format 1.
+    """
     if isinstance(model, nn.Module):
         return model
     label = metadata.get("factory")
@@ -217,7 +241,18 @@ def _build(
         build, label = factory.given(model), model
     else:
         build, label = model, getattr(model, "__qualname__", str(model))
-    return factory.build(build, {**(metadata.get("kwargs") or {}), **(model_args or {})}, label)
+    given, recorded = model_args or {}, metadata.get("kwargs") or {}
+    if trust or not recorded or state is None:
+        return factory.build(build, {**recorded, **given}, label)
+    bounded.check_texts(recorded, given, str(path))
+    with bounded.no_larger_than(state, str(path)):
+        empty = bounded.on_meta(build, {**recorded, **given})
+    if empty is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is copied into it
+            _fill(empty, state, metadata, path)
+    with bounded.no_larger_than(state, str(path)):
+        return factory.build(build, {**recorded, **given}, label)
 
 
 def _fill(
