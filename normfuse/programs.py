@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-_DRAWS = 3  # of inputs and weights that are rounded otherwise
+_DRAWS = 2  # of inputs and weights that are off by a little
+# The integers that have the bits of a floating-point number, by its size in bytes.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Runner:
@@ -26,14 +28,22 @@ class Runner:
     Args:
         program: the program.
         change: what to run with in the place of each parameter, buffer and constant.
+        everywhere: whether what operations compute is changed as well; not in graphs that they call.
 
     Example:
         >>> Runner(torch.export.export(torch.nn.Linear(4, 2), (torch.ones(3, 4),)))(torch.ones(3, 4))[0].shape
         torch.Size([3, 2])
     """
 
-    def __init__(self, program: ExportedProgram, change: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._interpreter = Interpreter(program.graph_module)
+    def __init__(
+        self,
+        program: ExportedProgram,
+        change: Callable[[Tensor], Tensor] | None = None,
+        *,
+        everywhere: bool = False,
+    ) -> None:
+        changing = change is not None and everywhere
+        self._interpreter = _Changing(program.graph_module, change) if changing else Interpreter(program.graph_module)
         self._in_spec = program.call_spec.in_spec
         self._writes = _writes(program)
         signature = program.graph_signature
@@ -95,47 +105,83 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     return float(difference / scale) if scale else float(difference)
 
 
-def coarsest_eps(program: ExportedProgram) -> float:
-    """The distance from one to the next number in the coarsest floating-point type that a program computes in."""
-    values = [leaf for node in program.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
-    dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
-    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float64).eps)
-
-
 def own_rounding(
     program: ExportedProgram, outputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> list[float]:
     """How far rounding alone takes each output of a program, ÷ the output's largest value.
 
-    The program runs with inputs and weights that are off by up to a unit in the last place of the coarsest type in it,
-    and once in float64: what is off by as much may be rounding, what is off by much more is not.
+    The program runs with fewer digits: inputs, weights and every result lose the last bit of their dtype, in three ways
+    of rounding. It runs with inputs and weights that are off by up to a unit in the last place, equal ones by different
+    amounts, and once in float64. What is off by as much may be rounding, what is off by much more is not.
 
     Args:
-        program: the program.
+        program: the program; of regions that are closed only the results lose digits.
         outputs: the tensors in what it gives.
         args, kwargs: its arguments.
     """
-    generator, eps = torch.Generator().manual_seed(0), coarsest_eps(program)
+    worst, generator = [0.0] * len(outputs), torch.Generator().manual_seed(0)
 
     def nudged(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return (tensor.double() * (1 + noise * eps)).to(tensor.dtype)
+        return (tensor.double() * (1 + noise * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
 
-    def double(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    worst = [0.0] * len(outputs)
-    for change in (*(nudged,) * _DRAWS, double):
+    shortened = ((change, True) for change in (_down, _up, _nearest))
+    for change, everywhere in (*shortened, *((nudged, False),) * _DRAWS, (_double, False)):
         try:
             changed, named = pytree.tree_map_only(Tensor, change, (tuple(args), dict(kwargs or {})))
-            results = Runner(program, change)(*changed, **named)
+            results = Runner(program, change, everywhere=everywhere)(*changed, **named)
         except RuntimeError:  # a program that casts to float32 inside has no float64 result
             continue
         for index, (got, want) in enumerate(zip(results, outputs, strict=True)):
             worst[index] = max(worst[index], relative_difference(got, want))
     return worst
+
+
+class _Changing(Interpreter):
+    """Runs a graph, and changes what its operations compute; views of it change with it."""
+
+    def __init__(self, module: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(module)
+        self._change = change
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        returned = getattr(getattr(n.target, "_schema", None), "returns", ())
+        if n.op != "call_function" or any(value.alias_info is not None for value in returned):
+            return result
+        return pytree.tree_map_only(Tensor, self._change, result)
+
+
+# Numbers with one digit less, in a way that leaves alone what has been rounded so already: values that were equal stay
+# equal, and moving them about changes nothing.
+
+
+def _down(tensor: Tensor) -> Tensor:
+    """Rounds towards zero, to one bit less."""
+    return _with_bits(tensor, lambda bits: bits & ~1)
+
+
+def _up(tensor: Tensor) -> Tensor:
+    """Rounds away from zero, to one bit less."""
+    return _with_bits(tensor, lambda bits: (bits + 1) & ~1)
+
+
+def _nearest(tensor: Tensor) -> Tensor:
+    """Rounds to the nearest number, to two bits less."""
+    return _with_bits(tensor, lambda bits: (bits + 1 + (bits >> 2 & 1)) & ~3)
+
+
+def _with_bits(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    changed = change(tensor.view(_BITS[tensor.itemsize])).view(tensor.dtype)
+    return torch.where(tensor.isfinite() & changed.isfinite(), changed, tensor)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _writes(program: ExportedProgram) -> bool:

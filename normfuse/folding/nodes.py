@@ -34,6 +34,11 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     return list(parts) if all(isinstance(part, torch.Tensor) for part in parts) else []
 
 
+def coarseness(node: Node) -> float:
+    """The distance from one to the next number in the coarsest floating-point dtype of what a node holds."""
+    return max((torch.finfo(part.dtype).eps for part in tensors_of(node) if part.is_floating_point()), default=0.0)
+
+
 def module_of(node: Node) -> tuple[str, str]:
     """Path and class name of the innermost module that an operation belongs to."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -187,7 +187,8 @@ class _Opening:
             raise _Closed
 
         def run(casts: dict[Node, torch.dtype], context: AbstractContextManager) -> _Trace:
-            values = {n: v.to(casts[n]) if n in casts else v for n, v in operands.items()}
+            # Without gradients: whether an operand has one decides how a product is computed.
+            values = {n: v.detach().to(casts.get(n, v.dtype)) for n, v in operands.items()}
 
             def value(n: Node) -> Any:
                 return values.get(n, n.meta.get("val"))

@@ -18,6 +18,7 @@ from torch.fx import Node
 from .arrays import CannotCarry, collapse_equal
 from .gains import choose_shifts, keep_shift
 from .gauge import Gauge
+from .nodes import coarseness
 from .results import Shifts
 from .rules import Use
 from .rules.base import is_float
@@ -201,7 +202,6 @@ def _adds_to_stream(node: Node, gauge: Gauge) -> bool:
         if rule is None or not (rule.moves or mapped):
             return False
     return False
-    return False
 
 
 def _tolerates(user: Node, node: Node, tolerant: set[Node], gauge: Gauge) -> bool:
@@ -224,15 +224,13 @@ def _stopping(node: Node, gauge: Gauge) -> list[Node]:
 
 def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> bool:
     """Choose a source's shift such that `node` gets none."""
-    magnified = []
     for route in sorted(_routes(node, tolerant, gauge), key=lambda r: _cost(r.source, gauge)):
         change = _needed_at_source(route, gauge)
-        if change is not None and not _reaches_others(route, change, tolerant, gauge):
-            if _is_magnified(route, change, gauge):
-                magnified.append((route, change))
-            elif _choose(route, change, order, gauge):
-                return True
-    return any(_choose(route, change, order, gauge) for route, change in magnified)
+        if change is None or _reaches_others(route, change, tolerant, gauge) or _is_magnified(route, change, gauge):
+            continue
+        if _choose(route, change, order, gauge):
+            return True
+    return False
 
 
 def _choose(route: _Route, change: np.ndarray, order: dict[Node, int], gauge: Gauge) -> bool:
@@ -255,10 +253,15 @@ def _choose(route: _Route, change: np.ndarray, order: dict[Node, int], gauge: Ga
 
 
 def _is_magnified(route: _Route, change: np.ndarray, gauge: Gauge) -> bool:
-    """Whether small gains on the way make the change large for others that read a value there: they subtract it."""
+    """Whether small gains on the way make the change large where that costs digits.
+
+    It does for others that read a value there, because they subtract it, and where a value has fewer digits than the
+    one at the end, because it is rounded with the change in it.
+    """
     limit, moved = GROWTH * _size(gauge.shifts.of[route.end]), change
     for operand, reader in route.steps:
-        if len(operand.users) > 1 and not isinstance(moved, list) and _size(moved) > limit:
+        counts = len(operand.users) > 1 or coarseness(operand) > coarseness(route.end)
+        if counts and not isinstance(moved, list) and _size(moved) > limit:
             return True
         moved = _moved(operand, reader, moved, gauge)
     return False

@@ -6,11 +6,14 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from normfuse.programs import Runner, coarsest_eps, own_rounding, relative_difference
+from normfuse.programs import Runner, own_rounding, relative_difference
 
+from .program import Program
 from .report import FoldError
 
-_ROUNDINGS = 16  # in a row: what differs by less needs no closer look
+# Roundings in a row, of float32 at most: what differs by less needs no closer look.
+_ROUNDINGS = 16
+_SINGLE = torch.finfo(torch.float32).eps
 _TIMES_ITS_OWN = 10  # rounding that other weights may have; what is wrong is off by more
 
 
@@ -46,10 +49,8 @@ def check_folded(program: ExportedProgram, folded: ExportedProgram) -> float | N
     for index, (got, want) in enumerate(zip(outputs, expected, strict=True)):
         got = _known(got, want)
         difference = relative_difference(got, want)
-        if not difference <= _ROUNDINGS * (
-            coarsest_eps(program) if want.is_floating_point() or want.is_complex() else 0.0
-        ):
-            rounding = rounding or own_rounding(program, expected, args, kwargs)
+        if not difference <= _ROUNDINGS * min(_eps(want), _SINGLE):
+            rounding = rounding or own_rounding(Program(program).finish(), expected, args, kwargs)
             if not difference <= _TIMES_ITS_OWN * rounding[index]:
                 raise FoldError(
                     f"the folded program differs from the program on its example inputs: output {index} by "
@@ -58,6 +59,11 @@ def check_folded(program: ExportedProgram, folded: ExportedProgram) -> float | N
                 )
         largest = max(largest, difference)
     return largest
+
+
+def _eps(tensor: torch.Tensor) -> float:
+    """The distance from one to the next number in a tensor's dtype; none between integers."""
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() or tensor.is_complex() else 0.0
 
 
 def _known(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -117,3 +117,13 @@ def test_a_branch_inside_a_region_is_carried_through() -> None:
     assert {node.op for node in program.graph.nodes if "graph" in str(node.target)} == {"get_attr"}
     for sign in (1, -1):
         assert difference(model(sign * x), program.module()(sign * x)) <= 1e-6
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_around_it_do_not_decide_whether_a_region_is_opened(grad: bool) -> None:
+    """A product of three axes by two is computed in another way where an operand has a gradient."""
+    with torch.no_grad():
+        program = export(Inside(autocast(), lambda self, x: self.linear(x[None])[0]), (torch.randn(5, C),))
+    with torch.set_grad_enabled(grad):
+        opened = open_regions(program)
+    assert not any("autocast" in str(node.target) for node in opened.graph.nodes)

@@ -194,3 +194,55 @@ def test_small_gains_do_not_make_shifts_large_in_front_of_them() -> None:
     own, after, report = errors(Small())
     assert after <= 4 * own
     assert "branch.bias" in report.norms[1].absorbed_by
+
+
+class Table(nn.Module):
+    """A table that a norm with a small gain reads, and a weight without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.norm = nn.Embedding(9, WIDTH), normfuse.nn.UnifiedNorm(WIDTH)
+        self.last = nn.Linear(WIDTH, 5, bias=False)
+        nn.init.normal_(self.norm.bias)
+        self.norm.weight.data[::4] = 1e-3
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.table(x)
+        return self.norm(y), self.last(y)
+
+
+def test_a_shift_is_written_out_rather_than_subtracted_from_what_others_read() -> None:
+    model, x = Table(), torch.arange(9)[None]
+    result, report = fold(torch.export.export(model, (x,)), verify=False)
+    exact = copy.deepcopy(model).double()(x)
+    own, after = (difference(exact, [y.double() for y in run(x)]) for run in (model, result.module()))
+    assert after <= 4 * own and report.norms[0].status == "partly folded"
+
+
+class CoarseBranch(nn.Module):
+    """A bfloat16 weight before a norm with a small gain, whose shift it would round to its few digits."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16), normfuse.nn.UnifiedNorm(WIDTH)
+        nn.init.normal_(self.norm.bias)
+        self.norm.weight.data.fill_(gain)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x.bfloat16()).float())
+
+
+@pytest.mark.parametrize(("gain", "status"), [(1.0, "folded"), (1e-3, "partly folded")])
+def test_a_shift_much_larger_than_values_is_not_rounded_to_fewer_digits_than_it_had(gain: float, status: str) -> None:
+    model, x = CoarseBranch(gain), torch.randn(64, WIDTH)
+    result, report = fold(torch.export.export(model, (x,)))
+    exact = copy.deepcopy(model).float()
+    exact.first.to(torch.float32)
+    with torch.no_grad():
+        want = exact.norm(exact.first(x.bfloat16().float()))
+        own, after = difference(want, model(x)), difference(want, result.module()(x))
+    assert report.norms[0].status == status and after <= settle.GROWTH * own

@@ -6,6 +6,7 @@ from torch import nn
 
 import normfuse
 from normfuse.folding import FoldError, api
+from normfuse.programs import Runner, own_rounding
 
 
 class Net(nn.Module):
@@ -32,9 +33,9 @@ def broken(monkeypatch, factor):
 
     def finish(self):
         folded = real(self)
-        weight = next(tensor for name, tensor in folded.state_dict.items() if name.endswith("weight_folded"))
         with torch.no_grad():
-            weight.mul_(factor)
+            for name in [name for name in folded.state_dict if name.endswith("weight_folded")][:1]:
+                folded.state_dict[name].mul_(factor)
         return folded
 
     monkeypatch.setattr(api.Program, "finish", finish)
@@ -105,6 +106,68 @@ def test_a_program_that_loses_digits_itself_is_no_error():
     torch.manual_seed(0)
     _, report = normfuse.fold(torch.export.export(Cancelling().eval(), (torch.randn(3, 4),)))
     assert report.verified is not None
+
+
+class Island(Net):
+    """Net whose result meets a small value that was rounded to bfloat16."""
+
+    def forward(self, x):
+        return super().forward(x) + 1e-3 * x[:, :3].bfloat16().float()
+
+
+def test_a_coarse_dtype_somewhere_in_a_program_does_not_hide_a_fault(monkeypatch):
+    torch.manual_seed(0)
+    program = torch.export.export(Island().eval(), (torch.randn(3, 4),))
+    assert normfuse.fold(program)[1].verified < 1e-6
+    broken(monkeypatch, 1.02)
+    with pytest.raises(FoldError, match="differs"):
+        normfuse.fold(program)
+
+
+class Inside(nn.Module):
+    """A norm between two weights in autocast; the exporter hides all of it in a region."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.outer(self.norm(self.inner(x))).float()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_region_rounds_is_no_fault(monkeypatch, seed):
+    torch.manual_seed(seed)
+    program = torch.export.export(Inside().eval(), (torch.randn(16, 8),))
+    _, report = normfuse.fold(program)
+    assert report.norms[0].status == "folded" and 1e-4 < report.verified < 0.05
+    broken(monkeypatch, 1.5)
+    with pytest.raises(FoldError, match="differs"):
+        normfuse.fold(program)
+
+
+def test_the_rounding_of_a_program_is_that_of_all_its_values():
+    class Large(nn.Module):
+        def forward(self, x):
+            return x.cumsum(0)[-1] * 1e3 + x.sum(0) * 1e-3 - x.sum(0) * 1e3
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    program = torch.export.export(Large(), (x,))
+    # The last place of values a million times as large as the result, in float64.
+    assert 1e-11 < own_rounding(program, Runner(program)(x), (x,))[0] < 1e-8
+
+
+def test_values_that_were_equal_stay_equal_when_they_are_rounded():
+    class Chosen(nn.Module):
+        def forward(self, x):
+            p = x.softmax(-1)
+            return p * (p == p.amax(-1, keepdim=True))
+
+    x = torch.randn(50, 7)
+    program = torch.export.export(Chosen(), (x,))
+    assert own_rounding(program, Runner(program)(x), (x,))[0] < 1e-6
 
 
 def test_the_examples_and_the_programs_state_stay_as_they_are():
