@@ -148,10 +148,15 @@ class _Changing(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        returned = getattr(getattr(n.target, "_schema", None), "returns", ())
-        if n.op != "call_function" or any(value.alias_info is not None for value in returned):
+        if n.op != "call_function":
             return result
-        return pytree.tree_map_only(Tensor, self._change, result)
+        given = pytree.tree_leaves(self.fetch_args_kwargs_from_env(n))
+        memory = {tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)}
+
+        def change(tensor: Tensor) -> Tensor:
+            return tensor if tensor.untyped_storage().data_ptr() in memory else self._change(tensor)
+
+        return pytree.tree_map_only(Tensor, change, result)
 
 
 # Numbers with one digit less, in a way that leaves alone what has been rounded so already: values that were equal stay
