@@ -91,11 +91,9 @@ def check_target(
 
 def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one file: by links, by hard links, or as two spellings of a name."""
-    if os.path.realpath(first) == os.path.realpath(second):
-        return True
     try:
-        return os.path.samefile(first, second)
-    except (OSError, ValueError):
+        return os.path.realpath(first) == os.path.realpath(second) or os.path.samefile(first, second)
+    except (OSError, ValueError):  # one is not there, or its name is none: too long, or with a zero in it
         return False
 
 

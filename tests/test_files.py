@@ -138,6 +138,7 @@ def test_what_is_read_is_not_written_whatever_it_is_called(tmp_path, monkeypatch
             write(other, "new", reads=["absent", "model"])
     with pytest.raises(OutputError, match="it is read as well"):
         write("model", "new", reads=["linked"])
+    assert not any(same_file("model", name) for name in ("absent", "a\0b", "long" * 2000))
     assert Path("model").read_text() == "weights"
     write("another", "new", reads=["absent", "model"])
 

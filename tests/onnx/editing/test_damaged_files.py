@@ -185,7 +185,7 @@ def missing(proto, chance):
     """The file with the weights is not there, or is something that can be read for ever."""
     beside(
         pick(chance, proto.graph.initializer),
-        pick(chance, ["gone.data", "", "/dev/zero", "pipe", "a/b", "gone\n.data"]),
+        pick(chance, ["gone.data", "", "/dev/zero", "pipe", "a/b", "gone\n.data", "a\0b", "long" * 99, "long" * 2000]),
     )
 
 
