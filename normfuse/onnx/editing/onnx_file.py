@@ -115,17 +115,13 @@ class OnnxFile:
         """The file in which a tensor's data lie, where they begin, and their length in bytes."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        inside = Path(os.path.normpath(location))
+        inside, said = Path(os.path.normpath(location)), one_line(repr(location), 80)
         if not location or inside.is_absolute() or ".." in inside.parts or "\0" in location:
-            raise GraphError(
-                f"{self.path}: the weight {tensor.name!r} is said to lie in {one_line(repr(location), 80)}, not beside it"
-            )
+            raise GraphError(f"{self.path}: the weight {tensor.name!r} is said to lie in {said}, not beside it")
         file = self.path.parent / inside
         roots = {Path(os.path.realpath(folder)) for folder in (self.path.parent, self.path.resolve().parent)}
         if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in roots):
-            raise GraphError(
-                f"{self.path}: {one_line(repr(location), 80)}, where {tensor.name!r} is said to lie, leads outside"
-            )
+            raise GraphError(f"{self.path}: {said}, where {tensor.name!r} is said to lie, leads outside")
         if not os.path.isfile(file):  # nor a name too long to be one
             raise GraphError(f"the weights of {self.path} cannot be read: there is no file {one_line(str(file), 120)}")
         needed = _bytes(tensor, self.path)
