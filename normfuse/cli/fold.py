@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from .files import check_readable, write_report
-from .options import Folding, Inputs, Printing, Tolerance, Writing
+from .options import FileFolding, Inputs, Printing, Tolerance, Writing
 
 
 def fold(
     source: Annotated[Path, typer.Argument(help="An ONNX file from elsewhere, of operator set 7 or newer.")],
     writing: Writing,
     inputs: Inputs,
-    folding: Folding,
+    folding: FileFolding,
     tolerance: Tolerance,
     printing: Printing,
 ) -> None:

@@ -220,6 +220,20 @@ class ModelFolding(Folding):
 
 
 @dataclass(frozen=True)
+class FileFolding(Folding):
+    """What changes folding of an ONNX file; arguments of :func:`normfuse.onnx.fold_file`."""
+
+    fold_defaults: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold-defaults/--keep-defaults",
+            help="Take initialisers that are listed among the inputs, which callers may set, as constants [where every "
+            "weight is listed].",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """What differences a comparison allows."""
 

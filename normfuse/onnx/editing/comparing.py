@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
-from normfuse.onnx.verifier import RTOL, Case, VerificationError, runtime_problem, session
+from normfuse.onnx.verifier import RTOL, Case, VerificationError, runtime_problem
 
+from .inner import is_bounded
+from .onnx_file import OnnxFile
 from .trial import Trial, plain_session, run_session
 
 # Beyond the tolerance, a difference may be this many times as large as the one between the original as it is written
@@ -23,7 +27,7 @@ class Comparison:
     """Compares files with an original.
 
     Args:
-        path: the original.
+        file: the original.
         trials: inputs, and what the original gives for them.
         dtype: the narrowest floating-point type in it.
         quantised: whether it computes with integers.
@@ -32,37 +36,51 @@ class Comparison:
     """
 
     def __init__(
-        self, path: Path, trials: Sequence[Trial], *, dtype: str, quantised: bool, rtol: float | None, atol: float
+        self, file: OnnxFile, trials: Sequence[Trial], *, dtype: str, quantised: bool, rtol: float | None, atol: float
     ) -> None:
-        self._path, self._trials, self._atol = path, trials, atol
+        self._file, self._trials, self._atol = file, trials, atol
         self._given = rtol is not None
         self._rtol = rtol if rtol is not None else max(RTOL.get(dtype, RTOL["float32"]), _QUANTISED * quantised)
-        plain = plain_session(str(path))
+        plain = plain_session(str(file.path))
         self.names = [output.name for output in plain.get_outputs()]
         once, again = (run_session(plain, trials[0].feeds) for _ in range(2))
         #: Names of results that differ from run to run.
         self.random = [name for name, a, b in zip(self.names, once, again, strict=True) if not _same(a, b)]
-        self._optimised: onnxruntime.InferenceSession | None = None
+        #: Results that lie between -1 and 1 by what writes them: what that reads is compared beside them.
+        self._bounded = [name for name in self.names if is_bounded(file, name)]
 
-    def compare(self, path: Path) -> list[Case]:
-        """Every result for every input. Raises VerificationError, one line, for the first that differs too much."""
-        changed = plain_session(str(path))
-        return [case for number in range(len(self._trials)) for case in self._compare(changed, number)]
+    def compare(self, path: Path, inner: Sequence[tuple[str, str]] = ()) -> list[Case]:
+        """Every result for every input, and values inside.
 
-    def _compare(self, changed: onnxruntime.InferenceSession, number: int) -> list[Case]:
-        trial, cases = self._trials[number], []
+        Args:
+            path: the changed file.
+            inner: values that it shares with the original, by their names in both.
+
+        Raises:
+            VerificationError: one line, for the first that differs too much.
+        """
+        inner = () if self.random else inner  # what is made from random numbers may be random
+        names = [*self.names, *(f"{name} (inside)" for name, _ in inner)]
+        before = _Sessions(self._file.proto, self._file.path, [name for name, _ in inner])
+        after = _Sessions(onnx.load(path, load_external_data=False), path, [name for _, name in inner])
+        return [case for trial in self._trials for case in self._compare(before, after, names, trial)]
+
+    def _compare(self, before: _Sessions, after: _Sessions, names: Sequence[str], trial: Trial) -> list[Case]:
+        wanted = before.plain(trial) if len(names) > len(self.names) else trial.outputs
         try:
-            outputs = run_session(changed, trial.feeds)
+            outputs = after.plain(trial)
         except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
             raise VerificationError(f"folded, it fails on {trial.shapes}: {runtime_problem(error)}") from error
+        cases: list[Case] = []
         own: list[Any] | None = None
-        for place, (name, want, got) in enumerate(zip(self.names, trial.outputs, outputs, strict=True)):
+        for place, (name, want, got) in enumerate(zip(names, wanted, outputs, strict=True)):
             if name in self.random:
                 continue
             difference, largest = _difference(want, got)
+            largest = max(largest, float(name in self._bounded))
             allowed = self._atol + self._rtol * largest
             if difference > allowed and not self._given:
-                own = own or run_session(self._optimised_session(), trial.feeds)
+                own = own or before.optimised(trial)
                 allowed = max(allowed, _OWN * _difference(want, own[place])[0])
             error = difference / largest if largest else difference
             case = Case(trial.shapes, "ONNX file", name, error, difference, allowed)
@@ -74,10 +92,32 @@ class Comparison:
             cases.append(case)
         return cases
 
-    def _optimised_session(self) -> onnxruntime.InferenceSession:
-        if self._optimised is None:
-            self._optimised = session(self._path, threads=1)
-        return self._optimised
+
+class _Sessions:
+    """A model with further outputs, run as it is written or as ONNX Runtime optimises it."""
+
+    def __init__(self, model: onnx.ModelProto, path: Path, further: Sequence[str]) -> None:
+        self._source: str | bytes = str(path)
+        self._folder = ""
+        if further:
+            wider = onnx.ModelProto()
+            wider.CopyFrom(model)
+            wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
+            self._source, self._folder = wider.SerializeToString(), str(path.parent.resolve())
+
+    def plain(self, trial: Trial) -> list[Any]:
+        return run_session(self._plain, trial.feeds)
+
+    def optimised(self, trial: Trial) -> list[Any]:
+        return run_session(self._optimised, trial.feeds)
+
+    @cached_property
+    def _plain(self) -> onnxruntime.InferenceSession:
+        return plain_session(self._source, self._folder)
+
+    @cached_property
+    def _optimised(self) -> onnxruntime.InferenceSession:
+        return plain_session(self._source, self._folder, optimised="")
 
 
 def _same(a: Any, b: Any) -> bool:

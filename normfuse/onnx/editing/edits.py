@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .calls import Origin, Slot, arguments, aten
+from .inner import inner_values
 from .onnx_file import graphs_of, label, reads
 from .reading import Reading
 
@@ -48,10 +49,15 @@ class Edited:
     Attributes:
         proto: the model; constants beside the file still lie there.
         fresh: names of the constants that are new or changed.
+        unlisted: names of constants that were listed among the inputs, and of which the edits used the value.
+        inner: values that are the same in the file and after the edits, by their names in both: what the operations
+            read that write the outputs.
     """
 
     proto: ModelProto
     fresh: set[str] = field(default_factory=set)
+    unlisted: list[str] = field(default_factory=list)
+    inner: list[tuple[str, str]] = field(default_factory=list)
 
 
 def edit(reading: Reading, folded: ExportedProgram) -> Edited:
@@ -112,11 +118,12 @@ class _Editor:
         for position in self._gone(alive) - stay:
             self._nodes[position] = None
         self._keep_output_names(nodes[-1])
+        unlisted = self._unlist()
         self._assemble()
         self._clear()
         self._settle_names()
         self._check()
-        return Edited(self._proto, set(self._fresh.values()))
+        return Edited(self._proto, set(self._fresh.values()), unlisted, inner_values(self._reading, self._proto))
 
     # -- operations --------------------------------------------------------------------------------------------
 
@@ -311,6 +318,18 @@ class _Editor:
         return name
 
     # -- the graph as a whole ----------------------------------------------------------------------------------
+
+    def _unlist(self) -> list[str]:
+        """Take constants off the inputs that operations read which have changed or gone: whoever sets one has to see
+        that it no longer does what it did."""
+        used = set()
+        for before, after in zip(self._reading.file.proto.graph.node, self._nodes, strict=True):
+            if after is None or before != after:
+                used.update(before.input)
+        used &= {*self._reading.file.listed} - {*self._reading.file.settable}
+        if used:
+            _replace(self._graph.input, [value for value in self._graph.input if value.name not in used])
+        return [name for name in self._reading.file.listed if name in used]
 
     def _assemble(self) -> None:
         """Operations in the order of the file, new ones behind what they read."""

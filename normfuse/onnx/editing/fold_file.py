@@ -51,6 +51,7 @@ def fold_file(
     copy_shared: bool = True,
     keep_dynamic_norms: bool = False,
     max_scale_range: float | None = None,
+    fold_defaults: bool | None = None,
     target: str = "portable",
     disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -76,6 +77,9 @@ def fold_file(
         keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
         max_scale_range: the largest ratio between the scales of one channel in different places; None is what the
             file's type bears.
+        fold_defaults: whether initialisers that are listed among the inputs (of files of IR version 4 or newer, where
+            callers may set them) are taken as constants. None: where every weight is listed, as exporters long did
+            by habit. Those whose values were used leave the inputs, so that setting one is an error from then on.
         target: what to run graph passes for, as in :func:`normfuse.onnx.export`. They are for transformers of operator
             set 23; files of older sets are left as they are, and ``notes`` say so.
         disable_passes: graph passes to leave out.
@@ -100,7 +104,7 @@ def fold_file(
     passes = passes_for(target, disable_passes)
     progress(f"read {source}")
     given = [parse_input(spec) if isinstance(spec, str) else spec for spec in inputs or ()]
-    file = OnnxFile(source)
+    file = OnnxFile(source, fold_defaults)
     with Output(path, reads=[source, *file.beside()], error=ExportError) as output:
         progress("find inputs that it takes")
         types, trials = find_trials(file, given)
@@ -176,13 +180,13 @@ class _Job:
     ) -> None:
         self._file, self._types, self._trials, self._staged, self._progress = file, types, trials, staged, progress
         self.dtype = dtype
-        self._comparison = Comparison(
-            file.path, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol
-        )
+        self._comparison = Comparison(file, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol)
         self.notes: list[str] = []
         if file.settable:
-            listed = some_of(file.settable)
-            self.notes.append(f"left alone, because callers may set them (they are listed among the inputs): {listed}")
+            self.notes.append(
+                "left alone, because callers may set them (they are listed among the inputs; --fold-defaults, "
+                f"fold_defaults=True, takes them as constants): {some_of(file.settable)}"
+            )
         if self._comparison.random:
             random = some_of(self._comparison.random)
             self.notes.append(f"random from run to run, hence not compared: {random}")
@@ -212,11 +216,16 @@ class _Job:
                 self._progress("compare with the original in ONNX Runtime")
                 saving.save(file, choice.edited, self._staged)
                 try:
-                    cases = self._comparison.compare(self._staged)
+                    cases = self._comparison.compare(self._staged, choice.edited.inner)
                 except (VerificationError, GraphError) as error:
                     refused.append(str(error))
                     continue
                 self.notes.append(_difference(file, choice.edited))
+                if choice.edited.unlisted:
+                    self.notes.append(
+                        f"no longer listed among the inputs, because their values were used: "
+                        f"{some_of(choice.edited.unlisted)} (--keep-defaults, fold_defaults=False, leaves them alone)"
+                    )
                 return _Result(choice.report, True, cases)
             if not choices:
                 break

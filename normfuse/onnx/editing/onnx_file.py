@@ -21,6 +21,7 @@ STANDARD = ("", "ai.onnx")
 # A file is parsed in memory as one message, which ends at 2 GiB; larger models keep their weights beside it.
 _LARGEST = 2**31 - 1
 _DEEPEST = 64  # graphs within graphs
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _PACKED = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
 
 
@@ -29,13 +30,15 @@ class OnnxFile:
 
     Args:
         path: the file.
+        fold_defaults: see :func:`fold_file`.
 
     Attributes:
         proto: the whole model; weights beside the file are not in it.
         nodes: the operations of the main graph in an order in which each comes after what it reads.
         positions: of those operations in the file.
         inputs: what a caller has to give.
-        settable: constants that a caller may set, which is what initialisers listed as inputs are from IR 4 on.
+        listed: initialisers that are listed among the inputs from IR 4 on: values that a caller may set.
+        settable: those of them that are not to be taken as constants.
         opsets: the version of each domain.
         functions: domain and name of every operation that the file defines itself.
 
@@ -43,7 +46,7 @@ class OnnxFile:
         GraphError: it is no ONNX file, or one that contradicts itself; one line.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], fold_defaults: bool | None = False) -> None:
         self.path = Path(path)
         self.proto = _parse(self.path)
         graph = self.proto.graph
@@ -53,7 +56,11 @@ class OnnxFile:
         fixed = {*self._initializers, *(tensor.values.name for tensor in graph.sparse_initializer)}
         self.inputs = [value for value in graph.input if value.name not in fixed]
         overridable = self.proto.ir_version >= 4
-        self.settable = [value.name for value in graph.input if value.name in fixed and overridable]
+        self.listed = [value.name for value in graph.input if value.name in fixed and overridable]
+        if fold_defaults is None:  # who lists everything, as exporters long did, offers nothing
+            weights = [tensor.name for tensor in graph.initializer if tensor.data_type in _FLOATS]
+            fold_defaults = {*weights} <= {*self.listed}
+        self.settable = [] if fold_defaults else self.listed
         self._check(fixed)
         order = _ordered(graph, {value.name for value in graph.input} | fixed, self.path)
         self.nodes = [graph.node[position] for position in order]

@@ -48,6 +48,7 @@ class Reading:
         origins: where its operations come from, by their names.
         names: the names of its values in the file, by their names in the program.
         paths: positions of the file's operations by what reports call them.
+        opaque: positions of those of which nothing is known, so that all that they read is as it was.
     """
 
     file: OnnxFile
@@ -55,6 +56,7 @@ class Reading:
     origins: dict[str, Origin] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
+    opaque: set[int] = field(default_factory=set)
 
 
 class Reader:
@@ -93,7 +95,7 @@ class Reader:
             self._input(value.name)
         for name in self.file.settable:
             self._opaque_source(name)
-        skip = self._products_with_bias()
+        skip, opaque = self._products_with_bias(), set()
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
             if any(node.output) and all(name in self.file.constants for name in node.output if name):
                 continue
@@ -102,7 +104,8 @@ class Reader:
             call = Call(self, position, node, skip.get(position))
             if position in self._pinned or self.file.version < _OLDEST or not translate(call):
                 call.opaque()
-        return Reading(self.file, self._program(), self.origins, self.names, self.paths)
+                opaque.add(position)
+        return Reading(self.file, self._program(), self.origins, self.names, self.paths, opaque)
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -250,18 +253,18 @@ class Reader:
 
     # -- the program -------------------------------------------------------------------------------------------
 
-    def _result(self, name: str) -> Node:
+    def _returned(self, value: Node) -> Node:
         """What is returned: read by an operation that nothing is known of, because no value in ONNX is a view."""
-        value = self.value(name)
-        node = self.graph.call_function(unknown_operation("Output"), ([value],), name=_identifier("r", name))
+        node = self.graph.call_function(unknown_operation("Output"), ([value],))
         node.meta["val"] = value.meta["val"]
         return node
 
     def _program(self) -> ExportedProgram:
-        results = [self._result(value.name) for value in self.file.proto.graph.output]
+        results = [self.value(value.name) for value in self.file.proto.graph.output]
         # What nobody reads is kept from being cleared away by being a result.
         idle = [n for n in self.graph.nodes if n.op == "call_function" and not n.users and n not in results]
         results += [node for node in idle if not isinstance(node.meta["val"], list)]
+        results = [self._returned(value) for value in results]
         self.graph.output(tuple(results))
         outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
         user = [spec.arg.name for spec in self._inputs if spec.kind == InputKind.USER_INPUT]

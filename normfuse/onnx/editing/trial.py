@@ -76,7 +76,7 @@ def plain_session(source: str | bytes, folder: str = "", optimised: str | None =
     Args:
         source: a path, or a model in bytes with weights beside it in `folder`.
         folder: see `source`.
-        optimised: where to write the optimised graph; None switches all optimisations off.
+        optimised: where to write the optimised graph, empty for nowhere; None switches all optimisations off.
 
     Raises:
         GraphError: ONNX Runtime cannot load it; one line.
@@ -86,7 +86,7 @@ def plain_session(source: str | bytes, folder: str = "", optimised: str | None =
     options.intra_op_num_threads = 1
     if optimised is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    else:
+    elif optimised:
         options.optimized_model_filepath = optimised
     if folder:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

@@ -183,10 +183,35 @@ def test_initialisers_listed_as_inputs(tmp_path):
     listed = {value.name for value in after.graph.input}
     assert listed == {"x", *(tensor.name for tensor in after.graph.initializer)}
     assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
-    proto.ir_version = 4
-    result, after = folded(proto, tmp_path)
-    assert after == proto and any("callers may set them" in note for note in result.notes)
-    assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+@pytest.fixture
+def listing():
+    """A file that lists all its weights among its inputs; callers may set them."""
+    proto = images("r = Relu (n) z = Mul (r, volume) y = Conv (z, k2)", volume=np.float32(3))
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return proto
+
+
+def test_weights_that_are_all_listed_as_inputs_are_constants_and_leave_the_inputs(tmp_path, listing):
+    result, after = folded(listing, tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Conv"] and [value.name for value in after.graph.input] == ["x"]
+    assert any("no longer listed among the inputs" in note for note in result.notes)
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+    result, after = folded(listing, tmp_path, fold_defaults=False)
+    assert after == listing and any("callers may set them" in note for note in result.notes)
+
+
+def test_a_weight_that_is_listed_alone_is_offered_and_left_alone(tmp_path, listing):
+    del listing.graph.input[1:-1]
+    result, after = folded(listing, tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Mul", "Conv"]
+    assert [value.name for value in after.graph.input] == ["x", "volume"]
+    assert any("left alone, because callers may set them" in note for note in result.notes)
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8), "volume": np.array(0.5, np.float32)})
+    _, after = folded(listing, tmp_path, fold_defaults=True)
+    assert kinds(after) == ["Conv", "Relu", "Conv"] and [value.name for value in after.graph.input] == ["x"]
 
 
 def test_constants_that_a_file_computes_are_read(tmp_path):
