@@ -109,6 +109,15 @@ class Loading(Inputs):
             "one file serves the prompt and every step.",
         ),
     ] = False
+    outputs: Annotated[
+        list[str],
+        typer.Option(
+            "--output",
+            metavar="NAME",
+            help="For a folder of transformers: an output of the model to put into the file [those that optimum "
+            "gives]; repeatable.",
+        ),
+    ] = field(default_factory=list)
     trust: Annotated[
         bool,
         typer.Option(
@@ -142,6 +151,7 @@ class Loading(Inputs):
             weights=self.weights,
             task=self.task,
             with_past=self.with_past,
+            outputs=self.outputs or None,
             trust=self.trust,
         )
 

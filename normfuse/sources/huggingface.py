@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG = "config.json"
+_LEFT_OUT = ("pooler_output", "extract_features")  # which optimum leaves out of models without a head
+_WITH_POOLED = ("clip", "siglip")  # where the pooled output is the embedding
 
 
 def is_directory(path: Path) -> bool:
@@ -48,6 +50,7 @@ def load(
     task: str | None = None,
     with_past: bool = False,
     inputs: Sequence[InputSpec] | None = None,
+    outputs: Sequence[str] | None = None,
     trust: bool = False,
 ) -> ExportableModel:
     """A directory as an exportable model: the class that it names, its inputs, and names as optimum gives them.
@@ -58,6 +61,7 @@ def load(
         with_past: for decoders: keys and values of earlier tokens go in and out, so that one graph serves the prompt
             and every step after it.
         inputs: sizes and bounds to use instead of the configuration's, for those of its inputs that are named.
+        outputs: names of what is to go out of what the model returns. None: those that optimum gives.
         trust: import the Python files that the directory brings along (``auto_map``).
 
     Raises:
@@ -68,7 +72,14 @@ def load(
     if task is not None and task.endswith(WITH_PAST):
         task, with_past = task.removesuffix(WITH_PAST), True
     model = load_model(path, task, trust)
-    return exportable(model, with_past=with_past, inputs=inputs or (), source=str(path), processor=_processor(path))
+    return exportable(
+        model,
+        with_past=with_past,
+        inputs=inputs or (),
+        outputs=outputs,
+        source=str(path),
+        processor=_processor(path),
+    )
 
 
 def exportable(
@@ -76,6 +87,7 @@ def exportable(
     *,
     with_past: bool = False,
     inputs: Sequence[InputSpec] = (),
+    outputs: Sequence[str] | None = None,
     source: str | None = None,
     processor: Mapping[str, Any] | None = None,
 ) -> ExportableModel:
@@ -83,7 +95,7 @@ def exportable(
 
     Args:
         model: in any mode, on any device.
-        with_past, inputs: see :func:`load`.
+        with_past, inputs, outputs: see :func:`load`.
         source: for messages. None: the model's class.
         processor: what its processor's files say of images and tokens, where the configuration says nothing.
 
@@ -91,20 +103,55 @@ def exportable(
         CheckpointError: its inputs are not known, or it cannot be traced.
     """
     signature = signature_of(model, processor or {})
+    chosen = _Outputs(model, outputs)
     with _quiet():
         if with_past:
+            if outputs is not None:
+                raise CheckpointError("outputs cannot be chosen with a past: logits and the new keys and values go out")
             signature, called = past_module.with_past(model, signature)
         else:
             takes = inspect.signature(type(model).forward).parameters
-            called = calling(model, signature.names, {"use_cache": False} if "use_cache" in takes else {}, _tensors)
+            called = calling(model, signature.names, {"use_cache": False} if "use_cache" in takes else {}, chosen)
         signature = signature.bounded(inputs)
         traced = ExportableModel.from_model(called, dict(signature.examples), dict(signature.dims))
-    return _renamed(traced, signature, source or type(model).__name__)
+    notes = [*traced.notes, *signature.notes, *chosen.notes()]
+    return replace(_renamed(traced, signature, source or type(model).__name__), notes=notes)
 
 
-def _tensors(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors that a model returns, by name; not the outputs of its parts, nor caches."""
-    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+class _Outputs:
+    """Chooses among the tensors that a model returns: not the outputs of its parts, nor caches.
+
+    Args:
+        model: gives them.
+        wanted: the names to choose; None for those that optimum gives.
+    """
+
+    def __init__(self, model: PreTrainedModel, wanted: Sequence[str] | None) -> None:
+        self._model, self._wanted = type(model).__name__, wanted
+        self._usual = () if model.config.model_type.startswith(_WITH_POOLED) else _LEFT_OUT
+        self._left: list[str] = []
+
+    def __call__(self, outputs: Any) -> dict[str, torch.Tensor]:
+        tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        if self._wanted is None:
+            # Where a model gives nothing else, that is what it is for.
+            usual = [name for name in tensors if name not in self._usual]
+            wanted = usual or list(tensors)
+        else:
+            wanted = list(self._wanted)
+            unknown = [name for name in wanted if name not in tensors]
+            if unknown or not wanted:
+                given = f"there is no output {unknown[0]!r}" if unknown else "no output is wanted"
+                raise CheckpointError(f"{given}; {self._model} returns {', '.join(tensors)}")
+        self._left = [name for name in tensors if name not in wanted] if self._wanted is None else []
+        return {name: value for name, value in tensors.items() if name in wanted}
+
+    def notes(self) -> list[str]:
+        """What was left out though nobody asked for that."""
+        if not self._left:
+            return []
+        how = " ".join(f"--output {name}" for name in self._left)
+        return [f"left out as optimum does: {', '.join(self._left)} (it goes out with {how}, outputs=[…])"]
 
 
 def _renamed(traced: ExportableModel, signature: Signature, source: str) -> ExportableModel:

@@ -23,6 +23,7 @@ def load(
     weights: str | None = None,
     task: str | None = None,
     with_past: bool = False,
+    outputs: Sequence[str] | None = None,
     trust: bool = False,
 ) -> ExportableModel:
     """Loads a model as a traced program, without running anything that the file holds.
@@ -42,6 +43,8 @@ def load(
             the trained ones, not their average. ``ExportableModel.notes`` name what was taken.
         task: for a folder of transformers: which head to build (``"feature-extraction"``). None: the saved one.
         with_past: for a folder of transformers with a decoder: keys and values of earlier tokens go in and out.
+        outputs: for a folder of transformers: names of what the model returns that go into the file
+            (``["last_hidden_state", "pooler_output"]``). None: those that optimum gives.
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, the class that a
             file of format 1 names, and the code of a folder. Only for files whose maker you know.
 
@@ -58,11 +61,11 @@ def load(
     path = Path(path)
     if model is None and huggingface.is_directory(path):
         specs = None if inputs is None else [parse_input(i) if isinstance(i, str) else i for i in inputs]
-        return huggingface.load(path, task=task, with_past=with_past, inputs=specs, trust=trust)
-    if task is not None or with_past:
+        return huggingface.load(path, task=task, with_past=with_past, inputs=specs, outputs=outputs, trust=trust)
+    if task is not None or with_past or outputs is not None:
         raise CheckpointError(
-            f"{path} is no folder of transformers with a config.json: only those have tasks (--task) and a past "
-            "(--with-past)"
+            f"{path} is no folder of transformers with a config.json: only those have tasks (--task), a past "
+            "(--with-past) and outputs to choose from (--output)"
         )
     if isinstance(model, str) and libraries.is_library(model):
         model, own = libraries.build(model, model_args or {})

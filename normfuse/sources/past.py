@@ -43,7 +43,9 @@ def with_past(model: PreTrainedModel, signature: Signature) -> tuple[Signature, 
         for layer, pair in enumerate(keys)
         for part, tensor in zip(("key", "value"), pair, strict=True)
     }
-    length = Dimension(PAST, minimum=0)
+    longest = signature.dims["input_ids"][1]
+    most = longest.maximum if isinstance(longest, Dimension) else None
+    length = Dimension(PAST, minimum=0, maximum=None if most is None else most - 1)
     examples, dims = dict(signature.examples), dict(signature.dims)
     if "attention_mask" in examples:
         seen = examples["attention_mask"]
@@ -60,6 +62,7 @@ def with_past(model: PreTrainedModel, signature: Signature) -> tuple[Signature, 
         examples=examples | past,
         dims=dims | {name: {0: BATCH, 2: length} for name in past},
         session_names=signature.session_names | names,
+        notes=() if most is None else (f"{PAST} + {SEQUENCE} <= {most}: the model has as many positions",),
     )
     return whole, calling(
         model, whole.names, {"use_cache": True}, _outputs, lambda given: _with_cache(given, len(keys))

@@ -19,9 +19,11 @@ BATCH, SEQUENCE = "batch_size", "sequence_length"
 _ROWS, _TOKENS, _FRAMES = 2, 8, 64
 # Their tokenizers give no token types, though the configuration may have room for some.
 _WITHOUT_TOKEN_TYPES = ("roberta", "camembert", "longformer", "esm", "data2vec-text", "mpnet")
+_WITHOUT_MASK = ("siglip", "clip_text_model")  # read up to the last token, or with padding as without
 _AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "data2vec-text")  # positions count from that token on
 _ROTATED = ("rope_parameters", "rope_theta", "rotary_pct", "rotary_dim", "relative_attention_num_buckets")
-_COUNT_THEMSELVES = ("opt", "xglm", "bloom", "mpt", "ctrl")  # positions follow from the mask
+# Positions follow from the mask, or do not matter but for their differences; optimum's files take none.
+_COUNT_THEMSELVES = ("xglm", "bloom", "mpt", "ctrl", "gemma", "nemotron", "gpt_oss")
 _HEADS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -34,12 +36,14 @@ class Signature:
         dims: the dynamic axes of each, by number, with the names that optimum gives them.
         causal: whether it predicts each token from those before it.
         session_names: what inputs and outputs are called in the file, where that is no Python name.
+        notes: what else a reader of the result has to know.
     """
 
     examples: dict[str, torch.Tensor]
     dims: dict[str, dict[int, Axis | str]]
     causal: bool = False
     session_names: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,13 +94,17 @@ def signature_of(model: PreTrainedModel, processor: Mapping[str, Any]) -> Signat
         parts.append(_waves(model, processor, generator))
     if not parts:
         raise _unknown(model)
-    if "decoder_input_ids" in parameters and model.config.is_encoder_decoder:
+    if _has_decoder(model, parameters):
         parts.append(_tokens(model, "decoder_input_ids", f"decoder_{SEQUENCE}", generator))
     return Signature(
         {name: example for name, example, _ in parts},
         {name: dims for name, _, dims in parts},
         causal=type(model).__name__.endswith(_HEADS),
     )
+
+
+def _has_decoder(model: PreTrainedModel, parameters: Mapping[str, Any]) -> bool:
+    return "decoder_input_ids" in parameters and bool(model.config.is_encoder_decoder)
 
 
 def _unknown(model: PreTrainedModel) -> CheckpointError:
@@ -115,12 +123,13 @@ def _text(
     generator: torch.Generator,
 ) -> list[tuple[str, torch.Tensor, dict[int, Axis | str]]]:
     config, kind = model.config, model.config.model_type
-    name, ids, dims = _tokens(model, "input_ids", SEQUENCE, generator, batch)
+    sequence = f"encoder_{SEQUENCE}" if _has_decoder(model, parameters) else SEQUENCE
+    name, ids, dims = _tokens(model, "input_ids", sequence, generator, batch)
     parts = [(name, ids, dims)]
     mask = torch.ones_like(ids)
     mask[-1, ids.shape[1] - ids.shape[1] // 4 :] = 0
     causal = type(model).__name__.endswith(_HEADS)
-    if "attention_mask" in parameters and not kind.startswith("siglip"):
+    if "attention_mask" in parameters and not kind.startswith(_WITHOUT_MASK):
         parts.append(("attention_mask", torch.ones_like(ids) if causal else mask, dims))
     listed = processor.get("model_input_names")
     types = getattr(config, "type_vocab_size", 0) or 0
@@ -128,9 +137,14 @@ def _text(
     if "token_type_ids" in parameters and wanted and types > 0:
         kinds = torch.arange(ids.shape[1]) * min(types, 2) // ids.shape[1]
         parts.append(("token_type_ids", kinds.expand_as(ids).contiguous(), dims))
-    if causal and "position_ids" in parameters and kind not in _COUNT_THEMSELVES:
+    if causal and "position_ids" in parameters and not _counts(config):
         parts.append(("position_ids", torch.arange(ids.shape[1]).expand_as(ids).contiguous(), dims))
     return parts
+
+
+def _counts(config: Any) -> bool:
+    """Whether a decoder takes no positions."""
+    return config.model_type.startswith(_COUNT_THEMSELVES) or bool(getattr(config, "alibi", False))
 
 
 def _tokens(

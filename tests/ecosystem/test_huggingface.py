@@ -30,16 +30,16 @@ SIGNATURES = {
     "RoBERTa": TEXT, "DistilBERT": TEXT, "MPNet": TEXT, "DeBERTa": TEXT, "DeBERTa v2": TEXT, "ModernBERT": TEXT,
     "ViT": PICTURE, "ViT, classifier": PICTURE, "DeiT": PICTURE, "DINOv2": PICTURE, "Swin": PICTURE, "BEiT": PICTURE,
     "CLIP": {"input_ids": "ts", "pixel_values": "i", "attention_mask": "ts"},
-    "CLIP, text": TEXT, "CLIP, vision": PICTURE,
+    "CLIP, text": {"input_ids": "bs"}, "CLIP, vision": PICTURE,
     "SigLIP": {"input_ids": "ts", "pixel_values": "i"}, "SigLIP, text": {"input_ids": "bs"}, "SigLIP, vision": PICTURE,
     "Whisper, encoder": {"input_features": "b"},
     "Whisper": {"input_features": "b", "decoder_input_ids": "bd"},
-    "T5, encoder": TEXT, "T5": TEXT | {"decoder_input_ids": "bd"},
-    "GPT-2": DECODER, "OPT": TEXT, "GPT-NeoX": DECODER, "Llama": DECODER, "Mistral": DECODER, "Qwen3": DECODER,
-    "Gemma 2": DECODER, "Phi": DECODER,
+    "T5, encoder": TEXT, "T5": {"input_ids": "be", "attention_mask": "be", "decoder_input_ids": "bd"},
+    "GPT-2": DECODER, "OPT": DECODER, "GPT-NeoX": DECODER, "Llama": DECODER, "Mistral": DECODER, "Qwen3": DECODER,
+    "Gemma 2": TEXT, "Phi": DECODER,
 }  # fmt: skip
 LETTERS = {"b": "batch_size", "s": "sequence_length", "t": "text_batch_size", "i": "image_batch_size",
-           "d": "decoder_sequence_length"}  # fmt: skip
+           "d": "decoder_sequence_length", "e": "encoder_sequence_length"}  # fmt: skip
 
 
 @pytest.fixture
@@ -102,6 +102,25 @@ def test_a_model_goes_straight_into_export(tmp_path):
     result = normfuse.onnx.export(model, tmp_path / "m.onnx")
     assert model.training and model.forward == forward and "forward" not in vars(model)
     assert difference(model.eval(), onnxruntime.InferenceSession(result.path)) < 1e-5
+
+
+def test_outputs_are_those_that_optimum_gives_or_those_that_are_named(saved):
+    folder = saved("BERT")
+    loaded = normfuse.load(folder)
+    assert list(loaded.outputs) == ["last_hidden_state"]
+    assert any("left out as optimum does: pooler_output" in note for note in loaded.notes)
+    assert list(normfuse.load(folder, outputs=["pooler_output"]).outputs) == ["pooler_output"]
+    with pytest.raises(
+        CheckpointError, match=r"no output 'pooled'; BertModel returns last_hidden_state, pooler_output"
+    ):
+        normfuse.load(folder, outputs=["pooled"])
+
+
+def test_learned_positions_bound_past_and_tokens_together(saved):
+    loaded = normfuse.load(saved("GPT-2"), with_past=True)
+    bounds = {str(dim) for spec in loaded.inputs for dim in spec.dims}
+    assert {"sequence_length<=64", "0<=past_sequence_length<=63"} <= bounds
+    assert any("past_sequence_length + sequence_length <= 64" in note for note in loaded.notes)
 
 
 # Weights

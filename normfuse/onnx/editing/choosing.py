@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -21,9 +21,12 @@ from .calls import aten
 from .edits import Edited, EditError, edit, rewritten_maps
 from .observing import Observed
 from .onnx_file import OnnxFile
+from .optimising import operations, optimised_operations
 from .reading import Reader, Reading
-from .trial import plain_session
 
+_ACTIVATIONS = ("Erf", "Tanh", "Sigmoid")
+_ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
+_REACH = 4  # operations around an activation that may belong to it
 _MAPS = frozenset(("Add", "Sub", "Mul", "Div", "BatchNormalization"))
 _ROUNDS = 4
 _ADDITIONS = (aten.add.Tensor, aten.sub.Tensor)
@@ -42,14 +45,14 @@ class Choice:
         edited: the file after it.
         report: what became of the norms.
         operations: how many the file has, constants left out.
-        run: how many ONNX Runtime is left with after its own optimisations.
+        run: how many ONNX Runtime is left with after its own optimisations; infinite where it cannot do them.
         note: what to say about it.
     """
 
     edited: Edited
     report: FoldReport
     operations: int
-    run: int
+    run: float
     note: str = ""
 
 
@@ -73,14 +76,18 @@ def choose(
         The ways, and the report of the widest one for files of which nothing is worth folding.
     """
     count = operations(file.proto)
-    run = optimised_operations(file.proto, file.path.parent, folder)
+    run = optimised_operations(file.proto, file, folder)
     found: list[Choice] = []
     first: FoldReport | None = None
-    for pinned in (frozenset(), delicate(file)):
-        if first is not None and not pinned:
-            break
-        progress("fold" if first is None else "fold, factors of one number left alone")
+    tried = set()
+    for pinned in (frozenset(), delicate(file, everywhere=False), delicate(file, everywhere=True)):
+        if pinned in tried:
+            continue
+        tried.add(pinned)
+        progress("fold" if first is None else f"fold, {len(pinned)} maps left alone")
         choice = _settled(file, observed, inputs, folder, pinned, keep_dynamic_norms=True, **options)
+        if math.isinf(choice.run) and not math.isinf(run):
+            raise GraphError("folded, ONNX Runtime crashes when it optimises it, which it does not as it is")
         first = first or choice.report
         if choice.operations < count and choice.run <= run:
             found.append(choice)
@@ -91,7 +98,9 @@ def choose(
         and any(node.op_type == "LayerNormalization" and file.is_own(node) for node in file.nodes)
     ):
         progress("fold the gains of LayerNorms")
-        choice = _settled(file, observed, inputs, folder, delicate(file), keep_dynamic_norms=False, **options)
+        choice = _settled(
+            file, observed, inputs, folder, delicate(file, everywhere=True), keep_dynamic_norms=False, **options
+        )
         best = found[0] if found else Choice(Edited(file.proto), choice.report, count, run)
         # An RMSNorm and an addition of its own take less time than a LayerNorm that ONNX Runtime fused with one.
         cheaper = sum(record.core == "RMSNorm" for record in choice.report.dynamic)
@@ -131,7 +140,7 @@ def _settled(
             break
         pinned |= moved
     assert best is not None
-    return replace(best, run=optimised_operations(best.edited.proto, file.path.parent, folder))
+    return replace(best, run=optimised_operations(best.edited.proto, file, folder))
 
 
 def _moved(reading: Reading, folded: ExportedProgram, report: FoldReport) -> frozenset[int]:
@@ -181,46 +190,52 @@ def _in_words_of_the_file(report: FoldReport, reading: Reading) -> FoldReport:
     return report
 
 
-def delicate(file: OnnxFile) -> frozenset[int]:
-    """Maps that may be part of what ONNX Runtime fuses: by one number, or behind a norm written out in arithmetic."""
+def delicate(file: OnnxFile, *, everywhere: bool) -> frozenset[int]:
+    """Maps that may be part of what ONNX Runtime fuses: by one number, or behind a norm written out in arithmetic.
+
+    Args:
+        file: the file.
+        everywhere: whether maps by one number count anywhere, or only around an activation, as in GELU.
+    """
     makers = {name: node for node in file.nodes for name in node.output if name}
+    near = None if everywhere else _around_activations(file, makers)
     found, behind = set(), set()
     for position, node in zip(file.positions, file.nodes, strict=True):
         if node.op_type not in _MAPS or len(node.input) != 2:
             continue
         constants = [name for name in node.input if name in file.constants]
-        if any(int(np.prod(file.constants[name].dims)) == 1 for name in constants):
+        single = any(int(np.prod(file.constants[name].dims)) == 1 for name in constants)
+        if single and (near is None or node.output[0] in near):
             found.add(position)
         source = next((name for name in node.input if name not in file.constants), "")
-        if constants and (source in behind or _is_normalised(makers.get(source), makers)):
+        if constants and (source in behind or _is_normalised(makers.get(source), makers, file)):
             found.add(position)
             behind.update(node.output)
     return frozenset(found)
 
 
-def _is_normalised(node: onnx.NodeProto | None, makers: Mapping[str, onnx.NodeProto]) -> bool:
-    """Whether an operation divides by the root of something, as a norm does."""
-    if node is None:
+def _around_activations(file: OnnxFile, makers: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """Results of arithmetic that leads to an activation, or comes from one."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in file.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: set[str] = set()
+    for node in file.nodes:
+        if node.op_type in _ACTIVATIONS:
+            before, after = list(node.input), list(node.output)
+            for _ in range(_REACH):
+                before = [n for name in before if name in makers and makers[name].op_type in _ARITHMETIC
+                          for n in (name, *makers[name].input)]  # fmt: skip
+                after = [n for name in after for reader in readers.get(name, ()) if reader.op_type in _ARITHMETIC
+                         for n in reader.output]  # fmt: skip
+                found.update(before, after)
+    return found
+
+
+def _is_normalised(node: onnx.NodeProto | None, makers: Mapping[str, onnx.NodeProto], file: OnnxFile) -> bool:
+    """Whether an operation divides by the root of something that is computed, as a norm does."""
+    if node is None or node.op_type not in ("Div", "Mul"):
         return False
-    if node.op_type in ("Div", "Mul"):
-        roots = [makers.get(name) for name in node.input]
-        return any(r is not None and r.op_type in ("Sqrt", "Reciprocal", "Pow") for r in roots)
-    return False
-
-
-def operations(model: ModelProto) -> int:
-    """The operations of the main graph, constants left out."""
-    return sum(node.op_type != "Constant" for node in model.graph.node)
-
-
-def optimised_operations(model: ModelProto, weights: Path, folder: Path) -> int:
-    """What is left of a model's operations once ONNX Runtime has optimised it; all of them where it cannot say."""
-    path = folder / "optimised.onnx"
-    try:
-        plain_session(model.SerializeToString(), str(weights.resolve()), optimised=str(path))
-        return operations(onnx.load(path, load_external_data=False))
-    except (GraphError, ValueError):  # beyond 2 GiB neither side can be written in one piece
-        return operations(model)
-    finally:
-        for left in folder.glob("optimised.onnx*"):
-            left.unlink()
+    roots = [makers[name] for name in node.input if name in makers and name not in file.constants]
+    return any(root.op_type in ("Sqrt", "Reciprocal", "Pow") for root in roots)

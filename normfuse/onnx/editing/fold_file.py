@@ -123,8 +123,9 @@ def fold_file(
             graph = summarize(output.staged)
             publish(output)
         else:
-            job.notes.append(f"nothing folds: {output.path} is a copy of {source}")
             beside = saving.copy(file, output.staged, output.target.parent)
+            apart = ", with its weights in a file of another name" if beside is None else ""
+            job.notes.append(f"nothing folds: {output.path} is a copy of {source}{apart}")
             graph = summarize(output.staged)
             publish(output, beside)
     report = result.report
@@ -292,4 +293,4 @@ def file_dtype(file: OnnxFile) -> str:
 
 def _is_quantised(file: OnnxFile) -> bool:
     kinds = {node.op_type for node in file.nodes}
-    return any("Quantize" in kind or "Integer" in kind or kind.startswith("QLinear") for kind in kinds)
+    return any("quantize" in kind.lower() or "Integer" in kind or kind.startswith("QLinear") for kind in kinds)

@@ -14,12 +14,19 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 @operation("FusedMatMul", domain=_MICROSOFT)
 def _fused_matmul(call: Call) -> bool:
-    """With a constant of two axes."""
-    others = any(call.get(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-    if others or not call.is_constant(1) or len(call.shape(1) or ()) != 2:
+    """A product of two values, either of which may be transposed; a factor."""
+    ranks = [len(call.shape(place) or ()) for place in (0, 1)]
+    if call.get("transBatchA", 0) or call.get("transBatchB", 0) or min(ranks) < 2:
         return False
-    weight, slot = weight_of(call, 1, transposed=bool(call.get("transB", 0)))
-    return call.emit(aten.matmul.default, call.operands[0], weight, slots=[slot])
+    x, weight, slots = call.operands[0], call.operands[1], []
+    if call.get("transA", 0):
+        x = call.step(aten.transpose.int, x, -1, -2)
+    if call.is_constant(1) and ranks[1] == 2:
+        weight, slot = weight_of(call, 1, transposed=bool(call.get("transB", 0)))
+        slots.append(slot)
+    elif call.get("transB", 0):
+        weight = call.step(aten.transpose.int, weight, -1, -2)
+    return call.emit(aten.matmul.default, x, weight, slots=slots)
 
 
 @operation("FusedConv", domain=_MICROSOFT)

@@ -94,7 +94,12 @@ class OnnxFile:
             if kind == "CastLike":
                 operands = operands[:1]  # of the other one only the type is read
             fixed = bool(operands) and all(name in known for name in operands) and not graphs_of(node)
-            if not (fixed and self.is_own(node)) or "Quantize" in kind or "Random" in kind or kind == "Bernoulli":
+            if (
+                not (fixed and self.is_own(node))
+                or "quantize" in kind.lower()
+                or "Random" in kind
+                or kind == "Bernoulli"
+            ):
                 continue
             results = [name for name in node.output if name and name not in known]
             known.update(results)

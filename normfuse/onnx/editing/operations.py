@@ -292,6 +292,12 @@ def _cast(call: Call) -> bool:
 # -- layout ------------------------------------------------------------------------------------------------------
 
 
+@operation("Shape", "Size")
+def _shape(call: Call) -> bool:
+    """What reads no numbers; the result's own type and sizes are not those of the operand."""
+    return _rank(call, 0) is not None and call.emit(aten.empty_like.default, call.operands[0])
+
+
 @operation("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def _reshape(call: Call) -> bool:
     # The result's sizes say all; those that an operand computes are read, so that it stays.

@@ -56,28 +56,24 @@ def save(file: OnnxFile, edited: Edited, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def copy(file: OnnxFile, staged: Path, folder: Path) -> list[str]:
+def copy(file: OnnxFile, staged: Path, folder: Path) -> list[str] | None:
     """A copy of a file as it is, with what lies beside it if it is to lie in another folder.
 
     Returns:
-        Names of the files beside it that were copied.
-
-    Raises:
-        GraphError: a file with weights would have to lie in a folder of its own, or in place of another one.
+        Names of the files beside it that were copied. None where they cannot have the names that they have, because
+        others have them there, or because they lie in a folder of their own: the model then names another file.
     """
     shutil.copyfile(file.path, staged)
     if os.path.realpath(folder) == os.path.realpath(file.path.parent):
         return []
-    names = []
-    for source in file.beside():
-        relative = source.relative_to(file.path.parent)
-        if len(relative.parts) > 1:
-            raise GraphError(f"the weights of {file.path} lie in a folder of their own, {relative.parent}: copy both")
-        if (folder / relative).exists():
-            raise GraphError(f"{folder / relative} is there already, and {file.path.name} has weights of that name")
-        shutil.copyfile(source, staged.with_name(relative.name))
-        names.append(relative.name)
-    return names
+    sources = file.beside()
+    names = [source.relative_to(file.path.parent) for source in sources]
+    if any(len(name.parts) > 1 or (folder / name).exists() for name in names):
+        save(file, Edited(file.proto), staged)
+        return None
+    for source, name in zip(sources, names, strict=True):
+        shutil.copyfile(source, staged.with_name(name.name))
+    return [name.name for name in names]
 
 
 def _start(stream: object) -> int:

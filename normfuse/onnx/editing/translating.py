@@ -16,6 +16,9 @@ _EXACT = frozenset(
 )
 
 
+_ABOUT_SIZES = ("Shape", "Size")
+
+
 def translate(call: Call) -> bool:
     """Put an operation into the program as one that folding knows; False if there is none."""
     if call.product is not None:
@@ -24,6 +27,8 @@ def translate(call: Call) -> bool:
     first = next((number for number, name in enumerate(call.node.output) if name), None)
     if translation is None or first is None:
         return False
+    if call.node.op_type in _ABOUT_SIZES:
+        return translation(call)
     result = call.result(first)
     if result is None or not result.is_floating_point() or (call.operands and call.operands[0] is None):
         return False

@@ -364,10 +364,28 @@ def test_a_copy_takes_the_weights_beside_the_file_along(tmp_path):
     assert np.array_equal(
         *(plain(path, {"x": x})[0] for path in (tmp_path / "in.onnx", tmp_path / "there" / "out.onnx"))
     )
+    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")  # in place of the first copy
+    assert len(list((tmp_path / "there").iterdir())) == 2
+
+
+def test_a_copy_leaves_what_bears_the_name_of_its_weights(tmp_path):
+    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
+    (tmp_path / "there").mkdir()
     (tmp_path / "there" / "in.weights").write_bytes(b"another's")
-    with pytest.raises(GraphError, match=r"in\.weights is there already"):
-        fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
+    result = fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
+    assert any("its weights in a file of another name" in note for note in result.notes)
     assert (tmp_path / "there" / "in.weights").read_bytes() == b"another's"
+    assert_equal(tmp_path, {"x": draw(2, 4)}, after="there/out.onnx")
+
+
+def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
+    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
+    (tmp_path / "weights").mkdir()
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="weights/w", size_threshold=0)
+    (tmp_path / "there").mkdir()
+    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
+    assert_equal(tmp_path, {"x": draw(2, 4)}, after="there/out.onnx")
 
 
 REFUSED = {

@@ -33,6 +33,20 @@ def test_what_onnx_runtime_fuses_is_left_for_it(tmp_path):
     assert_equal(tmp_path, {"x": draw(2, 5, 4)})
 
 
+def test_the_factor_of_an_attention_folds_where_that_of_a_gelu_stays(tmp_path):
+    body = (
+        "q = MatMul (x, wq) k = MatMul (x, wk) t = Transpose <perm: ints = [0, 2, 1]> (k) s = MatMul (q, t) "
+        "d = Div (s, root) p = Softmax (d) v = MatMul (p, x) m = MatMul (v, up) e = Div (m, root) f = Erf (e) "
+        "o = Add (f, one) c = Mul (m, o) g = Mul (c, half) y = MatMul (g, down)"
+    )
+    numbers = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    constants = {"wq": draw(4, 4), "wk": draw(4, 4), "up": draw(4, 6), "down": draw(6, 4)}
+    proto = model("float[batch, seq, 4] x", "float[batch, seq, 4] y", body, 13, **numbers, **constants)
+    _, after = folded(proto, tmp_path)
+    assert kinds(after).count("Div") == 1 and len(kinds(after)) == len(kinds(proto)) - 1
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
 def test_the_bound_of_a_relu_takes_a_shift_that_nothing_else_takes(tmp_path):
     body = "t = Tanh (x) a = Mul (t, gain) b = Add (a, shift) r = Relu (b) y = MatMul (r, head)"
     constants = {"gain": np.abs(draw(4)) + 0.5, "shift": draw(4), "head": draw(4, 3)}

@@ -120,3 +120,26 @@ def test_values_that_nothing_reads_may_have_two_dynamic_sizes(tmp_path):
     _, after = folded(model("float[batch, seq, 4] x", "float y", body, **constants), tmp_path)
     assert kinds(after) == ["MatMul", "Tanh", "Reshape"]
     assert_equal(tmp_path, {"x": draw(2, 3, 4)})
+
+
+def test_what_reads_a_shape_takes_any_scale(tmp_path):
+    """As simplified files have it: products with two axes, between reshapes that a shape decides."""
+    body = (
+        "p = MatMul (x, w) a = Mul (p, gain) s = Add (a, shift) r = Reshape (s, flat) l = Gemm (r, w2, b) "
+        "h = Shape (s) k = Size (s) y = Reshape (l, h) z = Cast <to: int = 1> (k)"
+    )
+    constants = {"w": draw(4, 4), "gain": draw(4), "shift": draw(4), "w2": draw(4, 4), "b": draw(4)}
+    proto = model("float[batch, seq, 4] x", "float y, float z", body, **constants, flat=np.array([-1, 4]))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["MatMul", "Reshape", "Gemm", "Shape", "Size", "Reshape", "Cast"]
+    assert_equal(tmp_path, {"x": draw(2, 3, 4)})
+
+
+def test_dequantised_constants_stay(tmp_path):
+    body = (
+        "m = MatMul (x, w) q = QuantizeLinear (m, scale) d = DequantizeLinear (q, scale) "
+        "e = DequantizeLinear (b, scale) a = Add (e, d) f = Mul (a, gain) y = MatMul (f, w)"
+    )
+    constants = {"w": draw(4, 4), "scale": np.float32(0.1), "b": np.ones(4, np.uint8), "gain": draw(4)}
+    _, after = folded(model("float[batch, 4] x", "float y", body, 17, **constants), tmp_path)
+    assert kinds(after) == ["MatMul", "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Add", "MatMul"]
