@@ -56,7 +56,7 @@ def plain(path, feeds):
     return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"]).run(None, feeds)
 
 
-def assert_equal(tmp_path, feeds, rtol=1e-5, after="out.onnx"):
-    for before, after in zip(*(plain(tmp_path / name, feeds) for name in ("in.onnx", after)), strict=True):
+def assert_equal(tmp_path, feeds, rtol=1e-5, result="out.onnx"):
+    for before, after in zip(*(plain(tmp_path / name, feeds) for name in ("in.onnx", result)), strict=True):
         assert before.dtype == after.dtype and before.shape == after.shape
         assert np.abs(before - after).max() <= rtol * np.abs(before).max()

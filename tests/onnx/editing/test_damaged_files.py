@@ -15,7 +15,7 @@ from onnx_files import images
 from normfuse.errors import NormfuseError
 from normfuse.onnx import fold_file
 
-COPIES = 20  # of each kind, at places drawn at random: 30 kinds make 600 files
+COPIES = 12  # of each kind, at places drawn at random: 30 kinds make 360 files
 SECONDS, MEGABYTES = 20, 2000
 
 

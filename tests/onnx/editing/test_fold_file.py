@@ -376,7 +376,7 @@ def test_a_copy_leaves_what_bears_the_name_of_its_weights(tmp_path):
     result = fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
     assert any("its weights in a file of another name" in note for note in result.notes)
     assert (tmp_path / "there" / "in.weights").read_bytes() == b"another's"
-    assert_equal(tmp_path, {"x": draw(2, 4)}, after="there/out.onnx")
+    assert_equal(tmp_path, {"x": draw(2, 4)}, result="there/out.onnx")
 
 
 def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
@@ -385,7 +385,7 @@ def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
     onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="weights/w", size_threshold=0)
     (tmp_path / "there").mkdir()
     fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
-    assert_equal(tmp_path, {"x": draw(2, 4)}, after="there/out.onnx")
+    assert_equal(tmp_path, {"x": draw(2, 4)}, result="there/out.onnx")
 
 
 REFUSED = {
