@@ -21,11 +21,11 @@ from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.checkpoint.tracing import user_sizes
 from normfuse.errors import NormfuseError
 from normfuse.files import Output
-from normfuse.onnx.broadcasts import expand_attention_masks, expand_rotary_caches
-from normfuse.onnx.layouts import translatable
 from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
+from normfuse.onnx.workarounds.ort_broadcasting import expand_attention_masks, expand_rotary_caches
+from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
 from normfuse.options import DTYPES, OPSETS
 from normfuse.quiet import quiet
 

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from onnx_text import draw, model, run
 
-from normfuse.onnx.broadcasts import expand_rotary_caches
+from normfuse.onnx.workarounds.ort_broadcasting import expand_rotary_caches
 
 ROTATE = "a = Cos (angles) b = Sin (angles) y = RotaryEmbedding (x, a, b{positions})"
 
