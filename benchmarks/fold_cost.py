@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import records
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -138,7 +138,7 @@ def main() -> None:
             "parameters": parameters,
             "stages": stages,
         }
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+        records.write(options.out, figures)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import peak_memory
+import records
 from encoder_files import POSITIONS, VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
 from training_step import machine
 
@@ -141,7 +142,7 @@ class Results:
             self.run[kind].append({**where, **values})
         else:
             known |= values
-        self.path.write_text(json.dumps(self.run, indent=1) + "\n")
+        records.write(self.path, self.run)
 
 
 def settings(args: argparse.Namespace, **fixed: object) -> Iterator[dict]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import tempfile
 from datetime import date
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import records
 import torch
 from encoder_files import POSITIONS, VOCABULARY, Encoder, Variant, session
 from onnxruntime.quantization import quantize_dynamic
@@ -137,7 +137,7 @@ def main() -> None:
     kinds = itertools.product(range(options.seeds), options.widths, options.spreads, (True, False))
     for seed, width, spread, post in kinds:
         results.append(measure(width, options.depth, post, spread, seed, options.bounds))
-        options.out.write_text(json.dumps({"depth": options.depth, **about, "results": results}, indent=1) + "\n")
+        records.write(options.out, {"depth": options.depth, **about, "results": results})
         print(table(results), flush=True)
 
 

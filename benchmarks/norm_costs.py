@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import records
 import torch
 from torch import nn
 
@@ -94,7 +94,7 @@ def main() -> None:
     )
     costs = {"where": where, "ratios": ratios}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(costs, indent=1, ensure_ascii=False) + "\n")
+    records.write(args.results, costs)
     args.page.write_text(page(costs))
     print(f"written: {args.results}, {args.page}")
 

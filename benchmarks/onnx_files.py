@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import tempfile
 import time
 from pathlib import Path
+
+import records
 
 from normfuse.onnx import fold_file
 
@@ -72,7 +73,7 @@ def main() -> None:
                 results[name] = fold_one(path, Path(scratch))
             print(row(name.replace(str(folder), ""), results[name]), flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False) + "\n")
+        records.write(options.json, results)
 
 
 if __name__ == "__main__":

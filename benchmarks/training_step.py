@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import json
 import os
 import platform
 import statistics
@@ -27,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -291,7 +291,7 @@ def main() -> None:
         "milliseconds": results,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    records.write(file, content)
     print(f"\nwritten: {file}")
 
 

@@ -21,6 +21,31 @@ def inference(monkeypatch):
     return inference
 
 
+def test_results_have_one_record_on_a_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import records
+
+    content = {
+        "date": "2026",
+        "machine": {"cpu": "a\nb"},
+        "settings": [{"times": [0.1, 1e-9]}, {"times": []}],
+        "none": [],
+    }
+    records.write(tmp_path / "r.json", content)
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == content and [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert '\n  {"times": [0.1, 1e-09]},\n' in text and len(text.splitlines()) == 11
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.name)
+def test_stored_results_are_compact(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import records
+
+    text = path.read_text()
+    assert text == records.dumps(json.loads(text))
+
+
 def test_ratios_are_taken_within_rounds(inference):
     """A busy moment that makes a round three times as long leaves its ratio as it is."""
     floor, half = [1.0, 3.0, 1.0, 1.0, 9.0], [0.5, 1.5, 0.5, 0.5, 4.5]

@@ -165,6 +165,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of results, read first if it exists")
     options = parser.parse_args()
+    from benchmarks import records  # found where the soak is run from, the root of the checkout
+
     blocks: dict[int, dict[str, Any]] = {}
     if options.out and options.out.exists():
         known = json.loads(options.out.read_text())
@@ -181,7 +183,7 @@ def main() -> int:
             blocks[first] = block(first, min(options.block, last - first), options.seed, options.kind, pool)
             result = summary(list(blocks.values()), options.seed, options.kind)
             if options.out:
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                records.write(options.out, result)
             print(f"{result['programs']} programs, {result['differences']} differences", flush=True)
     result = summary(list(blocks.values()), options.seed, options.kind)
     print(f"seed {options.seed}: {result['differences']} differences, worst {result['worst_error']}")
