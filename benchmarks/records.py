@@ -1,4 +1,4 @@
-"""How every benchmark writes its results: JSON with one record on a line, so that files stay short and diffs readable."""
+"""How every benchmark writes its results: JSON with one record on a line, so that files stay short."""
 
 from __future__ import annotations
 
@@ -35,7 +35,5 @@ def _text(content: Any, depth: int) -> str:
     indent, end = "\n" + " " * (depth + 1), "\n" + " " * depth
     if isinstance(content, list):
         return f"[{indent}" + f",{indent}".join(_text(entry, depth + 1) for entry in content) + f"{end}]"
-    entries = (
-        f"{json.dumps(str(key), ensure_ascii=False)}: {_text(entry, depth + 1)}" for key, entry in content.items()
-    )
+    entries = (f"{_text(str(key), _LINES)}: {_text(entry, depth + 1)}" for key, entry in content.items())
     return f"{{{indent}" + f",{indent}".join(entries) + f"{end}}}"
