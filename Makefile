@@ -2,6 +2,7 @@
 #   make demo     train, export and serve a small model; leaves pictures and files in demo/
 #   make test     style, C++ tests, Python tests
 #   make bench    time the training step on this machine, draw table and chart
+#   make docs     the documentation, in build/site; its blocks of code run first
 #   make wheel    the source distribution and the wheel that is built from it, in dist/
 # For developers:
 #   make test-quick      style, and the Python tests that take under two minutes
@@ -30,7 +31,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Tools that pip installs (cmake, ninja, clang-format) come before the machine's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-quick sanitize test-wheel test-ecosystem compat wheel lint cpp-test py-test bench format clean
+.PHONY: demo test test-quick sanitize test-wheel test-ecosystem compat wheel lint cpp-test py-test docs docs-test bench format clean
 
 demo: $(STAMPS)/built
 	$(BIN)/python examples/demo.py
@@ -63,6 +64,13 @@ py-test: $(STAMPS)/built
 test-quick: $(STAMPS)/built
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
+
+# A broken link, a page outside of the navigation and a docstring that cannot be read are errors.
+docs: docs-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-test: $(STAMPS)/docs
+	$(BIN)/python -m pytest -q tests/docs/blocks.py tests/docs/docstrings.py
 
 # A build of its own, loaded into a Python that knows nothing of sanitizers: their library comes first, then that of C++,
 # whose exceptions it watches. Python's leaks are its own, and an allocation that fails is an error of the operation.
@@ -120,6 +128,10 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/environment
 	touch $@
 
 $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
+	$(BIN)/python -m pip install -r $<
+	touch $@
+
+$(STAMPS)/docs: requirements/docs.txt $(STAMPS)/built
 	$(BIN)/python -m pip install -r $<
 	touch $@
 

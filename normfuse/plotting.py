@@ -10,6 +10,8 @@ from typing import Any
 from normfuse.errors import NormfuseError
 from normfuse.files import Output
 
+__all__ = ["PlotError", "plot_statistics", "read_statistics"]
+
 
 class PlotError(NormfuseError):
     """A file of statistics cannot be read, or its picture not be drawn; the message is one line."""

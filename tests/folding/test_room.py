@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def picture() -> dict[str, int]:
     """The line, from the bottom, on which every file stands."""
     text = (DOCS / "architecture.md").read_text()
-    (lines,) = re.findall(r"<!-- room -->\n```\n(.*?)```", text, re.DOTALL)
+    (lines,) = re.findall(r"<!-- room -->\n```text\n(.*?)```", text, re.DOTALL)
     return {name: height for height, line in enumerate(reversed(lines.splitlines())) for name in line.split()}
 
 
