@@ -179,9 +179,9 @@ struct DynamicActivationBackward {
 };
 
 // Batch normalisation and its kin. x is [samples, channels, positions], contiguous. Every group_size consecutive samples
-// make a group, a rest joins the last one. A cell, whose numbers share statistics, is one channel of one group, or, where
-// the mask parts two regions, one channel of one region of one group. cell_math.h has the algebra.
-struct Cells {
+// make a group, a rest joins the last one. A statistics group, whose numbers share statistics, is one channel of one
+// group, or, where the mask parts two regions, one channel of one region of one group. stat_group_math.h has the algebra.
+struct StatGroups {
   int64_t samples;
   int64_t channels;
   int64_t positions;
@@ -194,18 +194,18 @@ struct Cells {
   NORMFUSE_BOTH int64_t sets() const { return mask && regions ? 2 : 1; }  // of statistics in a group
 };
 
-// A number per cell, acc [groups, sets, channels], or the same for all groups or sets where that stride is 0.
-struct PerCell {
+// A number per statistics group, acc [groups, sets, channels], or the same for all groups or sets where that stride is 0.
+struct PerStatGroup {
   const void* data;
   int64_t group_stride;
   int64_t set_stride;
 };
 
 struct BatchNormForward {
-  Cells cells;
+  StatGroups stat_groups;
   const void* x;
-  PerCell weight;  // null: y is not wanted
-  PerCell bias;
+  PerStatGroup weight;  // null: y is not wanted
+  PerStatGroup bias;
   const void* shortcut;  // acc [1], the share of x that is added; null: none
   int64_t correction;    // of the variance: divided by n - correction
   bool estimated;        // move the running statistics first, then normalise by them
@@ -221,16 +221,16 @@ struct BatchNormForward {
   // results
   void* y;         // like x
   void* stats;     // acc [3, groups, sets, channels]: mean, variance, 1/sqrt(what stands under the root)
-  int64_t* count;  // [groups, sets]: numbers that a cell has
+  int64_t* count;  // [groups, sets]: numbers that a statistics group has
 };
 
 struct BatchNormBackward {
-  Cells cells;
+  StatGroups stat_groups;
   const void* grad_y;
   const void* grad_mean;  // acc [groups, sets, channels], of the statistics; null: none
   const void* grad_var;
   const void* x;
-  PerCell weight;
+  PerStatGroup weight;
   const void* shortcut;
   const void* stats;     // from the forward
   const int64_t* count;  // from the forward
@@ -243,9 +243,9 @@ struct BatchNormBackward {
   void* grad_bias;    // acc [groups, sets, channels]
 };
 
-// Of the cells one group without regions.
+// Of the statistics groups one group without regions.
 struct MovingAverageForward {
-  Cells cells;
+  StatGroups stat_groups;
   const void* x;
   const void* weight;  // acc [channels]
   const void* bias;    // acc [channels]
@@ -264,7 +264,7 @@ struct MovingAverageForward {
 };
 
 struct MovingAverageBackward {
-  Cells cells;
+  StatGroups stat_groups;
   const void* grad_y;
   const void* x;
   const void* weight;   // acc [channels]
@@ -314,7 +314,7 @@ int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* s
 int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
 int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
 
-size_t cuda_workspace_bytes(const Cells& cells);
+size_t cuda_workspace_bytes(const StatGroups& stat_groups);
 
 int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream);
 int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream);

@@ -21,29 +21,29 @@ class Sizes:
 
 
 _PAIRS = ("unified_norm", "power_norm", "row_norm", "dynamic_activation", "batch_norm", "moving_average_norm")
-OPERATIONS = ("cell_norm_forward", *(f"{name}_{way}" for name in _PAIRS for way in ("forward", "backward")))
+OPERATIONS = ("stat_group_norm_forward", *(f"{name}_{way}" for name in _PAIRS for way in ("forward", "backward")))
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32, sizes: Sizes = Sizes()) -> dict[str, object]:
     """What the operation takes, by the names of its schema; optional tensors are there."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    norm, channels, one_cell = name.partition("_")[0], sizes.channels, name.startswith(("batch", "cell"))
-    cells = norm in ("batch", "cell", "moving")
-    shape = (sizes.samples, channels, sizes.positions) if cells else (sizes.rows, channels)
+    norm, channels, one_group = name.partition("_")[0], sizes.channels, name.startswith(("batch", "stat"))
+    three_axes = norm in ("batch", "stat", "moving")
+    shape = (sizes.samples, channels, sizes.positions) if three_axes else (sizes.rows, channels)
     groups = max(sizes.samples // sizes.group_size, 1)
     statistics = {"batch": (3, groups, 1, channels), "unified": (2, channels), "power": (3, channels)}
     statistics |= {"moving": (2, channels), "row": (2, sizes.rows)}
     tensors = {
         **dict.fromkeys(("x", "grad_y", "grad_s", "residual", "s"), (shape, dtype)),
-        **dict.fromkeys(("mask", "pad_mask"), ((shape[0], shape[2]) if cells else shape[:1], torch.bool)),
-        **dict.fromkeys(("weight", "bias"), ((1, 1, channels) if one_cell else (channels,), acc)),
+        **dict.fromkeys(("mask", "pad_mask"), ((shape[0], shape[2]) if three_axes else shape[:1], torch.bool)),
+        **dict.fromkeys(("weight", "bias"), ((1, 1, channels) if one_group else (channels,), acc)),
         **dict.fromkeys(("running_var", "running_mean", "running_phi", "ema_gz"), ((channels,), acc)),
         **dict.fromkeys(("buffer_x2", "buffer_gz"), ((sizes.window, channels), acc)),
         **dict.fromkeys(("grad_mean", "grad_var"), ((groups, 1, channels), acc)),
         **dict.fromkeys(("iters", "skip_counter"), ((1,), torch.int64)),
         **dict.fromkeys(("alpha", "shift"), ((), acc)),
         "num_batches_tracked": ((), torch.int64),
-        "step": ((1 if cells else 2,), torch.int64),
+        "step": ((1 if three_axes else 2,), torch.int64),
         "count": ((groups, 1), torch.int64),
         "stats": (statistics.get(norm, ()), acc),
         "row_scale": ((sizes.rows, sizes.groups), acc),

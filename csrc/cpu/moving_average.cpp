@@ -1,5 +1,5 @@
 // Moving average batch normalisation on the host: the passes of batch normalisation, around zero instead of the mean.
-#include "cells.h"
+#include "stat_groups.h"
 
 namespace normfuse {
 namespace cpu {
@@ -8,17 +8,17 @@ namespace {
 template <class T>
 void forward(const MovingAverageForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
-  const CellPasses<T> passes(a.cells, parallel);
+  const StatGroupPasses<T> passes(a.stat_groups, parallel);
   const T* x = static_cast<const T*>(a.x);
-  const int64_t n = a.cells.channels;
-  CellVector<Acc> mean(n), squares(n);
+  const int64_t n = a.stat_groups.channels;
+  StatGroupVector<Acc> mean(n), squares(n);
   int64_t count = 0;
   passes.moments(x, mean.data(), squares.data(), &count);
   const int64_t t = count > 0 ? next_step(*a.iters) : 0;
   if (count > 0) *a.iters = t;
 
-  const CellVector<Acc> zero(n);
-  AffineOfCells<Acc> by{zero.data(), CellVector<Acc>(n), CellVector<Acc>(n)};
+  const StatGroupVector<Acc> zero(n);
+  AffineOfStatGroups<Acc> by{zero.data(), StatGroupVector<Acc>(n), StatGroupVector<Acc>(n)};
   Acc *running_var = static_cast<Acc*>(a.running_var), *inv_std = static_cast<Acc*>(a.stats), *ratio = inv_std + n;
   for (int64_t c = 0; c < n; ++c) {
     const Acc q = count > 0 ? squares[c] / Acc(count) + mean[c] * mean[c] : running_var[c];
@@ -37,14 +37,14 @@ void forward(const MovingAverageForward& a, Parallel parallel) {
 template <class T>
 void backward(const MovingAverageBackward& a, Parallel parallel) {
   using Acc = AccOf<T>;
-  const CellPasses<T> passes(a.cells, parallel);
+  const StatGroupPasses<T> passes(a.stat_groups, parallel);
   const T *dy = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
-  const int64_t n = a.cells.channels, count = a.cells.samples * a.cells.positions;
-  const CellVector<Acc> zero(n);
+  const int64_t n = a.stat_groups.channels, count = a.stat_groups.samples * a.stat_groups.positions;
+  const StatGroupVector<Acc> zero(n);
   Acc *sum_dy = static_cast<Acc*>(a.grad_bias), *sum_dyx = static_cast<Acc*>(a.grad_weight);
   passes.gradient_sums(dy, x, zero.data(), sum_dy, sum_dyx);
 
-  GradientOfCells<Acc> by{zero.data(), CellVector<Acc>(n), CellVector<Acc>(n), zero};
+  GradientOfStatGroups<Acc> by{zero.data(), StatGroupVector<Acc>(n), StatGroupVector<Acc>(n), zero};
   const Acc *weight = static_cast<const Acc*>(a.weight), *inv_std = static_cast<const Acc*>(a.stats),
             *ratio = inv_std + n;
   for (int64_t c = 0; c < n; ++c) {
@@ -62,11 +62,11 @@ void backward(const MovingAverageBackward& a, Parallel parallel) {
 }  // namespace cpu
 
 void moving_average_forward_cpu(const MovingAverageForward& args, Parallel parallel) {
-  cpu::with_element_type(args.cells.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
+  cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
 void moving_average_backward_cpu(const MovingAverageBackward& args, Parallel parallel) {
-  cpu::with_element_type(args.cells.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
+  cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 
 }  // namespace normfuse

@@ -10,10 +10,10 @@
 
 #define NORMFUSE_ALWAYS_INLINE __attribute__((always_inline))
 #define NORMFUSE_INLINE NORMFUSE_ALWAYS_INLINE inline
-#include "../cell_math.h"
 #include "../channel_math.h"
 #include "../curve_math.h"
 #include "../row_math.h"
+#include "../stat_group_math.h"
 
 // ThreadSanitizer is not ready yet when the loader picks.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \

@@ -75,7 +75,7 @@ __device__ __forceinline__ void narrow(double v, double* to) { *to = v; }
 }  // namespace normfuse::cuda
 
 #define NORMFUSE_INLINE __device__ __forceinline__
-#include "../cell_math.h"
 #include "../channel_math.h"
 #include "../curve_math.h"
 #include "../row_math.h"
+#include "../stat_group_math.h"

@@ -252,27 +252,32 @@ py::tuple dynamic_activation_backward(py::array grad_y, py::array x, py::array a
 }
 
 // x [samples, channels, positions] of batch normalisation and its kin.
-struct CellInput {
+struct StatGroupInput {
   Input in;  // that sees [samples, channels]
-  Cells cells;
+  StatGroups stat_groups;
 
-  CellInput(const py::array& x, std::optional<py::array>& mask, int64_t group_size, bool regions)
-      : in(x), cells{x.shape(0),
-                     x.shape(1),
-                     x.shape(2),
-                     in.shape.dtype,
-                     group_size > 0 ? group_size : std::max<int64_t>(x.shape(0), 1),
-                     nullptr,
-                     regions} {
+  StatGroupInput(const py::array& x, std::optional<py::array>& mask, int64_t group_size, bool regions)
+      : in(x), stat_groups{x.shape(0),
+                           x.shape(1),
+                           x.shape(2),
+                           in.shape.dtype,
+                           group_size > 0 ? group_size : std::max<int64_t>(x.shape(0), 1),
+                           nullptr,
+                           regions} {
     if (mask)
-      cells.mask = static_cast<const bool*>(in.data(*mask, py::dtype::of<bool>(), cells.samples * cells.positions));
+      stat_groups.mask =
+          static_cast<const bool*>(in.data(*mask, py::dtype::of<bool>(), stat_groups.samples * stat_groups.positions));
   }
-  int64_t size() const { return cells.samples * cells.channels * cells.positions; }
-  int64_t count() const { return cells.groups() * cells.sets() * cells.channels; }
-  py::array like_x() const { return py::array(in.x.dtype(), {cells.samples, cells.channels, cells.positions}); }
-  py::array per_cell() const { return py::array(in.acc, {cells.groups(), cells.sets(), cells.channels}); }
-  PerCell broadcast(py::array& array) const {
-    const int64_t n = cells.channels, groups = array.shape(0), sets = array.shape(1);
+  int64_t size() const { return stat_groups.samples * stat_groups.channels * stat_groups.positions; }
+  int64_t count() const { return stat_groups.groups() * stat_groups.sets() * stat_groups.channels; }
+  py::array like_x() const {
+    return py::array(in.x.dtype(), {stat_groups.samples, stat_groups.channels, stat_groups.positions});
+  }
+  py::array per_stat_group() const {
+    return py::array(in.acc, {stat_groups.groups(), stat_groups.sets(), stat_groups.channels});
+  }
+  PerStatGroup broadcast(py::array& array) const {
+    const int64_t n = stat_groups.channels, groups = array.shape(0), sets = array.shape(1);
     return {in.acc_data(array, groups * sets * n), groups == 1 ? 0 : sets * n, sets == 1 ? 0 : n};
   }
   const void* optional(std::optional<py::array>& array, int64_t size) const {
@@ -280,19 +285,19 @@ struct CellInput {
   }
   template <class Args>
   void run(int (*kernel)(const Args&, void*, void*), const Args& args) const {
-    std::vector<char> workspace(cuda_workspace_bytes(args.cells), char(0xff));
+    std::vector<char> workspace(cuda_workspace_bytes(args.stat_groups), char(0xff));
     py::gil_scoped_release nothing_of_python_below;
     if (kernel(args, workspace.data(), nullptr) != cudaSuccess) throw std::runtime_error("the launch failed");
   }
 };
 
-py::tuple normalise_cells(BatchNormForward args, const CellInput& x, std::optional<py::array>& weight,
-                          std::optional<py::array>& bias, std::optional<py::array>& shortcut) {
-  const Cells& cells = x.cells;
+py::tuple normalise_stat_groups(BatchNormForward args, const StatGroupInput& x, std::optional<py::array>& weight,
+                                std::optional<py::array>& bias, std::optional<py::array>& shortcut) {
+  const StatGroups& stat_groups = x.stat_groups;
   py::array y = weight ? x.like_x() : py::array(x.in.x.dtype(), 0),
-            stats(x.in.acc, {int64_t(3), cells.groups(), cells.sets(), cells.channels}),
-            count(py::dtype::of<int64_t>(), {cells.groups(), cells.sets()});
-  args.cells = cells;
+            stats(x.in.acc, {int64_t(3), stat_groups.groups(), stat_groups.sets(), stat_groups.channels}),
+            count(py::dtype::of<int64_t>(), {stat_groups.groups(), stat_groups.sets()});
+  args.stat_groups = stat_groups;
   args.x = x.in.x.data();
   if (weight) {
     args.weight = x.broadcast(*weight);
@@ -310,35 +315,35 @@ py::tuple batch_norm_forward(py::array x, std::optional<py::array> mask, std::op
                              std::optional<py::array> bias, std::optional<py::array> shortcut, py::array running_mean,
                              py::array running_var, py::array num_batches_tracked, int64_t group_size, bool estimated,
                              std::optional<double> momentum, double eps, double floor) {
-  const CellInput in(x, mask, group_size, false);
+  const StatGroupInput in(x, mask, group_size, false);
   BatchNormForward args{};
   args.estimated = estimated;
   args.momentum = momentum.value_or(-1.0);
   args.eps = eps;
   args.floor = floor;
-  args.running_mean = in.in.acc_data(running_mean, in.cells.channels);
-  args.running_var = in.in.acc_data(running_var, in.cells.channels);
+  args.running_mean = in.in.acc_data(running_mean, in.stat_groups.channels);
+  args.running_var = in.in.acc_data(running_var, in.stat_groups.channels);
   args.num_batches_tracked = in.in.integers(num_batches_tracked, 1);
-  return normalise_cells(args, in, weight, bias, shortcut);
+  return normalise_stat_groups(args, in, weight, bias, shortcut);
 }
 
-py::tuple cell_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
-                            std::optional<py::array> bias, std::optional<py::array> shortcut, int64_t group_size,
-                            int64_t correction, double eps, double eps_total) {
+py::tuple stat_group_norm_forward(py::array x, std::optional<py::array> mask, std::optional<py::array> weight,
+                                  std::optional<py::array> bias, std::optional<py::array> shortcut, int64_t group_size,
+                                  int64_t correction, double eps, double eps_total) {
   BatchNormForward args{};
   args.correction = correction;
   args.eps = eps;
   args.eps_total = eps_total;
-  return normalise_cells(args, CellInput(x, mask, group_size, true), weight, bias, shortcut);
+  return normalise_stat_groups(args, StatGroupInput(x, mask, group_size, true), weight, bias, shortcut);
 }
 
 py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_mean, std::optional<py::array> grad_var,
                               py::array x, std::optional<py::array> mask, py::array weight,
                               std::optional<py::array> shortcut, py::array stats, py::array count, int64_t group_size,
                               bool regions, int64_t correction, bool estimated, double floor) {
-  const CellInput in(x, mask, group_size, regions);
-  py::array grad_x = in.like_x(), grad_weight = in.per_cell(), grad_bias = in.per_cell();
-  const BatchNormBackward args{in.cells,
+  const StatGroupInput in(x, mask, group_size, regions);
+  py::array grad_x = in.like_x(), grad_weight = in.per_stat_group(), grad_bias = in.per_stat_group();
+  const BatchNormBackward args{in.stat_groups,
                                in.in.data(grad_y, x.dtype(), in.size()),
                                in.optional(grad_mean, in.count()),
                                in.optional(grad_var, in.count()),
@@ -346,7 +351,7 @@ py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_me
                                in.broadcast(weight),
                                in.optional(shortcut, 1),
                                in.in.acc_data(stats, 3 * in.count()),
-                               in.in.integers(count, in.count() / in.cells.channels),
+                               in.in.integers(count, in.count() / in.stat_groups.channels),
                                correction,
                                estimated,
                                floor,
@@ -360,10 +365,10 @@ py::tuple batch_norm_backward(py::array grad_y, std::optional<py::array> grad_me
 py::tuple moving_average_forward(py::array x, std::optional<py::array> pad_mask, py::array weight, py::array bias,
                                  py::array running_var, py::array buffer_x2, py::array iters, int64_t warmup_iters,
                                  double eps, double momentum) {
-  const CellInput in(x, pad_mask, 0, false);
-  const int64_t n = in.cells.channels, window = buffer_x2.shape(0);
+  const StatGroupInput in(x, pad_mask, 0, false);
+  const int64_t n = in.stat_groups.channels, window = buffer_x2.shape(0);
   py::array y = in.like_x(), stats = in.in.vectors(2), step(py::dtype::of<int64_t>(), 1);
-  const MovingAverageForward args{in.cells,
+  const MovingAverageForward args{in.stat_groups,
                                   x.data(),
                                   in.in.acc_data(weight, n),
                                   in.in.acc_data(bias, n),
@@ -384,10 +389,10 @@ py::tuple moving_average_forward(py::array x, std::optional<py::array> pad_mask,
 py::tuple moving_average_backward(py::array grad_y, py::array x, py::array weight, py::array stats, py::array step,
                                   py::array buffer_gz, int64_t warmup_iters) {
   std::optional<py::array> no_mask;
-  const CellInput in(x, no_mask, 0, false);
-  const int64_t n = in.cells.channels, window = buffer_gz.shape(0);
+  const StatGroupInput in(x, no_mask, 0, false);
+  const int64_t n = in.stat_groups.channels, window = buffer_gz.shape(0);
   py::array grad_x = in.like_x(), grad_weight(in.in.acc, n), grad_bias(in.in.acc, n);
-  const MovingAverageBackward args{in.cells,
+  const MovingAverageBackward args{in.stat_groups,
                                    in.in.data(grad_y, x.dtype(), in.size()),
                                    x.data(),
                                    in.in.acc_data(weight, n),
@@ -429,7 +434,7 @@ PYBIND11_MODULE(normfuse_emulator, m) {
   m.def("dynamic_activation_forward", &dynamic_activation_forward);
   m.def("dynamic_activation_backward", &dynamic_activation_backward);
   m.def("batch_norm_forward", &batch_norm_forward);
-  m.def("cell_norm_forward", &cell_norm_forward);
+  m.def("stat_group_norm_forward", &stat_group_norm_forward);
   m.def("batch_norm_backward", &batch_norm_backward);
   m.def("moving_average_norm_forward", &moving_average_forward);
   m.def("moving_average_norm_backward", &moving_average_backward);

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._cells import normalise_cells
 from ._derivatives import transformed
 from ._layout import accumulation_dtype, cast, is_traced
+from ._stat_groups import normalise_stat_groups
 
 
 def _centred(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def instance_statistics(
     if not _fused(x, fused):
         _, mean, std = _centred(x, eps, unbiased)
         return mean.squeeze(2), std.squeeze(2)
-    _, stats, _ = normalise_cells(x, None, None, None, None, 1, 1, None, None, int(unbiased), eps)
+    _, stats, _ = normalise_stat_groups(x, None, None, None, None, 1, 1, None, None, int(unbiased), eps)
     return stats[0].squeeze(1), torch.sqrt(stats[1].squeeze(1) + eps)
 
 
@@ -82,4 +82,4 @@ def _adaptive_instance_norm(
         alpha = torch.as_tensor(alpha, dtype=acc, device=x.device).reshape(1)
         mean, std, shortcut = alpha * mean, alpha * std, 1 - alpha
     samples = 1 if std.dim() < 2 else std.shape[0]
-    return normalise_cells(x, None, std, mean, shortcut, 1, 1, (samples, 1, -1), None, int(unbiased), eps)[0]
+    return normalise_stat_groups(x, None, std, mean, shortcut, 1, 1, (samples, 1, -1), None, int(unbiased), eps)[0]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._cells import move_running_statistics, normalise_cells
 from ._group import moments_in_group
 from ._layout import cast, check_input, gain_and_shift, per_channel, to_rows
 from ._recompute import statistics_of_this_run
+from ._stat_groups import move_running_statistics, normalise_stat_groups
 
 
 class BatchNormState(NamedTuple):
@@ -138,7 +138,7 @@ def batch_norm_with_statistics(
         mean, var = (v[0] for v in statistics[:2])
         y = affine_by_statistics(x, weight, bias, mean, var, eps, channel_dim, floor)
         return (y if shortcut is None else y + cast(shortcut, x.dtype) * x), statistics, state
-    y, stats, count = normalise_cells(
+    y, stats, count = normalise_stat_groups(
         x, pad_mask, weight, bias, shortcut, channel_dim, ghost_size or 0, (1, 1, -1), (*state, estimated, momentum),
         0, 0.0 if floor else eps, eps if floor else 0.0,
     )  # fmt: skip

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._cells import from_cells, own_from_cells, samples_are_rows, to_cells
 from ._derivatives import approximate_gradient, no_vmap
 from ._group import sum_in_group
 from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
 from ._recompute import register_forward, statistics_of_this_run
 from ._registry import library, register_operation
+from ._stat_groups import from_three_axes, own_from_three_axes, samples_are_rows, to_three_axes
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
 
 
@@ -71,7 +71,7 @@ def move_gradient_statistics(mean_gz: Tensor, step: Tensor, buffer_gz: Tensor, w
     return torch.where(counted & ((step <= window) | (step < warmup_iters)), mean_gz, buffer_gz.mean(0))
 
 
-def _forward_on_cells(
+def _forward_on_stat_groups(
     reduce: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
     running_var: Tensor, *others: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -84,7 +84,7 @@ def _forward_on_cells(
     return torch.addcmul(bias[:, None], values, scale[:, None]).to(x.dtype), stats, step
 
 
-def _backward_on_cells(
+def _backward_on_stat_groups(
     reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     inv_std, ratio = stats
@@ -113,7 +113,7 @@ def moving_average_norm_forward_reference(
 
     Returns ``y`` like x, and what :func:`move_forward_statistics` returns.
     """
-    return _forward_on_cells(
+    return _forward_on_stat_groups(
         as_they_are, move_forward_statistics, x, pad_mask, weight, bias, running_var, buffer_x2, iters, warmup_iters,
         eps, momentum,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def moving_average_norm_backward_reference(
 
     Returns ``grad_x`` like x, ``grad_weight`` [C] and ``grad_bias`` [C].
     """
-    return _backward_on_cells(
+    return _backward_on_stat_groups(
         as_they_are, move_gradient_statistics, grad_y, x, weight, stats, step, buffer_gz, warmup_iters
     )
 
@@ -178,17 +178,17 @@ class _MovingAverageNorm(torch.autograd.Function):
     @staticmethod
     def forward(x, pad_mask, weight, bias, state, options, channel_dim, group):
         layout = channel_dim, samples_are_rows(x, channel_dim)
-        cells = to_cells(x, *layout)
-        mask = None if pad_mask is None else pad_mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
+        x3 = to_three_axes(x, *layout)
+        mask = None if pad_mask is None else pad_mask.reshape(x3.shape[0], x3.shape[2]).contiguous()
         moved = state.running_var, state.buffer_x2, state.iters
         compiling = torch.compiler.is_compiling()
         moved = moved if compiling else statistics_of_this_run(moved)
         forward = _forward_recompute_safe if compiling else _forward
         if group is not None:
             move = _move_forward if compiling else move_forward_statistics
-            forward = partial(_forward_on_cells, partial(sum_in_group, group), move)
-        y, stats, step = forward(cells, mask, weight, bias, *moved, *options)
-        return own_from_cells(y, x.shape, *layout), stats, step
+            forward = partial(_forward_on_stat_groups, partial(sum_in_group, group), move)
+        y, stats, step = forward(x3, mask, weight, bias, *moved, *options)
+        return own_from_three_axes(y, x.shape, *layout), stats, step
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -206,12 +206,12 @@ class _MovingAverageNorm(torch.autograd.Function):
         x, weight, stats, step = ctx.saved_tensors
         backward = _backward
         if ctx.group is not None:
-            backward = partial(_backward_on_cells, partial(sum_in_group, ctx.group), _move_gradient)
+            backward = partial(_backward_on_stat_groups, partial(sum_in_group, ctx.group), _move_gradient)
         grad_x, grad_weight, grad_bias = backward(
-            to_cells(grad_y, *ctx.layout), to_cells(x, *ctx.layout), weight, stats, step, ctx.buffer_gz,
+            to_three_axes(grad_y, *ctx.layout), to_three_axes(x, *ctx.layout), weight, stats, step, ctx.buffer_gz,
             ctx.warmup_iters,
         )  # fmt: skip
-        return from_cells(grad_x, x.shape, *ctx.layout), None, grad_weight, grad_bias, *[None] * 4
+        return from_three_axes(grad_x, x.shape, *ctx.layout), None, grad_weight, grad_bias, *[None] * 4
 
     vmap = no_vmap("Moving Average Batch Normalization")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._cells import normalise_cells
 from ._layout import accumulation_dtype, cast, is_traced
+from ._stat_groups import normalise_stat_groups
 
 POOLS = ("sample", "batch")
 
@@ -75,7 +75,9 @@ def region_norm(
         return cast(y.view(x.shape), x.dtype)
     # Over the whole batch one group of samples, whose regions of n of all N pixels take eps · N / n.
     group, eps, eps_total = (0, 0.0, eps * inside.numel()) if pool == "batch" else (1, eps, 0.0)
-    return normalise_cells(x, inside[:, 0], weight, bias, None, 1, group, (1, 2, -1), None, 0, eps, 0.0, eps_total)[0]
+    return normalise_stat_groups(
+        x, inside[:, 0], weight, bias, None, 1, group, (1, 2, -1), None, 0, eps, 0.0, eps_total
+    )[0]
 
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:

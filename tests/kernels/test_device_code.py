@@ -31,14 +31,19 @@ ROW_KERNELS = {
     "power_grouped_sums": (1, 1),
     "power_grouped_gradient": (2, 1),
 }
-# The same of kernels over cells, in both layouts, without a mask.
-CELL_KERNELS = {"cell_moments": (1, 0), "cell_affine": (1, 1), "cell_gradient_sums": (2, 0), "cell_gradient": (2, 1)}
+# The same of kernels over statistics groups, in both layouts, without a mask.
+STAT_GROUP_KERNELS = {
+    "stat_group_moments": (1, 0),
+    "stat_group_affine": (1, 1),
+    "stat_group_gradient_sums": (2, 0),
+    "stat_group_gradient": (2, 1),
+}
 PACKS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}
 ROWS_IN_FLIGHT = 4
 TEAMS = (1, 4, 16)  # warps
 CURVE_CASES = [(kernel, curve, element) for kernel in CURVE_KERNELS for curve in CURVES for element in PACKS]
 COLUMN_CASES = [(kernel, element) for kernel in COLUMN_KERNELS for element in PACKS]
-CELL_CASES = [(kernel, element) for kernel in CELL_KERNELS for element in PACKS]
+STAT_GROUP_CASES = [(kernel, element) for kernel in STAT_GROUP_KERNELS for element in PACKS]
 ROW_CASES = [(kernel, element) for kernel in ROW_KERNELS for element in PACKS]
 
 
@@ -84,8 +89,8 @@ def assembly(compiled_for_sm_90):
 def test_no_spills(compiled_for_sm_90):
     """A register that is spilled shows as stack: none in any kernel, for any architecture.
 
-    Except where a mask parts two regions: the compiler then indexes the two means of a cell, which takes a few bytes of
-    stack at registers to spare.
+    Except where a mask parts two regions: the compiler then indexes the two means of a group, which takes a few bytes
+    of stack at registers to spare.
     """
     usage = {key: text for key, text in _dump("--dump-resource-usage").items() if "REG:" in text and key[1]}
     names = {name for _, name in usage}
@@ -97,7 +102,7 @@ def test_no_spills(compiled_for_sm_90):
         assert {f"{kernel}<{curve}, {element}, {pack}>" for pack in (1, PACKS[element])} <= names
     for key, text in usage.items():
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups())
-        indexed = key[1].startswith("cell_gradient_sums<") and "Mask)2" in key[1] and registers <= 160
+        indexed = key[1].startswith("stat_group_gradient_sums<") and "Mask)2" in key[1] and registers <= 160
         assert local == 0 and stack <= (64 if indexed else 0), f"{key}: {text}"
 
 
@@ -128,9 +133,9 @@ def test_sixteen_byte_accesses_of_rows(assembly, kernel, element, team):
     assert loads >= reads * packs and stores >= writes * packs
 
 
-@pytest.mark.parametrize(("kernel", "element"), CELL_CASES)
-def test_sixteen_byte_accesses_of_cells(assembly, kernel, element):
-    pack, (reads, writes) = PACKS[element], CELL_KERNELS[kernel]
+@pytest.mark.parametrize(("kernel", "element"), STAT_GROUP_CASES)
+def test_sixteen_byte_accesses_of_stat_groups(assembly, kernel, element):
+    pack, (reads, writes) = PACKS[element], STAT_GROUP_KERNELS[kernel]
     packs = ROWS_IN_FLIGHT if pack == 4 else ROWS_IN_FLIGHT // reads  # wide packs and doubles leave registers for fewer
     for planes in ("false", "true"):
         loads, stores = _accesses(assembly[f"{kernel}<{element}, {pack}, {planes}, (normfuse::cuda::Mask)0>"])

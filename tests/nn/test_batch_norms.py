@@ -310,9 +310,9 @@ def test_the_operations_are_sound(positions):
     given = x, mask, weight, weight + 1, torch.rand(1)
     torch.library.opcheck(operations.batch_norm_forward, (*given, *running, 2, False, 0.1, 1e-5))
     torch.library.opcheck(operations.batch_norm_forward_recompute_safe, (*given, *running, 0, True, None, 1e-5))
-    torch.library.opcheck(operations.cell_norm_forward, (x, None, None, None, None, 2, 1, 1e-5))
-    torch.library.opcheck(operations.cell_norm_forward, (*given, 2, 0, 1e-5))
-    _, stats, count = operations.cell_norm_forward(*given, 2, 0, 1e-5)
+    torch.library.opcheck(operations.stat_group_norm_forward, (x, None, None, None, None, 2, 1, 1e-5))
+    torch.library.opcheck(operations.stat_group_norm_forward, (*given, 2, 0, 1e-5))
+    _, stats, count = operations.stat_group_norm_forward(*given, 2, 0, 1e-5)
     more = torch.randn(2, *stats.shape[1:])
     torch.library.opcheck(
         operations.batch_norm_backward, (x, *more, *given[:3], given[4], stats, count, 2, True, 0, False)

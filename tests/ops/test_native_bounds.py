@@ -103,7 +103,7 @@ def test_any_step_stays_inside_the_window(name, step):
         ("power_norm_forward", {"group_num": -(2**63)}),
         ("power_norm_backward", {"group_num": 2**62}),
         ("batch_norm_forward", {"group_size": -1}),
-        ("cell_norm_forward", {"correction": -(2**63)}),
+        ("stat_group_norm_forward", {"correction": -(2**63)}),
         ("batch_norm_backward", {"correction": 2}),
     ],
 )
@@ -125,7 +125,7 @@ def test_sizes_without_a_product(shape):
     with pytest.raises(RuntimeError, match="channels"):
         torch.ops.normfuse.row_norm_forward(x, None, None, None, 0, 1e-5)
     with pytest.raises(RuntimeError, match="channels"):
-        torch.ops.normfuse.cell_norm_forward(x[..., None], None, None, None, None, 0, 0, 1e-5)
+        torch.ops.normfuse.stat_group_norm_forward(x[..., None], None, None, None, None, 0, 0, 1e-5)
 
 
 COUNTED = {

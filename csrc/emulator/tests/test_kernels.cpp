@@ -225,13 +225,13 @@ void check_dynamic_activation(int64_t rows, int64_t n, Curve curve, bool shifted
 
 // Batch normalisation in two groups of samples, or of two regions, and the moving average on the same numbers.
 template <class T>
-void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, bool regions) {
+void check_stat_groups(int64_t samples, int64_t n, int64_t positions, bool masked, bool regions) {
   const int64_t rows = samples * positions;
   Step<T> device(rows, n, 0), host(rows, n, 0);
   const auto run = [&](Step<T>& step, const auto& forward, const auto& backward, const auto& move, const auto& pull) {
-    const Cells cells{samples, n, positions, step.shape.dtype, samples / 2, masked ? step.pad_mask() : nullptr,
-                      regions};
-    Cells whole = cells;
+    const StatGroups stat_groups{
+        samples, n, positions, step.shape.dtype, samples / 2, masked ? step.pad_mask() : nullptr, regions};
+    StatGroups whole = stat_groups;
     whole.group_size = samples;
     whole.regions = false;
     move(MovingAverageForward{whole, step.x.data(), step.weight.data(), step.bias.data(), 3, 2, 1e-3, 0.9,
@@ -243,11 +243,11 @@ void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, boo
                                step.db.data()});
     step.s = step.dx;  // compared too
 
-    const int64_t size = cells.groups() * cells.sets() * n;
+    const int64_t size = stat_groups.groups() * stat_groups.sets() * n;
     std::vector<Acc<T>> stats(3 * size), grads(2 * size);
-    std::vector<int64_t> count(cells.groups() * cells.sets());
+    std::vector<int64_t> count(stat_groups.groups() * stat_groups.sets());
     BatchNormForward a{};
-    a.cells = cells;
+    a.stat_groups = stat_groups;
     a.x = step.x.data();
     a.weight = {step.weight.data(), 0, 0};
     a.bias = {step.bias.data(), 0, 0};
@@ -263,7 +263,7 @@ void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, boo
     a.count = count.data();
     forward(a);
     BatchNormBackward b{};
-    b.cells = cells;
+    b.stat_groups = stat_groups;
     b.grad_y = step.dy.data();
     b.x = step.x.data();
     b.weight = a.weight;
@@ -278,7 +278,7 @@ void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, boo
   };
   const auto on_device = [](const auto& kernel) {
     return [kernel](const auto& a) {
-      std::vector<char> workspace(cuda_workspace_bytes(a.cells), char(0xff));
+      std::vector<char> workspace(cuda_workspace_bytes(a.stat_groups), char(0xff));
       CHECK(kernel(a, workspace.data(), nullptr) == cudaSuccess);
     };
   };
@@ -292,10 +292,10 @@ void check_cells(int64_t samples, int64_t n, int64_t positions, bool masked, boo
 
 template <class T>
 void check_type() {
-  check_cells<T>(40, 7, 1, true, false);  // rows: the scalar path and packs
-  check_cells<T>(40, 48, 1, true, true);
-  check_cells<T>(4, 9, 7, false, false);  // planes: the same
-  check_cells<T>(4, 9, 64, true, true);
+  check_stat_groups<T>(40, 7, 1, true, false);  // rows: the scalar path and packs
+  check_stat_groups<T>(40, 48, 1, true, true);
+  check_stat_groups<T>(4, 9, 7, false, false);  // planes: the same
+  check_stat_groups<T>(4, 9, 64, true, true);
   for (const int64_t n : {7, 48}) {  // the scalar path, and packs with a part of the tile empty
     check_unified<T>(37, n, false);
     check_unified<T>(37, n, true, true);
@@ -311,7 +311,7 @@ void check_type() {
     check_row_norm<T>(3, 520, RowNorm::kCentredRms, true);  // a block of 4 warps a row
     check_row_norm<T>(2, 2056, RowNorm::kLayer, true);      // of 16 warps
     check_row_norm<T>(2, 8200, RowNorm::kLayer, true);      // and a row that is not kept
-    check_cells<T>(2, 2, 2049, true, false);                // a block a plane
+    check_stat_groups<T>(2, 2, 2049, true, false);          // a block a plane
   }
 }
 

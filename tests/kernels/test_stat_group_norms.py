@@ -7,10 +7,10 @@ import torch
 from steps import assert_same_results
 
 from normfuse import _native
-from normfuse.ops._cells import (
+from normfuse.ops._stat_groups import (
     batch_norm_backward_reference,
     batch_norm_forward_reference,
-    cell_norm_forward_reference,
+    stat_group_norm_forward_reference,
 )
 from normfuse.ops.moving_average_norm import (
     moving_average_norm_backward_reference,
@@ -19,7 +19,7 @@ from normfuse.ops.moving_average_norm import (
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Sums of float32 over a cell, spread over at least 8 partial sums: some 40 roundings of 6e-8 each.
+# Sums of float32 over a statistics group, spread over at least 8 partial sums: some 40 roundings of 6e-8 each.
 TOLERANCE = {torch.float64: 1e-13}
 FLOAT32_TOLERANCE = 40 * 2**-24
 # Samples, channels, positions, group size. Rows: none, one, an odd number of channels, fewer than a pack, a multiple of
@@ -40,7 +40,7 @@ SHAPES = [
 SCHEDULES = [{"order": "reverse"}, {"order": "random", "seed": 3}, {"order": "random", "seed": 4, "workers": 2}]
 REFERENCES = {
     "batch_norm_forward": batch_norm_forward_reference,
-    "cell_norm_forward": cell_norm_forward_reference,
+    "stat_group_norm_forward": stat_group_norm_forward_reference,
     "batch_norm_backward": batch_norm_backward_reference,
     "moving_average_norm_forward": moving_average_norm_forward_reference,
     "moving_average_norm_backward": moving_average_norm_backward_reference,
@@ -66,7 +66,7 @@ def implementation(request):
 
 @dataclass
 class Step:
-    """A step on cells, and what it is compared in. ``kind``: "batch", "estimated", "regions", "moving"."""
+    """A step on statistics groups, and what it is compared in. ``kind``: "batch", "estimated", "regions", "moving"."""
 
     kind: str
     x: torch.Tensor
@@ -125,7 +125,9 @@ class Step:
         estimated = self.kind == "estimated"
         if self.kind == "regions":
             eps, _, eps_total = self.root
-            y, stats, count = implementation("cell_norm_forward", *given, self.group_size, correction, eps, eps_total)
+            y, stats, count = implementation(
+                "stat_group_norm_forward", *given, self.group_size, correction, eps, eps_total
+            )
         else:
             y, stats, count = implementation(
                 "batch_norm_forward", *given, *self.state, self.group_size, estimated, self.momentum, *self.root[:2]
@@ -276,7 +278,7 @@ def test_many_numbers_on_the_host(kind, shape):
         torch.set_num_threads(before)
     assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
     expected = start.run(reference)
-    for name in ("grad_weight", "grad_bias"):  # sums over cells, whose terms cancel
+    for name in ("grad_weight", "grad_bias"):  # sums over statistics groups, whose terms cancel
         scale = 2 * step.dy.abs().sum((0, 2)).max()
         assert (results[0][name] - expected[name]).abs().max() <= 1e-6 * scale, name
         expected[name] = results[0][name].double()

@@ -1,7 +1,7 @@
-// Passes over a [samples, channels, positions] tensor whose cells have statistics of their own. Two layouts: with one
-// position a sample is a row, and loops run over channels; otherwise a channel of a sample is a plane, and loops run
-// over its positions. Sums are taken in blocks, which depend on the shape alone, and added in a fixed order, in double:
-// results are the same for any number of threads.
+// Passes over a [samples, channels, positions] tensor, parted into statistics groups (StatGroups in kernels.h). Two
+// layouts: with one position a sample is a row, and loops run over channels; otherwise a channel of a sample is a plane,
+// and loops run over its positions. Sums are taken in blocks, which depend on the shape alone, and added in a fixed
+// order, in double: results are the same for any number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,41 +14,41 @@ namespace normfuse::cpu {
 
 // Vectors [groups, sets, channels].
 template <class Acc>
-using CellVector = std::vector<Acc>;
+using StatGroupVector = std::vector<Acc>;
 
 // y = scale (x - mean) + shift
 template <class Acc>
-struct AffineOfCells {
+struct AffineOfStatGroups {
   const Acc* mean;
-  CellVector<Acc> scale, shift;
+  StatGroupVector<Acc> scale, shift;
 };
 
 // dx = slope dy + pull (x - mean) + offset. With a padding mask, rows of padding have no pull and no offset.
 template <class Acc>
-struct GradientOfCells {
+struct GradientOfStatGroups {
   const Acc* mean;
-  CellVector<Acc> slope, pull, offset;
+  StatGroupVector<Acc> slope, pull, offset;
 };
 
 template <class T>
-class CellPasses {
+class StatGroupPasses {
  public:
   using Acc = AccOf<T>;
 
-  CellPasses(const Cells& cells, Parallel parallel);
+  StatGroupPasses(const StatGroups& stat_groups, Parallel parallel);
 
-  const Cells cells;
+  const StatGroups stat_groups;
   const Parallel parallel;
-  const int64_t groups, sets, size;  // size: of a CellVector
+  const int64_t groups, sets, size;  // size: of a StatGroupVector
 
-  int64_t at(int64_t group, int64_t set) const { return (group * sets + set) * cells.channels; }
+  int64_t at(int64_t group, int64_t set) const { return (group * sets + set) * stat_groups.channels; }
 
-  // Mean, sum of squared deviations and, [groups, sets], number of what the cells' statistics count.
+  // Mean, sum of squared deviations and, [groups, sets], number of what the statistics groups count.
   void moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const;
-  void affine(const T* x, const AffineOfCells<Acc>& by, T* y) const;
-  // Sums of dy and of dy (x - mean) over all that the cells' statistics normalise, padding included.
+  void affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const;
+  // Sums of dy and of dy (x - mean) over all that the statistics groups normalise, padding included.
   void gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const;
-  void gradient(const T* dy, const T* x, const GradientOfCells<Acc>& by, T* dx) const;
+  void gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const;
 
  private:
   struct Block {
@@ -59,13 +59,15 @@ class CellPasses {
   template <class Body>
   void each_backwards(const Body& body) const;
   template <class Body>
-  void each_cell_range(const Body& body) const;
+  void each_stat_group_range(const Body& body) const;
   template <class Body>
   void run(int64_t task, const Body& body) const;
 
-  bool masked() const { return cells.mask != nullptr; }
+  bool masked() const { return stat_groups.mask != nullptr; }
   int64_t parts() const { return masked() ? 2 : 1; }  // what the mask parts a block into
-  const bool* mask(int64_t sample) const { return masked() ? cells.mask + sample * cells.positions : nullptr; }
+  const bool* mask(int64_t sample) const {
+    return masked() ? stat_groups.mask + sample * stat_groups.positions : nullptr;
+  }
   const Acc* vector(const Acc* vectors, const Block& block, int64_t part) const {
     return vectors + at(block.group, part < sets ? part : 0);
   }

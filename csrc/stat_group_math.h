@@ -1,5 +1,6 @@
-// The arithmetic of batch normalisation and its kin on one cell, the numbers that share statistics, on host and device. The
-// includer defines NORMFUSE_INLINE. m is the mean taken away, w the gain, a the share of x itself that is added (or 0):
+// The arithmetic of batch normalisation and its kin on one statistics group, the numbers that share statistics, on host
+// and device. The includer defines NORMFUSE_INLINE. m is the mean taken away, w the gain,
+// a the share of x itself that is added (or 0):
 //
 //   y  = w (x - m) inv_std + b + a x             = scale (x - m) + shift
 //   dx = w inv_std dy + a dy + what comes through = slope dy + pull (x - m) + offset
@@ -48,22 +49,22 @@ struct GradientSums {
 };
 
 template <class Acc>
-struct CellStats {
+struct StatGroupStats {
   Acc mean;
   Acc var;
   Acc inv_std;
 };
 
 template <class Acc>
-NORMFUSE_INLINE Acc cell_inv_std(const BatchNormForward& a, Acc var, int64_t count) {
+NORMFUSE_INLINE Acc stat_group_inv_std(const BatchNormForward& a, Acc var, int64_t count) {
   const Acc floored = var < Acc(a.floor) ? Acc(a.floor) : var;
   return inverse_sqrt(floored + Acc(a.eps) + Acc(a.eps_total) / Acc(count > 1 ? count : 1));
 }
 
 template <class Acc>
-NORMFUSE_INLINE CellStats<Acc> own_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count) {
+NORMFUSE_INLINE StatGroupStats<Acc> own_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count) {
   const Acc var = count > 0 ? squares / (Acc(count) - Acc(a.correction)) : Acc(0);
-  return {mean, var, cell_inv_std(a, var, count)};
+  return {mean, var, stat_group_inv_std(a, var, count)};
 }
 
 // The share of the new value in update number `step`, from 1 on; without a momentum all updates have the same share.
@@ -92,38 +93,40 @@ NORMFUSE_INLINE void move_running(Acc mean, Acc var, Acc rate, Acc* running_mean
 
 // Running statistics that move first and normalise then, the variance around the mean as it was.
 template <class Acc>
-NORMFUSE_INLINE CellStats<Acc> estimated_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count,
-                                               Acc rate, Acc* running_mean, Acc* running_var) {
+NORMFUSE_INLINE StatGroupStats<Acc> estimated_stats(const BatchNormForward& a, Acc mean, Acc squares, int64_t count,
+                                                    Acc rate, Acc* running_mean, Acc* running_var) {
   const Acc change = mean - *running_mean, var = count > 0 ? squares / Acc(count) + change * change : Acc(0);
   if (count > 0 && usable(change) && usable(var)) {
     *running_mean += rate * change;
     *running_var += rate * (var - *running_var);
   }
-  return {*running_mean, *running_var, cell_inv_std(a, *running_var, count)};
+  return {*running_mean, *running_var, stat_group_inv_std(a, *running_var, count)};
 }
 
 template <class Acc>
-struct CellAffine {
+struct StatGroupAffine {
   Acc scale;
   Acc shift;
 };
 
 template <class Acc>
-NORMFUSE_INLINE CellAffine<Acc> affine_of_cell(const CellStats<Acc>& stats, Acc weight, Acc bias, Acc shortcut) {
+NORMFUSE_INLINE StatGroupAffine<Acc> affine_of_stat_group(const StatGroupStats<Acc>& stats, Acc weight, Acc bias,
+                                                          Acc shortcut) {
   return {weight * stats.inv_std + shortcut, bias + shortcut * stats.mean};
 }
 
 template <class Acc>
-struct CellGradient {
+struct StatGroupGradient {
   Acc slope;
   Acc pull;
   Acc offset;
 };
 
 template <class Acc>
-NORMFUSE_INLINE CellGradient<Acc> gradient_of_cell(const CellStats<Acc>& stats, Acc weight, Acc shortcut, Acc sum_dy,
-                                                   Acc sum_dyd, Acc grad_mean, Acc grad_var, int64_t count,
-                                                   int64_t correction, Acc floor) {
+NORMFUSE_INLINE StatGroupGradient<Acc> gradient_of_stat_group(const StatGroupStats<Acc>& stats, Acc weight,
+                                                              Acc shortcut, Acc sum_dy, Acc sum_dyd, Acc grad_mean,
+                                                              Acc grad_var, int64_t count, int64_t correction,
+                                                              Acc floor) {
   const Acc scale = weight * stats.inv_std;
   if (count == 0) return {scale + shortcut, Acc(0), Acc(0)};
   const Acc through_var = stats.var < floor ? Acc(0) : scale * stats.inv_std * stats.inv_std * sum_dyd;

@@ -1,9 +1,10 @@
-"""Batch normalisation and its kin on cells: the operations that BatchNorm, instance and region norms share.
+"""Batch normalisation and its kin on statistics groups: the operations that BatchNorm, instance and region norms share.
 
-A cell is what shares statistics. ``x`` is [S, C, P]; every ``group_size`` consecutive samples make one of K groups (a
-rest joins the last; 0: all make one), and a cell is a channel of a group. A ``mask`` [S, P] either marks padding, which
-the statistics do not count, or parts two regions, which double the cells: N = 2 sets of statistics in a group instead
-of 1. With n numbers, mean m and variance v = Σ(x − m)² / (n − correction) in a cell,
+A statistics group is what shares statistics. ``x`` is [S, C, P]; every ``group_size`` consecutive samples make one of
+K groups (a rest joins the last; 0: all make one), and a statistics group is a channel of a group. A ``mask`` [S, P]
+either marks padding, which the statistics do not count, or parts two regions, which double the statistics groups: N =
+2 sets of statistics in a group instead of 1. With n numbers, mean m and variance v = Σ(x − m)² / (n − correction) in
+one,
 
     y = weight · (x − m) / sqrt(max(v, floor) + eps + eps_total / n) + bias + shortcut · x
 
@@ -65,11 +66,11 @@ def _moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return mean, torch.where(keep, values - mean[:, None], 0.0).square().sum((0, 2)), count
 
 
-def _forward_on_cells(
+def _forward_on_stat_groups(
     finish: Callable, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     shortcut: Tensor | None, group_size: int, regions: bool, eps: float, floor: float = 0.0, eps_total: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``finish`` makes the mean and variance of a cell from its group's number and moments."""
+    """``finish`` makes the mean and variance of a statistics group from the group's number and moments."""
     results, found, counts = [], [], []
     for g, values, part in _groups(x, mask, group_size):
         of_sets = []
@@ -106,11 +107,11 @@ def _inv_std(var: Tensor, count: Tensor, eps: float, floor: float, eps_total: fl
 
 
 def _by_correction(correction: int) -> Callable:
-    """A cell's own mean and variance, as :func:`_forward_on_cells` asks for them."""
+    """The own mean and variance of a statistics group, as :func:`_forward_on_stat_groups` asks for them."""
     return lambda _, mean, squares, count: (mean, _variance(squares, count, correction))
 
 
-def cell_norm_forward_reference(
+def stat_group_norm_forward_reference(
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -121,7 +122,7 @@ def cell_norm_forward_reference(
     eps: float,
     eps_total: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise every cell by its own statistics, in plain PyTorch; a ``mask`` parts two regions.
+    """Normalise every statistics group by its own statistics, in plain PyTorch; a ``mask`` parts two regions.
 
     ``weight`` and ``bias`` are [K or 1, N or 1, C], ``shortcut`` [1], in the dtype of statistics. Returns ``y`` like x
     ([0] where ``weight`` and ``bias`` are None), ``stats`` [3, K, N, C]: mean, variance, and one over the root that
@@ -129,16 +130,16 @@ def cell_norm_forward_reference(
     """
 
     own = _by_correction(correction)
-    return _forward_on_cells(own, x, mask, weight, bias, shortcut, group_size, True, eps, 0.0, eps_total)
+    return _forward_on_stat_groups(own, x, mask, weight, bias, shortcut, group_size, True, eps, 0.0, eps_total)
 
 
 def _own_statistics(
     x: Tensor, mask: Tensor | None, group_size: int, regions: bool, correction: int, *root: float
 ) -> Tensor:
-    """``stats`` of cells that are normalised by their own, for a backward pass that is differentiated in turn."""
+    """``stats`` of groups that are normalised by their own, for a backward pass that is differentiated in turn."""
 
     own = _by_correction(correction)
-    return _forward_on_cells(own, x, mask, None, None, None, group_size, regions, *root)[1]
+    return _forward_on_stat_groups(own, x, mask, None, None, None, group_size, regions, *root)[1]
 
 
 def move_batch_statistics(
@@ -204,7 +205,7 @@ class _MoveBelowTransforms(torch.autograd.Function):
         return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True)), (0, 0)
 
 
-def _batch_norm_on_cells(
+def _batch_norm_on_stat_groups(
     move: Callable, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, shortcut: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor], group_size: int, estimated: bool, momentum: float | None, eps: float,
     floor: float,
@@ -214,7 +215,7 @@ def _batch_norm_on_cells(
         running = move(mean, var, count, *state, estimated, momentum)
         return running if estimated else (mean, var)
 
-    return _forward_on_cells(step, x, mask, weight, bias, shortcut, group_size, False, eps, floor)
+    return _forward_on_stat_groups(step, x, mask, weight, bias, shortcut, group_size, False, eps, floor)
 
 
 def batch_norm_forward_reference(
@@ -235,12 +236,12 @@ def batch_norm_forward_reference(
     """The same for batch normalisation: ``mask`` marks padding, and the running statistics move, in place.
 
     The groups move them one after another, by shares of ``momentum`` (None: of an average over all updates), the
-    variance unbiased. Cells without numbers, and with a statistic that is not finite, move nothing. ``estimated``: the
+    variance unbiased. Groups without numbers, and with a statistic that is not finite, move nothing. ``estimated``: the
     running statistics move first, the variance around the mean as it was, and are those that normalise.
     """
 
     state = running_mean, running_var, num_batches_tracked
-    return _batch_norm_on_cells(
+    return _batch_norm_on_stat_groups(
         _move_and_copy, x, mask, weight, bias, shortcut, state, group_size, estimated, momentum, eps, floor
     )
 
@@ -294,7 +295,7 @@ def batch_norm_backward_reference(
     return torch.cat(results).to(x.dtype), along_weight, along_bias
 
 
-_own = register_operation("cell_norm_forward", cell_norm_forward_reference, mutates=())
+_own = register_operation("stat_group_norm_forward", stat_group_norm_forward_reference, mutates=())
 _batch = register_operation("batch_norm_forward", batch_norm_forward_reference, mutates=STATISTICS)
 _batch_recompute_safe = register_forward(library, _batch, STATISTICS)
 _backward = register_operation("batch_norm_backward", batch_norm_backward_reference, mutates=())
@@ -327,7 +328,7 @@ def _fake_forward(x: Tensor, wanted: bool, group_size: int, sets: int) -> tuple[
     return torch.empty_like(x) if wanted else x.new_empty(0), stats, x.new_empty((groups, sets), dtype=torch.int64)
 
 
-@torch.library.register_fake("normfuse::cell_norm_forward")
+@torch.library.register_fake("normfuse::stat_group_norm_forward")
 def _(x, mask, weight, bias, shortcut, group_size, correction, *root):
     return _fake_forward(x, weight is not None, group_size, 1 if mask is None else 2)
 
@@ -348,7 +349,7 @@ def samples_are_rows(x: Tensor, channel_dim: int) -> bool:
     return not x.is_contiguous() and x.movedim(channel_dim, -1).is_contiguous()
 
 
-def to_cells(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
+def to_three_axes(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
     """Contiguous [S, C, P] of ``x``: with ``rows`` every position is a sample, and P = 1."""
     if rows or x.numel() == 0:
         x = x.movedim(channel_dim, -1)
@@ -357,37 +358,37 @@ def to_cells(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
     return x.reshape(math.prod(before), x.shape[channel_dim], math.prod(after)).contiguous()
 
 
-def from_cells(cells: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
-    """Inverse of :func:`to_cells`, for cells of a tensor of that shape."""
+def from_three_axes(x3: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
+    """Inverse of :func:`to_three_axes`, for a tensor of that shape."""
     if not rows:
-        return torch.ops.aten._unsafe_view(cells, shape)  # no view, see without_view
+        return torch.ops.aten._unsafe_view(x3, shape)  # no view, see without_view
     moved = list(shape)
     moved.append(moved.pop(channel_dim))
-    return cells.view(moved).movedim(-1, channel_dim)
+    return x3.view(moved).movedim(-1, channel_dim)
 
 
-def own_from_cells(cells: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
+def own_from_three_axes(x3: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
     """The same, never a view."""
-    arguments = cells, shape, channel_dim, rows
-    return without_view(from_cells, *arguments) if rows else from_cells(*arguments)
+    arguments = x3, shape, channel_dim, rows
+    return without_view(from_three_axes, *arguments) if rows else from_three_axes(*arguments)
 
 
-def _mask_of_cells(mask: Tensor | None, cells: Tensor) -> Tensor | None:
-    return None if mask is None else mask.reshape(cells.shape[0], cells.shape[2]).contiguous()
+def _mask_of_two_axes(mask: Tensor | None, x3: Tensor) -> Tensor | None:
+    return None if mask is None else mask.reshape(x3.shape[0], x3.shape[2]).contiguous()
 
 
 class _CellNorm(torch.autograd.Function):
-    """Autograd of the operations; what it takes and returns, see :func:`normalise_cells`."""
+    """Autograd of the operations; what it takes and returns, see :func:`normalise_stat_groups`."""
 
     @staticmethod
     def forward(
         ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = samples_are_rows(x, channel_dim)
-        cells = to_cells(x, channel_dim, rows)
-        group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
+        x3 = to_three_axes(x, channel_dim, rows)
+        group_size = group * (x3.shape[0] // x.shape[0]) if group and x.numel() else 0
         gain, shift = (None if v is None else v.reshape(vectors).contiguous() for v in (weight, bias))
-        given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
+        given = x3, _mask_of_two_axes(mask, x3), gain, shift, shortcut
         if running is None:
             y, stats, count = _own(*given, group_size, correction, eps, eps_total)
         else:
@@ -399,24 +400,24 @@ class _CellNorm(torch.autograd.Function):
         ctx.options = group_size, running is None, correction, running is not None and running[3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
-        return (y if weight is None else own_from_cells(y, *ctx.layout)), stats, count
+        return (y if weight is None else own_from_three_axes(y, *ctx.layout)), stats, count
 
     @staticmethod
     def backward(ctx, grad_y, grad_stats, _):
         x, mask, weight, shortcut, stats, count = ctx.saved_tensors
         group_size, regions, correction, estimated = ctx.options
-        cells = to_cells(x, *ctx.layout[1:])
-        mask = _mask_of_cells(mask, cells)
+        x3 = to_three_axes(x, *ctx.layout[1:])
+        mask = _mask_of_two_axes(mask, x3)
         gain = torch.zeros_like(stats[0, :1, :1]) if weight is None else weight.reshape(ctx.vectors).contiguous()
-        grad = torch.zeros_like(cells) if weight is None or grad_y is None else to_cells(grad_y, *ctx.layout[1:])
+        grad = torch.zeros_like(x3) if weight is None or grad_y is None else to_three_axes(grad_y, *ctx.layout[1:])
         grad_mean, grad_var = (None, None) if grad_stats is None else (grad_stats[0], grad_stats[1])
         backward = _backward
         if differentiated_again():
             backward = batch_norm_backward_reference
             if not estimated:  # these carry no gradient
-                stats = _own_statistics(cells, mask, group_size, regions, correction, *ctx.root)
+                stats = _own_statistics(x3, mask, group_size, regions, correction, *ctx.root)
         grad_x, grad_weight, grad_bias = backward(
-            grad, grad_mean, grad_var, cells, mask, gain, shortcut, stats, count, *ctx.options, ctx.root[1]
+            grad, grad_mean, grad_var, x3, mask, gain, shortcut, stats, count, *ctx.options, ctx.root[1]
         )
         grad_shortcut = None
         if ctx.needs_input_grad[4]:
@@ -425,10 +426,10 @@ class _CellNorm(torch.autograd.Function):
             g.sum_to_size(gain.shape).view(weight.shape) if needed else None
             for g, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True)
         ]
-        return from_cells(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 8
+        return from_three_axes(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 8
 
 
-def normalise_cells(
+def normalise_stat_groups(
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -447,7 +448,7 @@ def normalise_cells(
 
     ``weight`` and ``bias`` can be viewed as ``vectors`` [K or 1, N or 1, C]; None: statistics alone, and y is empty.
     ``group`` samples of x make a group; 0: all. ``running`` is (running_mean, running_var, num_batches_tracked,
-    estimated, momentum) of batch normalisation; None: the cells have no running statistics. ``floor`` is for the
+    estimated, momentum) of batch normalisation; None: there are no running statistics. ``floor`` is for the
     former, ``eps_total`` for the latter.
 
     Returns ``y`` like x; ``stats`` [3, K, N, C], whose first two, mean and variance, carry gradients; ``count`` [K, N].
@@ -456,14 +457,16 @@ def normalise_cells(
         return _CellNorm.apply(
             x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
         )
-    cells = to_cells(x, channel_dim, False)
-    group_size = group * (cells.shape[0] // x.shape[0]) if group and x.numel() else 0
+    x3 = to_three_axes(x, channel_dim, False)
+    group_size = group * (x3.shape[0] // x.shape[0]) if group and x.numel() else 0
     gain, shift = (None if v is None else v.reshape(vectors) for v in (weight, bias))
-    given = cells, _mask_of_cells(mask, cells), gain, shift, shortcut
+    given = x3, _mask_of_two_axes(mask, x3), gain, shift, shortcut
     if running is None:
-        y, stats, count = cell_norm_forward_reference(*given, group_size, correction, eps, eps_total)
+        y, stats, count = stat_group_norm_forward_reference(*given, group_size, correction, eps, eps_total)
     else:
         *state, estimated, momentum = running
         move = _MoveBelowTransforms.apply
-        y, stats, count = _batch_norm_on_cells(move, *given, tuple(state), group_size, estimated, momentum, eps, floor)
-    return (y if weight is None else from_cells(y, x.shape, channel_dim, False)), stats, count
+        y, stats, count = _batch_norm_on_stat_groups(
+            move, *given, tuple(state), group_size, estimated, momentum, eps, floor
+        )
+    return (y if weight is None else from_three_axes(y, x.shape, channel_dim, False)), stats, count

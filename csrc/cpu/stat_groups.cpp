@@ -1,9 +1,9 @@
-#include "cells.h"
+#include "stat_groups.h"
 
 #include <memory>
 
-#include "cell_loops.h"
 #include "output.h"
+#include "stat_group_loops.h"
 
 namespace normfuse::cpu {
 namespace {
@@ -43,39 +43,40 @@ Pair<Acc> pair(const Acc* first, const Acc* second, int64_t c) {
 }  // namespace
 
 template <class T>
-CellPasses<T>::CellPasses(const Cells& cells, Parallel parallel)
-    : cells(cells),
+StatGroupPasses<T>::StatGroupPasses(const StatGroups& stat_groups, Parallel parallel)
+    : stat_groups(stat_groups),
       parallel(parallel),
-      groups(cells.groups()),
-      sets(cells.sets()),
-      size(groups * sets * cells.channels),
-      planes_(cells.positions > 1),
+      groups(stat_groups.groups()),
+      sets(stat_groups.sets()),
+      size(groups * sets * stat_groups.channels),
+      planes_(stat_groups.positions > 1),
       first_block_{0} {
-  const int64_t n = cells.channels;
+  const int64_t n = stat_groups.channels;
   int64_t most = 1;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = g * cells.group_size, count = g == groups - 1 ? cells.samples - first : cells.group_size;
-    most = planes_ ? 1 : RowBlocks({count, n, cells.dtype}).size;
+    const int64_t first = g * stat_groups.group_size,
+                  count = g == groups - 1 ? stat_groups.samples - first : stat_groups.group_size;
+    most = planes_ ? 1 : RowBlocks({count, n, stat_groups.dtype}).size;
     for (int64_t s = 0; s < count; s += most) blocks_.push_back({g, first + s, std::min(most, count - s)});
     first_block_.push_back(int64_t(blocks_.size()));
   }
-  range_ = planes_ ? std::clamp<int64_t>(kThreadElements / cells.positions, 1, n) : n;
+  range_ = planes_ ? std::clamp<int64_t>(kThreadElements / stat_groups.positions, 1, n) : n;
   ranges_ = (n + range_ - 1) / range_;
   tasks_ = int64_t(blocks_.size()) * ranges_;
-  grain_ = std::max<int64_t>(1, kThreadElements / (most * range_ * std::max<int64_t>(cells.positions, 1)));
+  grain_ = std::max<int64_t>(1, kThreadElements / (most * range_ * std::max<int64_t>(stat_groups.positions, 1)));
 }
 
 // body(block number, block, first channel, end)
 template <class T>
 template <class Body>
-void CellPasses<T>::run(int64_t task, const Body& body) const {
+void StatGroupPasses<T>::run(int64_t task, const Body& body) const {
   const int64_t b = task / ranges_, c = task % ranges_ * range_;
-  body(b, blocks_[b], c, std::min(c + range_, cells.channels));
+  body(b, blocks_[b], c, std::min(c + range_, stat_groups.channels));
 }
 
 template <class T>
 template <class Body>
-void CellPasses<T>::each(const Body& body) const {
+void StatGroupPasses<T>::each(const Body& body) const {
   parallel(tasks_, grain_, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) run(task, body);
   });
@@ -84,7 +85,7 @@ void CellPasses<T>::each(const Body& body) const {
 // A thread's last task first: it finds in its cache what each() has just read.
 template <class T>
 template <class Body>
-void CellPasses<T>::each_backwards(const Body& body) const {
+void StatGroupPasses<T>::each_backwards(const Body& body) const {
   parallel(tasks_, grain_, [&](int64_t begin, int64_t end) {
     for (int64_t task = end - 1; task >= begin; --task) run(task, body);
   });
@@ -93,9 +94,9 @@ void CellPasses<T>::each_backwards(const Body& body) const {
 // body(group, first channel, end): what adds over the blocks of a group.
 template <class T>
 template <class Body>
-void CellPasses<T>::each_cell_range(const Body& body) const {
+void StatGroupPasses<T>::each_stat_group_range(const Body& body) const {
   constexpr int64_t kRange = 64;
-  const int64_t n = cells.channels, ranges = (n + kRange - 1) / kRange;
+  const int64_t n = stat_groups.channels, ranges = (n + kRange - 1) / kRange;
   const int64_t blocks = int64_t(blocks_.size()) / groups + 1;
   parallel(groups * ranges, std::max<int64_t>(1, kThreadElements / (kRange * blocks)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i / ranges, i % ranges * kRange, std::min(n, (i % ranges + 1) * kRange));
@@ -103,8 +104,8 @@ void CellPasses<T>::each_cell_range(const Body& body) const {
 }
 
 template <class T>
-void CellPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const {
-  const int64_t n = cells.channels, positions = cells.positions, blocks = int64_t(blocks_.size());
+void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const {
+  const int64_t n = stat_groups.channels, positions = stat_groups.positions, blocks = int64_t(blocks_.size());
   const std::unique_ptr<Acc[]> means(new Acc[blocks * sets * n]), deviations(new Acc[blocks * sets * n]);
   std::vector<int64_t> counts(blocks * sets);
   each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
@@ -135,7 +136,7 @@ void CellPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count)
       }
     }
   });
-  each_cell_range([&](int64_t g, int64_t begin, int64_t end) {
+  each_stat_group_range([&](int64_t g, int64_t begin, int64_t end) {
     std::vector<double> total_mean(end - begin), total_squares(end - begin);
     for (int64_t s = 0; s < sets; ++s) {
       std::fill(total_mean.begin(), total_mean.end(), 0.0);
@@ -168,9 +169,9 @@ NORMFUSE_CLONES static void affine_rows(const T* x, const bool* mask, int64_t ro
 }
 
 template <class T>
-void CellPasses<T>::affine(const T* x, const AffineOfCells<Acc>& by, T* y) const {
-  const int64_t n = cells.channels, positions = cells.positions;
-  const bool stream = worth_streaming(cells.samples * n * positions * sizeof(T));
+void StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const {
+  const int64_t n = stat_groups.channels, positions = stat_groups.positions;
+  const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
   each_backwards([&](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *scale[2], *shift[2];
     for (int64_t part = 0; part < 2; ++part) {
@@ -198,8 +199,8 @@ void CellPasses<T>::affine(const T* x, const AffineOfCells<Acc>& by, T* y) const
 }
 
 template <class T>
-void CellPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const {
-  const int64_t n = cells.channels, positions = cells.positions, parts = this->parts(),
+void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const {
+  const int64_t n = stat_groups.channels, positions = stat_groups.positions, parts = this->parts(),
                 stride = int64_t(blocks_.size()) * parts * n;
   const std::unique_ptr<Acc[]> partial(new Acc[2 * stride]);
   each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
@@ -229,7 +230,7 @@ void CellPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc*
       }
     }
   });
-  each_cell_range([&](int64_t g, int64_t begin, int64_t end) {
+  each_stat_group_range([&](int64_t g, int64_t begin, int64_t end) {
     const std::pair<const Acc*, Acc*> wanted[] = {{partial.get(), sums_dy}, {partial.get() + stride, sums_dyd}};
     for (const auto& [from, to] : wanted)
       for (int64_t s = 0; s < sets; ++s) {
@@ -254,9 +255,9 @@ NORMFUSE_CLONES static void gradient_rows(const T* dy, const T* x, const bool* m
 }
 
 template <class T>
-void CellPasses<T>::gradient(const T* dy, const T* x, const GradientOfCells<Acc>& by, T* dx) const {
-  const int64_t n = cells.channels, positions = cells.positions;
-  const bool stream = worth_streaming(cells.samples * n * positions * sizeof(T));
+void StatGroupPasses<T>::gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const {
+  const int64_t n = stat_groups.channels, positions = stat_groups.positions;
+  const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
   const std::vector<Acc> nothing(masked() && sets == 1 ? n : 0);
   each_backwards([&](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *slope[2], *pull[2], *offset[2];
@@ -287,9 +288,9 @@ void CellPasses<T>::gradient(const T* dy, const T* x, const GradientOfCells<Acc>
   });
 }
 
-template class CellPasses<float>;
-template class CellPasses<double>;
-template class CellPasses<bfloat16>;
-template class CellPasses<float16>;
+template class StatGroupPasses<float>;
+template class StatGroupPasses<double>;
+template class StatGroupPasses<bfloat16>;
+template class StatGroupPasses<float16>;
 
 }  // namespace normfuse::cpu

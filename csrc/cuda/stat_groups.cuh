@@ -1,14 +1,15 @@
-// What the kernels over [samples, channels, positions] share, whose cells have statistics of their own. Two layouts:
+// What the kernels over [samples, channels, positions], parted into statistics groups (StatGroups in kernels.h), share.
+// Two layouts:
 //
 //   rows    one position: a sample is a row, a thread of 32 lanes x 8 rows keeps V neighbouring channels and walks down
 //           the samples, as in columns.cuh;
-//   planes  a cell has planes of `positions` numbers, one in each of its samples: a team of 32 or 256 threads walks
-//           along the planes of one channel, V neighbouring positions at a time.
+//   planes  a statistics group has planes of `positions` numbers, one in each of its samples: a team of 32 or 256
+//           threads walks along the planes of one channel, V neighbouring positions at a time.
 //
 // blockIdx.x is the tile of channels, blockIdx.z the group of samples; blockIdx.y strides over the samples (of planes,
-// over pieces of them) together with the other blocks of the cell. What is added over a cell is added in registers, over
-// the block, written to partial[group][block][set][channel], and added by the last block of the tile to finish. Every
-// order is fixed: two runs on the same device give the same bits.
+// over pieces of them) together with the other blocks of the statistics group. What is added over a statistics group is
+// added in registers, over the block, written to partial[group][block][set][channel], and added by the last block of the
+// tile to finish. Every order is fixed: two runs on the same device give the same bits.
 #pragma once
 #include "columns.cuh"
 
@@ -20,14 +21,14 @@ constexpr int kPieceRounds = 4;  // that a team needs for a piece of a plane, kU
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 1 : kBlocksPerMultiprocessor;
 
-struct CellGrid {
-  int team;   // threads of one cell, in planes
+struct StatGroupGrid {
+  int team;   // threads of one statistics group, in planes
   int width;  // channels of a tile
   int64_t tiles;
-  int64_t splits;  // blocks of a cell
+  int64_t splits;  // blocks of a statistics group
   int64_t groups;
 
-  CellGrid(const Cells& cells, int pack);
+  StatGroupGrid(const StatGroups& stat_groups, int pack);
   dim3 grid() const {
     constexpr int64_t kMostGroups = 65535;
     return dim3(unsigned(tiles), unsigned(splits), unsigned(groups < kMostGroups ? groups : kMostGroups));
@@ -35,25 +36,25 @@ struct CellGrid {
 };
 
 // Where one launch sequence keeps its intermediate values.
-struct CellWorkspace {
+struct StatGroupWorkspace {
   unsigned* blocks_done;  // [groups, tiles], then groups done [tiles]; zero at the launch
   void* partial;          // [groups, splits, sets, channels]
   void* vectors;          // acc [4, groups, sets, channels]
 };
 
-CellWorkspace lay_out_workspace(void* memory, const Cells& cells);
-int clear_counters(const CellWorkspace& workspace, const Cells& cells, void* stream);
+StatGroupWorkspace lay_out_workspace(void* memory, const StatGroups& stat_groups);
+int clear_counters(const StatGroupWorkspace& workspace, const StatGroups& stat_groups, void* stream);
 
 template <class Acc>
-__device__ __forceinline__ Acc number_of(const PerCell& vectors, int64_t group, int64_t set, int64_t channel) {
+__device__ __forceinline__ Acc number_of(const PerStatGroup& vectors, int64_t group, int64_t set, int64_t channel) {
   return static_cast<const Acc*>(vectors.data)[group * vectors.group_stride + set * vectors.set_stride + channel];
 }
 
 // Calls run(V, planes) for the packs and the layout of these matrices.
 template <class T, class Run>
-int with_layout(const Cells& cells, std::initializer_list<const void*> matrices, const Run& run) {
-  const bool planes = cells.positions > 1;
-  const bool pack = can_pack<T>(planes ? cells.positions : cells.channels, matrices);
+int with_layout(const StatGroups& stat_groups, std::initializer_list<const void*> matrices, const Run& run) {
+  const bool planes = stat_groups.positions > 1;
+  const bool pack = can_pack<T>(planes ? stat_groups.positions : stat_groups.channels, matrices);
   constexpr int kPack = 16 / int(sizeof(T));
   if (planes)
     return pack ? run(std::integral_constant<int, kPack>{}, std::true_type{})
@@ -85,39 +86,41 @@ struct Batch {
 
 // The part of a group that one thread works on.
 template <class T, int V, bool kPlanes>
-struct CellPlace {
-  static constexpr int kCells = kPlanes ? 1 : V;  // channels of a thread
+struct StatGroupPlace {
+  static constexpr int kStatGroups = kPlanes ? 1 : V;  // channels of a thread
 
-  Cells cells;
+  StatGroups stat_groups;
   int thread, team, member;  // member: among the threads that work on the same channels
   int members;
   int64_t channel;              // the first
   int64_t finished;             // the channel whose sums this thread gets, or `channels` if it has none
   int64_t group, first, count;  // the samples of the group
 
-  __device__ CellPlace(const Cells& cells, int team, int width) : cells(cells), team(team) {
+  __device__ StatGroupPlace(const StatGroups& stat_groups, int team, int width) : stat_groups(stat_groups), team(team) {
     thread = threadIdx.y * kLanes + threadIdx.x;
     members = kPlanes ? team : kThreadRows;
     member = kPlanes ? thread % team : threadIdx.y;
     const int64_t tile = int64_t(blockIdx.x) * width;
     channel = tile + (kPlanes ? thread / team : threadIdx.x * V);
-    finished = thread < width && tile + thread < cells.channels ? tile + thread : cells.channels;
+    finished = thread < width && tile + thread < stat_groups.channels ? tile + thread : stat_groups.channels;
   }
 
   __device__ void enter(int64_t g) {
     group = g;
-    first = g * cells.group_size;
-    count = (g == cells.groups() - 1 ? cells.samples : first + cells.group_size) - first;
+    first = g * stat_groups.group_size;
+    count = (g == stat_groups.groups() - 1 ? stat_groups.samples : first + stat_groups.group_size) - first;
   }
-  __device__ int64_t cell(int64_t set, int64_t c) const { return (group * cells.sets() + set) * cells.channels + c; }
+  __device__ int64_t stat_group(int64_t set, int64_t c) const {
+    return (group * stat_groups.sets() + set) * stat_groups.channels + c;
+  }
 
   // use(batch) on everything this thread has; kBack: from the last to the first, which L2 may still have.
   template <Mask kMask, bool kBack, int kMatrices, class Use>
   __device__ __forceinline__ void walk(const T* const (&matrices)[kMatrices], const Use& use) const {
-    if (channel >= cells.channels) return;
+    if (channel >= stat_groups.channels) return;
     constexpr int kPacks = Batch<T, V, kMatrices, kMask>::kPacks;
     if constexpr (kPlanes) {
-      const int64_t packs = cells.positions / V, piece = int64_t(team) * kUnroll * kPieceRounds;
+      const int64_t packs = stat_groups.positions / V, piece = int64_t(team) * kUnroll * kPieceRounds;
       const int64_t pieces = (packs + piece - 1) / piece, units = count * pieces;
       const int64_t mine = blockIdx.y < units ? (units - 1 - blockIdx.y) / gridDim.y + 1 : 0;
 #pragma unroll 1
@@ -127,8 +130,9 @@ struct CellPlace {
         const int64_t end = begin + piece < packs ? begin + piece : packs;
 #pragma unroll 1
         for (int64_t pack = begin + member; pack < end; pack += int64_t(team) * kPacks)
-          visit<kMask>(matrices, use, pack, team, end, V, (sample * cells.channels + channel) * cells.positions,
-                       sample * cells.positions);
+          visit<kMask>(matrices, use, pack, team, end, V,
+                       (sample * stat_groups.channels + channel) * stat_groups.positions,
+                       sample * stat_groups.positions);
       }
     } else {
       const int64_t start = int64_t(blockIdx.y) * kThreadRows + threadIdx.y, stride = int64_t(gridDim.y) * kThreadRows,
@@ -136,8 +140,8 @@ struct CellPlace {
       const int64_t mine = start < count ? (count - 1 - start) / jump + 1 : 0;
 #pragma unroll 1
       for (int64_t i = 0; i < mine; ++i)
-        visit<kMask>(matrices, use, start + (kBack ? mine - 1 - i : i) * jump, stride, count, cells.channels,
-                     first * cells.channels + channel, first);
+        visit<kMask>(matrices, use, start + (kBack ? mine - 1 - i : i) * jump, stride, count, stat_groups.channels,
+                     first * stat_groups.channels + channel, first);
     }
   }
 
@@ -160,8 +164,8 @@ struct CellPlace {
       if constexpr (kMask != Mask::kNone) {
         if constexpr (kPlanes) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) batch.parts[k] |= unsigned(cells.mask[mask_base + i * V + v]) << v;
-        } else if (cells.mask[mask_base + i]) {
+          for (int v = 0; v < V; ++v) batch.parts[k] |= unsigned(stat_groups.mask[mask_base + i * V + v]) << v;
+        } else if (stat_groups.mask[mask_base + i]) {
           batch.parts[k] = ~0u;
         }
       }
@@ -190,7 +194,7 @@ __device__ __forceinline__ GradientSums<Acc> from_l2(const GradientSums<Acc>* va
 
 // Adds over the threads that work on the same channels. Thread i of the block gets the sum of the tile's i-th channel.
 template <class Place, class Value>
-__device__ __forceinline__ Value add_members(const Place& place, const Value (&values)[Place::kCells], bool planes,
+__device__ __forceinline__ Value add_members(const Place& place, const Value (&values)[Place::kStatGroups], bool planes,
                                              Value* shared) {
   __syncthreads();  // earlier readers of shared are done
   Value sum = values[0];
@@ -205,7 +209,7 @@ __device__ __forceinline__ Value add_members(const Place& place, const Value (&v
       for (int w = 1; w < warps; ++w) sum.add(shared[place.thread * warps + w]);
     }
   } else {
-    constexpr int V = Place::kCells;
+    constexpr int V = Place::kStatGroups;
 #pragma unroll
     for (int i = 0; i < V; ++i) shared[(threadIdx.y * V + i) * kLanes + threadIdx.x] = values[i];
     __syncthreads();
@@ -231,13 +235,13 @@ __device__ __forceinline__ bool is_last(unsigned* counter, unsigned callers) {
   return result;
 }
 
-// Completes what is added over cells. In the last block of the tile and group finish(channel, sums) is called once per
-// channel; true there.
+// Completes what is added over statistics groups. In the last block of the tile and group finish(channel, sums) is
+// called once per channel; true there.
 template <bool kPlanes, int kSets, class Place, class Value, class Finish>
-__device__ __forceinline__ bool finish_cells(const Place& place, const Value (&values)[kSets][Place::kCells],
-                                             const CellWorkspace& workspace, const Finish& finish) {
-  NF_SHARED(Value, shared, kPlanes ? kThreadRows : kThreads * Place::kCells);
-  const int64_t channels = place.cells.channels;
+__device__ __forceinline__ bool finish_stat_groups(const Place& place, const Value (&values)[kSets][Place::kStatGroups],
+                                                   const StatGroupWorkspace& workspace, const Finish& finish) {
+  NF_SHARED(Value, shared, kPlanes ? kThreadRows : kThreads * Place::kStatGroups);
+  const int64_t channels = place.stat_groups.channels;
   Value* partial = static_cast<Value*>(workspace.partial) + place.group * gridDim.y * kSets * channels;
 #pragma unroll
   for (int s = 0; s < kSets; ++s) {
@@ -249,10 +253,10 @@ __device__ __forceinline__ bool finish_cells(const Place& place, const Value (&v
   Value sums[kSets];
 #pragma unroll
   for (int s = 0; s < kSets; ++s) {
-    Value added[Place::kCells] = {};
+    Value added[Place::kStatGroups] = {};
     for (int64_t b = place.member; b < gridDim.y; b += place.members)
 #pragma unroll
-      for (int i = 0; i < Place::kCells; ++i)
+      for (int i = 0; i < Place::kStatGroups; ++i)
         if (place.channel + i < channels)
           added[i].add(from_l2(partial + (b * kSets + s) * channels + place.channel + i));
     sums[s] = add_members(place, added, kPlanes, shared);

@@ -1,5 +1,5 @@
-// The loops of the passes over cells: over the channels of rows, or the positions of planes. `part` says which of two
-// vectors a number belongs to, 1 where its mask is true.
+// The loops of the passes over statistics groups: over the channels of rows, or the positions of planes. `part` says
+// which of two vectors a number belongs to, 1 where its mask is true.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,21 +1,22 @@
-// Batch normalisation and its kin, backward; cell_math.h has the algebra.
-//   cell_gradient_sums  sums of dy and dy (x - mean) over every cell; gradients of gain and shift, slope, pull and offset.
-//                       Reads dy and x.
-//   cell_gradient       dx = slope dy + pull (x - mean) + offset. Reads dy and x backwards, from L2 first, and writes dx.
+// Batch normalisation and its kin, backward; stat_group_math.h has the algebra.
+//   stat_group_gradient_sums  sums of dy and dy (x - mean) over every statistics group; gradients of gain and bias,
+//                             slope, pull and offset. Reads dy and x.
+//   stat_group_gradient       dx = slope dy + pull (x - mean) + offset. Reads dy and x backwards, from L2 first, and
+//                             writes dx.
 // Tensors moved: 5, of which two come from L2 as far as it reaches.
-#include "cells.cuh"
+#include "stat_groups.cuh"
 
 namespace normfuse {
 namespace cuda {
 namespace {
 
-// What cell_gradient_sums reads, and leaves for cell_gradient, [groups, sets, channels] each.
+// What stat_group_gradient_sums reads, and leaves for stat_group_gradient, [groups, sets, channels] each.
 template <class Acc>
 struct BackwardVectors {
   Acc *mean, *slope, *pull, *offset;
 
-  __device__ BackwardVectors(const CellWorkspace& workspace, const Cells& cells) {
-    const int64_t size = cells.groups() * cells.sets() * cells.channels;
+  __device__ BackwardVectors(const StatGroupWorkspace& workspace, const StatGroups& stat_groups) {
+    const int64_t size = stat_groups.groups() * stat_groups.sets() * stat_groups.channels;
     mean = static_cast<Acc*>(workspace.vectors);
     slope = mean + size;
     pull = slope + size;
@@ -28,24 +29,24 @@ template <class Acc>
 struct BackwardFinish {
   BatchNormBackward a;
   MovingAverageBackward moving;
-  CellWorkspace workspace;
+  StatGroupWorkspace workspace;
 
-  __device__ Acc mean(int64_t cell) const { return a.x ? static_cast<const Acc*>(a.stats)[cell] : Acc(0); }
+  __device__ Acc mean(int64_t stat_group) const { return a.x ? static_cast<const Acc*>(a.stats)[stat_group] : Acc(0); }
 
   __device__ void operator()(int64_t group, int64_t set, int64_t c, const GradientSums<Acc>& sums) const {
     if (!a.x) return move_average(c, sums);
-    const int64_t sets = a.cells.sets(), n = a.cells.channels, size = a.cells.groups() * sets * n;
-    const int64_t cell = group * sets + set, i = cell * n + c;
+    const int64_t sets = a.stat_groups.sets(), n = a.stat_groups.channels, size = a.stat_groups.groups() * sets * n;
+    const int64_t stat_group = group * sets + set, i = stat_group * n + c;
     const Acc* stats = static_cast<const Acc*>(a.stats);
-    const CellStats<Acc> own{stats[i], stats[size + i], stats[2 * size + i]};
+    const StatGroupStats<Acc> own{stats[i], stats[size + i], stats[2 * size + i]};
     const auto of = [i](const void* vectors) { return vectors ? static_cast<const Acc*>(vectors)[i] : Acc(0); };
-    const auto k = gradient_of_cell<Acc>(own, number_of<Acc>(a.weight, group, set, c),
-                                         a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0), sums.dy, sums.dyd,
-                                         of(a.grad_mean), of(a.grad_var), a.estimated ? 0 : a.count[cell], a.correction,
-                                         Acc(a.floor));
+    const auto k = gradient_of_stat_group<Acc>(own, number_of<Acc>(a.weight, group, set, c),
+                                               a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0), sums.dy,
+                                               sums.dyd, of(a.grad_mean), of(a.grad_var),
+                                               a.estimated ? 0 : a.count[stat_group], a.correction, Acc(a.floor));
     static_cast<Acc*>(a.grad_weight)[i] = sums.dyd * own.inv_std;
     static_cast<Acc*>(a.grad_bias)[i] = sums.dy;
-    const BackwardVectors<Acc> vectors(workspace, a.cells);
+    const BackwardVectors<Acc> vectors(workspace, a.stat_groups);
     vectors.mean[i] = own.mean;
     vectors.slope[i] = k.slope;
     vectors.pull[i] = k.pull;
@@ -53,7 +54,7 @@ struct BackwardFinish {
   }
 
   __device__ void move_average(int64_t c, const GradientSums<Acc>& sums) const {
-    const int64_t n = moving.cells.channels, count = moving.cells.samples * moving.cells.positions;
+    const int64_t n = moving.stat_groups.channels, count = moving.stat_groups.samples * moving.stat_groups.positions;
     const Acc* stats = static_cast<const Acc*>(moving.stats);
     const UnifiedStats<Acc> own{stats[c], stats[n + c]};
     const Acc weight = static_cast<const Acc*>(moving.weight)[c], weight_gradient = own.r * own.inv_std * sums.dyd;
@@ -62,7 +63,7 @@ struct BackwardFinish {
                                                    static_cast<Acc*>(moving.buffer_gz) + c, n);
     static_cast<Acc*>(moving.grad_weight)[c] = weight_gradient;
     static_cast<Acc*>(moving.grad_bias)[c] = sums.dy;
-    const BackwardVectors<Acc> vectors(workspace, moving.cells);
+    const BackwardVectors<Acc> vectors(workspace, moving.stat_groups);
     vectors.mean[c] = vectors.offset[c] = 0;
     vectors.slope[c] = k.slope;
     vectors.pull[c] = -k.pull;
@@ -71,20 +72,21 @@ struct BackwardFinish {
 
 template <class T, int V, bool kPlanes, Mask kMask>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    cell_gradient_sums(Cells cells, const T* dy, const T* x, BackwardFinish<AccOf<T>> finish, int team, int width) {
+    stat_group_gradient_sums(StatGroups stat_groups, const T* dy, const T* x, BackwardFinish<AccOf<T>> finish, int team,
+                             int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
-  const int64_t groups = cells.groups();
-  CellPlace<T, V, kPlanes> place(cells, team, width);
+  const int64_t groups = stat_groups.groups();
+  StatGroupPlace<T, V, kPlanes> place(stat_groups, team, width);
   for (int64_t g = blockIdx.z; g < groups; g += gridDim.z) {
     place.enter(g);
-    Acc mean[kSets][place.kCells] = {};
+    Acc mean[kSets][place.kStatGroups] = {};
 #pragma unroll
     for (int s = 0; s < kSets; ++s)
 #pragma unroll
-      for (int i = 0; i < place.kCells; ++i)
-        if (place.channel + i < cells.channels) mean[s][i] = finish.mean(place.cell(s, place.channel + i));
-    GradientSums<Acc> sums[kSets][place.kCells] = {};
+      for (int i = 0; i < place.kStatGroups; ++i)
+        if (place.channel + i < stat_groups.channels) mean[s][i] = finish.mean(place.stat_group(s, place.channel + i));
+    GradientSums<Acc> sums[kSets][place.kStatGroups] = {};
     place.template walk<kMask, false>({dy, x}, [&](const Batch<T, V, 2, kMask>& in) {
 #pragma unroll
       for (int k = 0; k < in.kPacks; ++k) {
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         }
       }
     });
-    finish_cells<kPlanes>(place, sums, finish.workspace, [&](int64_t c, const GradientSums<Acc>(&found)[kSets]) {
+    finish_stat_groups<kPlanes>(place, sums, finish.workspace, [&](int64_t c, const GradientSums<Acc>(&found)[kSets]) {
 #pragma unroll
       for (int s = 0; s < kSets; ++s) finish(g, s, c, found[s]);
     });
@@ -112,26 +114,27 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 
 template <class T, int V, bool kPlanes, Mask kMask>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    cell_gradient(Cells cells, const T* dy, const T* x, T* dx, CellWorkspace workspace, int team, int width) {
+    stat_group_gradient(StatGroups stat_groups, const T* dy, const T* x, T* dx, StatGroupWorkspace workspace, int team,
+                        int width) {
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
-  const int64_t groups = cells.groups();
-  const BackwardVectors<Acc> vectors(workspace, cells);
-  CellPlace<T, V, kPlanes> place(cells, team, width);
+  const int64_t groups = stat_groups.groups();
+  const BackwardVectors<Acc> vectors(workspace, stat_groups);
+  StatGroupPlace<T, V, kPlanes> place(stat_groups, team, width);
   for (int64_t g = blockIdx.z; g < groups; g += gridDim.z) {
     place.enter(g);
-    Acc mean[kSets][place.kCells] = {}, slope[kSets][place.kCells] = {}, pull[kSets][place.kCells] = {},
-        offset[kSets][place.kCells] = {};
+    Acc mean[kSets][place.kStatGroups] = {}, slope[kSets][place.kStatGroups] = {}, pull[kSets][place.kStatGroups] = {},
+        offset[kSets][place.kStatGroups] = {};
 #pragma unroll
     for (int s = 0; s < kSets; ++s)
 #pragma unroll
-      for (int i = 0; i < place.kCells; ++i)
-        if (place.channel + i < cells.channels) {
-          const int64_t cell = place.cell(s, place.channel + i);
-          mean[s][i] = vectors.mean[cell];
-          slope[s][i] = vectors.slope[cell];
-          pull[s][i] = vectors.pull[cell];
-          offset[s][i] = vectors.offset[cell];
+      for (int i = 0; i < place.kStatGroups; ++i)
+        if (place.channel + i < stat_groups.channels) {
+          const int64_t stat_group = place.stat_group(s, place.channel + i);
+          mean[s][i] = vectors.mean[stat_group];
+          slope[s][i] = vectors.slope[stat_group];
+          pull[s][i] = vectors.pull[stat_group];
+          offset[s][i] = vectors.offset[stat_group];
         }
     place.template walk<kMask, true>({dy, x}, [&](const Batch<T, V, 2, kMask>& in) {
 #pragma unroll
@@ -155,31 +158,31 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 }
 
 template <class T>
-int launch(const Cells& cells, const void* grad_y, const void* given, void* grad_x,
+int launch(const StatGroups& stat_groups, const void* grad_y, const void* given, void* grad_x,
            const BackwardFinish<AccOf<T>>& finish, void* stream) {
-  return with_layout<T>(cells, {grad_y, given, grad_x}, [&](auto pack, auto planes) {
+  return with_layout<T>(stat_groups, {grad_y, given, grad_x}, [&](auto pack, auto planes) {
     constexpr int V = decltype(pack)::value;
     constexpr bool kPlanes = decltype(planes)::value;
-    const CellGrid grid(cells, V);
+    const StatGroupGrid grid(stat_groups, V);
     const dim3 block = ColumnGrid::block();
     const T *dy = static_cast<const T*>(grad_y), *x = static_cast<const T*>(given);
     T* dx = static_cast<T*>(grad_x);
-    if (const int error = clear_counters(finish.workspace, cells, stream)) return error;
+    if (const int error = clear_counters(finish.workspace, stat_groups, stream)) return error;
     const auto sums = [&](auto mask) {
-      NF_LAUNCH((cell_gradient_sums<T, V, kPlanes, mask.value>), grid.grid(), block, stream, cells, dy, x, finish,
-                grid.team, grid.width);
+      NF_LAUNCH((stat_group_gradient_sums<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, dy, x,
+                finish, grid.team, grid.width);
     };
-    if (cells.sets() == 2)
+    if (stat_groups.sets() == 2)
       sums(MaskIs<Mask::kRegions>());
     else
       sums(MaskIs<Mask::kNone>());
     const auto gradient = [&](auto mask) {
-      NF_LAUNCH((cell_gradient<T, V, kPlanes, mask.value>), grid.grid(), block, stream, cells, dy, x, dx,
+      NF_LAUNCH((stat_group_gradient<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, dy, x, dx,
                 finish.workspace, grid.team, grid.width);
     };
-    if (!cells.mask)
+    if (!stat_groups.mask)
       gradient(MaskIs<Mask::kNone>());
-    else if (cells.regions)
+    else if (stat_groups.regions)
       gradient(MaskIs<Mask::kRegions>());
     else
       gradient(MaskIs<Mask::kPadding>());
@@ -191,18 +194,18 @@ int launch(const Cells& cells, const void* grad_y, const void* given, void* grad
 }  // namespace cuda
 
 int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream) {
-  const cuda::CellWorkspace w = cuda::lay_out_workspace(workspace, args.cells);
-  return cuda::with_element_type(args.cells.dtype, [&](auto t) {
+  const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
+  return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::launch<T>(args.cells, args.grad_y, args.x, args.grad_x, {args, {}, w}, stream);
+    return cuda::launch<T>(args.stat_groups, args.grad_y, args.x, args.grad_x, {args, {}, w}, stream);
   });
 }
 
 int moving_average_backward_cuda(const MovingAverageBackward& args, void* workspace, void* stream) {
-  const cuda::CellWorkspace w = cuda::lay_out_workspace(workspace, args.cells);
-  return cuda::with_element_type(args.cells.dtype, [&](auto t) {
+  const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
+  return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {
     using T = decltype(t);
-    return cuda::launch<T>(args.cells, args.grad_y, args.x, args.grad_x, {{}, args, w}, stream);
+    return cuda::launch<T>(args.stat_groups, args.grad_y, args.x, args.grad_x, {{}, args, w}, stream);
   });
 }
 
