@@ -3,18 +3,21 @@
 python benchmarks/int8_accuracy.py
 
 The encoders are those of benchmarks/inference.py with random weights, gains, and statistics that match their
-activations. Each is exported with its norms as they are, and folded with a ladder of bounds on the scales
-(``max_scale_range``); ONNX Runtime's `quantize_dynamic` makes the products int8, with weights per tensor and per output
-channel. Printed is the difference of the output from the float32 module, root of the summed squares relative to that of
-the output: unfolded, and folded as a multiple of that, with the share of norms that fold.
+activations. Each is exported with its norms as they are, folded with a ladder of bounds on the scales
+(``max_scale_range``), and folded with scales chosen for integers on other tokens (``balance``). ONNX Runtime's
+`quantize_dynamic` makes the products int8, with weights per tensor and per output channel. Printed is the difference of
+the output from the float32 module, root of the summed squares relative to that of the output: unfolded, and folded as
+a multiple of that, with the share of norms that fold.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,15 +37,21 @@ import normfuse.onnx
 from normfuse.nn import UnifiedNorm
 
 UNBOUNDED = 2.0**40
+BALANCED = "balanced"
 
 
-def quantized_errors(program: ExportedProgram, tokens: Tensor, expected: np.ndarray) -> list[float]:
+BALANCES = {"int8-per-tensor": False, "int8": True}  # and whether weights are quantised per output channel
+
+
+def quantized_errors(
+    program: ExportedProgram, tokens: Tensor, expected: np.ndarray, ways: Sequence[bool] = (False, True)
+) -> list[float]:
     """Relative L2 difference from `expected` of the program's int8 files: weights per tensor, per output channel."""
     errors = []
     with tempfile.TemporaryDirectory() as folder:
         plain, target = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
         normfuse.onnx.write(program, plain, opset=23)
-        for per_channel in (False, True):
+        for per_channel in ways:
             proto = onnx.load(plain)
             proto.graph.ClearField("value_info")  # the quantizer infers shapes anew, and trips over torch's names
             quantize_dynamic(
@@ -89,21 +98,44 @@ def measure(width: int, depth: int, post: bool, spread: float, seed: int, bounds
     folded = {}
     for bound in bounds:
         form, report = normfuse.fold(program, max_scale_range=bound)
-        gone = len(report.norms) - len(report.remaining)
-        folded[f"{bound:g}"] = {"errors": quantized_errors(form, tokens, expected), "folded": gone / len(report.norms)}
+        folded[f"{bound:g}"] = {"errors": quantized_errors(form, tokens, expected), "folded": [_gone(report)] * 2}
+    typical = torch.randint(VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(seed))
+    balanced: dict[str, list[float]] = {"errors": [], "folded": [], "predicted": []}
+    for balance, per_channel in BALANCES.items():
+        form, report = normfuse.fold(program, balance=balance, example_inputs=(typical,))
+        balanced["errors"] += quantized_errors(form, tokens, expected, [per_channel])
+        balanced["folded"].append(_gone(report))
+        balanced["predicted"].append(report.int8_error)
     return {
-        "encoder": f"width {width}, {'post' if post else 'pre'}-norm, gains 1/{spread:g} to {spread:g}",
+        "encoder": _name(width, post, spread),
         "seed": seed,
         "unfolded": quantized_errors(program, tokens, expected),
-        "bounds": folded,
+        "bounds": folded | {BALANCED: balanced},
     }
+
+
+def _gone(report: normfuse.FoldReport) -> float:
+    return 1 - len(report.remaining) / len(report.norms)
+
+
+def _name(width: int, post: bool, spread: float) -> str:
+    return f"width {width}, {'post' if post else 'pre'}-norm, gains 1/{spread:g} to {spread:g}"
+
+
+def _earlier(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a run that was cut short, if it was one of the same versions."""
+    if not (options.resume and options.out.exists()):
+        return []
+    found = json.loads(options.out.read_text())
+    same = found["depth"] == options.depth and all(found[name] == about[name] for name in ("onnxruntime", "torch"))
+    return found["results"] if same else []
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: errors as multiples of the unfolded file's, geometric means over the encoders of one kind."""
     bounds = list(results[0]["bounds"])
     lines = [
-        "| encoder | unfolded | " + " | ".join("unbounded" if float(b) == UNBOUNDED else b for b in bounds) + " |",
+        "| encoder | unfolded | " + " | ".join("unbounded" if b == f"{UNBOUNDED:g}" else b for b in bounds) + " |",
         "|---|---:|" + "---:|" * len(bounds),
     ]
     for name in dict.fromkeys(result["encoder"] for result in results):
@@ -113,8 +145,9 @@ def table(results: list[dict[str, Any]]) -> str:
         for bound in bounds:
             entries = [result["bounds"][bound] for result in alike]
             ratios = np.exp(np.log(np.array([entry["errors"] for entry in entries]) / unfolded).mean(0))
-            gone = float(np.mean([entry["folded"] for entry in entries]))
-            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios) + f" ({gone:.0%})")
+            gone = [f"{share:.0%}" for share in np.mean([entry["folded"] for entry in entries], 0)]
+            folds = gone[0] if gone[0] == gone[1] else " / ".join(gone)
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios) + f" ({folds})")
         lines.append(f"| {name} ({len(alike)}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -129,13 +162,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="encoders of each kind")
     parser.add_argument("--bounds", type=float, nargs="+", default=[4, 8, 32, UNBOUNDED])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_accuracy.json")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of results has, measure the rest")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    results = []
     about = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "date": str(date.today())}
+    results = _earlier(options, about)
     kinds = itertools.product(range(options.seeds), options.widths, options.spreads, (True, False))
+    done = {(result["seed"], result["encoder"]) for result in results}
     for seed, width, spread, post in kinds:
+        if (seed, _name(width, post, spread)) in done:
+            continue
         results.append(measure(width, options.depth, post, spread, seed, options.bounds))
         records.write(options.out, {"depth": options.depth, **about, "results": results})
         print(table(results), flush=True)

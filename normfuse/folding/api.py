@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfuse.programs import evaluating
 
+from .balance import BALANCES, choose, observe
 from .cancel import cancelling_norms
 from .centre import centre
 from .dead import remove_dead_channels
@@ -38,6 +39,8 @@ def fold(
     remove_dead: bool = False,
     keep_dynamic_norms: bool = False,
     cancel_norms: bool = False,
+    balance: str | None = None,
+    example_inputs: tuple[torch.Tensor, ...] | None = None,
     verify: bool = True,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
@@ -61,6 +64,11 @@ def fold(
         keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
         cancel_norms: whether norms go whose division later norms undo; see :mod:`normfuse.folding.cancel`. It changes
             what the later norms' eps counts for: ``report.cancel_difference`` says by how much on the example inputs.
+        balance: "int8" chooses the scales, which leave a factor per channel free, and the norms that stay such that the
+            predicted error of dynamically quantised products is least, see :mod:`normfuse.folding.balance`;
+            "int8-per-tensor" is for weights with one step per tensor instead of one per output channel. None: scales
+            near one.
+        example_inputs: positional inputs to choose by, typical ones; None: the program's own example inputs.
         verify: whether the folded program is compared with `program` on its example inputs, if it has any, and if no
             norms cancel. It runs each once.
 
@@ -81,7 +89,15 @@ def fold(
     if not keep_dynamic_norms:
         fuse_patterns(opened)
     options = Options(copy_shared, carry_biases, max_scale_range, keep_dynamic_norms)
-    gauge = centre(_settled(opened, options))
+    if balance is None and example_inputs is not None:
+        raise ValueError("example_inputs are what balance chooses by; give balance='int8' or leave them out")
+    if balance is None:
+        gauge = centre(_settled(opened, options))
+    else:
+        seen = observe(opened, *_examples(program, balance, example_inputs))
+        gauge, report.int8_error = choose(
+            lambda kept: centre(_settled(opened, replace(options, kept_maps=kept))), opened, seen, balance != "int8"
+        )
     if cancel_norms and not keep_dynamic_norms:
         gauge = gauge.knowing(cancelling=Cancelling(*cancelling_norms(gauge)))
     records, dynamic = collect_records(gauge), collect_dynamic(gauge)
@@ -109,6 +125,19 @@ def fold(
     if verify and not cancelled:  # cancelling changes more than rounding does, and says how much
         report.verified = check_folded(given, folded)
     return folded, report
+
+
+def _examples(
+    program: ExportedProgram, balance: str, given: tuple[torch.Tensor, ...] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to choose scales by."""
+    if balance not in BALANCES:
+        raise ValueError(f"balance={balance!r} is unknown; give {' or '.join(map(repr, BALANCES))} or None")
+    if given is not None:
+        return given, {}
+    if program.example_inputs is None:
+        raise ValueError("balance='int8' needs typical inputs to choose by; give example_inputs")
+    return program.example_inputs
 
 
 def _settled(program: Program, options: Options) -> Gauge:

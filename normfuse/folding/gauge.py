@@ -34,11 +34,12 @@ _FEW_EXPONENTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """How a program is folded, see :func:`normfuse.fold`; the last two change where a first attempt contradicts itself.
+    """How a program is folded, see :func:`normfuse.fold`; the last three change where a first attempt falls short.
 
     Attributes:
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
         fixed_powers: powers whose scales are fixed before all demands.
+        kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
     """
 
     copy_shared: bool = True
@@ -47,6 +48,7 @@ class Options:
     keep_dynamic_norms: bool = False
     fold_zeros: bool = True
     fixed_powers: frozenset[Node] = frozenset()
+    kept_maps: frozenset[Node] = frozenset()
 
 
 @dataclass(frozen=True)

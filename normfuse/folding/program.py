@@ -124,6 +124,10 @@ class Program:
             for graph in (part.graph for part in body.modules() if isinstance(part, GraphModule)):
                 yield from ((caller, inner) for inner in graph.nodes if inner.target in NORMALISING)
 
+    def runnable(self) -> GraphModule:
+        """A module that runs the graph as it is now, on tensors for all its placeholders in their order."""
+        return GraphModule(self._original.graph_module, self.graph)
+
     # -- rewriting ---------------------------------------------------------------------------------------------
 
     def add_parameter(self, name: str, value: torch.Tensor, like: Node) -> Node:

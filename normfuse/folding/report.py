@@ -95,6 +95,7 @@ class FoldReport:
         cancel_difference: where norms cancel, the largest difference between the outputs of the original program and of
             the folded one on its example inputs, relative to each output's largest entry: what their eps counted for,
             and rounding. None where no norm cancels, or there are no example inputs.
+        int8_error: with ``balance``, the predicted error of the int8 products' output ÷ that of the unfolded program.
         weight_growth: largest factor by which the biggest entry of any weight grew.
         verified: the largest difference of the folded program's outputs on the example inputs, ÷ their largest value;
             None if they were not compared: there are no example inputs, norms cancel, or it was not asked for.
@@ -113,6 +114,7 @@ class FoldReport:
     weight_growth: float = 1.0
     settled_early: list[str] = field(default_factory=list)
     cancel_difference: float | None = None
+    int8_error: float | None = None
     verified: float | None = None
 
     @property

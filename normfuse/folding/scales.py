@@ -212,6 +212,21 @@ class Scales:
         self._values[members] *= factor[np.searchsorted(roots, self._parent[members])]
         return True
 
+    def roots(self, index: np.ndarray) -> np.ndarray:
+        """The class of each variable, as the number of its root; zero where the scale is tied to the constant one."""
+        return self._all_roots()[index]
+
+    def adjustable(self, roots: np.ndarray) -> np.ndarray:
+        """Which classes may take any positive factor: neither pinned nor with members that are bounded."""
+        return (roots != self.ONE) & ~np.isfinite(self._ranges[2, roots])
+
+    def multiply(self, roots: np.ndarray, factors: np.ndarray) -> None:
+        """Multiply all scales of classes, given by their roots, by positive factors; after :meth:`solve`."""
+        assert self._values is not None
+        by_root = np.ones(self._count)
+        by_root[roots] = factors
+        self._values *= by_root[self._all_roots()]
+
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         assert self._values is not None, "solve() has not run"
         return self._values[index]

@@ -21,6 +21,7 @@ from .settle import tolerant_values
 from .weight_edits import REFUSED
 
 aten = torch.ops.aten
+KEPT_FOR_INTEGERS = "its scales would cost int8 products more accuracy than the norm takes time"
 _ZERO = "a scale is zero, and not only weights read the result"
 _ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
 
@@ -69,6 +70,8 @@ def _meet_demands(gauge: Gauge) -> set[Node]:
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             _refuse_not_finite(node)
             solution.kept[node] = "a constant factor is not finite"
+        elif node in gauge.options.kept_maps:
+            solution.kept[node] = KEPT_FOR_INTEGERS
         elif not a.all():
             with_zeros.add(node)
         elif not (outcome := _demand(node, gauge)):

@@ -1,0 +1,160 @@
+"""balance="int8": scales chosen for integers change nothing in float32, and lower the error of quantised products."""
+
+import pytest
+import torch
+from torch import nn
+
+import normfuse
+from normfuse.folding.balance import Prediction, observe
+from normfuse.folding.program import Program
+from normfuse.nn import UnifiedNorm
+
+WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    monkeypatch.setattr("normfuse.folding.balance.STEPS", 60)
+
+
+class Block(nn.Module):
+    def __init__(self, post):
+        super().__init__()
+        self.post, self.norm = post, UnifiedNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x):
+        if self.post:
+            return self.norm(x + self.down(torch.relu(self.up(x))))
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def measure(norm, args):
+    norm.running_var.copy_(args[0].square().mean((0, 1)))
+
+
+def network(post, spread=6.0, seed=0, depth=3):
+    """Widely spread gains, and statistics that match."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, WIDTH), *(Block(post) for _ in range(depth)), nn.Linear(WIDTH, 4)).eval()
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, UnifiedNorm):
+                norm.weight.copy_(spread ** (2 * torch.rand(WIDTH) - 1))
+                norm.bias.copy_(0.2 * torch.randn(WIDTH))
+                norm.register_forward_pre_hook(measure)
+        model(inputs(9))
+        for norm in model.modules():
+            norm._forward_pre_hooks.clear()
+    return model
+
+
+def inputs(seed, rows=64):
+    return torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(model, x, per_tensor):
+    """What a program gives with its products rounded as ONNX Runtime's dynamic quantisation does."""
+
+    class Rounding(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is torch.ops.aten.linear.default:
+                x, weight, *rest = args
+                step = (x.amax().clamp(min=0) - x.amin().clamp(max=0)) / 255
+                size = weight.abs().amax() if per_tensor else weight.abs().amax(1, keepdim=True)
+                args = ((x / step).round() * step, (weight / size * 127).round() * size / 127, *rest)
+            return super().call_function(target, args, kwargs)
+
+    program = model
+    own = {**program.constants, **program.state_dict}
+    specs = program.graph_signature.input_specs
+    operands = [own.get(spec.target, x) if spec.target else x for spec in specs]
+    with torch.no_grad():
+        return Rounding(program.graph_module).run(*operands, enable_io_processing=False)[0]
+
+
+def error(program, x, expected, per_tensor=False):
+    return ((rounded(program, x, per_tensor) - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("balance", ["int8", "int8-per-tensor"])
+@pytest.mark.parametrize("post", [True, False])
+def test_it_costs_integers_less_than_the_norms_did(post, balance):
+    model = network(post)
+    program = torch.export.export(model, (inputs(0),))
+    x, per_tensor = inputs(1), balance == "int8-per-tensor"
+    expected = model(x).detach()
+    unfolded, plain = error(program, x, expected, per_tensor), error(normfuse.fold(program)[0], x, expected, per_tensor)
+    folded, report = normfuse.fold(program, balance=balance, example_inputs=(inputs(2),))
+    got = error(folded, x, expected, per_tensor)
+    assert got < unfolded and got < plain
+    assert len(report.remaining) <= 2 and report.int8_error < 1
+    # In float32 it is the same function: to the rounding of a few dozen operations.
+    torch.testing.assert_close(folded.module()(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_the_prediction_is_close_to_the_error_of_rounding(per_tensor):
+    x = inputs(0, rows=256)
+    model = network(post=True, spread=2.0)
+    program = torch.export.export(model, (x,))
+    expected = model(x).detach()
+    opened = Program(program)
+    prediction = Prediction(None, opened, observe(opened, (x,), {}), per_tensor)
+    predicted = prediction(torch.zeros(1, dtype=torch.float64)).item() / expected.double().square().sum().item()
+    # First order, and noise as if it were independent: within a fifth where it is a few hundredths.
+    assert predicted**0.5 == pytest.approx(error(program, x, expected, per_tensor), rel=0.2)
+
+
+def test_what_stays_says_why():
+    # Gains that alternate between channels along the stream: no factor per channel suits all readers.
+    model = network(post=True)
+    with torch.no_grad():
+        for number, block in enumerate(model[1:-1]):
+            block.norm.weight.copy_(torch.logspace(-4, 4, WIDTH).roll(number * WIDTH // 2))
+            block.norm.running_var.fill_(1.0)
+    program = torch.export.export(model, (inputs(0),))
+    assert not normfuse.fold(program)[1].remaining
+    _, report = normfuse.fold(program, balance="int8")
+    assert report.remaining
+    assert {record.reason for record in report.remaining} == {
+        "its scales would cost int8 products more accuracy than the norm takes time"
+    }
+
+
+def test_scales_that_float16_bounds_keep_their_bounds():
+    model = network(post=True)
+    program = torch.export.export(model.half(), (inputs(0).half(),))
+    folded, report = normfuse.fold(program, balance="int8")
+    assert 2**-6 <= report.scale_range[0] <= report.scale_range[1] <= 2**6
+    x = inputs(1).half()
+    expected = model(x).detach()
+    # Ten bits behind the point, and some dozen roundings in a row.
+    torch.testing.assert_close(folded.module()(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"balance": "int4"}, ValueError, "balance='int4' is unknown; give 'int8' or 'int8-per-tensor' or None"),
+        (
+            {"example_inputs": (inputs(0),)},
+            ValueError,
+            "example_inputs are what balance chooses by; give balance='int8'",
+        ),
+    ],
+)
+def test_what_it_refuses(options, error, message):
+    program = torch.export.export(network(post=True), (inputs(0),))
+    with pytest.raises(error, match=message):
+        normfuse.fold(program, **options)
+
+
+def test_without_products_or_examples_it_says_so():
+    program = torch.export.export(nn.Sequential(UnifiedNorm(8)).eval(), (inputs(0),))
+    with pytest.raises(normfuse.FoldError, match="needs products with constant weights; the program has none"):
+        normfuse.fold(program, balance="int8")
+    program = torch.export.export(network(post=True), (inputs(0),))
+    program._example_inputs = None
+    with pytest.raises(ValueError, match="needs typical inputs to choose by; give example_inputs"):
+        normfuse.fold(program, balance="int8")
