@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.pt2.reader import Archive
 from normfuse.errors import one_line
 from normfuse.files import Output
+from normfuse.folding.regions import open_regions
 
 
 def save(
@@ -55,7 +57,8 @@ def save(
                 "nor its arguments; leave it out"
             )
     with Output(path, error=CheckpointError) as output:  # before the work: it says what cannot be written
-        checkpoint = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
+        traced = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
+        checkpoint = replace(traced, program=open_regions(traced.program))  # casts are data, autocast is not
         try:
             with output.staged.open("xb") as file:
                 program_file.write(checkpoint, file)

@@ -46,10 +46,12 @@ def unwrapped(model: Any) -> tuple[nn.Module, nn.Module, list[str]]:
         taken.append(wrapper)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model is a {type(model).__name__}; give the torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
+    scripted = [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        what = f"model.{scripted[0]}" if scripted[0] else "model"
         raise CheckpointError(
-            "model is TorchScript, which cannot be traced again: build the module in Python and give it "
-            "model.state_dict()"
+            f"{what} is TorchScript, which cannot be traced again: build the module in Python and give it "
+            f"{what}.state_dict()"
         )
     _refuse_shards(model)
     notes = [f"looked through {', '.join(taken)}"] if taken else []

@@ -15,6 +15,7 @@ from operator import attrgetter, getitem
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,18 +188,24 @@ class _Opening:
             raise _Closed
 
         def run(casts: dict[Node, torch.dtype], context: AbstractContextManager) -> _Trace:
-            # Without gradients: whether an operand has one decides how a product is computed.
-            values = {n: v.detach().to(casts.get(n, v.dtype)) for n, v in operands.items()}
+            # Of the example's sizes: not every operation on fake tensors takes symbols below a dispatch mode. Without
+            # gradients: whether an operand has one decides how a product is computed.
+            with FakeTensorMode(), torch.no_grad():
+                values = {n: _of_example(v).to(casts.get(n, v.dtype)) for n, v in operands.items()}
+                trace = _Trace({id(value): n for n, value in values.items()})
 
-            def value(n: Node) -> Any:
-                return values.get(n, n.meta.get("val"))
+                def value(n: Node) -> Any:
+                    return values[n] if n in values else _of_example(n.meta.get("val"))
 
-            trace = _Trace({id(values[n]): n for n in operands})
-            with next(iter(operands.values())).fake_mode, context, trace, torch.no_grad():
-                node.target(*map_arg(args, value), **map_arg(kwargs, value))
+                given, named = map_arg(args, value), map_arg(kwargs, value)
+                with context, trace:
+                    node.target(*given, **named)
             return trace
 
-        wanted = run({}, region.context())
+        try:
+            wanted = run({}, region.context())
+        except RuntimeError as error:  # an operation that does not run on fake tensors cannot be looked into
+            raise _Closed from error
         if not all(_one_kernel(function) for function, _ in wanted.computed):
             raise _Closed
         floats = [n for n, value in operands.items() if value.is_floating_point()]
@@ -246,6 +253,16 @@ class _Trace(TorchDispatchMode):
 def _one_kernel(function: Any) -> bool:
     """Whether an operation is known to call no other, which autocast would see but a run on fake tensors does not."""
     return function in _KERNELS or bool({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction} & set(function.tags))
+
+
+def _of_example(value: Any) -> Any:
+    """A tensor, or a size, with the example's sizes in the place of symbols."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.has_hint() else 2
+    if not isinstance(value, torch.Tensor):
+        return value
+    sizes, strides = ([_of_example(size) for size in part] for part in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 
 def _nodes(args: Any, kwargs: Any) -> list[Node]:

@@ -198,6 +198,7 @@ class Diverged(nn.Linear):
 REFUSED = {
     "no module": (lambda: {"weight": X}, "model is a dict"),
     "torchscript": (lambda: torch.jit.script(nn.Linear(4, 4)), "model is TorchScript"),
+    "torchscript part": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))), r"model\.0 is TorchScript"),
     "no data": (lambda: nn.Linear(4, 4, device="meta"), "tensor 'weight' has no data"),
     "not run yet": (lambda: nn.LazyLinear(4), "tensor 'weight' is not initialised"),
     "a decision": (Deciding, r"values of a tensor \(test_capture.py, line \d+: return x if x.sum\(\) > 0 else -x\)"),

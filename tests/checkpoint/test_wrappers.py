@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from normfuse.checkpoint import CheckpointError, ExportableModel
+from normfuse.checkpoint import CheckpointError, ExportableModel, load, save
 
 X = torch.randn(3, 4)
 eager = functools.partial(torch.compile, backend="eager")
@@ -87,6 +87,26 @@ def test_an_autocast_around_forward_is_left_out_and_stays_on_the_model():
     assert checkpoint.input_names == ("x",) and torch.equal(checkpoint.expected_outputs[0], expected)
     assert checkpoint.notes == ("without the autocast that accelerate put around forward",)
     assert model.forward is around
+
+
+class Cast(nn.Module):
+    """Attention and a linear layer, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = x[:, None].expand(-1, 3, -1)
+            return self.last(self.attention(tokens, tokens, tokens)[0].mean(1)).float()
+
+
+def test_an_autocast_inside_is_saved_as_its_casts(tmp_path):
+    model = Cast().eval()
+    save(model, tmp_path / "m.pt", example_inputs=X, dynamic_shapes=({0: "batch"},))
+    for x in (X, torch.randn(5, 4)):
+        assert torch.equal(load(tmp_path / "m.pt").run((x,))[0], model(x))
 
 
 class Adapted(nn.Module):

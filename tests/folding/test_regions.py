@@ -67,9 +67,11 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_opened_regions_compute_the_same_bits(context: str, body: str) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_opened_regions_compute_the_same_bits(context: str, body: str, dynamic: bool) -> None:
     model, x = Inside(CONTEXTS[context], BODIES[body]).eval(), torch.randn(3, C)
-    opened = open_regions(export(model, (x,)))
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    opened = open_regions(torch.export.export(model, (x,), dynamic_shapes=shapes))
     assert not any(node.op == "get_attr" for node in opened.graph.nodes)
     opened.validate()
     assert torch.equal(opened.module()(x), model(x))

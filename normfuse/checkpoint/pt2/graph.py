@@ -201,7 +201,7 @@ class GraphReader:
         kinds = [str(operand.type) for operand in operands]
         if node.target == targets.AUTOCAST_REGION:
             if kinds[2:3] != ["as_bool"] or operands[2].as_bool:
-                raise CheckpointError("autocast is on in a part of it: export the model without")
+                raise CheckpointError("autocast is on in a part of it: cast there by hand, or export the model without")
             operands, kinds = operands[4:], kinds[4:]
         else:
             operands, kinds = operands[1:], kinds[1:]
