@@ -153,7 +153,7 @@ setup(
     ext_modules=[
         CppExtension(
             "normfuse._C",
-            relative(sources("", "bindings*.cpp") + sources("cpu", "*.cpp")),
+            relative(sources("", "bindings.cpp") + sources("cpu", "*.cpp")),
             depends=relative(HEADERS),
             py_limited_api=True,
             extra_compile_args={

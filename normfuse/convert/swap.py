@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import Derf, DyT, MaskedBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
+from ..nn import (
+    Derf,
+    DyT,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+)
 from ..nn._running_norm import ChannelNorm
 from ..nn.gains import is_foreign_norm
 
@@ -99,6 +109,9 @@ _TARGETS: dict[str, Callable[..., nn.Module]] = {
     "power": PowerNorm,
     "batch": MaskedBatchNorm,
     "rep_batch": RepBatchNorm,
+    "regularized_batch": RegularizedBatchNorm,
+    "estimated_batch": EstimatedBatchNorm,
+    "moving_average": MovingAverageBatchNorm,
     "layer": _make_dynamic(nn.LayerNorm),
     "rms": _make_dynamic(nn.RMSNorm),
     "dyt": _make_activation(DyT),
@@ -142,7 +155,7 @@ def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallb
             target.copy_(value.reshape(-1))
             target.requires_grad_(value.requires_grad)
     if isinstance(old, (_BatchNorm, MaskedBatchNorm)) and old.running_var is not None:
-        statistic = {"unified": "running_var", "power": "running_phi"}.get(to)
+        statistic = {"unified": "running_var", "moving_average": "running_var", "power": "running_phi"}.get(to)
         if statistic and not getattr(new, "group_num", 0):
             new.get_buffer(statistic).copy_(old.running_var + old.running_mean**2)  # the mean of x²
         elif isinstance(new, MaskedBatchNorm):
@@ -187,8 +200,8 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
 
     Args:
         model: a module that contains norms.
-        to: "unified", "power", "batch" (:class:`normfuse.nn.MaskedBatchNorm`), "rep_batch", "layer", "rms", "dyt" or
-            "derf".
+        to: "unified", "power", "batch" (:class:`normfuse.nn.MaskedBatchNorm`), "rep_batch", "regularized_batch",
+            "estimated_batch", "moving_average", "layer", "rms", "dyt" or "derf".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.
         options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's
