@@ -5,6 +5,8 @@ the norm was built. ``forward(x, **others)`` is one call in training or evaluati
 autograd's; the approximate ones are ``spec_numpy`` and ``norm_formulas``.
 """
 
+import math
+
 import norm_formulas
 import numpy as np
 import spec_numpy
@@ -140,7 +142,10 @@ class ProgressiveReference(Reference):
     def forward(self, x, pad_mask=None):
         begin, end, r0 = self.option("begin", 0), self.options["end"], self.option("r0", 1.0)
         step = int(self.buffers["step"])
-        share = 1.0 if step < begin else r0 * max(0.0, 1 - (step - begin) / (end - begin))
+        left = max(0.0, 1 - (step - begin) / (end - begin))
+        if self.option("shape", "linear") == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        share = 1.0 if step < begin else r0 * left
         self.static.training = self.training and not self.option("frozen", False)
         if not self.training and (self.option("evaluate_static", False) or share == 0):
             return self.static.forward(x, pad_mask)
