@@ -129,6 +129,7 @@ class _Outputs:
     def __init__(self, model: PreTrainedModel, wanted: Sequence[str] | None) -> None:
         self._model, self._wanted = type(model).__name__, wanted
         self._usual = () if model.config.model_type.startswith(_WITH_POOLED) else _LEFT_OUT
+        self._taken: list[str] = []
         self._left: list[str] = []
 
     def __call__(self, outputs: Any) -> dict[str, torch.Tensor]:
@@ -143,15 +144,16 @@ class _Outputs:
             if unknown or not wanted:
                 given = f"there is no output {unknown[0]!r}" if unknown else "no output is wanted"
                 raise CheckpointError(f"{given}; {self._model} returns {', '.join(tensors)}")
+        self._taken = [name for name in tensors if name in wanted]
         self._left = [name for name in tensors if name not in wanted] if self._wanted is None else []
-        return {name: value for name, value in tensors.items() if name in wanted}
+        return {name: tensors[name] for name in self._taken}
 
     def notes(self) -> list[str]:
         """What was left out though nobody asked for that."""
         if not self._left:
             return []
-        how = " ".join(f"--output {name}" for name in self._left)
-        return [f"left out as optimum does: {', '.join(self._left)} (it goes out with {how}, outputs=[…])"]
+        both = " ".join(f"--output {name}" for name in (*self._taken, *self._left))
+        return [f"left out as optimum does: {', '.join(self._left)} ({both}, outputs=[…], takes all)"]
 
 
 def _renamed(traced: ExportableModel, signature: Signature, source: str) -> ExportableModel:

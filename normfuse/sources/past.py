@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,21 @@ def with_past(model: PreTrainedModel, signature: Signature) -> tuple[Signature, 
         notes=() if most is None else (f"{PAST} + {SEQUENCE} <= {most}: the model has as many positions",),
     )
     return whole, calling(
-        model, whole.names, {"use_cache": True}, _outputs, lambda given: _with_cache(given, len(keys))
+        model,
+        whole.names,
+        {"use_cache": True},
+        _outputs,
+        lambda given: _with_cache(given, len(keys), _cache_argument(model)),
     )
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What `forward` calls the cache: ``cache``, which was ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def _cache_of(outputs: Mapping[str, Any]) -> Any:
+    return outputs["cache" if "cache" in outputs else "past_key_values"]
 
 
 def _parts(keys: list[Any]) -> list[tuple[int, str]]:
@@ -80,7 +94,7 @@ def _keys_and_values(model: PreTrainedModel, signature: Signature) -> list[tuple
     try:
         with torch.no_grad():
             device = next(model.parameters()).device
-            cache = model(**{n: t.to(device) for n, t in signature.examples.items()}, use_cache=True).past_key_values
+            cache = _cache_of(model(**{n: t.to(device) for n, t in signature.examples.items()}, use_cache=True))
     finally:
         model.train(training)
     layers = getattr(cache, "layers", [])
@@ -93,7 +107,7 @@ def _keys_and_values(model: PreTrainedModel, signature: Signature) -> list[tuple
     return found
 
 
-def _with_cache(given: dict[str, torch.Tensor], layers: int) -> dict[str, Any]:
+def _with_cache(given: dict[str, torch.Tensor], layers: int, argument: str) -> dict[str, Any]:
     """Arguments of the model's own forward: the past as the cache that it appends to."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -110,11 +124,11 @@ def _with_cache(given: dict[str, torch.Tensor], layers: int) -> dict[str, Any]:
         layer.keys = given.pop(f"past_key_values_{number}_key")
         layer.values = given.pop(f"past_key_values_{number}_value")
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-    return {**given, "past_key_values": cache}
+    return {**given, argument: cache}
 
 
 def _outputs(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     found = {"logits": outputs["logits"]}
-    for number, layer in enumerate(outputs["past_key_values"].layers):
+    for number, layer in enumerate(_cache_of(outputs).layers):
         found |= {f"present_{number}_key": layer.keys, f"present_{number}_value": layer.values}
     return found

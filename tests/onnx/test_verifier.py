@@ -163,3 +163,18 @@ def test_a_network_that_loses_digits_itself_is_told_apart_from_a_wrong_fold(perc
     with pytest.raises(VerificationError) as caught:
         verify(checkpoint, changed(path, tmp_path / "m.onnx", lambda array: array * 2))
     assert "own rounding" not in str(caught.value)
+
+
+class EinsumAttention(nn.Module):
+    def forward(self, q, k):
+        return torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+
+
+def test_an_empty_batch_that_would_end_the_process_is_noted(tmp_path):
+    """Where two values are multiplied by Einsum, ONNX Runtime divides by the size of the batch."""
+    axes = {0: "batch", 2: "seq"}
+    model = ExportableModel.from_model(EinsumAttention(), (torch.randn(2, 2, 3, 4),) * 2, (axes, axes))
+    write(model.program, tmp_path / "m.onnx", inputs=model.inputs)
+    assert "Einsum" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    report = verify(model, tmp_path / "m.onnx")
+    assert any("fails on an empty batch" in note and "Einsum ends the process" in note for note in report.notes)
