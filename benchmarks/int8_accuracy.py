@@ -1,6 +1,7 @@
 """What dynamic quantisation to int8 costs encoders with static norms: unfolded, and folded with bounded scales.
 
-python benchmarks/int8_accuracy.py
+python benchmarks/int8_accuracy.py --seeds 5
+python benchmarks/int8_accuracy.py --page docs/exporting.md
 
 The encoders are those of benchmarks/inference.py with random weights, gains, and statistics that match their
 activations. Each is exported with its norms as they are, folded with a ladder of bounds on the scales
@@ -162,8 +163,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="encoders of each kind")
     parser.add_argument("--bounds", type=float, nargs="+", default=[4, 8, 32, UNBOUNDED])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "int8_accuracy.json")
+    parser.add_argument(
+        "--page", type=Path, help="only write the table of the results into this page, between its marks"
+    )
     parser.add_argument("--resume", action="store_true", help="keep what the file of results has, measure the rest")
     options = parser.parse_args()
+    if options.page is not None:
+        found = json.loads(options.out.read_text())
+        about = f"onnxruntime {found['onnxruntime']}, torch {found['torch']}, {found['date']}"
+        records.between(
+            options.page, "int8", f"{table(found['results'])}\n\n`python benchmarks/int8_accuracy.py`, {about}."
+        )
+        return
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     about = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "date": str(date.today())}

@@ -29,6 +29,20 @@ def write(path: Path, content: Any) -> None:
     beside.replace(path)
 
 
+def between(page: Path, name: str, text: str) -> None:
+    """Put `text` between the marks ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page.
+
+    Raises:
+        SystemExit: the page has not one of each.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = page.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise SystemExit(f"{page} needs one line {begin!r} and one {end!r} for the text to stand between")
+    before, _, rest = content.partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def _text(content: Any, depth: int) -> str:
     if depth == _LINES or not isinstance(content, dict | list) or not content:
         return json.dumps(content, ensure_ascii=False, allow_nan=False)

@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 
 import matplotlib
+import records
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- training-step: begin -->", "<!-- training-step: end -->"
 MODE = "forward+backward"
 OTHERS = {
     "layer_norm": "LayerNorm",
@@ -105,13 +105,9 @@ def main() -> None:
     if not files:
         parser.error(f"no training_step-*.json in {args.results}; run benchmarks/training_step.py first")
     runs = [json.loads(file.read_text()) for file in files]
-    page = args.page.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        parser.error(f"{args.page} needs one line {BEGIN!r} and one {END!r} for the table to stand between")
-    before, _, rest = page.partition(BEGIN)
     chart = os.path.relpath(args.chart, args.page.parent)
     tables = "\n\n".join([*(table(run) for run in runs), f"![Training step as multiples of a copy]({chart})"])
-    args.page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
+    records.between(args.page, "training-step", tables)
     draw(runs, args.chart)
     print(f"written: {args.page}, {args.chart}")
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from normfuse.errors import some_of
+from normfuse.options import INT8_FILE
 
 if TYPE_CHECKING:
     from normfuse.folding import DynamicNormRecord, FoldReport, NormRecord
@@ -91,12 +92,15 @@ def print_result(console: Console, result: ExportResult) -> None:
             highlight=False,
         )
     graph, verification = result.graph, result.verification
-    forms = dict.fromkeys(case.form for case in verification.cases)
+    integers = [case for case in verification.cases if case.form == INT8_FILE]
+    forms = dict.fromkeys(case.form for case in verification.cases if case not in integers)
     if forms:
         within = ", ".join(f"{form} within {verification.worst(form):.1e}" for form in forms)
         console.print(
             f"verified on {len(verification.shapes)} inputs: {within} of the output's largest value", highlight=False
         )
+    for case in integers:
+        console.print(f"int8: {case.output} is off by {case.error:.1%} of its size on {case.inputs}", highlight=False)
     left = f"{len(graph.norms)} norm nodes, {len(graph.affines)} per-channel Mul/Add left"
     console.print(
         f"{escape(str(result.path))}: opset {result.opset}, {result.dtype}, {graph.node_count} nodes, "

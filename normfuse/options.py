@@ -11,6 +11,8 @@ from normfuse.errors import NormfuseError
 
 OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
 DTYPES = ("float32", "float16")
+INT8_FILE = "int8 file"  # in reports of verification: compared by size, not by largest values
+MODEL_DTYPES = (*DTYPES, "int8")  # of files that are made from a model
 
 # What a target gets. portable is the graph as torch writes it. Gemm saves an addition, but ONNX Runtime spreads its
 # bias over the output on one thread, so only sessions of one thread and few tokens gain. Attention in blocks gains with
@@ -74,11 +76,15 @@ def check_opset(opset: int | None) -> None:
         raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
 
 
-def check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str, allowed: tuple[str, ...] = DTYPES) -> None:
     """ExportError for a type of weights that files cannot have."""
-    if dtype not in DTYPES:
-        why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with" if dtype == "bfloat16" else ""
-        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}{why}")
+    if dtype not in allowed:
+        why = ""
+        if dtype == "bfloat16":
+            why = ": ONNX Runtime's CPU has no bfloat16 products to verify the file with"
+        if dtype in MODEL_DTYPES:
+            why = ": an ONNX file is folded in its own type; quantise the result, or export the model it came from"
+        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(allowed)}{why}")
 
 
 def check_task(task: str | None) -> None:

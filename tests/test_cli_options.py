@@ -63,7 +63,8 @@ def folder(tmp_path_factory):
         (["export", "m.pt", "--out", "absent/m.onnx"], 1, "there is no folder absent"),
         (["export", "m.pt", "--out", "m.onnx", "--report", "absent/r.json"], 1, "there is no folder absent"),
         (["export", "m.pt", "--out", "m.onnx", "--opset", "99"], 1, "opset 99 is outside 18 to 23"),
-        (["export", "m.pt", "--out", "m.onnx", "--dtype", "int8"], 1, "dtype 'int8' is not one of"),
+        (["export", "m.pt", "--out", "m.onnx", "--dtype", "int4"], 1, "dtype 'int4' is not one of"),
+        (["fold", "m.onnx", "--out", "n.onnx", "--dtype", "int8"], 1, "folded in its own type"),
         (["export", "m.pt", "--out", "m.onnx", "--dtype", "bfloat16"], 1, "ONNX Runtime's CPU has no bfloat16"),
         (["export", "m.pt", "--out", "m.onnx", "--model-arg", "width"], 1, "'width' is not of the form name=value"),
         (["export", "absent.pt", "--out", "m.onnx"], 1, "cannot read absent.pt: No such file"),
@@ -91,7 +92,7 @@ def test_help_and_refused_options_load_nothing(tmp_path, arguments, status, said
     ("typed", "completed"),
     [
         ("export m.pt --target cpu-", ["cpu-single", "cpu-long"]),
-        ("export m.pt --dtype ", ["float32", "float16"]),
+        ("export m.pt --dtype ", ["float32", "float16", "int8"]),
         ("export m.pt --opset 2", ["23", "20"]),
         ("inspect m.pt --disable-pass g", ["gemm2d"]),
     ],

@@ -20,6 +20,7 @@ from normfuse.errors import NormfuseError
 from normfuse.files import OutputError, check_target, same_file
 from normfuse.options import (
     DTYPES,
+    MODEL_DTYPES,
     OPSETS,
     PASS_NAMES,
     TARGETS,
@@ -184,7 +185,7 @@ class Folding:
         typer.Option(
             metavar="R",
             help="Leave norms that would store one channel at scales more than a factor R apart [2**40 for float32, "
-            "2**10 or less for float16]; try 32 for a file that is to be quantised to int8.",
+            "2**10 or less for float16].",
         ),
     ] = None
     target: Annotated[
@@ -215,6 +216,13 @@ class Folding:
 class ModelFolding(Folding):
     """What changes folding of a model, as opposed to an ONNX file."""
 
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, float16 for the weights, or int8 for the products: scales are chosen for integers.",
+            autocompletion=_among(MODEL_DTYPES),
+        ),
+    ] = "float32"
     remove_dead: Annotated[
         bool,
         typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it."),
@@ -227,6 +235,28 @@ class ModelFolding(Folding):
             "eps counts for less or more then; the report says by how much.",
         ),
     ] = False
+
+    def check(self) -> None:
+        check_dtype(self.dtype, MODEL_DTYPES)
+        check_scale_range(self.max_scale_range)
+        passes_for(self.target, self.disable_passes)
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """What integers are chosen by."""
+
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="For int8: typical inputs, arrays with the inputs' names, to choose scales and constant steps of "
+            "activations by [the example inputs, and steps measured in every run].",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Read by the command, which knows the other files."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +279,11 @@ class Tolerance:
 
     rtol: Annotated[
         float | None,
-        typer.Option(min=0, help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]."),
+        typer.Option(
+            min=0,
+            help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]; for int8 ÷ the "
+            "output's size, both as roots of summed squares [0.2].",
+        ),
     ] = None
     atol: Annotated[float, typer.Option(min=0, help="Allowed difference on top of that.")] = 0.0
 

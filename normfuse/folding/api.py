@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def fold(
     keep_dynamic_norms: bool = False,
     cancel_norms: bool = False,
     balance: str | None = None,
-    example_inputs: tuple[torch.Tensor, ...] | None = None,
+    example_inputs: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None = None,
     verify: bool = True,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
@@ -68,7 +69,8 @@ def fold(
             predicted error of dynamically quantised products is least, see :mod:`normfuse.folding.balance`;
             "int8-per-tensor" is for weights with one step per tensor instead of one per output channel. None: scales
             near one.
-        example_inputs: positional inputs to choose by, typical ones; None: the program's own example inputs.
+        example_inputs: positional inputs to choose by, typical ones, or several such tuples; None: the program's own
+            example inputs.
         verify: whether the folded program is compared with `program` on its example inputs, if it has any, and if no
             norms cancel. It runs each once.
 
@@ -94,7 +96,7 @@ def fold(
     if balance is None:
         gauge = centre(_settled(opened, options))
     else:
-        seen = observe(opened, *_examples(program, balance, example_inputs))
+        seen = observe(opened, _examples(program, balance, example_inputs))
         gauge, report.int8_error = choose(
             lambda kept: centre(_settled(opened, replace(options, kept_maps=kept))), opened, seen, balance != "int8"
         )
@@ -128,16 +130,19 @@ def fold(
 
 
 def _examples(
-    program: ExportedProgram, balance: str, given: tuple[torch.Tensor, ...] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What to choose scales by."""
+    program: ExportedProgram,
+    balance: str,
+    given: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None,
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and keyword arguments of the runs by which scales are chosen."""
     if balance not in BALANCES:
         raise ValueError(f"balance={balance!r} is unknown; give {' or '.join(map(repr, BALANCES))} or None")
     if given is not None:
-        return given, {}
+        runs = [given] if isinstance(given[0], torch.Tensor) else given
+        return [(tuple(run), {}) for run in runs]
     if program.example_inputs is None:
-        raise ValueError("balance='int8' needs typical inputs to choose by; give example_inputs")
-    return program.example_inputs
+        raise ValueError("balance needs typical inputs to choose by; give example_inputs")
+    return [program.example_inputs]
 
 
 def _settled(program: Program, options: Options) -> Gauge:

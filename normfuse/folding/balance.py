@@ -100,15 +100,32 @@ def products(program: Program) -> list[Node]:
     return found
 
 
-def observe(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Seen]:
-    """Run a program on example inputs and look at its products.
+def observe(program: Program, runs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[Node, Seen]:
+    """Run a program on example inputs, given as arguments and keyword arguments, and look at its products.
 
     Raises:
         FoldError: the program has no product with a constant weight, or no derivative.
     """
     found = products(program)
     if not found:
-        raise FoldError("balance='int8' needs products with constant weights; the program has none")
+        raise FoldError("balance needs products with constant weights; the program has none")
+    looks = [_observe_run(program, found, args, kwargs) for args, kwargs in runs]
+    return {
+        node: _mean([look[node.name] for look in looks if node.name in look]) for node in found if node.name in looks[0]
+    }
+
+
+def _mean(seen: list[Seen]) -> Seen:
+    """Of several runs, each of which has steps of its own; importances add up."""
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(one, name) for one in seen]).mean(0)
+
+    importance = torch.stack([one.importance for one in seen]).sum(0)
+    return Seen(mean("low"), mean("high"), mean("mean"), mean("square"), importance)
+
+
+def _observe_run(program: Program, found: list[Node], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:
     own = {**program.constants, **program.state_dict}
     given = iter(pytree.tree_leaves((args, kwargs)))
     operands = [own[s.target] if s.target in own else next(given) for s in program.signature.input_specs]
@@ -126,12 +143,10 @@ def observe(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for square, gradient in zip(squares, gradients, strict=True):
             if gradient is not None:
                 square += gradient.double().square().flatten(0, -2).sum(0) / PROBES
-    importance = dict(zip(watching.zeros, squares, strict=True))
     seen = {}
-    for node in found:
-        if node.name in watching.inputs:
-            x = watching.inputs[node.name].double().flatten(0, -2)
-            seen[node] = Seen(x.amin(0), x.amax(0), x.mean(0), x.square().mean(0), importance[node.name])
+    for (name, x), importance in zip(watching.inputs.items(), squares, strict=True):
+        x = x.double().flatten(0, -2)
+        seen[name] = Seen(x.amin(0), x.amax(0), x.mean(0), x.square().mean(0), importance)
     return seen
 
 

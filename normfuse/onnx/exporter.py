@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,12 @@ from normfuse.onnx import graph_passes
 from normfuse.onnx.graph import GraphSummary, summarize
 from normfuse.onnx.graph_passes.biases import carry_biases
 from normfuse.onnx.publish import publish
+from normfuse.onnx.quantize import compare, quantize, read_calibration
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
+    MODEL_DTYPES,
     OPSETS,
     ExportError,
     check_dtype,
@@ -36,6 +38,8 @@ from normfuse.options import (
     passes_for,
 )
 from normfuse.sources import huggingface
+
+_CHOOSE_BY = 8  # batches of calibration inputs, at most, that scales are chosen by
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def export(
     keep_dynamic_norms: bool = False,
     cancel_norms: bool = False,
     max_scale_range: float | None = None,
+    calibrate: str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]] | None = None,
     target: str = "portable",
     disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -119,10 +124,12 @@ def export(
         example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.ExportableModel.from_model`. A model of
             transformers needs none.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
-        dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32).
-        rtol, atol: allowed difference, see :func:`normfuse.onnx.verify`; rtol defaults to 1e-4 for float32,
-        2e-2 for
-            float16.
+        dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32), or ``int8``:
+            scales are chosen for integers (``balance`` of :func:`normfuse.fold`), the file is verified in float32, and
+            then ``onnxruntime.quantization`` makes its products int8.
+        rtol, atol: allowed difference, see :func:`normfuse.onnx.verify`; rtol defaults to 1e-4 for float32 and 2e-2 for
+            float16. For int8 it is the root of the summed squares of the difference ÷ that of the output, 0.2 by
+            default.
         copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
             them.
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
@@ -130,7 +137,10 @@ def export(
             mean, see :func:`normfuse.fold`.
         cancel_norms: whether norms go whose division later norms undo, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
-            what `dtype` bears. Try 32 for a file that is to be quantised to int8.
+            what `dtype` bears.
+        calibrate: for ``int8``, typical inputs, each a sequence of tensors like the example inputs, or an .npz file
+            with arrays of the inputs' names. Scales are chosen by them, and the steps of activations become constants
+            (static quantisation). None: by the example inputs, and steps are measured in every run (dynamic).
         target: what to run graph passes for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
             ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from about
             4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
@@ -141,9 +151,11 @@ def export(
     Raises:
         CheckpointError, ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, MODEL_DTYPES)
     check_scale_range(max_scale_range)
     check_opset(opset)
+    if calibrate is not None and dtype != "int8":
+        raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
     passes = passes_for(target, disable_passes)
     path = Path(path)
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
@@ -158,17 +170,21 @@ def export(
             else:
                 model = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
         notes = list(model.notes)
-        limits = {"rtol": RTOL["float32"] if rtol is None else rtol, "atol": atol}
+        stored = "float32" if dtype == "int8" else dtype  # what is verified before it is quantised
+        exact = RTOL["float32"] if rtol is None or dtype == "int8" else rtol
+        limits = {"rtol": exact, "atol": atol}
+        typical = _typical(model, dtype, calibrate)
         options = {
             "copy_shared": copy_shared,
             "remove_dead": remove_dead,
             "keep_dynamic_norms": keep_dynamic_norms,
             "cancel_norms": cancel_norms,
+            **_balancing(typical),
         }
         at_most = math.inf if max_scale_range is None else max_scale_range
-        forms = _forms(model, dtype, at_most, passes, limits, options, progress, notes)
+        forms = _forms(model, stored, at_most, passes, limits, options, progress, notes)
         rejected: dict[int, str] = {}
-        limits["rtol"] = RTOL[dtype] if rtol is None else rtol
+        limits["rtol"] = RTOL[stored] if rtol is None or dtype == "int8" else rtol
         for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
             what = f"opset {candidate}" + (f", passes for {target}" if form.passes else "")
             applied: dict[str, int] = {}
@@ -179,7 +195,7 @@ def export(
                     form.program,
                     output.staged,
                     opset=candidate,
-                    dtype=dtype,
+                    dtype=stored,
                     inputs=model.inputs,
                     outputs=model.outputs,
                     shape=shape,
@@ -196,6 +212,11 @@ def export(
                     rejected[candidate] = why
                 continue
             graph = summarize(output.staged)
+            if dtype == "int8":
+                progress("quantise to int8")
+                verification = _quantized(model, output.staged, verification, typical, calibrate is not None, rtol)
+                after = summarize(output.staged)
+                graph = replace(graph, nodes=after.nodes, bytes=after.bytes, dtype="int8")
             publish(output)
             verification = VerificationReport(
                 form.verification.cases + verification.cases,
@@ -206,6 +227,40 @@ def export(
                 path, candidate, rejected, dtype, form.report, verification, graph, target, applied, notes, form.growth
             )
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
+
+
+def _typical(
+    model: ExportableModel, dtype: str, calibrate: str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]] | None
+) -> list[tuple[torch.Tensor, ...]]:
+    """The inputs by which scales are chosen for integers; none for other types."""
+    if dtype != "int8":
+        return []
+    if calibrate is None:
+        return [tuple(model.example_inputs)]
+    if isinstance(calibrate, str | os.PathLike):
+        return read_calibration(Path(calibrate), model)
+    if not calibrate:
+        raise ExportError("calibrate holds no inputs; give at least one sequence of tensors")
+    return [tuple(tensors) for tensors in calibrate]
+
+
+def _balancing(typical: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    return {"balance": "int8", "example_inputs": typical[:_CHOOSE_BY]} if typical else {}
+
+
+def _quantized(
+    model: ExportableModel,
+    path: Path,
+    verification: VerificationReport,
+    typical: Sequence[tuple[torch.Tensor, ...]],
+    static: bool,
+    rtol: float | None,
+) -> VerificationReport:
+    """Quantise the file at `path`; what was verified, with the error of integers."""
+    named = [{n: t.numpy() for n, t in zip(model.input_names, tensors, strict=True)} for tensors in typical]
+    quantize(path, named if static else None)
+    cases = compare(model, path, typical, RTOL["int8"] if rtol is None else rtol)
+    return replace(verification, cases=verification.cases + cases)
 
 
 @dataclass(frozen=True)
@@ -312,7 +367,7 @@ def fold_model(
 
     Raises FoldError if it cannot be folded, VerificationError if the folded program differs from the model's.
     """
-    check_dtype(dtype)
+    check_dtype(dtype, MODEL_DTYPES)
     check_scale_range(max_scale_range)
     passes = passes_for(target, disable_passes)
     notes = list(model.notes)
@@ -322,7 +377,9 @@ def fold_model(
         "remove_dead": remove_dead,
         "keep_dynamic_norms": keep_dynamic_norms,
         "cancel_norms": cancel_norms,
+        **_balancing(_typical(model, dtype, None)),
     }
     at_most = math.inf if max_scale_range is None else max_scale_range
-    form = _forms(model, dtype, at_most, passes, limits, options, progress, notes)[0]
+    stored = "float32" if dtype == "int8" else dtype
+    form = _forms(model, stored, at_most, passes, limits, options, progress, notes)[0]
     return FoldedModel(model, form.program, form.report, notes)

@@ -1,0 +1,152 @@
+"""int8: the products of an ONNX file quantised by ONNX Runtime's own tool, and what that costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from normfuse.checkpoint import ExportableModel
+from normfuse.checkpoint.archive import one_line
+from normfuse.onnx.publish import data_beside
+from normfuse.onnx.trials import shapes
+from normfuse.onnx.verifier import Case, VerificationError, onnx_runner
+from normfuse.onnx.writer import WriteError
+from normfuse.options import INT8_FILE, ExportError
+from normfuse.quiet import quiet
+
+_PRODUCTS = ["MatMul", "Gemm"]
+
+
+class _Reader(CalibrationDataReader):
+    """Hands inputs to the tool, one call after another."""
+
+    def __init__(self, inputs: Sequence[Mapping[str, np.ndarray]]) -> None:
+        self._left = iter(inputs)
+
+    def get_next(self) -> Mapping[str, np.ndarray] | None:
+        return next(self._left, None)
+
+
+def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None = None) -> None:
+    """Replace a file of ours by one whose products with weights are int8, weights per output channel.
+
+    Args:
+        path: in a folder that nobody else looks into.
+        calibration: inputs by name, from which the steps of activations are measured once and for all; None: they are
+            measured whenever the file runs (dynamic quantisation).
+
+    Raises:
+        WriteError: the tool refuses the file; it is as it was then.
+    """
+    proto = onnx.load(path)
+    proto.graph.ClearField("value_info")  # the tool infers shapes anew, and trips over torch's names of dimensions
+    target = path.with_suffix(".int8.onnx")
+    types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operations that shape inference lacks
+    options = {
+        "op_types_to_quantize": _PRODUCTS,
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": bool(data_beside(path)),
+    }
+    logging.disable(logging.WARNING)  # its advice to preprocess
+    try:
+        with quiet():
+            if calibration is None:
+                quantize_dynamic(proto, target, extra_options=types, **options)
+            else:
+                reader = _Reader(calibration)
+                options["activation_type"] = QuantType.QUInt8
+                quantize_static(proto, target, reader, extra_options=types, **options)
+    except Exception as error:  # whatever the tool raises
+        target.unlink(missing_ok=True)
+        raise WriteError(f"onnxruntime.quantization cannot quantise the file: {one_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    target.replace(path)
+
+
+def compare(model: ExportableModel, path: Path, inputs: Sequence[Sequence[torch.Tensor]], rtol: float) -> list[Case]:
+    """The error of an int8 file against the model in float32, for every output over all the inputs together.
+
+    It is the root of the summed squares of the difference ÷ that of the output: rounding to integers is noise, and its
+    size says more than its largest entry.
+
+    Raises:
+        VerificationError: an error is beyond ``rtol``, or the file cannot be run.
+    """
+    run = onnx_runner(path, model)
+    noise: list[float] = []
+    signal: list[float] = []
+    for tensors in inputs:
+        try:
+            got = run(tensors)
+        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+            raise VerificationError(f"the {INT8_FILE} fails on inputs {shapes(tensors)}: {one_line(error)}") from error
+        expected = model.run(tensors)
+        noise = noise or [0.0] * len(expected)
+        signal = signal or [0.0] * len(expected)
+        for index, (value, want) in enumerate(zip(got, expected, strict=True)):
+            if want.is_floating_point():
+                finite = want.isfinite()
+                noise[index] += float((value.double() - want.double())[finite].square().sum())
+                signal[index] += float(want.double()[finite].square().sum())
+    what = f"{len(inputs)} input{'s' * (len(inputs) > 1)}, the first {shapes(inputs[0])}"
+    cases = []
+    for index, (off, size) in enumerate(zip(noise, signal, strict=True)):
+        relative = (off / size) ** 0.5 if size else float(off > 0)
+        cases.append(Case(what, INT8_FILE, f"output {index}", relative, off**0.5, rtol * size**0.5))
+    worst = max(cases, key=lambda case: case.error)
+    if not worst.error <= rtol:
+        raise VerificationError(
+            f"int8 changes {worst.output} by {worst.error:.1%} of its size on {what}; allowed are {rtol:.0%}: give "
+            "typical inputs to choose scales by (--calibrate, or better examples in the checkpoint), allow more "
+            "(--rtol), or export float32"
+        )
+    return cases
+
+
+def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs from an .npz file: for each input of the model an array of its name, rows along the first axis.
+
+    They are cut into batches of as many rows as the example inputs have.
+
+    Raises:
+        ExportError: the file cannot be read, or does not hold what the model takes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read {path} as .npz: {one_line(error)}") from error
+    missing = [name for name in model.input_names if name not in found]
+    if missing:
+        raise ExportError(
+            f"{path} has no array {missing[0]!r}; the model takes {', '.join(model.input_names)}, the file has "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    ordered = [found[name] for name in model.input_names]
+    lengths = {len(array) if array.ndim else 0 for array in ordered}
+    rows = model.example_inputs[0].shape[0] if model.example_inputs[0].dim() else 1
+    if len(lengths) != 1 or max(lengths) < rows:
+        raise ExportError(
+            f"the arrays in {path} have {' and '.join(map(str, sorted(lengths)))} rows; give as many of each, and at "
+            f"least {rows}, the rows of the example inputs"
+        )
+    return list(_batches(ordered, rows, model))
+
+
+def _batches(arrays: Sequence[np.ndarray], rows: int, model: ExportableModel) -> Iterator[tuple[torch.Tensor, ...]]:
+    for start in range(0, len(arrays[0]) - rows + 1, rows):
+        parts = (torch.from_numpy(array[start : start + rows]) for array in arrays)
+        yield tuple(part.to(like.dtype) for part, like in zip(parts, model.example_inputs, strict=True))

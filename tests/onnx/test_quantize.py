@@ -1,0 +1,112 @@
+"""dtype int8: scales chosen for integers, verified in float32, quantised, refused where that costs too much."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import normfuse
+import normfuse.onnx
+from normfuse.checkpoint import ExportableModel
+from normfuse.nn import UnifiedNorm
+from normfuse.onnx.quantize import compare, read_calibration
+from normfuse.options import INT8_FILE
+
+
+class Network(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, width), UnifiedNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, 4)
+
+    def forward(self, x):
+        h = self.norm(self.first(x))
+        return self.down(torch.relu(self.up(h))), h.mean(-1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = Network().eval()
+    net.norm.weight.data = torch.logspace(-1, 1, 16)
+    return ExportableModel.from_model(net, inputs(0), {"x": {0: torch.export.Dim("batch")}})
+
+
+def inputs(seed, rows=32):
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_products_are_int8_and_the_error_is_told_for_every_output(model, tmp_path):
+    path = tmp_path / "m.onnx"
+    result = normfuse.onnx.export(model, path, dtype="int8")
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("MatMulInteger") == 3 and "MatMul" not in kinds and "Gemm" not in kinds
+    assert result.dtype == result.graph.dtype == "int8" and not result.graph.norms and not result.graph.affines
+    cases = [case for case in result.verification.cases if case.form == INT8_FILE]
+    assert [case.output for case in cases] == ["output 0", "output 1"] and result.verification.worst("ONNX file") < 1e-4
+    x = inputs(0)
+    got = normfuse.onnx.verifier.session(path).run(None, {"x": x.numpy()})
+    for case, value, want in zip(cases, got, model.run([x]), strict=True):
+        off = np.linalg.norm(value - want.numpy()) / np.linalg.norm(want.numpy())
+        assert 1e-4 < case.error < 0.1 and case.error == pytest.approx(off, rel=1e-3)
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_steps_are_constants_after_calibration(model, tmp_path):
+    file = tmp_path / "typical.npz"
+    np.savez(file, x=inputs(1, rows=100).numpy())
+    path = tmp_path / "m.onnx"
+    normfuse.onnx.export(model, path, dtype="int8", calibrate=file)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert "QuantizeLinear" in kinds and "DynamicQuantizeLinear" not in kinds
+    assert [len(batch[0]) for batch in read_calibration(file, model)] == [32] * 3
+
+
+def test_too_large_an_error_writes_nothing(model, tmp_path):
+    with pytest.raises(
+        normfuse.NormfuseError, match=r"int8 changes output \d by \d\.\d% of its size .* allowed are 0%"
+    ):
+        normfuse.onnx.export(model, tmp_path / "m.onnx", dtype="int8", rtol=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_over_all_inputs_together(model, tmp_path):
+    path = tmp_path / "m.onnx"
+    normfuse.onnx.export(model, path, dtype="int8")
+    batches = [(inputs(1),), (10 * inputs(2),)]
+    alone = [compare(model, path, [batch], 1.0)[0] for batch in batches]
+    both = compare(model, path, batches, 1.0)[0]
+    assert both.difference == pytest.approx((alone[0].difference ** 2 + alone[1].difference ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.zeros((40, 8), np.float32)}, "has no array 'x'; the model takes x, the file has y"),
+        ({"x": np.zeros((4, 8), np.float32)}, "have 4 rows; give as many of each, and at least 32"),
+        ({"x": np.array([object()])}, "cannot read .* as .npz"),
+    ],
+)
+def test_calibration_files_that_do_not_fit(model, tmp_path, arrays, message):
+    file = tmp_path / "typical.npz"
+    np.savez(file, **arrays)
+    with pytest.raises(normfuse.NormfuseError, match=message):
+        normfuse.onnx.export(model, tmp_path / "m.onnx", dtype="int8", calibrate=file)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibrate": [[inputs(0)]]}, "calibrate is for dtype 'int8', not 'float32'; leave it out"),
+        ({"dtype": "int8", "calibrate": []}, "calibrate holds no inputs; give at least one"),
+    ],
+)
+def test_what_is_refused(model, tmp_path, options, message):
+    with pytest.raises(normfuse.NormfuseError, match=message):
+        normfuse.onnx.export(model, tmp_path / "m.onnx", **options)
+
+
+def test_an_onnx_file_is_folded_in_its_own_type(tmp_path):
+    with pytest.raises(normfuse.NormfuseError, match="an ONNX file is folded in its own type; quantise the result"):
+        normfuse.onnx.fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx", dtype="int8")
