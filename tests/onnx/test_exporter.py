@@ -188,7 +188,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
     target = tmp_path / "m.onnx"
     cases = [
         (ExportError, "needs example_inputs", perceptron(), target, {}),
-        (ExportError, "'int8' is not one of", perceptron(), target, {"dtype": "int8"}),
+        (ExportError, "'int4' is not one of", perceptron(), target, {"dtype": "int4"}),
         (ExportError, "opset 17 is outside 18 to 23", perceptron(), target, {"opset": 17}),
         (ExportError, "no folder", perceptron(), tmp_path / "absent" / "m.onnx", {"example_inputs": x}),
         (ExportError, "it is a folder", perceptron(), tmp_path, {"example_inputs": x}),
