@@ -67,6 +67,11 @@ def build_info() -> dict[str, Any]:
         kernels in the tests, are at hand). About the build, None when nothing was built: ``torch`` it was built against
         (str), ``cuda`` toolkit (str, None without CUDA kernels), ``architectures`` (list of str), ``compiler``
         (str), ``python_abi`` (str), ``interface`` (int: what the library takes, see INTERFACE).
+
+    Example:
+        >>> import normfuse
+        >>> sorted(normfuse.build_info())[:3]
+        ['architectures', 'autograd', 'available']
     """
     facts: dict[str, Any] = dict.fromkeys(("torch", "cuda", "architectures", "compiler", "python_abi", "interface"))
     facts.update(_facts())

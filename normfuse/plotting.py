@@ -24,8 +24,21 @@ _FORMATS = (".png", ".svg", ".pdf")
 def read_statistics(path: str | Path) -> dict[str, Any]:
     """Read a file of :meth:`normfuse.nn.Monitor.save`.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        What :meth:`normfuse.nn.Monitor.to_json` returned.
+
     Raises:
         PlotError: the file is not one.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, monitor
+        >>> from normfuse.plotting import read_statistics
+        >>> monitor(UnifiedNorm(8)).save("statistics.json")
+        >>> sorted(read_statistics("statistics.json"))
+        ['every', 'format', 'layers', 'version']
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -60,6 +73,15 @@ def plot_statistics(statistics: str | Path | dict[str, Any], out: str | Path) ->
     Raises:
         PlotError: ``statistics`` is not such a file, ``out`` cannot be written or has an ending that is no known
             format, or matplotlib is missing.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, monitor
+        >>> from normfuse.plotting import plot_statistics
+        >>> model = UnifiedNorm(8)
+        >>> with monitor(model, every=1) as watch:
+        ...     _ = model(torch.randn(4, 8))
+        >>> plot_statistics(watch.to_json(), "statistics.svg").name
+        'statistics.svg'
     """
     try:
         from matplotlib.figure import Figure

@@ -79,11 +79,15 @@ class ExportableModel:
                 :class:`torch.export.ShapesCollection` serves too. Bounds that tracing
                 finds are taken and noted. None: all fixed.
 
+        Returns:
+            The traced model.
+
         Raises:
             CheckpointError: in one line: the module fails on the example inputs, cannot be traced, or holds numbers
                 that no training leaves behind.
 
         Example:
+            >>> from normfuse import ExportableModel
             >>> ExportableModel.from_model(nn.Linear(4, 2), torch.ones(3, 4), ({0: "batch"},)).outputs
             ('output',)
         """
@@ -99,7 +103,14 @@ class ExportableModel:
         return tuple(spec.name for spec in self.inputs)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The program's outputs, in the order of `outputs`, for tensors in the order of `inputs`."""
+        """Run the program.
+
+        Args:
+            tensors: in the order of `inputs`.
+
+        Returns:
+            Its outputs, in the order of `outputs`.
+        """
         return self._runner(*tensors)
 
     @cached_property

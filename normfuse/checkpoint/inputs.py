@@ -23,7 +23,18 @@ _FIRST_SIZES = (3, 8, 5, 7, 6)
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dynamic dimension: its name, and the sizes it may take (``maximum`` None = no bound)."""
+    """A dynamic dimension.
+
+    Args:
+        name: what it is called in the file.
+        minimum: the smallest size.
+        maximum: the largest size; None: no bound.
+
+    Example:
+        >>> from normfuse.checkpoint import Dimension
+        >>> print(Dimension("seq", maximum=512))
+        seq<=512
+    """
 
     name: str
     minimum: int = 1
@@ -41,7 +52,17 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Derived:
-    """A size that follows from dynamic dimensions: the sum of ``factor · size``, and ``offset``. Example: past + 1."""
+    """A size that follows from dynamic dimensions: the sum of ``factor · size``, and ``offset``.
+
+    Args:
+        terms: pairs of a dimension and its factor.
+        offset: added to the sum.
+
+    Example:
+        >>> from normfuse.checkpoint import Derived, Dimension
+        >>> Derived(((Dimension("past"), 1),), 1).size({"past": 7})
+        8
+    """
 
     terms: tuple[tuple[Dimension, int], ...]
     offset: int = 0
@@ -52,6 +73,14 @@ class Derived:
         return "".join(parts).removeprefix("+")
 
     def size(self, sizes: Mapping[str, int]) -> int:
+        """The size for given sizes of the dimensions.
+
+        Args:
+            sizes: by the dimensions' names.
+
+        Returns:
+            A size.
+        """
         return self.offset + sum(factor * sizes[dim.name] for dim, factor in self.terms)
 
 
@@ -60,9 +89,21 @@ Axis = int | Dimension | Derived
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input: ``dims`` holds an int for a fixed, a :class:`Dimension` for a dynamic axis, and a
-    :class:`Derived` for one that follows from others. ``high`` bounds made-up integers (0 ≤ value < high); None
-    means that values like those of the example input are admissible."""
+    """One input of a model.
+
+    Args:
+        name: in the file.
+        dtype: of the tensor.
+        dims: one entry per axis: an int where it is fixed, a :class:`Dimension` where it is dynamic, a
+            :class:`Derived` where it follows from others.
+        high: made-up integers are from 0 to ``high - 1``; None: values like those of the example input are
+            admissible.
+
+    Example:
+        >>> from normfuse.checkpoint import Dimension, InputSpec
+        >>> print(InputSpec("tokens", torch.int64, (Dimension("batch"), 16), high=100))
+        tokens:int64[batch,16]<100
+    """
 
     name: str
     dtype: torch.dtype
@@ -75,7 +116,14 @@ class InputSpec:
         return f"{self.name}:{dtype}[{','.join(map(str, self.dims))}]{bound}"
 
     def shape(self, sizes: Mapping[str, int]) -> list[int]:
-        """The shape for given sizes of the dynamic dimensions."""
+        """The shape for given sizes of the dynamic dimensions.
+
+        Args:
+            sizes: by the dimensions' names.
+
+        Returns:
+            One size per axis.
+        """
         return [size_of(dim, sizes) for dim in self.dims]
 
 
@@ -87,12 +135,25 @@ def size_of(dim: Axis, sizes: Mapping[str, int]) -> int:
 
 
 def parse_input(text: str) -> InputSpec:
-    """Reads ``name:dtype[dims]`` with an optional bound for integers.
+    """Read an input's name, dtype and sizes: ``name:dtype[dims]``, with an optional bound for integers.
 
-    A number is a fixed dimension, a word a dynamic one; ``seq<=512`` or ``2<=seq<=512`` bounds it;
-    ``past+1``, ``past+seq`` and ``32*height`` follow from others. ``<N`` after the bracket says that integers
-    run from 0 to N-1 (default: 0 and 1). Example: ``"tokens:int64[batch,seq<=512]<30000"``. Raises
-    CheckpointError saying what was given and what is allowed.
+    A number is a fixed dimension, a word a dynamic one; ``seq<=512`` or ``2<=seq<=512`` bounds it; ``past+1``,
+    ``past+seq`` and ``32*height`` follow from others. ``<N`` after the bracket says that integers run from 0 to N-1
+    (default: 0 and 1).
+
+    Args:
+        text: the description.
+
+    Returns:
+        The input.
+
+    Raises:
+        CheckpointError: the text is not of that form; the message says what was given and what is allowed.
+
+    Example:
+        >>> from normfuse.checkpoint import parse_input
+        >>> parse_input("tokens:int64[batch,seq<=512]<30000").high
+        30000
     """
     compact = re.sub(r"\s*([^\w\s]+)\s*", r"\1", text.strip())
     match = _SPEC.fullmatch(compact)

@@ -54,10 +54,19 @@ def load(
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, and the class
             that a file of format 1 names. Only for files whose maker you know.
 
+    Returns:
+        The program with its inputs and outputs.
+
     Raises:
         CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module,
             or holds numbers that no training leaves behind (not finite, a negative variance). Nothing is
             changed on disk.
+
+    Example:
+        >>> import normfuse
+        >>> normfuse.save(nn.Linear(4, 2), "linear.pt", example_inputs=torch.randn(3, 4))
+        >>> normfuse.checkpoint.load("linear.pt").input_names
+        ('input',)
     """
     path = Path(path)
     specs = None if inputs is None else [specs_module.parse_input(i) if isinstance(i, str) else i for i in inputs]

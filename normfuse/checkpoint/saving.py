@@ -40,15 +40,17 @@ def save(
             exporting verifies on them.
         dynamic_shapes: which dimensions may vary, as torch.export takes them: by input name or in order, an
             ``{axis: dim}`` per input, where a plain name serves as well as ``torch.export.Dim``. None: all fixed.
-        factory, kwargs: of earlier versions, which rebuilt the model; refused.
+        factory: of earlier versions, which rebuilt the model; refused.
+        kwargs: likewise.
 
     Raises:
         CheckpointError: the model fails on the examples, cannot be traced, holds numbers that no training leaves
             behind or something that is not data, or the file cannot be written. Nothing is left behind then.
 
-    Example::
-
-        normfuse.save(model, "model.pt", example_inputs=images, dynamic_shapes=({0: "batch"},))
+    Example:
+        >>> import normfuse
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> normfuse.save(model, "model.pt", example_inputs=torch.randn(3, 4), dynamic_shapes=({0: "batch"},))
     """
     for name, value in (("factory", factory), ("kwargs", kwargs)):
         if value is not None:

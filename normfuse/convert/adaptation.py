@@ -84,7 +84,15 @@ class AlphaBatchNorm(AdaptingNorm):
         test_weight: share of the batch, from 0 to 1.
 
     Attributes:
-        seen_rows, seen_mean, seen_var: number, mean and biased variance of all rows so far.
+        seen_rows: number of rows so far.
+        seen_mean: their mean, [C].
+        seen_var: their biased variance, [C].
+
+    Example:
+        >>> from normfuse.convert import AlphaBatchNorm
+        >>> norm = AlphaBatchNorm(nn.BatchNorm1d(8), test_weight=1.0)  # the batch alone
+        >>> bool(norm(torch.randn(32, 8) + 5).mean().abs() < 1e-5)
+        True
     """
 
     def __init__(self, norm: _BatchNorm, test_weight: float = 0.1) -> None:
@@ -149,6 +157,13 @@ class DecayingBatchNorm(AdaptingNorm):
 
     Attributes:
         batches: number of batches so far.
+
+    Example:
+        >>> from normfuse.convert import DecayingBatchNorm
+        >>> norm = DecayingBatchNorm(nn.BatchNorm1d(8), rate=0.5)
+        >>> _ = norm(torch.ones(4, 8))
+        >>> int(norm.batches), norm.norm.running_mean[0]
+        (1, tensor(0.5000))
     """
 
     def __init__(self, norm: _BatchNorm, rate: float = 0.1, decay: float = 0.05) -> None:
@@ -204,7 +219,13 @@ class UnMixBatchNorm(AdaptingNorm):
         generator: for the random part of the components' first means.
 
     Attributes:
-        means, vars: [K, C], the components.
+        means: [K, C], of the components.
+        vars: [K, C], of the components.
+
+    Example:
+        >>> from normfuse.convert import UnMixBatchNorm
+        >>> UnMixBatchNorm(nn.BatchNorm2d(8), components=4)(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
     """
 
     refusal = (
@@ -313,6 +334,14 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
         ValueError: nothing was found, a norm has no statistics, the model adapts already, or an option is out of its
             range. The model is then as before.
         TypeError: an option is unknown or has a wrong type.
+
+    Example:
+        >>> from normfuse.convert import adapt, freeze
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()
+        >>> _ = adapt(model, "alpha", test_weight=0.2)
+        >>> _ = model(torch.randn(32, 4))
+        >>> print(freeze(model))
+        1: AlphaBatchNorm -> BatchNorm1d (8 channels)
     """
     if method not in _METHODS:
         raise ValueError(f"method={method!r} is unknown; give one of {', '.join(map(repr, _METHODS))}")
@@ -353,12 +382,24 @@ def freeze(model: nn.Module) -> SwapReport:
 
     Such norms fold like any BatchNorm. A norm that met no data keeps the source's statistics.
 
+    Args:
+        model: changed in place; :func:`adapt` was called on it.
+
     Returns:
         A :class:`SwapReport`.
 
     Raises:
         ValueError: nothing adapts, no norm met data, or statistics are computed from each sample (UnMix-TNS). The
             model is then as before.
+
+    Example:
+        >>> from normfuse.convert import adapt, freeze
+        >>> model = nn.Sequential(nn.BatchNorm1d(8))
+        >>> _ = adapt(model, "decay")
+        >>> _ = model(torch.randn(32, 8))
+        >>> _ = freeze(model)
+        >>> type(model[0]).__name__
+        'BatchNorm1d'
     """
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptingNorm)]
     if not places:

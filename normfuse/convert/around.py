@@ -27,6 +27,11 @@ def split_domains(model: nn.Module, num_domains: int = 2, *, where: Where | None
 
     Raises:
         ValueError: nothing was found, the model is split already, or ``num_domains`` is not allowed.
+
+    Example:
+        >>> from normfuse.convert import split_domains
+        >>> print(split_domains(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), num_domains=2))
+        1: BatchNorm1d -> DomainSplitNorm (8 channels)
     """
     if any(isinstance(module, DomainSplitNorm) for module in model.modules()):
         raise ValueError("model has norms for several domains already")
@@ -58,6 +63,12 @@ def reparametrize(
 
     Raises:
         ValueError: nothing was selected, or a layer or option is not allowed.
+
+    Example:
+        >>> from normfuse.convert import reparametrize
+        >>> from normfuse.nn import weight_standardization
+        >>> reparametrize(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), weight_standardization)
+        ['0']
     """
     selected = _selector(where)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _WEIGHTED) and selected(name, m)]

@@ -13,8 +13,18 @@ def trainer_callback(conversion: Conversion) -> Any:
     For a loss against the original give ``Trainer`` also ``compute_loss_func=distillation.compute_loss``. A run that
     ``Trainer.train(resume_from_checkpoint=…)`` takes up again goes on at the stored λ.
 
+    Args:
+        conversion: whose λ takes the steps.
+
+    Returns:
+        A ``transformers.TrainerCallback``.
+
     Raises:
         ModuleNotFoundError: transformers is not installed.
+
+    Example:
+        >>> from normfuse.convert import trainer_callback
+        >>> Trainer(model, callbacks=[trainer_callback(conversion)])  # doctest: +SKIP
     """
     from transformers import TrainerCallback
 
@@ -31,8 +41,18 @@ def lightning_callback(conversion: Conversion) -> Any:
     With gradient accumulation λ takes a step when the optimiser does. For a loss against the original add
     ``distillation.loss()`` in ``training_step``.
 
+    Args:
+        conversion: whose λ takes the steps.
+
+    Returns:
+        A ``lightning.pytorch.Callback``.
+
     Raises:
         ModuleNotFoundError: lightning is not installed.
+
+    Example:
+        >>> from normfuse.convert import lightning_callback
+        >>> Trainer(callbacks=[lightning_callback(conversion)])  # doctest: +SKIP
     """
     from lightning.pytorch import Callback
 

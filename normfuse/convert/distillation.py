@@ -23,7 +23,19 @@ OutputLoss = Callable[[Any, Any], Tensor]
 def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean squared difference of [..., C] over the teacher's mean variance per channel: 0 if equal, about 1 if unlike.
 
-    ``valid`` selects positions; its shape is that of the values without their channels.
+    Args:
+        student: [..., C].
+        teacher: like it.
+        valid: bool or numbers, the shape of the values without their channels: positions that count; None: all.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> from normfuse.convert import relative_error
+        >>> x = torch.randn(100, 8)
+        >>> float(relative_error(x, x))
+        0.0
     """
     student, teacher = (t[valid] if valid is not None else t.reshape(-1, t.shape[-1]) for t in (student, teacher))
     student, teacher = student.float(), teacher.float()
@@ -31,7 +43,24 @@ def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None
 
 
 def output_error(student: Any, teacher: Any) -> Tensor:
-    """Mean :func:`relative_error` of the floating tensors in two outputs of one kind; a "loss" is left out."""
+    """Mean :func:`relative_error` of the floating tensors in two outputs of one kind; a "loss" is left out.
+
+    Args:
+        student: what the student's ``forward`` returned: a tensor, or tensors in any structure.
+        teacher: what the teacher's returned, in the same structure.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the outputs hold no floating tensors, or not the same number of them.
+
+    Example:
+        >>> from normfuse.convert import output_error
+        >>> logits = torch.randn(3, 4)
+        >>> float(output_error({"logits": logits}, {"logits": logits}))
+        0.0
+    """
     pairs = [
         (s, t)
         for s, t in zip(_tensors(student), _tensors(teacher), strict=True)
@@ -64,13 +93,23 @@ class Distillation:
         at: names of modules, the same in both, whose outputs [..., C] are compared with :func:`relative_error`; a
             :class:`Conversion` stands for its norms. Outputs at a norm are the states of a layer in the scale in
             which the model uses them.
-        hidden_weight, output_weight: of the mean over ``at`` and of the output in the loss.
+        hidden_weight: of the mean over ``at`` in the loss.
+        output_weight: of the output in the loss.
         output_loss: function of both outputs that returns a scalar; None: :func:`output_error`.
         valid_mask: the keyword argument of the student's ``forward`` that is not 0 where a position is valid; others
             are left out of the comparison at modules whose output has such positions.
 
     Raises:
         ValueError: a name in ``at`` is unknown to one of the models.
+
+    Example:
+        >>> import copy
+        >>> from normfuse.convert import Distillation
+        >>> student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> distillation = Distillation(student, copy.deepcopy(student), at=["0"])
+        >>> _ = student(torch.randn(3, 4))
+        >>> float(distillation.loss())  # the two are still the same
+        0.0
     """
 
     def __init__(
@@ -134,6 +173,9 @@ class Distillation:
     def loss(self) -> Tensor:
         """The loss of the student's last forward; its parts are in ``terms`` afterwards (as detached tensors).
 
+        Returns:
+            A scalar.
+
         Raises:
             RuntimeError: the student has not run with gradients enabled since the last call.
         """
@@ -157,6 +199,12 @@ class Distillation:
     def error(self, batches: Iterable[Any]) -> float:
         """Mean of :meth:`loss` over batches; the student is in evaluation mode, with its static norms alone (λ = 0).
 
+        Args:
+            batches: as ``loader`` of :func:`distill`.
+
+        Returns:
+            The mean loss over them.
+
         Raises:
             ValueError: there is no batch.
         """
@@ -173,7 +221,16 @@ class Distillation:
         return torch.stack(losses).mean().item()
 
     def compute_loss(self, outputs: Any, labels: Any = None, num_items_in_batch: Any = None) -> Tensor:
-        """:meth:`loss` in the form of transformers' ``Trainer(compute_loss_func=…)``."""
+        """:meth:`loss` in the form of transformers' ``Trainer(compute_loss_func=…)``.
+
+        Args:
+            outputs: not used: hooks have seen them.
+            labels: not used.
+            num_items_in_batch: not used.
+
+        Returns:
+            A scalar.
+        """
         return self.loss()
 
     def close(self) -> None:
@@ -214,7 +271,8 @@ def distill(
         loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
             arguments; begun anew when it ends.
         steps: number of optimiser steps.
-        optimizer, scheduler: of the student's parameters; the scheduler takes a step with each of the optimiser's.
+        optimizer: of the student's parameters.
+        scheduler: takes a step with each of the optimiser's; None: a constant learning rate.
         conversion: its λ takes a step with each of the optimiser's.
         max_grad_norm: gradients are clipped to this norm; None: not at all.
         dropout: whether dropout is on. Without it every part of the model but its norms is in evaluation mode.
@@ -231,6 +289,15 @@ def distill(
 
     Raises:
         ValueError: ``steps`` or ``validate_every`` is not positive; ``loader`` or ``validation`` is empty.
+
+    Example:
+        >>> import copy
+        >>> from normfuse.convert import Distillation, distill
+        >>> student = nn.Linear(4, 2)
+        >>> distillation = Distillation(student, copy.deepcopy(student))
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> distill(distillation, [torch.randn(8, 4)], steps=3, optimizer=optimizer)
+        tensor([0., 0., 0.])
     """
     check_count("steps", steps, 1)
     check_count("validate_every", validate_every, 1)

@@ -42,6 +42,12 @@ def freeze_to_norms(
 
     Raises:
         ValueError: an option is not allowed, or no norm has a gain.
+
+    Example:
+        >>> from normfuse.convert import freeze_to_norms
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> freeze_to_norms(model, also="2")
+        ['1.weight', '1.bias', '2.weight', '2.bias']
     """
     check_choice("init", init, INITS)
     names = {name: module for name, module in model.named_modules()}
@@ -82,7 +88,8 @@ class DeadChannels:
         removed: norm → (layer before, layers behind, indices of the channels when they were removed); of several norms
             in a row the first.
         kept: norm with dead channels → why they, or some of them, stay.
-        parameters_before, parameters_after: numbers of parameters of the model.
+        parameters_before: number of parameters of the model before.
+        parameters_after: and after.
     """
 
     removed: dict[str, tuple[str, tuple[str, ...], list[int]]] = field(default_factory=dict)
@@ -114,18 +121,26 @@ def remove_dead_channels(
 
     Args:
         model: changed in place; parameters are replaced by smaller ones, so create optimisers afterwards.
-        example_inputs, kwargs: to trace the model with, in evaluation mode: a tensor or a tuple of them, and others by
-            name.
+        example_inputs: a tensor or a tuple of them to trace the model with, in evaluation mode.
         threshold: a channel is dead where the norm's ``|gain|`` is at most that. A normalised channel has a mean square
             of at most 1 over data with the norm's statistics, so behind the norm a removed channel changes by at most
             its gain in the root of the mean square; with 0 the function stays what it was. A
             :class:`normfuse.nn.RepBatchNorm` has a shortcut besides its gain and loses nothing.
+        kwargs: further ones, by name.
 
     Returns:
         A :class:`DeadChannels`; ``print`` it. A norm whose dead channels cannot go is named there with the reason.
 
     Raises:
         ValueError: ``threshold`` is negative.
+
+    Example:
+        >>> from normfuse.convert import remove_dead_channels
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+        >>> _ = nn.init.zeros_(model[1].weight[:3])
+        >>> dead = remove_dead_channels(model, torch.randn(5, 4))
+        >>> model[0]
+        Linear(in_features=4, out_features=5, bias=True)
     """
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is not allowed; give a number of at least 0")

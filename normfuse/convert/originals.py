@@ -74,8 +74,10 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Any], strict: bool 
         RuntimeError: names or shapes do not fit.
 
     Example:
+        >>> from normfuse.convert import load_original
+        >>> from normfuse.nn import RepBatchNorm
         >>> model = nn.Sequential(nn.Linear(8, 8), RepBatchNorm(8))
-        >>> load_original(model, torch.load("slab.pt", weights_only=True))
+        >>> load_original(model, torch.load("slab.pt", weights_only=True))  # doctest: +SKIP
     """
     state = dict(state_dict)
     for path, module in model.named_modules(remove_duplicate=False):

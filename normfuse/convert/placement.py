@@ -15,7 +15,13 @@ _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 @dataclass(frozen=True)
 class Placed:
-    """One layer: its name, and the placement of its norms before and after."""
+    """One layer whose norms were placed.
+
+    Attributes:
+        name: of the layer in the model.
+        before: the placement of its norms before.
+        after: and after.
+    """
 
     name: str
     before: str
@@ -55,7 +61,8 @@ def place(model: nn.Module, placement: str, *, fraction: float = 0.25, count: in
     Args:
         model: changed in place.
         placement: "pre", "post", "peri", or "mix", the first layers of each stack "post", the others "pre".
-        fraction, count: for "mix", see :func:`normfuse.nn.layer_placements`.
+        fraction: for "mix", see :func:`normfuse.nn.layer_placements`.
+        count: for "mix", see :func:`normfuse.nn.layer_placements`.
 
     Returns:
         One entry per layer.
@@ -63,6 +70,12 @@ def place(model: nn.Module, placement: str, *, fraction: float = 0.25, count: in
     Raises:
         ValueError: an option is not allowed, there is no such layer, or one has no such placement. The model is then
             as before.
+
+    Example:
+        >>> from normfuse.convert import place
+        >>> from normfuse.nn import TransformerStack
+        >>> place(TransformerStack(16, depth=2, num_heads=2), "post")[0]
+        Placed(name='blocks.0', before='pre', after='post')
     """
     stacks = _stacks(model)
     if not stacks:

@@ -33,7 +33,10 @@ def from_pretrained(
         ValueError: names in the folder and names of the changed model differ.
 
     Example:
-        >>> model = from_pretrained(BertModel, "trained", lambda model: swap_norms(model, to="unified"))
+        >>> from normfuse.convert import from_pretrained, swap_norms
+        >>> def change(model):
+        ...     swap_norms(model, to="unified")
+        >>> model = from_pretrained(BertModel, "trained", change)  # doctest: +SKIP
     """
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is not None:

@@ -27,14 +27,20 @@ class Schedule:
 
     Args:
         steps: optimiser steps of the whole training, at least 1.
-        start, end: fractions of ``steps`` between which λ falls, 0 <= start < end <= 1; after ``end`` the model trains
-            with its static norms alone.
+        start: fraction of ``steps`` at which λ begins to fall, at least 0.
+        end: fraction from which on λ is 0 and the model trains with its static norms alone, more than ``start`` and
+            at most 1.
         order: "together": all norms at the same time; "layers": one after another in the order of the model, each in an
             equal part of the time.
         shape: "linear", or "cosine": flat at both ends.
 
     Raises:
         TypeError, ValueError: a value is not allowed.
+
+    Example:
+        >>> from normfuse.convert import Schedule
+        >>> Schedule(steps=1000, end=0.8, order="layers").windows(2)
+        [(0, 400), (400, 800)]
     """
 
     steps: int
@@ -53,7 +59,14 @@ class Schedule:
             )
 
     def windows(self, count: int) -> list[tuple[int, int]]:
-        """The steps between which the λ of each of ``count`` norms falls."""
+        """The steps between which the λ of each of ``count`` norms falls.
+
+        Args:
+            count: number of norms, in the order of the model.
+
+        Returns:
+            For each norm the step at which its λ begins to fall, and that from which on it is 0.
+        """
         parts = count if self.order == "layers" else 1
         edges = [round(self.steps * (self.start + (self.end - self.start) * i / parts)) for i in range(parts + 1)]
         windows = [(begin, max(end, begin + 1)) for begin, end in pairwise(edges)]
@@ -63,11 +76,23 @@ class Schedule:
 class Conversion:
     """A conversion under way, see :func:`progressive`.
 
+    Args:
+        valid_mask: the argument of ``forward`` that says which positions are valid, see :func:`progressive`.
+
     Attributes:
         model: the model whose norms are being replaced.
         norms: the :class:`normfuse.nn.ProgressiveNorm` modules by their name in the model; one that is used at several
             places is listed once.
         report: what is replaced by what, and what was left alone.
+
+    Example:
+        >>> from normfuse.convert import Schedule, progressive
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> conversion = progressive(model, schedule=Schedule(steps=10, end=0.5))
+        >>> conversion.step(10)
+        >>> _ = conversion.finish()
+        >>> type(model[1]).__name__
+        'RepBatchNorm'
     """
 
     def __init__(
@@ -97,7 +122,11 @@ class Conversion:
         return sum(norm.share for norm in self.norms.values()) / len(self.norms)
 
     def step(self, steps: int = 1) -> None:
-        """Count optimiser steps; call it after each ``optimizer.step()``. Does not wait for the device."""
+        """Count optimiser steps; call it after each ``optimizer.step()``. Does not wait for the device.
+
+        Args:
+            steps: how many, at least 0.
+        """
         for norm in self.norms.values():
             norm.advance(steps)
 
@@ -135,6 +164,9 @@ class Conversion:
     def finish(self) -> SwapReport:
         """Put the static norms in their places; the model is then ready for :func:`normfuse.save` and export.
 
+        Returns:
+            A :class:`SwapReport`.
+
         Raises:
             ValueError: λ is not 0 everywhere. Nothing has changed then.
         """
@@ -170,14 +202,14 @@ def progressive(
     and λ's step: to resume, build the model, call this with the same arguments, and load. Create the optimiser
     afterwards.
 
-    .. code-block:: python
-
-        conversion = progressive(model, to="rep_batch", schedule=Schedule(steps=10_000))
-        conversion.calibrate(loader, max_batches=50)
-        for batch in loader:
-            ...                       # loss.backward(); optimizer.step()
-            conversion.step()
-        conversion.finish()
+    ```python
+    conversion = progressive(model, to="rep_batch", schedule=Schedule(steps=10_000))
+    conversion.calibrate(loader, max_batches=50)
+    for batch in loader:
+        ...                       # loss.backward(); optimizer.step()
+        conversion.step()
+    conversion.finish()
+    ```
 
     Args:
         model: changed in place. Found are the norms that :func:`swap_norms` finds.
@@ -202,6 +234,14 @@ def progressive(
     Raises:
         ValueError: ``to`` is unknown, nothing was found, or a norm cannot be replaced. The model is then as before.
         TypeError: an option has a wrong type.
+
+    Example:
+        >>> from normfuse.convert import Schedule, progressive
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> conversion = progressive(model, to="rep_batch", schedule=Schedule(steps=10))
+        >>> conversion.calibrate([torch.randn(32, 4) for _ in range(3)])  # doctest: +SKIP
+        >>> list(conversion.norms)
+        ['1']
     """
     check_choice("to", to, STATIC)
     if isinstance(schedule, int):

@@ -61,6 +61,16 @@ def reconstruct(
     Raises:
         ValueError: no data, a norm that does not run exactly once, a norm with ``group_num``, a layer that is not
             linear or no summand of the norm's input. Layers fitted until then stay changed.
+
+    Example:
+        >>> import copy
+        >>> from normfuse.convert import progressive, reconstruct
+        >>> from normfuse.nn import NormedBranch
+        >>> model = NormedBranch(nn.Linear(8, 8), nn.LayerNorm(8), placement="post")
+        >>> teacher, conversion = copy.deepcopy(model), progressive(model)
+        >>> errors = reconstruct(conversion, teacher, [torch.randn(64, 8)], lambda norm: "function")
+        >>> list(errors), errors["norm"][1] <= errors["norm"][0]
+        (['norm'], True)
     """
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} is not allowed; give a positive number such as 0.01")

@@ -30,7 +30,14 @@ Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Modu
 
 @dataclass(frozen=True)
 class Swap:
-    """One exchanged norm: its name in the model, the classes before and after, and its number of channels."""
+    """One exchanged norm.
+
+    Attributes:
+        name: in the model.
+        before: the class before.
+        after: and after.
+        num_features: its number of channels.
+    """
 
     name: str
     before: str
@@ -40,7 +47,12 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`swap_norms` did: ``swaps``, and ``kept``, the names of norms that ``where`` left alone."""
+    """What :func:`swap_norms` did; ``print`` it.
+
+    Attributes:
+        swaps: one entry per exchanged norm.
+        kept: names of the norms that ``where`` left alone.
+    """
 
     swaps: list[Swap] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -213,6 +225,11 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     Raises:
         ValueError: ``to`` is unknown, nothing was found, or a norm cannot be swapped. The model is then as before.
         TypeError: an option has a wrong type.
+
+    Example:
+        >>> from normfuse.convert import swap_norms
+        >>> print(swap_norms(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), to="unified"))
+        1: LayerNorm -> UnifiedNorm (8 channels)
     """
     if to not in _TARGETS:
         raise ValueError(f"to={to!r} is unknown; give one of {', '.join(map(repr, _TARGETS))}")

@@ -28,17 +28,16 @@ def taper(
 
     TaperNorm (arXiv 2602.10408), by :func:`progressive`: the norms stay as they are until ``schedule.start``, and
     moving averages of what they see and give are kept; from these a static norm is fitted to each, in closed form. Then
-    its share
-    grows along a cosine, while gain and shift learn and statistics stay: no training step uses statistics of its batch,
-    so that training and evaluation are one function throughout.
+    its share grows along a cosine, while gain and bias learn and statistics stay: no training step uses statistics of
+    its batch, so that training and evaluation are one function throughout.
 
-    .. code-block:: python
-
-        conversion = taper(model, Schedule(steps=10_000, start=0.2, end=0.8, shape="cosine"))
-        for batch in loader:
-            ...                       # loss.backward(); optimizer.step()
-            conversion.step()
-        conversion.finish()
+    ```python
+    conversion = taper(model, Schedule(steps=10_000, start=0.2, end=0.8, shape="cosine"))
+    for batch in loader:
+        ...                       # loss.backward(); optimizer.step()
+        conversion.step()
+    conversion.finish()
+    ```
 
     Args:
         model: changed in place; create the optimiser afterwards.
@@ -49,14 +48,23 @@ def taper(
             model may lower its loss by ever larger logits; where none shall stay, add the loss of
             :class:`ScaleAnchor`.
         momentum: of the moving averages.
-        where, valid_mask, options: as for :func:`progressive`.
+        where: as for :func:`progressive`.
+        valid_mask: as for :func:`progressive`.
+        options: as for :func:`progressive`.
 
     Returns:
         A :class:`Conversion`; there is nothing to calibrate.
 
     Raises:
         ValueError, TypeError: as :func:`progressive`, or the share falls from the first step on. The model is then as
-        before.
+            before.
+
+    Example:
+        >>> from normfuse.convert import Schedule, taper
+        >>> model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> conversion = taper(model, Schedule(steps=10, start=0.2, end=0.8, shape="cosine"))
+        >>> list(conversion.norms)  # the last norm stays
+        ['0']
     """
     if isinstance(schedule, int):
         schedule = Schedule(schedule, start=0.2, end=0.8, shape="cosine")
@@ -87,6 +95,7 @@ class ScaleAnchor:
         weight: of the loss, ``weight * mean((rms / target - 1)²)`` over positions.
 
     Example:
+        >>> from normfuse.convert import ScaleAnchor
         >>> head = nn.Linear(4, 2)
         >>> anchor = ScaleAnchor(head, target=1.0)
         >>> loss = head(torch.randn(8, 4)).square().mean() + anchor.loss()
@@ -111,6 +120,9 @@ class ScaleAnchor:
 
     def loss(self) -> Tensor:
         """The loss of the last training forward.
+
+        Returns:
+            A scalar.
 
         Raises:
             RuntimeError: the module has not run in training mode since the last call.

@@ -80,6 +80,15 @@ def fold(
     Raises:
         FoldError: the statistics are not finite, the program is in training mode, a weight would leave its dtype, or
             the folded program computes something else.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.Linear(8, 2)).eval()
+        >>> program = torch.export.export(model, (torch.randn(3, 4),))
+        >>> folded, report = normfuse.fold(program)
+        >>> [(record.name, record.status) for record in report.norms]
+        [('1', 'folded')]
     """
     given = program
     opened, removed = Program(program), list[RemovedChannels]()
@@ -185,10 +194,22 @@ def fuse(
         example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
         dynamic_shapes: as for :func:`torch.export.export`.
         kwargs: keyword inputs to export with.
-        keep_dynamic_norms, verify: see :func:`fold`.
+        keep_dynamic_norms: see :func:`fold`.
+        verify: see :func:`fold`.
+
+    Returns:
+        A module that takes what ``model`` takes, for evaluation.
 
     Raises:
         FoldError: see :func:`fold`.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.Linear(8, 2)), torch.randn(3, 4)
+        >>> fused = normfuse.fuse(model, (x,))
+        >>> torch.allclose(fused(x), model.eval()(x), atol=1e-5)
+        True
     """
     with evaluating(model):
         program = torch.export.export(model, example_inputs, kwargs, dynamic_shapes=dynamic_shapes)

@@ -16,7 +16,17 @@ aten = torch.ops.aten
 
 
 class Interval(NamedTuple):
-    """All values between two tensors."""
+    """All values between two tensors.
+
+    Attributes:
+        lower: the smallest values.
+        upper: the largest ones, of the same shape.
+
+    Example:
+        >>> from normfuse.folding import Interval
+        >>> Interval(torch.zeros(2), torch.ones(2)).upper
+        tensor([1., 1.])
+    """
 
     lower: Tensor
     upper: Tensor
@@ -40,7 +50,8 @@ def interval_bounds(program: ExportedProgram, lower: Tensor, upper: Tensor, *oth
         program: exported in evaluation mode, with one output, of weights, static norms, sums, pooling, and functions
             that rise (ReLU, tanh, …) or have one valley (GELU, SiLU). Folding a norm makes its bounds equal or
             tighter: it leaves fewer operations between which the relation of values is forgotten.
-        lower, upper: of the shape of the first input.
+        lower: the smallest values of the first input, in its shape.
+        upper: the largest ones.
         others: the remaining inputs, exactly known.
 
     Returns:
@@ -48,6 +59,13 @@ def interval_bounds(program: ExportedProgram, lower: Tensor, upper: Tensor, *oth
 
     Raises:
         ValueError: an operation has no bounds here; the message names it.
+
+    Example:
+        >>> from normfuse.folding import interval_bounds
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).eval(), (torch.zeros(1, 2),))
+        >>> bounds = interval_bounds(program, -torch.ones(1, 2), torch.ones(1, 2))
+        >>> bool((bounds.lower >= 0).all() and (bounds.lower <= bounds.upper).all())
+        True
     """
     signature, values = program.graph_signature, {}
     stored = {

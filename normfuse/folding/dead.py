@@ -77,6 +77,15 @@ def remove_dead_channels(program: ExportedProgram) -> tuple[ExportedProgram, lis
     Returns:
         The program without those channels, equal to `program` up to rounding, and one record for every place where
         channels are constant, with the reason where they stay.
+
+    Example:
+        >>> from normfuse.folding import remove_dead_channels
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+        >>> _ = nn.init.zeros_(model[1].weight[:3])
+        >>> program = torch.export.export(model, (torch.randn(5, 4),))
+        >>> smaller, (removed,) = remove_dead_channels(program)
+        >>> removed.channels, removed.num_features
+        (3, 8)
     """
     gauge = open_for_removal(program)
     records = []

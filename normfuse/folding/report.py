@@ -59,9 +59,10 @@ class DynamicNormRecord:
         kind: class of the module, or the operation's name.
         core: what is left: ``RMSNorm``, ``LayerNorm``, ``GroupNorm``, ``InstanceNorm`` or ``BatchNorm`` (without
             running statistics).
-        gain, shift: ``folded`` (into weights), ``kept`` (inside the norm's operation) or ``none`` (there was none).
-        absorbed_by: names of the weights that read its result and were changed.
+        gain: ``folded`` (into weights), ``kept`` (inside the norm's operation) or ``none`` (there was none).
+        shift: ``folded``, ``kept`` or ``none``, likewise.
         measured_by: names of the norms that measure its result again, where it cancels and `core` is ``none``.
+        absorbed_by: names of the weights that read its result and were changed.
         reasons: why something stayed: under ``gain``, ``shift``, and ``mean`` for a LayerNorm that is no RMSNorm;
             under ``statistics`` where there is nothing but these; under ``cancel`` if norms were asked to cancel.
             Empty as well if all was to be kept.
@@ -86,17 +87,19 @@ class FoldReport:
         removed: one record per place with constant channels, if asked to remove them.
         dynamic: one record per norm that computes its statistics from each input, in the order of the program.
         centred: names of the weights that subtract their mean, so that LayerNorms could become RMSNorms.
-        nodes_before, nodes_after: number of operations in the graph.
-        bytes_before, bytes_after: size of the parameters and constants.
+        nodes_before: number of operations in the graph before.
+        nodes_after: and after.
+        bytes_before: size of the parameters and constants before.
+        bytes_after: and after.
         bytes_copied: bytes added because a weight used at several places had to be stored more than once.
         scale_range: smallest and largest absolute scale that went into a weight.
+        weight_growth: largest factor by which the biggest entry of any weight grew.
         settled_early: norms whose shift went into biases in front of it instead of travelling on, because norms had
             made it larger than four times the constants it was made of. No operation is added for it.
         cancel_difference: where norms cancel, the largest difference between the outputs of the original program and of
             the folded one on its example inputs, relative to each output's largest entry: what their eps counted for,
             and rounding. None where no norm cancels, or there are no example inputs.
         int8_error: with ``balance``, the predicted error of the int8 products' output ÷ that of the unfolded program.
-        weight_growth: largest factor by which the biggest entry of any weight grew.
         verified: the largest difference of the folded program's outputs on the example inputs, ÷ their largest value;
             None if they were not compared: there are no example inputs, norms cancel, or it was not asked for.
     """
@@ -123,5 +126,9 @@ class FoldReport:
         return [record for record in self.norms if record.status != "folded"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready data."""
+        """The report as JSON-ready data.
+
+        Returns:
+            A dictionary of everything above.
+        """
         return asdict(self)

@@ -25,6 +25,13 @@ class AdaptiveInstanceNorm(nn.Module):
 
     Raises:
         ValueError: an option or a shape is not allowed.
+
+    Example:
+        >>> from normfuse.nn import AdaptiveInstanceNorm
+        >>> content, style = torch.randn(2, 3, 8, 8), 2 * torch.randn(2, 3, 4, 4) + 1
+        >>> y = AdaptiveInstanceNorm()(content, style)
+        >>> y.shape, torch.allclose(y.mean((2, 3)), style.mean((2, 3)), atol=1e-5)
+        (torch.Size([2, 3, 8, 8]), True)
     """
 
     def __init__(self, *, eps: float = 1e-5, unbiased: bool = False) -> None:
@@ -53,7 +60,17 @@ class AdaptiveInstanceNorm(nn.Module):
 
     @torch.no_grad()
     def fix(self, style: Tensor) -> AdaptiveInstanceNorm:
-        """Keep the statistics of one style [1, C, ...] for forwards without one; returns this module."""
+        """Keep the statistics of one style for forwards without one.
+
+        Args:
+            style: [1, C, ...], floating point.
+
+        Returns:
+            This module.
+
+        Raises:
+            ValueError: ``style`` holds more than one sample.
+        """
         if style.shape[0] != 1:
             raise ValueError(f"style holds {style.shape[0]} samples; give one, [1, C, ...]")
         mean, std = instance_statistics(style, eps=self.eps, unbiased=self.unbiased)

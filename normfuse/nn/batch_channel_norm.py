@@ -21,6 +21,22 @@ class EstimatedBatchNorm(MaskedBatchNorm):
     A training forward first moves the statistics (the variance around the mean as it was before), then normalises by
     them; no gradient goes through them. ``momentum``, the share of the new value, is set from outside as training
     goes on, see :func:`set_momentum`. Options and shapes: :class:`MaskedBatchNorm`, without ``ghost_size``.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance, inside the square root.
+        momentum: share of the new value in each update, a number.
+        **options: further ones of :class:`MaskedBatchNorm`.
+
+    Raises:
+        TypeError, ValueError: an option has a type or value that is not allowed; ``ghost_size`` is one of those.
+
+    Example:
+        >>> from normfuse.nn import EstimatedBatchNorm
+        >>> norm = EstimatedBatchNorm(8, momentum=0.1)
+        >>> _ = norm(torch.ones(4, 8))  # by running statistics, which move first
+        >>> norm.running_mean[0]
+        tensor(0.1000)
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: object) -> None:
@@ -49,6 +65,11 @@ def set_momentum(model: nn.Module, momentum: float) -> int:
 
     Raises:
         ValueError: ``momentum`` is not allowed, or there is no such norm.
+
+    Example:
+        >>> from normfuse.nn import EstimatedBatchNorm, set_momentum
+        >>> set_momentum(nn.Sequential(EstimatedBatchNorm(8), nn.ReLU()), 0.01)
+        1
     """
     check_fraction("momentum", momentum, "new")
     norms = [module for module in model.modules() if isinstance(module, EstimatedBatchNorm)]
@@ -73,13 +94,19 @@ class BatchChannelNorm(nn.Module):
         eps: of the group half. The batch half keeps 1e-5 whatever this is, as in the authors' program.
         momentum: share of the new value in the batch half's statistics.
         ghost_size: see :class:`MaskedBatchNorm`.
-        device, dtype: of the parameters.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x: [N, C, ...]; output like x.
 
     Raises:
         ValueError: ``num_groups`` does not divide the channels, or another option is not allowed.
+
+    Example:
+        >>> from normfuse.nn import BatchChannelNorm
+        >>> BatchChannelNorm(64, num_groups=16)(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 64, 7, 7])
     """
 
     def __init__(

@@ -35,7 +35,8 @@ class MaskedBatchNorm(ChannelNorm):
         ghost_size: samples (along the first dimension) per ghost batch (Hoffer et al., 2017, arXiv 1705.08741): in
             training each is normalised by its own statistics, and the running ones take one update after another; a
             rest joins the last. None: one batch.
-        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+        device: of parameters and buffers; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
@@ -44,6 +45,14 @@ class MaskedBatchNorm(ChannelNorm):
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import MaskedBatchNorm
+        >>> x, padding = torch.randn(4, 10, 64), torch.zeros(4, 10, dtype=torch.bool)
+        >>> padding[:, 7:] = True
+        >>> norm = MaskedBatchNorm(64)
+        >>> norm(x, pad_mask=padding).shape, int(norm.num_batches_tracked)
+        (torch.Size([4, 10, 64]), 1)
     """
 
     def __init__(
@@ -136,8 +145,18 @@ class RegularizedBatchNorm(MaskedBatchNorm):
     default, which is ``mean_penalty=0, var_penalty=0`` here, and keeps the running variance biased.
 
     Args:
-        mean_penalty, var_penalty: weights of the two terms, at least 0.
-        num_features, options: see :class:`MaskedBatchNorm`.
+        num_features: number of channels C.
+        mean_penalty: weight of the term of the means, at least 0.
+        var_penalty: weight of the term of the variances, at least 0.
+        **options: further ones of :class:`MaskedBatchNorm`.
+
+    Raises:
+        ValueError: a weight is negative, or another option is not allowed.
+
+    Example:
+        >>> from normfuse.nn import RegularizedBatchNorm, batch_norm_penalty
+        >>> model = nn.Sequential(RegularizedBatchNorm(8), nn.Linear(8, 2))
+        >>> loss = model(torch.randn(4, 8)).square().mean() + batch_norm_penalty(model)
     """
 
     def __init__(
@@ -225,6 +244,7 @@ def batch_norm_penalty(model: nn.Module, tokens: int = AUTHORS_TOKENS) -> Tensor
             since the last call.
 
     Example:
+        >>> from normfuse.nn import RegularizedBatchNorm, batch_norm_penalty
         >>> norm = RegularizedBatchNorm(4)
         >>> loss = norm(torch.randn(8, 4)).square().mean() + batch_norm_penalty(norm)
     """

@@ -112,6 +112,12 @@ def calibrate(
     Raises:
         ValueError: there is no norm, no batch, no valid row for any norm, a statistic that is not finite, or a norm
             of :func:`normfuse.convert.adapt`. The model's statistics are then as before.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, calibrate
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8))
+        >>> calibrate(model, [torch.randn(32, 4) for _ in range(3)], progress=False)
+        3
     """
     norms = running_norms(model, "to calibrate", "torch.optim.swa_utils.update_bn")
     for name, module in model.named_modules():

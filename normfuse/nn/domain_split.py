@@ -29,6 +29,12 @@ class DomainSplitNorm(nn.Module):
 
     Raises:
         TypeError, ValueError: an option is not allowed, or a batch cannot be split.
+
+    Example:
+        >>> from normfuse.nn import DomainSplitNorm
+        >>> norm = DomainSplitNorm(nn.BatchNorm1d(8), num_domains=2)
+        >>> norm(torch.randn(6, 8)).shape  # the first three samples are of domain 0
+        torch.Size([6, 8])
     """
 
     def __init__(self, norm: nn.Module, num_domains: int = 2, domain: int = 0) -> None:
@@ -76,11 +82,20 @@ def _split(value: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
 def choose_domain(model: nn.Module, domain: int) -> int:
     """Set the domain that evaluation uses in every :class:`DomainSplitNorm` of ``model``, however deep it is.
 
+    Args:
+        model: changed in place.
+        domain: from 0 on.
+
     Returns:
         The number of norms.
 
     Raises:
         ValueError: there is no such norm, or one has no such domain. The model is then as before.
+
+    Example:
+        >>> from normfuse.nn import DomainSplitNorm, choose_domain
+        >>> choose_domain(nn.Sequential(DomainSplitNorm(nn.BatchNorm1d(8))), domain=1)
+        1
     """
     norms = [module for module in model.modules() if isinstance(module, DomainSplitNorm)]
     if not norms:

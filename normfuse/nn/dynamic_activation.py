@@ -46,13 +46,19 @@ class DyT(_DynamicActivation):
     Args:
         num_features: size of the last dimension, C.
         alpha: start value of the learned scalar.
-        device, dtype: of the parameters.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x: [..., C], float32, bfloat16, float16 or float64. Output: like x.
 
     Raises:
         TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import DyT
+        >>> DyT(64, alpha=0.5)(torch.randn(2, 5, 64)).abs().max() <= 1
+        tensor(True)
     """
 
     def __init__(
@@ -78,14 +84,21 @@ class Derf(_DynamicActivation):
 
     Args:
         num_features: size of the last dimension, C.
-        alpha, shift: start values of the learned scalars.
-        device, dtype: of the parameters.
+        alpha: start value of the learned factor, a scalar.
+        shift: start value of the learned shift inside the erf, a scalar.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x: [..., C], float32, bfloat16, float16 or float64. Output: like x.
 
     Raises:
         TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import Derf
+        >>> Derf(64)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(

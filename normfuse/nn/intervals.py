@@ -23,17 +23,24 @@ def norm_bounds(
 
     Args:
         norm: a BatchNorm of PyTorch or a norm of this package with running statistics; a RepBatchNorm is one map.
-        lower, upper: of the same shape, whatever the norm takes.
+        lower: the smallest inputs, whatever shape the norm takes.
+        upper: the largest ones, of the same shape.
         clean: the undisturbed input. In training the statistics are those of this batch, which is what the forward
             with ``clean`` normalises by during warm-up; running statistics do not move. Not used in evaluation.
         pad_mask: leaves rows of ``clean`` out.
 
     Returns:
-        The two bounds.
+        The lower and the upper bound, like the inputs.
 
     Raises:
         TypeError: ``norm`` computes something from each input, or is of a class derived from a BatchNorm with a
             forward of its own. ValueError: ``clean`` is missing in training.
+
+    Example:
+        >>> from normfuse.nn import norm_bounds
+        >>> lower, upper = norm_bounds(nn.BatchNorm1d(8).eval(), torch.zeros(1, 8), torch.ones(1, 8))
+        >>> bool((lower <= upper).all())
+        True
     """
     channel_dim = getattr(norm, "channel_dim", 1)
     # A class derived from a BatchNorm may do anything besides, an activation for instance.

@@ -92,7 +92,21 @@ def _(*arguments: object) -> None:
 
 
 class Monitor:
-    """Records of the norms of a model, see :func:`monitor`."""
+    """Records of the norms of a model, see :func:`monitor`.
+
+    Args:
+        model: watched through hooks.
+        every: training steps between two records.
+        drift: quotient of statistics beyond which a warning comes.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, monitor
+        >>> model = nn.Sequential(UnifiedNorm(8))
+        >>> with monitor(model, every=1) as watch:
+        ...     _ = model(torch.randn(4, 8))
+        >>> watch.to_json()["layers"]["0"]["step"]
+        [1]
+    """
 
     def __init__(self, model: nn.Module, every: int, drift: float) -> None:
         self.every = every
@@ -112,7 +126,15 @@ class Monitor:
         ]
 
     def observe(self, name: str, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, *statistics: Any) -> None:
-        """Record the step that the norm of this name is about to take, if it is one to record."""
+        """Record the step that the norm of this name is about to take, if it is one to record.
+
+        Args:
+            name: of the norm in the model.
+            x: what it is given.
+            pad_mask: as the norm takes it.
+            residual: as the norm takes it.
+            *statistics: the norm's running ones, as they are before the step.
+        """
         if torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
             return
         self._calls[name] += 1
@@ -160,6 +182,9 @@ class Monitor:
         (outliers and skipped passes so far), ``gradient`` (root mean square of ``ema_gz``, or of the mean of MABN's
         ``buffer_gz``) and ``finite``. Numbers that are not finite, and the gradient statistic of norms without one,
         are null. Waits for the device.
+
+        Returns:
+            A JSON-ready dictionary.
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -174,7 +199,14 @@ class Monitor:
         return {"format": _FORMAT, "version": 1, "every": self.every, "layers": layers}
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file, which ``normfuse plot`` draws; OutputError if it cannot be written."""
+        """Write :meth:`to_json` to a file, which ``normfuse plot`` draws.
+
+        Args:
+            path: of the file; it appears when it is complete.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         with Output(path) as output:
             output.staged.write_text(json.dumps(self.to_json(), allow_nan=False))
             output.publish()
@@ -240,6 +272,15 @@ def monitor(model: nn.Module, *, every: int = 50, drift: float = 10.0) -> Monito
 
     Raises:
         ValueError: there is no norm to watch, or an option is out of range.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, monitor
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8))
+        >>> watch = monitor(model, every=1)
+        >>> _ = model(torch.randn(3, 4))
+        >>> sorted(watch.to_json()["layers"])
+        ['1']
+        >>> watch.close()
     """
     if every < 1:
         raise ValueError(f"every={every} is not allowed; give a number of steps of at least 1")

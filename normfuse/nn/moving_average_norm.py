@@ -30,7 +30,8 @@ class MovingAverageBatchNorm(ChannelNorm):
         momentum: share of the old value in each update of ``running_var``.
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels; 1 for [N, C, H, W], -1 for [..., C].
-        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+        device: of parameters and buffers; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
@@ -39,6 +40,12 @@ class MovingAverageBatchNorm(ChannelNorm):
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import MovingAverageBatchNorm, center_weight
+        >>> model = nn.Sequential(center_weight(nn.Conv2d(3, 8, 3)), MovingAverageBatchNorm(8))
+        >>> model(torch.randn(2, 3, 9, 9)).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     def __init__(

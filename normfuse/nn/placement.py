@@ -23,8 +23,16 @@ def layer_placements(depth: int, placement: str, *, fraction: float = 0.25, coun
         fraction: for "mix", the share of "post" layers, rounded down: none of fewer than 4 layers by default.
         count: for "mix", their number, instead of ``fraction``.
 
+    Returns:
+        One of "pre", "post" and "peri" for each layer.
+
     Raises:
         TypeError, ValueError: an option is not allowed.
+
+    Example:
+        >>> from normfuse.nn import layer_placements
+        >>> layer_placements(4, "mix")
+        ['post', 'pre', 'pre', 'pre']
     """
     check_count("depth", depth, 0)
     check_choice("placement", placement, (*PLACEMENTS, "mix"))
@@ -53,6 +61,12 @@ class NormedBranch(nn.Module):
 
     Shape:
         x: [..., C], output like x. Further arguments go to ``function``; ``pad_mask`` [...] to norms that take one.
+
+    Example:
+        >>> from normfuse.nn import NormedBranch, UnifiedNorm
+        >>> branch = NormedBranch(nn.Linear(64, 64), UnifiedNorm(64), placement="pre")
+        >>> branch(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(self, function: nn.Module, norm: nn.Module, placement: str = "pre") -> None:

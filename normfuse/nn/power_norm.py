@@ -36,7 +36,8 @@ class PowerNorm(RunningNorm):
         skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
             count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
             Without it such a pass moves the channels that are finite. Statistics are finite either way.
-        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+        device: of parameters and buffers; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
@@ -48,6 +49,11 @@ class PowerNorm(RunningNorm):
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import PowerNorm
+        >>> PowerNorm(64, group_num=None)(torch.randn(2, 5, 64)).shape  # nothing is left of it after folding
+        torch.Size([2, 5, 64])
     """
 
     def __init__(

@@ -30,7 +30,8 @@ class ProgressiveNorm(nn.Module):
     Args:
         original: the norm that is replaced; called with the input alone.
         static: its replacement, with running statistics; called with the input and ``pad_mask``.
-        begin, end: the steps between which λ falls, 0 <= begin < end.
+        begin: the step at which λ begins to fall, at least 0.
+        end: the step from which on λ is 0, more than ``begin``.
         r0: λ at step ``begin``, from 0 to 1.
         frozen: keep ``static`` in evaluation mode while training, so that its statistics stay as they were calibrated;
             gain and shift learn.
@@ -53,6 +54,13 @@ class ProgressiveNorm(nn.Module):
     Raises:
         TypeError, ValueError: a step or another option is not allowed.
         RuntimeError: the forward is traced for export while evaluation still needs the original.
+
+    Example:
+        >>> from normfuse.nn import ProgressiveNorm, RepBatchNorm
+        >>> norm = ProgressiveNorm(nn.LayerNorm(8), RepBatchNorm(8), begin=0, end=100)
+        >>> x = torch.randn(4, 8)
+        >>> torch.equal(norm(x), nn.LayerNorm(8)(x))  # λ = 1
+        True
     """
 
     def __init__(
@@ -111,7 +119,11 @@ class ProgressiveNorm(nn.Module):
         self._share.fill_(self.share)
 
     def advance(self, steps: int = 1) -> None:
-        """Count ``steps`` more optimiser steps. Waits for the device only where λ begins to fall from averages."""
+        """Count ``steps`` more optimiser steps. Waits for the device only where λ begins to fall from averages.
+
+        Args:
+            steps: how many, at least 0.
+        """
         check_count("steps", steps, 0)
         rested = self.resting
         self._set_step(self._step + steps)
@@ -189,7 +201,14 @@ class ProgressiveNorm(nn.Module):
         return torch.lerp(static, original, self._share.to(original.dtype))
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """``pad_mask`` if it has the shape of ``x`` without its channel dimension."""
+        """``pad_mask`` if it has the shape of ``x`` without its channel dimension.
+
+        Args:
+            x: what the norm is given, [..., C].
+
+        Returns:
+            bool [...], True = padding; or None.
+        """
         if self.pad_mask is None:
             return None
         rows = list(x.shape)

@@ -21,7 +21,8 @@ class RegionNorm(nn.Module):
         pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
         shift_everywhere: add the sum of both shifts to every pixel, as the authors' program does; otherwise each
             region has its own.
-        device, dtype: of ``weight`` and ``bias`` [2, C], zero at first; row 0 outside of the mask, row 1 inside.
+        device: of ``weight`` and ``bias`` [2, C], zero at first; row 0 outside of the mask, row 1 inside.
+        dtype: of ``weight`` and ``bias``.
 
     Shape:
         x: [B, C, H, W]. mask: [B, 1, h, w], bool or integers (not 0: inside), or floating shares from 0 to 1, used as
@@ -29,6 +30,13 @@ class RegionNorm(nn.Module):
 
     Raises:
         TypeError, ValueError: an option or a shape is not allowed.
+
+    Example:
+        >>> from normfuse.nn import RegionNorm
+        >>> x, hole = torch.randn(2, 8, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+        >>> hole[:, :, 4:8, 4:8] = True
+        >>> RegionNorm(8)(x, hole).shape
+        torch.Size([2, 8, 16, 16])
     """
 
     def __init__(
@@ -72,14 +80,21 @@ class LearnableRegionNorm(nn.Module):
     Args:
         threshold: from 0 to 1.
         kernel_size: of the three convolutions, odd.
-        eps, pool: see :class:`RegionNorm`.
-        device, dtype: of the convolutions.
+        eps: see :class:`RegionNorm`.
+        pool: see :class:`RegionNorm`.
+        device: of the convolutions; None: PyTorch's default.
+        dtype: of the convolutions; None: PyTorch's default.
 
     Shape:
         x: [B, C, H, W] with any C. Output like x.
 
     Raises:
         TypeError, ValueError: an option or a shape is not allowed.
+
+    Example:
+        >>> from normfuse.nn import LearnableRegionNorm
+        >>> LearnableRegionNorm()(torch.randn(2, 8, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
     """
 
     def __init__(

@@ -18,7 +18,10 @@ class RepBatchNorm(MaskedBatchNorm):
     nearby weights.
 
     Args:
-        num_features, eps, momentum, affine, channel_dim, ghost_size, device, dtype: see :class:`MaskedBatchNorm`.
+        num_features: number of channels C.
+        *options: those of :class:`MaskedBatchNorm`, in its order.
+        **more: those of :class:`MaskedBatchNorm`, by name: ``eps``, ``momentum``, ``affine``, ``channel_dim``,
+            ``ghost_size``, ``device``, ``dtype``.
 
     Attributes:
         alpha: the learned weight of the shortcut, a scalar; starts at 1.
@@ -27,6 +30,13 @@ class RepBatchNorm(MaskedBatchNorm):
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
         pad_mask: the shape of x without its channel dimension, bool, True = padding: left out of the statistics.
         Output: like x.
+
+    Example:
+        >>> from normfuse.nn import RepBatchNorm
+        >>> norm = RepBatchNorm(64).eval()
+        >>> x = torch.randn(2, 5, 64)
+        >>> torch.allclose(norm(x), 2 * x, atol=1e-4)  # mean 0, variance 1, and the shortcut of weight 1
+        True
     """
 
     def __init__(self, num_features: int, *options: object, **more: object) -> None:

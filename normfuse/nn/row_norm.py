@@ -60,7 +60,8 @@ class LayerNorm(_RowNorm, nn.LayerNorm):
         elementwise_affine: whether to learn ``weight`` [C].
         bias: whether to learn ``bias`` [C] with it.
         unit_offset: the gain is ``1 + weight``; the weight then starts at 0.
-        device, dtype: of the parameters.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x, residual: any, with C channels last; float32, bfloat16, float16 or float64.
@@ -68,6 +69,13 @@ class LayerNorm(_RowNorm, nn.LayerNorm):
 
     Raises:
         TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import LayerNorm
+        >>> x, skip = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+        >>> y, s = LayerNorm(64)(x, skip)  # s = x + skip, y is its norm
+        >>> torch.equal(s, x + skip), torch.allclose(y, nn.LayerNorm(64)(s), atol=1e-5)
+        (True, True)
     """
 
     def __init__(
@@ -102,7 +110,8 @@ class RMSNorm(_RowNorm, nn.RMSNorm):
             input), as torch does.
         elementwise_affine: whether to learn ``weight`` [C].
         unit_offset: the gain is ``1 + weight``, as in Gemma; the weight then starts at 0.
-        device, dtype: of the parameters.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x, residual: any, with C channels last; float32, bfloat16, float16 or float64.
@@ -110,6 +119,12 @@ class RMSNorm(_RowNorm, nn.RMSNorm):
 
     Raises:
         TypeError, ValueError: an argument has a type, shape or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import RMSNorm
+        >>> x = torch.randn(2, 5, 64)
+        >>> torch.allclose(RMSNorm(64)(x), nn.RMSNorm(64)(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -138,6 +153,21 @@ class CRMSNorm(RMSNorm):
     eps)``. ``normalized_shape`` is C, one less than the network's width had the channel been kept. In evaluation it is
     that formula in ATen operations. ``eps`` is 1e-5 by default, that of the LayerNorm it is converted from. Else as
     :class:`RMSNorm`.
+
+    Args:
+        normalized_shape: number of channels C (an int, or a sequence of one).
+        eps: added to the mean square, inside the square root; None takes that of the dtype computed in.
+        elementwise_affine: whether to learn ``weight`` [C].
+        unit_offset: the gain is ``1 + weight``; the weight then starts at 0.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
+
+    Example:
+        >>> from normfuse.nn import CRMSNorm
+        >>> x = torch.randn(5, 8)
+        >>> whole = torch.cat([x, -x.sum(-1, keepdim=True)], -1)  # nine channels with mean zero
+        >>> torch.allclose(CRMSNorm(8)(x), torch.nn.functional.layer_norm(whole, (9,))[:, :8], atol=1e-5)
+        True
     """
 
     def __init__(

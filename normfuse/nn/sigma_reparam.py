@@ -116,7 +116,8 @@ def sigma_reparam(
         ValueError: an option is unknown, or ``name`` is no such weight.
 
     Example:
-        >>> layer = sigma_reparam(torch.nn.Linear(8, 8), program="vision")
+        >>> from normfuse.nn import sigma_reparam
+        >>> layer = sigma_reparam(nn.Linear(8, 8), program="vision")
     """
     check_choice("program", program, PROGRAMS)
     init = ("spectral" if program == "vision" else "one") if init is None else init

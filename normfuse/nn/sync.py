@@ -31,6 +31,10 @@ def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) ->
     Raises:
         ValueError: there is no such norm, or one for which this makes no sense: with ``ghost_size``, or a RegionNorm
             with ``pool="batch"``. The model is then as before.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm, convert_sync
+        >>> model = convert_sync(nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8)))  # then DistributedDataParallel(model)
     """
     norms = running_norms(model, "to synchronise", "torch.nn.SyncBatchNorm.convert_sync_batchnorm")
     for name, norm in norms.items():

@@ -79,13 +79,22 @@ class TimeDependentLayerNorm(nn.Module):
         eps: added to the variance; with ``rms`` to the root mean square itself, ``x / (rms + eps)``, as in the authors'
             program. None: 1e-5, with ``rms`` 1e-8.
         rms: divide by the root mean square only; there is no shift then.
-        device, dtype: of the parameters.
+        device: of the parameters; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default.
 
     Shape:
         x: [B, ..., C]. log_snr: [B], the logarithm of the signal-to-noise ratio of each sample. Output like x.
 
     Raises:
         TypeError, ValueError: an option or a shape is not allowed.
+
+    Example:
+        >>> from normfuse.nn import TimeDependentLayerNorm
+        >>> norm = TimeDependentLayerNorm(64)
+        >>> norm(torch.randn(2, 5, 64), torch.tensor([0.5, -3.0])).shape
+        torch.Size([2, 5, 64])
+        >>> norm.at(0.5)
+        LayerNorm((64,), eps=1e-05, elementwise_affine=True, bias=True)
     """
 
     def __init__(
@@ -125,7 +134,14 @@ class TimeDependentLayerNorm(nn.Module):
 
     @torch.no_grad()
     def at(self, log_snr: float) -> nn.LayerNorm | OffsetRMSNorm:
-        """The plain norm that this one is at a fixed time, with a copy of its gain and shift."""
+        """The plain norm that this one is at a fixed time, with a copy of its gain and shift.
+
+        Args:
+            log_snr: the time, as the logarithm of the signal-to-noise ratio.
+
+        Returns:
+            A LayerNorm, or with ``rms`` an RMS norm with ``x / (rms + eps)``; in this module's dtype, on its device.
+        """
         like = self.gain.start
         t = torch.tensor(log_snr / 4, device=like.device, dtype=like.dtype)
         options = {"eps": self.eps, "device": like.device, "dtype": like.dtype}

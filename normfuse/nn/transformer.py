@@ -14,7 +14,21 @@ MakeNorm = Callable[[int], nn.Module]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over [batch, sequence, dim]; ``pad_mask`` [batch, sequence], True = padding."""
+    """Multi-head self-attention over [batch, sequence, dim]; ``pad_mask`` [batch, sequence], True = padding.
+
+    Args:
+        dim: width of input and output.
+        num_heads: a divisor of it.
+        causal: whether tokens see earlier ones only.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+
+    Example:
+        >>> from normfuse.nn import SelfAttention
+        >>> SelfAttention(64, 4)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
+    """
 
     def __init__(self, dim: int, num_heads: int, *, causal: bool = False) -> None:
         super().__init__()
@@ -36,7 +50,17 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear.
+
+    Args:
+        dim: width of input and output.
+        hidden: width in between.
+
+    Example:
+        >>> from normfuse.nn import FeedForward
+        >>> FeedForward(64, 256)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -46,7 +70,8 @@ class TransformerBlock(nn.Module):
     """Self-attention and feed-forward, each a :class:`NormedBranch`.
 
     Args:
-        dim: width. num_heads: of the attention, a divisor of it.
+        dim: width.
+        num_heads: of the attention, a divisor of the width.
         norm: makes a norm for a width, such as ``normfuse.nn.UnifiedNorm``.
         placement: "pre", "post" or "peri"; can be set later.
         mlp_ratio: width of the feed-forward's middle as a multiple of ``dim``.
@@ -55,6 +80,11 @@ class TransformerBlock(nn.Module):
 
     Shape:
         x: [batch, sequence, dim]. pad_mask: bool [batch, sequence], True = padding. Output like x.
+
+    Example:
+        >>> from normfuse.nn import TransformerBlock, UnifiedNorm
+        >>> TransformerBlock(64, 4, norm=UnifiedNorm)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(
@@ -94,9 +124,15 @@ class TransformerStack(nn.Module):
     embeddings, "pre" and "mix" the final one.
 
     Args:
-        dim, num_heads, norm, mlp_ratio, causal: see :class:`TransformerBlock`.
+        dim: see :class:`TransformerBlock`.
         depth: number of blocks.
-        placement, fraction, count: see :func:`layer_placements`.
+        num_heads: see :class:`TransformerBlock`.
+        norm: see :class:`TransformerBlock`.
+        placement: "pre", "post", "peri" or "mix", see :func:`layer_placements`.
+        fraction: for "mix", see :func:`layer_placements`.
+        count: for "mix", see :func:`layer_placements`.
+        mlp_ratio: see :class:`TransformerBlock`.
+        causal: see :class:`TransformerBlock`.
         share_weights: one attention and one feed-forward for all blocks, with individual norms (WideNet). Folding
             copies a shared weight where norms need different ones, or leaves norms (``copy_shared=False``).
 
@@ -105,6 +141,12 @@ class TransformerStack(nn.Module):
 
     Raises:
         TypeError, ValueError: an option is not allowed.
+
+    Example:
+        >>> from normfuse.nn import TransformerStack, UnifiedNorm
+        >>> stack = TransformerStack(64, depth=2, num_heads=4, norm=UnifiedNorm)
+        >>> stack(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(
@@ -134,7 +176,13 @@ class TransformerStack(nn.Module):
         self.place(placement, fraction=fraction, count=count)
 
     def place(self, placement: str, *, fraction: float = 0.25, count: int | None = None) -> None:
-        """Set the placement of every block, and make or drop the norms around them."""
+        """Set the placement of every block, and make or drop the norms around them.
+
+        Args:
+            placement: "pre", "post", "peri" or "mix".
+            fraction: for "mix", see :func:`layer_placements`.
+            count: for "mix", see :func:`layer_placements`.
+        """
         placements = layer_placements(len(self.blocks), placement, fraction=fraction, count=count)
         for block, own in zip(self.blocks, placements, strict=True):
             block.placement = own

@@ -31,7 +31,8 @@ class UnifiedNorm(RunningNorm):
         skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
             count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
             Without it such a pass moves the channels that are finite. Statistics are finite either way.
-        device, dtype: of the parameters. Statistics are float32, or float64 for dtype float64.
+        device: of parameters and buffers; None: PyTorch's default.
+        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
@@ -43,6 +44,13 @@ class UnifiedNorm(RunningNorm):
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
+
+    Example:
+        >>> from normfuse.nn import UnifiedNorm
+        >>> norm = UnifiedNorm(64, warmup_iters=100)
+        >>> y = norm(torch.randn(2, 5, 64))  # a training step: statistics move
+        >>> y.shape, int(norm.iters)
+        (torch.Size([2, 5, 64]), 1)
     """
 
     def __init__(

@@ -88,6 +88,12 @@ def center_weight(module: nn.Module, name: str = "weight") -> nn.Module:
 
     Raises:
         ValueError: see :func:`output_axis`.
+
+    Example:
+        >>> from normfuse.nn import center_weight
+        >>> convolution = center_weight(nn.Conv2d(3, 8, 3))
+        >>> bool(convolution.weight.mean((1, 2, 3)).abs().max() < 1e-6)
+        True
     """
     parametrize.register_parametrization(module, name, CenteredWeight(output_axis(module, name)))
     return module
@@ -112,6 +118,12 @@ def weight_standardization(
 
     Raises:
         ValueError: an option is not allowed, or see :func:`output_axis`.
+
+    Example:
+        >>> from normfuse.nn import weight_standardization
+        >>> layer = weight_standardization(nn.Linear(16, 4))
+        >>> bool(layer.weight.mean(1).abs().max() < 1e-6)
+        True
     """
     check_positive("eps", eps)
     check_choice("form", form, FORMS)

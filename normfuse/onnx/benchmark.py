@@ -89,8 +89,18 @@ def bench(
         threads: of ONNX Runtime within an operation.
         seed: of the inputs. Integers are 0 or 1, because the file does not tell which are admissible.
 
+    Returns:
+        Milliseconds of every round, and ratios to the first file.
+
     Raises:
         BenchError, VerificationError: a file cannot be loaded or run, or the files take different inputs.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = normfuse.onnx.export(model, "model.onnx", example_inputs=torch.randn(3, 4))
+        >>> timing = normfuse.onnx.bench(["model.onnx"], rounds=4)
     """
     if rounds < 4:
         raise BenchError(f"rounds is {rounds}; at least 4 are needed for quartiles")

@@ -77,7 +77,11 @@ class ExportResult:
     proof = deprecated_attribute("proof", "verification")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data: everything, unabridged."""
+        """JSON-ready data: everything, unabridged.
+
+        Returns:
+            A dictionary of everything above.
+        """
         return {
             "path": str(self.path),
             "opset": self.opset,
@@ -121,15 +125,17 @@ def export(
             changed.
         path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
             verification. A symbolic link stays and is followed.
-        example_inputs, dynamic_shapes: for a module, as in :meth:`normfuse.ExportableModel.from_model`. A model of
-            transformers needs none.
+        example_inputs: for a module, as in :meth:`normfuse.ExportableModel.from_model`. A model of transformers
+            needs none.
+        dynamic_shapes: for a module, as in :meth:`normfuse.ExportableModel.from_model`.
         opset: None picks the newest of 23, 20 and 18 that the verification passes with.
         dtype: of the weights in the file, ``float32`` or ``float16`` (inputs and outputs stay float32), or ``int8``:
             scales are chosen for integers (``balance`` of :func:`normfuse.fold`), the file is verified in float32, and
             then ``onnxruntime.quantization`` makes its products int8.
-        rtol, atol: allowed difference, see :func:`normfuse.onnx.verify`; rtol defaults to 1e-4 for float32 and 2e-2 for
-            float16. For int8 it is the root of the summed squares of the difference ÷ that of the output, 0.2 by
-            default.
+        rtol: allowed difference, relative to the largest value of an output, see :func:`verify`; None: 1e-4 for
+            float32, 2e-2 for float16. For int8 it is the root of the summed squares of the difference ÷ that of the
+            output, None: 0.2.
+        atol: allowed difference on top.
         copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
             them.
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
@@ -148,8 +154,20 @@ def export(
         disable_passes: graph passes to leave out, see :data:`normfuse.onnx.graph_passes.PASS_NAMES`.
         progress: called with the name of each stage when it begins.
 
+    Returns:
+        What was done: the file's operator set, what became of each norm, every comparison.
+
     Raises:
         CheckpointError, ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> result = normfuse.onnx.export(model, "model.onnx", example_inputs=x, dynamic_shapes=({0: "batch"},))
+        >>> result.graph.norms, result.verification.worst("ONNX file") < 1e-4
+        ([], True)
     """
     check_dtype(dtype, MODEL_DTYPES)
     check_scale_range(max_scale_range)
@@ -365,7 +383,33 @@ def fold_model(
 ) -> FoldedModel:
     """Folds a loaded model as :func:`export` with the same arguments does, and writes nothing.
 
-    Raises FoldError if it cannot be folded, VerificationError if the folded program differs from the model's.
+    Args:
+        model: what :func:`normfuse.load` or :meth:`normfuse.ExportableModel.from_model` gives.
+        dtype: see :func:`export`.
+        copy_shared: see :func:`export`.
+        remove_dead: see :func:`export`.
+        keep_dynamic_norms: see :func:`export`.
+        cancel_norms: see :func:`export`.
+        max_scale_range: see :func:`export`.
+        target: see :func:`export`.
+        disable_passes: see :func:`export`.
+        progress: see :func:`export`.
+
+    Returns:
+        The folded program and what became of each norm.
+
+    Raises:
+        ExportError: an argument has a value that is not allowed.
+        FoldError: the model cannot be folded.
+        VerificationError: the folded program differs from the model's.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> folded = normfuse.onnx.fold_model(normfuse.ExportableModel.from_model(model, torch.randn(3, 4)))
+        >>> folded.report.norms[0].status
+        'folded'
     """
     check_dtype(dtype, MODEL_DTYPES)
     check_scale_range(max_scale_range)

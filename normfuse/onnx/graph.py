@@ -55,11 +55,34 @@ class GraphSummary:
         return sum(self.nodes.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data.
+
+        Returns:
+            A dictionary of everything above.
+        """
         return asdict(self) | {"node_count": self.node_count}
 
 
 def summarize(path: str | os.PathLike[str]) -> GraphSummary:
-    """Reads an ONNX file (not its external data) and counts. Raises GraphError if it is none."""
+    """Reads an ONNX file (not its external data) and counts. Raises GraphError if it is none.
+
+    Args:
+        path: of the ONNX file.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        GraphError: it is no ONNX file, or cannot be read.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = normfuse.onnx.export(model, "model.onnx", example_inputs=torch.randn(3, 4))
+        >>> normfuse.onnx.summarize("model.onnx").norms
+        []
+    """
     path = Path(path)
     try:
         model = onnx.load(path, load_external_data=False)

@@ -70,8 +70,14 @@ class VerificationReport:
     notes: list[str] = field(default_factory=list)
 
     def worst(self, form: str) -> float:
-        """The largest relative error of a form: ``folded program`` or ``ONNX file``; 0 if it was not
-        compared."""
+        """The largest relative error of a form of the model.
+
+        Args:
+            form: ``folded program`` or ``ONNX file``.
+
+        Returns:
+            A share of the output's largest value; 0 if the form was not compared.
+        """
         return max((case.error for case in self.cases if case.form == form), default=0.0)
 
     @property
@@ -80,6 +86,11 @@ class VerificationReport:
         return list(dict.fromkeys(case.inputs for case in self.cases))
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data.
+
+        Returns:
+            A dictionary of everything above.
+        """
         return {"cases": [asdict(case) for case in self.cases], "notes": self.notes}
 
 
@@ -114,9 +125,21 @@ def verify(
         seed: of the random inputs.
         edges: whether inputs that look for trouble are tried.
 
+    Returns:
+        Every comparison that was made.
+
     Raises:
         VerificationError: for the first difference beyond ``atol + rtol · largest value``, for outputs that
             are not finite, and for a file that ONNX Runtime cannot load or run.
+
+    Example:
+        >>> import normfuse
+        >>> from normfuse.nn import UnifiedNorm
+        >>> model = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = normfuse.ExportableModel.from_model(model, torch.randn(3, 4))
+        >>> _ = normfuse.onnx.export(model, "model.onnx")
+        >>> all(case.passed for case in normfuse.onnx.verify(model, "model.onnx").cases)
+        True
     """
     forms: dict[str, Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]] = {}
     if program is not None:

@@ -71,6 +71,12 @@ def write(
     Raises:
         WriteError: an operation has no translation, a weight does not fit float16, the checker objects, `path` cannot
             be written.
+
+    Example:
+        >>> import normfuse
+        >>> program = torch.export.export(nn.Linear(4, 2).eval(), (torch.randn(3, 4),))
+        >>> [path.name for path in normfuse.onnx.write(program, "linear.onnx", opset=20)]
+        ['linear.onnx']
     """
     path = Path(path)
     options = {"dtype": dtype, "inputs": inputs, "outputs": outputs, "one_file_limit": one_file_limit, "shape": shape}

@@ -166,9 +166,18 @@ def register_forward(
 def keep_norms() -> tuple[object, object]:
     """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint``: keep what norms return, recompute the rest.
 
-    Needed where the checkpoint is inside of what ``torch.compile`` compiles; without it torch refuses with
-    "modified by an inplace operation". Elsewhere it is a choice: memory for the norms' results against the
-    time to recompute them. ``checkpoint(block, x, use_reentrant=False, context_fn=normfuse.nn.keep_norms)``
+    Needed where the checkpoint is inside of what ``torch.compile`` compiles; without it torch refuses with "modified by
+    an inplace operation". Elsewhere it is a choice: memory for the norms' results against the time to recompute them.
+
+    Returns:
+        Two context managers, for the first and for the second run.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> from normfuse.nn import UnifiedNorm, keep_norms
+        >>> block, x = nn.Sequential(UnifiedNorm(8), nn.Linear(8, 8)), torch.randn(4, 8, requires_grad=True)
+        >>> checkpoint(block, x, use_reentrant=False, context_fn=keep_norms).shape
+        torch.Size([4, 8])
     """
 
     def policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -27,7 +27,22 @@ def _fused(x: Tensor, fused: bool) -> bool:
 def instance_statistics(
     x: Tensor, *, eps: float = 1e-5, unbiased: bool = False, fused: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Mean and ``sqrt(var + eps)`` of each sample and channel of ``x`` [B, C, ...], both [B, C], float32 or wider."""
+    """Mean and ``sqrt(var + eps)`` of each sample and channel.
+
+    Args:
+        x: [B, C, ...], floating point.
+        eps: added to the variance.
+        unbiased: divide the variance by n − 1 instead of n.
+        fused: False computes the same in plain ATen operations.
+
+    Returns:
+        The two, [B, C] each, in float32 or wider.
+
+    Example:
+        >>> from normfuse.ops import instance_statistics
+        >>> instance_statistics(torch.ones(1, 2, 4, 4), eps=0.0)
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
     if not _fused(x, fused):
         _, mean, std = _centred(x, eps, unbiased)
         return mean.squeeze(2), std.squeeze(2)
@@ -49,7 +64,8 @@ def adaptive_instance_norm(
 
     Args:
         x: [B, C, ...], the content.
-        style_mean, style_std: [B, C] or [C].
+        style_mean: [B, C] or [C].
+        style_std: [B, C] or [C].
         alpha: share of the result; the rest is ``x``.
         eps: added to the variance.
         unbiased: divide the variance by n − 1 instead of n. Authors' programs differ.
@@ -57,6 +73,12 @@ def adaptive_instance_norm(
 
     Returns:
         A tensor of the shape and dtype of ``x``.
+
+    Example:
+        >>> from normfuse.ops import adaptive_instance_norm
+        >>> y = adaptive_instance_norm(torch.randn(2, 3, 8, 8), torch.zeros(3), torch.ones(3))
+        >>> bool(y.mean((2, 3)).abs().max() < 1e-5)
+        True
     """
     whole = isinstance(alpha, (int, float)) and alpha == 1
     if _fused(x, fused) and (not isinstance(alpha, Tensor) or alpha.numel() == 1):

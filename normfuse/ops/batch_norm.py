@@ -18,7 +18,8 @@ class BatchNormState(NamedTuple):
     """Statistics of one batch normalisation, updated in place by training steps, on the input's device.
 
     Attributes:
-        running_mean, running_var: [C], float32 (float64 for float64 input).
+        running_mean: [C], float32 (float64 for float64 input).
+        running_var: like it.
         num_batches_tracked: int64, a scalar: training steps (ghost batches count one each).
     """
 
@@ -80,7 +81,8 @@ def batch_norm(
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
-        weight, bias: [C]; None stands for 1 and 0.
+        weight: [C]; None stands for 1.
+        bias: [C]; None stands for 0.
         state: statistics, updated in place in training. An empty batch moves nothing; a single row moves the
             variance towards 0. A channel whose statistic is not finite stays where it is.
         training: whether to normalise by the statistics of this batch; otherwise by the running ones, in plain ATen
@@ -104,6 +106,13 @@ def batch_norm(
 
     Raises:
         TypeError, ValueError: a dtype, shape, ``channel_dim`` or device does not match.
+
+    Example:
+        >>> from normfuse.ops import BatchNormState, batch_norm
+        >>> state = BatchNormState(torch.zeros(8), torch.ones(8), torch.tensor(0))
+        >>> y = batch_norm(torch.randn(32, 8), None, None, state, training=True)
+        >>> y.shape, int(state.num_batches_tracked)
+        (torch.Size([32, 8]), 1)
     """
     if training:
         return batch_norm_with_statistics(

@@ -136,7 +136,8 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, fuse
     Args:
         x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
         alpha: one number, in any floating dtype.
-        weight, bias: [C] in any floating dtype.
+        weight: [C] in any floating dtype.
+        bias: [C] in any floating dtype.
         fused: False computes it in plain ATen operations in the dtype of x, which ``torch.export`` and folding know.
 
     Returns:
@@ -145,6 +146,11 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, fuse
     Raises:
         TypeError: the dtype of x is not supported.
         ValueError: a shape or device does not match.
+
+    Example:
+        >>> from normfuse.ops import dynamic_tanh
+        >>> dynamic_tanh(torch.zeros(1, 2), torch.tensor(0.5), torch.ones(2), torch.ones(2))
+        tensor([[1., 1.]])
     """
     return _dynamic_activation(TANH, x, alpha, None, weight, bias, fused)
 
@@ -153,5 +159,26 @@ def dynamic_erf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: T
     """``weight * erf(alpha * x + shift) + bias`` over the last dimension; ``shift`` is one number like ``alpha``.
 
     Else as :func:`dynamic_tanh`.
+
+    Args:
+        x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
+        alpha: one number, in any floating dtype.
+        shift: one number, likewise.
+        weight: [C] in any floating dtype.
+        bias: [C] in any floating dtype.
+        fused: False computes it in plain ATen operations in the dtype of x, which ``torch.export`` and folding
+            know.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: the dtype of x is not supported.
+        ValueError: a shape or device does not match.
+
+    Example:
+        >>> from normfuse.ops import dynamic_erf
+        >>> dynamic_erf(torch.zeros(1, 2), torch.tensor(0.5), torch.tensor(0.0), torch.ones(2), torch.ones(2))
+        tensor([[1., 1.]])
     """
     return _dynamic_activation(ERF, x, alpha, shift, weight, bias, fused)

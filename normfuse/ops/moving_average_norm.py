@@ -29,7 +29,8 @@ class MovingAverageNormState(NamedTuple):
 
     Attributes:
         running_var: [C], running quadratic mean of the input; starts at 1.
-        buffer_x2, buffer_gz: [W, C], windows of forward and backward statistics; start at 0.
+        buffer_x2: [W, C], window of forward statistics; starts at 0.
+        buffer_gz: [W, C], window of backward statistics; starts at 0.
         iters: [1], number of training steps so far.
     """
 
@@ -237,7 +238,8 @@ def moving_average_norm(
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
-        weight, bias: [C]; None stands for 1 and 0.
+        weight: [C]; None stands for 1.
+        bias: [C]; None stands for 0.
         state: see :class:`MovingAverageNormState`; updated in place.
         training: whether to use and update the statistics of this batch.
         pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is left out of the
@@ -249,8 +251,19 @@ def moving_average_norm(
         process_group: take the statistics of a training step over all ranks of this group; every rank must then call,
             also one without rows. None: over this process alone.
 
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+
     Raises:
         TypeError, ValueError: a dtype, shape, ``channel_dim`` or device does not match.
+
+    Example:
+        >>> from normfuse.ops import MovingAverageNormState, moving_average_norm
+        >>> window, count = torch.zeros(16, 8), torch.zeros(1, dtype=torch.int64)
+        >>> state = MovingAverageNormState(torch.ones(8), window, window.clone(), count)
+        >>> y = moving_average_norm(torch.randn(32, 8), None, None, state, training=True)
+        >>> y.shape, int(state.iters)
+        (torch.Size([32, 8]), 1)
     """
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
     weight, bias = gain_and_shift(weight, bias, state.running_var)

@@ -53,8 +53,9 @@ class PowerNormState(NamedTuple):
         running_phi: [C], running quadratic mean of the (group-scaled) input; starts at 1.
         ema_gz: [C], running sum that estimates the mean of gradient times output; starts at 0.
         iters: [1], number of training steps so far.
-        skipped_forwards, skipped_backwards: None, or [1], numbers of forward and backward passes taken back as
-            a whole because something was not finite. Where None, such passes move the channels that are finite.
+        skipped_forwards: None, or [1], number of forward passes taken back as a whole because something was not
+            finite. Where None, such passes move the channels that are finite.
+        skipped_backwards: None, or [1], number of backward passes, likewise.
     """
 
     running_phi: Tensor
@@ -343,7 +344,8 @@ def power_norm(
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
-        weight, bias: [C] in any floating dtype; None stands for 1 and 0.
+        weight: [C] in any floating dtype; None stands for 1.
+        bias: [C] in any floating dtype; None stands for 0.
         state: statistics in float32 (float64 when x is float64), see :class:`PowerNormState`.
         training: whether to use and update the statistics of this batch.
         pad_mask: bool, the shape of ``x`` without its channel dimension; True marks padding, which is
@@ -369,6 +371,13 @@ def power_norm(
         TypeError: a dtype is not supported or does not match.
         ValueError: a shape, ``channel_dim``, ``group_num``, ``backward`` or a device does not match, or ``residual``
             is not like ``x``.
+
+    Example:
+        >>> from normfuse.ops import PowerNormState, power_norm
+        >>> state = PowerNormState(torch.ones(8), torch.zeros(8), torch.zeros(1, dtype=torch.int64))
+        >>> y = power_norm(torch.randn(32, 8), None, None, state, training=True)
+        >>> y.shape, int(state.iters)
+        (torch.Size([32, 8]), 1)
     """
     channels = state.running_phi.shape[0]
     check_input(x, channels, channel_dim, pad_mask, state.running_phi)

@@ -53,7 +53,8 @@ def region_norm(
         x: [B, C, H, W], floating.
         mask: [B, 1, h, w], bool or integers (not 0: inside), or floating: the share, from 0 to 1, of each pixel in the
             inner region, used as it is. Resized to H×W by the nearest neighbour.
-        weight, bias: [2, C], gain and shift outside (row 0) and inside (row 1); None stands for 1 and 0.
+        weight: [2, C], gain outside (row 0) and inside (row 1); None stands for 1.
+        bias: [2, C], likewise; None stands for 0.
         eps: added to the variance. Pooled over the batch it counts N / n times for a region of n of all N pixels, as in
             the authors' program.
         pool: statistics over each "sample" (the paper) or over the whole "batch" (the authors' program).
@@ -63,6 +64,13 @@ def region_norm(
 
     Raises:
         ValueError: a shape or ``pool`` is not allowed.
+
+    Example:
+        >>> from normfuse.ops import region_norm
+        >>> mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+        >>> mask[:, :, 2:5, 2:5] = True
+        >>> region_norm(torch.randn(2, 3, 8, 8), mask).shape
+        torch.Size([2, 3, 8, 8])
     """
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")

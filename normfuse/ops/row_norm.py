@@ -215,7 +215,8 @@ def layer_norm(
 
     Args:
         x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
-        weight, bias: [C] in any floating dtype; None stands for 1 and 0.
+        weight: [C] in any floating dtype; None stands for 1.
+        bias: [C] in any floating dtype; None stands for 0.
         residual: like x; added to it first.
         eps: added to the variance, inside the square root.
         unit_offset: the gain is ``1 + weight``, as in Gemma, instead of ``weight``.
@@ -227,6 +228,11 @@ def layer_norm(
     Raises:
         TypeError: the dtype of x is not supported.
         ValueError: a shape or device does not match, or ``residual`` is not like x.
+
+    Example:
+        >>> from normfuse.ops import layer_norm
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), eps=0.0)
+        tensor([[-1.,  1.]])
     """
     return _row_norm(LAYER, x, residual, weight, bias, eps, unit_offset, fused)
 
@@ -242,7 +248,28 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension: ``weight * s / sqrt(mean of s² + eps)`` with s = x + residual.
 
-    ``eps=None`` takes that of the dtype computed in, as torch does. Else as :func:`layer_norm`.
+    Else as :func:`layer_norm`.
+
+    Args:
+        x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
+        weight: [C] in any floating dtype; None stands for 1.
+        residual: like x; added to it first.
+        eps: added to the mean square, inside the square root; None takes that of the dtype computed in, as torch
+            does.
+        unit_offset: the gain is ``1 + weight``, as in Gemma, instead of ``weight``.
+        fused: False computes the same in plain ATen operations, which ``torch.export`` and folding know.
+
+    Returns:
+        y, of the shape and dtype of x; with ``residual`` the pair (y, s). Gradients flow through both.
+
+    Raises:
+        TypeError: the dtype of x is not supported.
+        ValueError: a shape or device does not match, or ``residual`` is not like ``x``.
+
+    Example:
+        >>> from normfuse.ops import rms_norm
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
+        tensor([[0.8485, 1.1314]])
     """
     eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
     return _row_norm(RMS, x, residual, weight, None, eps, unit_offset, fused)
@@ -260,6 +287,26 @@ def crms_norm(
     """CRMSNorm over the last dimension: ``weight * s / sqrt((Σs² + (Σs)²)/(C + 1) + eps)`` with s = x + residual.
 
     That is RMSNorm of C + 1 channels with mean zero, of which x holds the first C. Else as :func:`rms_norm`.
+
+    Args:
+        x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
+        weight: [C] in any floating dtype; None stands for 1.
+        residual: like x; added to it first.
+        eps: added to the mean square, inside the square root; None takes that of the dtype computed in.
+        unit_offset: the gain is ``1 + weight``, as in Gemma, instead of ``weight``.
+        fused: False computes the same in plain ATen operations, which ``torch.export`` and folding know.
+
+    Returns:
+        y, of the shape and dtype of x; with ``residual`` the pair (y, s). Gradients flow through both.
+
+    Raises:
+        TypeError: the dtype of x is not supported.
+        ValueError: a shape or device does not match, or ``residual`` is not like ``x``.
+
+    Example:
+        >>> from normfuse.ops import crms_norm
+        >>> crms_norm(torch.tensor([[1.0, -1.0]]), eps=0.0)  # the third channel is 0
+        tensor([[ 1.2247, -1.2247]])
     """
     eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
     return _row_norm(CRMS, x, residual, weight, None, eps, unit_offset, fused)

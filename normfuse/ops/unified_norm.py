@@ -57,8 +57,9 @@ class UnifiedNormState(NamedTuple):
         buffer_gz: [Wb, C], window of backward statistics; starts at 0.
         iters: [1], number of training steps so far.
         skip_counter: [1], number of steps whose forward statistic was filtered out as an outlier.
-        skipped_forwards, skipped_backwards: None, or [1], numbers of forward and backward passes taken back as
-            a whole because something was not finite. Where None, such passes move the channels that are finite.
+        skipped_forwards: None, or [1], number of forward passes taken back as a whole because something was not
+            finite. Where None, such passes move the channels that are finite.
+        skipped_backwards: None, or [1], number of backward passes, likewise.
     """
 
     running_var: Tensor
@@ -338,7 +339,8 @@ def unified_norm(
 
     Args:
         x: any shape with C channels along ``channel_dim``; float32, bfloat16, float16 or float64.
-        weight, bias: [C] in any floating dtype; None stands for 1 and 0.
+        weight: [C] in any floating dtype; None stands for 1.
+        bias: [C] in any floating dtype; None stands for 0.
         state: statistics in float32 (float64 when x is float64), see :class:`UnifiedNormState`. The window
             sizes are those of its buffers.
         training: whether to use and update the statistics of this batch.
@@ -360,6 +362,16 @@ def unified_norm(
     Raises:
         TypeError: a dtype is not supported or does not match.
         ValueError: a shape, ``channel_dim`` or a device does not match, or ``residual`` is not like ``x``.
+
+    Example:
+        >>> from normfuse.ops import UnifiedNormState, unified_norm
+        >>> count = torch.zeros(1, dtype=torch.int64)
+        >>> state = UnifiedNormState(
+        ...     torch.ones(8), torch.zeros(8), torch.zeros(4, 8), torch.zeros(4, 8), count, torch.zeros_like(count)
+        ... )
+        >>> y = unified_norm(torch.randn(32, 8), None, None, state, training=True)
+        >>> y.shape, int(state.iters)
+        (torch.Size([32, 8]), 1)
     """
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
     check_residual(x, residual)

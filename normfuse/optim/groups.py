@@ -27,7 +27,11 @@ def no_decay(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any
         ValueError: ``weight_decay`` is negative.
 
     Example:
+        >>> from normfuse.optim import AdamP, no_decay
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> optimizer = AdamP(no_decay(model, weight_decay=0.05), lr=1e-3)
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.05, 0.0]
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay} is not allowed; give a number of at least 0")

@@ -206,6 +206,13 @@ class AdamP(_Projected):
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
+
+    Example:
+        >>> from normfuse.optim import AdamP
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -299,6 +306,13 @@ class SGDP(_Projected):
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
+
+    Example:
+        >>> from normfuse.optim import SGDP
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> optimizer = SGDP(model.parameters(), lr=1e-3, weight_decay=1e-2)
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

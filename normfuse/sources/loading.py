@@ -48,15 +48,19 @@ def load(
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, the class that a
             file of format 1 names, and the code of a folder. Only for files whose maker you know.
 
+    Returns:
+        The program with its inputs and outputs, ready for :func:`normfuse.onnx.export`.
+
     Raises:
         CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module, or holds
             numbers that no training leaves behind (not finite, a negative variance). Nothing is changed on disk, and
             nothing is fetched.
 
-    Example::
-
-        checkpoint = normfuse.load("my-bert/")
-        normfuse.onnx.export(checkpoint, "my-bert.onnx")
+    Example:
+        >>> import normfuse
+        >>> normfuse.save(nn.Linear(4, 2), "linear.pt", example_inputs=torch.randn(3, 4))
+        >>> normfuse.load("linear.pt").outputs
+        ('output',)
     """
     path = Path(path)
     if model is None and huggingface.is_directory(path):

@@ -70,9 +70,10 @@ def fold_file(
         inputs: bounds for made-up inputs, if the file says too little: ``"tokens:int64[batch,seq<=512]<30000"``.
         dtype: ``float32`` leaves types as they are; ``float16`` converts weights and operations of a float32 file,
             while inputs and outputs stay float32.
-        rtol, atol: allowed difference, relative to the largest value of an output, and on top. None for rtol is 1e-4
-            for float32, 2e-2 for float16 and for quantised files, and never less than four times the difference that
-            ONNX Runtime's own optimisations make.
+        rtol: allowed difference, relative to the largest value of an output. None is 1e-4 for float32, 2e-2 for
+            float16 and for quantised files, and never less than four times the difference that ONNX Runtime's own
+            optimisations make.
+        atol: allowed difference on top.
         copy_shared: whether a weight that several operations read may be stored more than once.
         keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
         max_scale_range: the largest ratio between the scales of one channel in different places; None is what the
@@ -93,10 +94,13 @@ def fold_file(
         ExportError: an option is wrong, or the result cannot be written there.
         WriteError, VerificationError: a weight, or a result, does not bear float16.
 
-    Example::
-
-        result = normfuse.onnx.fold_file("resnet50.onnx", "folded.onnx")
-        print(result.report.nodes_before, result.report.nodes_after, result.verification.worst("ONNX file"))
+    Example:
+        >>> import normfuse
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> _ = torch.onnx.export(model, (torch.randn(1, 3, 8, 8),), "model.onnx", dynamo=True, verbose=False)
+        >>> result = normfuse.onnx.fold_file("model.onnx", "folded.onnx")
+        >>> result.path.name, bool(result.graph.norms)
+        ('folded.onnx', False)
     """
     source = Path(source)
     check_dtype(dtype)
