@@ -74,13 +74,15 @@ docs-test: $(STAMPS)/docs
 
 # A build of its own, loaded into a Python that knows nothing of sanitizers: their library comes first, then that of C++,
 # whose exceptions it watches. Python's leaks are its own, and an allocation that fails is an error of the operation.
-# No kernel runs in more than one process, and compiled programs would have to be sanitized as well.
+# No kernel runs in more than one process, and compiled programs would have to be sanitized as well. The checkout, where
+# the usual library lies, is no place to import from.
 sanitize: $(STAMPS)/requirements
 	NORMFUSE_CUDA=0 NORMFUSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest -q $(SANITIZE_TESTS)
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$(abspath build/sanitize/lib)" OMP_NUM_THREADS=2 \
+	  sh -c '$(BIN)/python -c "import normfuse; assert \"sanitize\" in normfuse.__file__, normfuse.__file__" && \
+	    $(BIN)/python -m pytest -q $(SANITIZE_TESTS)'
 
 # libtorch and libc10 are those of the torch that is installed; nothing of them may go into the wheel.
 wheel: $(STAMPS)/requirements
