@@ -75,13 +75,13 @@ struct Power {
                         const Maybe& pad_mask, const Fields& fields) {
     static const auto run =
         operation<Three(const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        int64_t, int64_t, double, double, const Maybe&, const Maybe&, double)>(
+                        int64_t, int64_t, double, double, double, const Maybe&, const Maybe&)>(
             "normfuse::power_norm_forward");
     const auto& [running_phi, iters, ema_gz, warmup_iters, group_num, eps, group_eps, alpha_fwd, alpha_bkw, paper] =
         fields;
     const Maybe s = residual ? Maybe(at::empty_like(x)) : std::nullopt;
     auto [y, stats, row_scale] = run.call(x, pad_mask, *weight, *bias, running_phi, iters, warmup_iters, group_num, eps,
-                                          alpha_fwd, residual, s, group_eps);
+                                          group_eps, alpha_fwd, residual, s);
     return {y, s.value_or(x), {*weight, stats, row_scale}};
   }
 

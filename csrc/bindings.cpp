@@ -168,8 +168,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normfuse, m) {
       "grad_bias)");
   m.def(
       "power_norm_forward(Tensor x, Tensor? pad_mask, Tensor weight, Tensor bias, Tensor(a!) running_phi, "
-      "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float alpha_fwd, Tensor? residual=None, "
-      "Tensor(c!)? s=None, float group_eps=1e-05) "
+      "Tensor(b!) iters, int warmup_iters, int group_num, float eps, float group_eps, float alpha_fwd, Tensor? "
+      "residual=None, Tensor(c!)? s=None) "
       "-> (Tensor y, Tensor stats, Tensor row_scale)");
   m.def(
       "power_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, "

@@ -74,8 +74,8 @@ struct Operations {
   }
 
   static Three power_forward(Tensor x, Maybe pad_mask, Tensor weight, Tensor bias, Tensor running_phi, Tensor iters,
-                             int64_t warmup_iters, int64_t group_num, double eps, double alpha_fwd, Maybe residual,
-                             Maybe s, double group_eps) {
+                             int64_t warmup_iters, int64_t group_num, double eps, double group_eps, double alpha_fwd,
+                             Maybe residual, Maybe s) {
     const Row in(x);
     Tensor y = in.new_like_x(), stats = in.new_stack(3);
     PowerForward a{};

@@ -64,23 +64,20 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(ctx.reason)
 
 
-def approximate_gradient(norm: str) -> Callable:
-    """Decorator of the backward of an autograd function whose first saved tensor is what it normalised."""
+def approximate_gradient(backward: Callable) -> Callable:
+    """Decorator of a backward with ``ctx.norm``, whose first saved tensor is what it normalised."""
 
-    def decorate(backward: Callable) -> Callable:
-        @wraps(backward)
-        def run(ctx, *grads):
-            with torch.no_grad():
-                results = backward(ctx, *grads)
-            if not differentiated_again():
-                return results
-            depends_on = [grad for grad in (*grads, ctx.saved_tensors[0]) if grad is not None]
-            reason = why_not_again(norm)
-            return tuple(None if r is None else _Refusal.apply(reason, r, *depends_on) for r in results)
+    @wraps(backward)
+    def run(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not differentiated_again():
+            return results
+        depends_on = [grad for grad in (*grads, ctx.saved_tensors[0]) if grad is not None]
+        reason = why_not_again(ctx.norm.name)
+        return tuple(None if r is None else _Refusal.apply(reason, r, *depends_on) for r in results)
 
-        return run
-
-    return decorate
+    return run
 
 
 class _CopyBelowTransforms(torch.autograd.Function):
@@ -117,15 +114,3 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         _CopyBelowTransforms.apply(target, value.detach())
     else:
         target.copy_(value)
-
-
-def no_vmap(norm: str) -> Callable:
-    """The ``vmap`` of an autograd function that moves statistics, which all samples would share."""
-
-    def vmap(*_: object) -> None:
-        raise RuntimeError(
-            f"torch.func.vmap cannot run {norm} in training: all samples share its running statistics. Call "
-            "norm.eval() first, or loop over the samples"
-        )
-
-    return staticmethod(vmap)

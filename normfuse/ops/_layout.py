@@ -1,9 +1,13 @@
-"""How a tensor of any shape becomes the [rows, channels] matrix that the operations work on."""
+"""How a tensor of any shape becomes [rows, channels] or [samples, channels, positions], which operations work on."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from ._derivatives import without_view
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -109,6 +113,63 @@ def channels_last(x: Tensor, channel_dim: int) -> Tensor:
 def channels_back(x: Tensor, channel_dim: int) -> Tensor:
     """Inverse of :func:`channels_last`."""
     return x if channel_dim in (-1, x.dim() - 1) else x.movedim(-1, channel_dim)
+
+
+class ChannelsLast:
+    """``x`` with its channels moved to the last dimension, and results back: for operations on rows.
+
+    ``own`` is ``back`` for what an autograd function returns, which must be no view.
+    """
+
+    def __init__(self, x: Tensor, channel_dim: int) -> None:
+        self.channel_dim = channel_dim
+
+    def to(self, t: Tensor) -> Tensor:
+        return channels_last(t, self.channel_dim)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        return mask.reshape(-1)
+
+    def back(self, t: Tensor) -> Tensor:
+        return channels_back(t, self.channel_dim)
+
+    def own(self, t: Tensor) -> Tensor:
+        return without_view(self.back, t)
+
+
+class ThreeAxes:
+    """``x`` as contiguous [samples, channels, positions], and results back; else as :class:`ChannelsLast`.
+
+    Where ``x`` lies in memory with its channels last although ``channel_dim`` is another dimension, every position is a
+    sample: nothing is copied. ``in_memory=False`` does not look.
+    """
+
+    def __init__(self, x: Tensor, channel_dim: int, in_memory: bool = True) -> None:
+        self.shape, self.channel_dim = x.shape, channel_dim
+        rows = in_memory and not x.is_contiguous() and x.movedim(channel_dim, -1).is_contiguous()
+        self.rows = rows or x.numel() == 0
+
+    def to(self, t: Tensor) -> Tensor:
+        if self.rows:
+            t = t.movedim(self.channel_dim, -1)
+            return t.reshape(-1, t.shape[-1], 1).contiguous()
+        dim = self.channel_dim % t.dim()
+        return t.reshape(math.prod(t.shape[:dim]), t.shape[dim], math.prod(t.shape[dim + 1 :])).contiguous()
+
+    def mask(self, mask: Tensor) -> Tensor:
+        if self.rows:
+            return mask.reshape(-1, 1).contiguous()
+        return mask.reshape(math.prod(self.shape[: self.channel_dim % len(self.shape)]), -1).contiguous()
+
+    def back(self, t: Tensor) -> Tensor:
+        if not self.rows:
+            return torch.ops.aten._unsafe_view(t, self.shape)  # no view, see without_view
+        moved = list(self.shape)
+        moved.append(moved.pop(self.channel_dim))
+        return t.view(moved).movedim(-1, self.channel_dim)
+
+    def own(self, t: Tensor) -> Tensor:
+        return without_view(self.back, t) if self.rows else self.back(t)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ what to recompute, and :func:`keep_norms` tells it to keep what the norms return
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +29,8 @@ Statistics = tuple[Tensor, ...]
 State = TypeVar("State", bound=NamedTuple)
 _ATTRIBUTE = "_normfuse_first_runs"
 _COMPILED = "CompiledFunctionBackward"
-_FORWARDS: set[torch._ops.OpOverload] = set()
+#: The operations that move statistics.
+FORWARDS: set[torch._ops.OpOverload] = set()
 
 
 class _FirstRuns:
@@ -133,34 +134,22 @@ def state_of_this_run(state: State, forward_statistics: tuple[str, ...]) -> Stat
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if torch.is_grad_enabled() and not hooked and torch._C._current_graph_task_id() == -1:
         return state
-    names = forward_statistics + (() if state.skipped_forwards is None else ("skipped_forwards",))
+    names = forward_statistics + (() if getattr(state, "skipped_forwards", None) is None else ("skipped_forwards",))
     own = statistics_of_this_run(tuple(getattr(state, name) for name in names))
     return state._replace(**dict(zip(names, own, strict=True)))
 
 
-def register_forward(
-    library: torch.library.Library, operation: torch._ops.OpOverload, statistics: tuple[str, ...]
-) -> torch._ops.OpOverload:
-    """Declare the form of forward ``operation`` that compiled code calls: it knows a recomputation at run time.
+def recompute_safe(operation: torch._ops.OpOverload, positions: list[int]) -> Callable[..., object]:
+    """Forward ``operation``, whose arguments at ``positions`` are statistics, for compiled code."""
 
-    ``statistics`` names the arguments updated in place.
-    """
-    schema = operation._schema
-    name = f"{schema.name.split('::')[1]}_recompute_safe"
-    positions = [i for i, argument in enumerate(schema.arguments) if argument.name in statistics]
-
-    def run(*arguments: object) -> tuple[Tensor, ...]:
+    def run(*arguments: object) -> object:
         replaced = statistics_of_this_run(tuple(arguments[i] for i in positions))
         given = list(arguments)
         for position, tensor in zip(positions, replaced, strict=True):
             given[position] = tensor
         return operation(*given)
 
-    library.define(name + str(schema).removeprefix(schema.name))
-    library.impl(name, run, "CompositeExplicitAutograd")
-    once = getattr(torch.ops.normfuse, name).default
-    _FORWARDS.update((operation, once))
-    return once
+    return run
 
 
 def keep_norms() -> tuple[object, object]:
@@ -181,6 +170,6 @@ def keep_norms() -> tuple[object, object]:
     """
 
     def policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in _FORWARDS else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operation in FORWARDS else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

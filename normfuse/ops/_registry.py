@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _native
 from ._derivatives import transformed
+from ._recompute import FORWARDS, recompute_safe
 
 library = torch.library.Library("normfuse", "FRAGMENT")
 
@@ -33,12 +34,18 @@ def _warn_slow(device_type: str) -> None:
 
 
 def register_operation(
-    name: str, reference: Callable[..., object], mutates: tuple[str, ...], in_library: bool = True
+    name: str,
+    reference: Callable[..., object],
+    fake: Callable[..., object],
+    *,
+    mutates: tuple[str, ...] = (),
+    in_library: bool = True,
 ) -> torch._ops.OpOverload:
     """Make ``reference`` the fallback of operation ``name``, which is declared if the library has not.
 
-    ``mutates`` names the arguments updated in place. ``in_library=False``: the compiled library knows nothing
-    of this operation, ``reference`` is all there is. Returns the operation.
+    ``fake`` makes empty results of the right shapes, for programs that are traced. ``mutates`` names the arguments
+    updated in place. ``in_library=False``: the compiled library knows nothing of this operation, ``reference`` is all
+    there is. Returns the operation.
     """
     if not hasattr(torch.ops.normfuse, name):
         library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
@@ -49,7 +56,32 @@ def register_operation(
         return reference(x, *args)
 
     library.impl(name, fallback if in_library else reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normfuse::{name}", fake, lib=library)
     return getattr(torch.ops.normfuse, name).default
+
+
+def register_forward(
+    name: str,
+    reference: Callable[..., object],
+    fake: Callable[..., object],
+    *,
+    statistics: tuple[str, ...],
+    mutates: tuple[str, ...] = (),
+    in_library: bool = True,
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """:func:`register_operation` of a forward that moves ``statistics``, and the form of it for compiled code.
+
+    That form knows a recomputation at run time, see :mod:`._recompute`. ``mutates``: what else is updated in place.
+    """
+    operation = register_operation(name, reference, fake, mutates=(*statistics, *mutates), in_library=in_library)
+    positions = [i for i, argument in enumerate(operation._schema.arguments) if argument.name in statistics]
+    safe = f"{name}_recompute_safe"
+    library.define(safe + str(operation._schema).removeprefix(operation._schema.name))
+    library.impl(safe, recompute_safe(operation, positions), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normfuse::{safe}", fake, lib=library)
+    forms = operation, getattr(torch.ops.normfuse, safe).default
+    FORWARDS.update(forms)
+    return forms
 
 
 def register_composition(function: Callable[..., object]) -> None:

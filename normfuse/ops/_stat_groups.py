@@ -14,16 +14,14 @@ difference of large sums. Gradients are exact, also through the returned statist
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ._derivatives import differentiated_again, transformed, without_view
-from ._layout import accumulation_dtype
-from ._recompute import register_forward
-from ._registry import library, register_operation
+from ._derivatives import differentiated_again, transformed
+from ._layout import ThreeAxes, accumulation_dtype
+from ._registry import register_forward, register_operation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -295,14 +293,34 @@ def batch_norm_backward_reference(
     return torch.cat(results).to(x.dtype), along_weight, along_bias
 
 
-_own = register_operation("stat_group_norm_forward", stat_group_norm_forward_reference, mutates=())
-_batch = register_operation("batch_norm_forward", batch_norm_forward_reference, mutates=STATISTICS)
-_batch_recompute_safe = register_forward(library, _batch, STATISTICS)
-_backward = register_operation("batch_norm_backward", batch_norm_backward_reference, mutates=())
-_move_recompute_safe = register_forward(
-    library,
-    register_operation("batch_norm_statistics", move_batch_statistics, STATISTICS, in_library=False),
-    STATISTICS,
+def _fake_forward(x: Tensor, wanted: bool, group_size: int, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = group_count(x.shape[0], group_size)
+    stats = x.new_empty((3, groups, sets, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return torch.empty_like(x) if wanted else x.new_empty(0), stats, x.new_empty((groups, sets), dtype=torch.int64)
+
+
+_own = register_operation(
+    "stat_group_norm_forward",
+    stat_group_norm_forward_reference,
+    lambda x, mask, weight, bias, shortcut, group_size, *_: _fake_forward(
+        x, weight is not None, group_size, 1 if mask is None else 2
+    ),
+)
+_batch, _batch_recompute_safe = register_forward(
+    "batch_norm_forward",
+    batch_norm_forward_reference,
+    lambda x, mask, weight, bias, shortcut, mean, var, tracked, group_size, *_: _fake_forward(x, True, group_size, 1),
+    statistics=STATISTICS,
+)
+_backward = register_operation(
+    "batch_norm_backward",
+    batch_norm_backward_reference,
+    lambda grad_y, grad_mean, grad_var, x, mask, weight, shortcut, stats, *_: (
+        torch.empty_like(x), torch.empty_like(stats[0]), torch.empty_like(stats[0]),
+    ),
+)  # fmt: skip
+_, _move_recompute_safe = register_forward(
+    "batch_norm_statistics", move_batch_statistics, lambda *_: None, statistics=STATISTICS, in_library=False
 )
 
 
@@ -316,79 +334,18 @@ def move_running_statistics(*arguments: object) -> None:
         move_batch_statistics(*arguments)
 
 
-@torch.library.register_fake("normfuse::batch_norm_statistics")
-@torch.library.register_fake("normfuse::batch_norm_statistics_recompute_safe")
-def _(*arguments):
-    return None
-
-
-def _fake_forward(x: Tensor, wanted: bool, group_size: int, sets: int) -> tuple[Tensor, Tensor, Tensor]:
-    groups = group_count(x.shape[0], group_size)
-    stats = x.new_empty((3, groups, sets, x.shape[1]), dtype=accumulation_dtype(x.dtype))
-    return torch.empty_like(x) if wanted else x.new_empty(0), stats, x.new_empty((groups, sets), dtype=torch.int64)
-
-
-@torch.library.register_fake("normfuse::stat_group_norm_forward")
-def _(x, mask, weight, bias, shortcut, group_size, correction, *root):
-    return _fake_forward(x, weight is not None, group_size, 1 if mask is None else 2)
-
-
-@torch.library.register_fake("normfuse::batch_norm_forward")
-@torch.library.register_fake("normfuse::batch_norm_forward_recompute_safe")
-def _(x, mask, weight, bias, shortcut, running_mean, running_var, num_batches_tracked, group_size, *options):
-    return _fake_forward(x, True, group_size, 1)
-
-
-@torch.library.register_fake("normfuse::batch_norm_backward")
-def _(grad_y, grad_mean, grad_var, x, mask, weight, shortcut, stats, *options):
-    return torch.empty_like(x), torch.empty_like(stats[0]), torch.empty_like(stats[0])
-
-
-def samples_are_rows(x: Tensor, channel_dim: int) -> bool:
-    """Whether ``x`` lies in memory with its channels last, although ``channel_dim`` is another dimension."""
-    return not x.is_contiguous() and x.movedim(channel_dim, -1).is_contiguous()
-
-
-def to_three_axes(x: Tensor, channel_dim: int, rows: bool) -> Tensor:
-    """Contiguous [S, C, P] of ``x``: with ``rows`` every position is a sample, and P = 1."""
-    if rows or x.numel() == 0:
-        x = x.movedim(channel_dim, -1)
-        return x.reshape(-1, x.shape[-1], 1).contiguous()
-    before, after = x.shape[: channel_dim % x.dim()], x.shape[channel_dim % x.dim() + 1 :]
-    return x.reshape(math.prod(before), x.shape[channel_dim], math.prod(after)).contiguous()
-
-
-def from_three_axes(x3: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
-    """Inverse of :func:`to_three_axes`, for a tensor of that shape."""
-    if not rows:
-        return torch.ops.aten._unsafe_view(x3, shape)  # no view, see without_view
-    moved = list(shape)
-    moved.append(moved.pop(channel_dim))
-    return x3.view(moved).movedim(-1, channel_dim)
-
-
-def own_from_three_axes(x3: Tensor, shape: torch.Size, channel_dim: int, rows: bool) -> Tensor:
-    """The same, never a view."""
-    arguments = x3, shape, channel_dim, rows
-    return without_view(from_three_axes, *arguments) if rows else from_three_axes(*arguments)
-
-
-def _mask_of_two_axes(mask: Tensor | None, x3: Tensor) -> Tensor | None:
-    return None if mask is None else mask.reshape(x3.shape[0], x3.shape[2]).contiguous()
-
-
-class _CellNorm(torch.autograd.Function):
+class _StatGroupNorm(torch.autograd.Function):
     """Autograd of the operations; what it takes and returns, see :func:`normalise_stat_groups`."""
 
     @staticmethod
     def forward(
         ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = samples_are_rows(x, channel_dim)
-        x3 = to_three_axes(x, channel_dim, rows)
+        layout = ThreeAxes(x, channel_dim)
+        x3 = layout.to(x)
         group_size = group * (x3.shape[0] // x.shape[0]) if group and x.numel() else 0
         gain, shift = (None if v is None else v.reshape(vectors).contiguous() for v in (weight, bias))
-        given = x3, _mask_of_two_axes(mask, x3), gain, shift, shortcut
+        given = x3, None if mask is None else layout.mask(mask), gain, shift, shortcut
         if running is None:
             y, stats, count = _own(*given, group_size, correction, eps, eps_total)
         else:
@@ -396,20 +353,19 @@ class _CellNorm(torch.autograd.Function):
             forward = _batch_recompute_safe if torch.compiler.is_compiling() else _batch
             y, stats, count = forward(*given, *state, group_size, estimated, momentum, eps, floor)
         ctx.save_for_backward(x, mask, weight, shortcut, stats, count)
-        ctx.layout, ctx.vectors, ctx.root = (x.shape, channel_dim, rows), vectors, (eps, floor, eps_total)
+        ctx.layout, ctx.vectors, ctx.root = layout, vectors, (eps, floor, eps_total)
         ctx.options = group_size, running is None, correction, running is not None and running[3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
-        return (y if weight is None else own_from_three_axes(y, *ctx.layout)), stats, count
+        return (y if weight is None else layout.own(y)), stats, count
 
     @staticmethod
     def backward(ctx, grad_y, grad_stats, _):
         x, mask, weight, shortcut, stats, count = ctx.saved_tensors
         group_size, regions, correction, estimated = ctx.options
-        x3 = to_three_axes(x, *ctx.layout[1:])
-        mask = _mask_of_two_axes(mask, x3)
+        x3, mask = ctx.layout.to(x), None if mask is None else ctx.layout.mask(mask)
         gain = torch.zeros_like(stats[0, :1, :1]) if weight is None else weight.reshape(ctx.vectors).contiguous()
-        grad = torch.zeros_like(x3) if weight is None or grad_y is None else to_three_axes(grad_y, *ctx.layout[1:])
+        grad = torch.zeros_like(x3) if weight is None or grad_y is None else ctx.layout.to(grad_y)
         grad_mean, grad_var = (None, None) if grad_stats is None else (grad_stats[0], grad_stats[1])
         backward = _backward
         if differentiated_again():
@@ -426,7 +382,7 @@ class _CellNorm(torch.autograd.Function):
             g.sum_to_size(gain.shape).view(weight.shape) if needed else None
             for g, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True)
         ]
-        return from_three_axes(grad_x, *ctx.layout), None, *vectors, grad_shortcut, *[None] * 8
+        return ctx.layout.back(grad_x), None, *vectors, grad_shortcut, *[None] * 8
 
 
 def normalise_stat_groups(
@@ -454,13 +410,14 @@ def normalise_stat_groups(
     Returns ``y`` like x; ``stats`` [3, K, N, C], whose first two, mean and variance, carry gradients; ``count`` [K, N].
     """
     if not transformed():
-        return _CellNorm.apply(
+        return _StatGroupNorm.apply(
             x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
         )
-    x3 = to_three_axes(x, channel_dim, False)
+    layout = ThreeAxes(x, channel_dim, in_memory=False)
+    x3 = layout.to(x)
     group_size = group * (x3.shape[0] // x.shape[0]) if group and x.numel() else 0
     gain, shift = (None if v is None else v.reshape(vectors) for v in (weight, bias))
-    given = x3, _mask_of_two_axes(mask, x3), gain, shift, shortcut
+    given = x3, None if mask is None else layout.mask(mask), gain, shift, shortcut
     if running is None:
         y, stats, count = stat_group_norm_forward_reference(*given, group_size, correction, eps, eps_total)
     else:
@@ -469,4 +426,4 @@ def normalise_stat_groups(
         y, stats, count = _batch_norm_on_stat_groups(
             move, *given, tuple(state), group_size, estimated, momentum, eps, floor
         )
-    return (y if weight is None else from_three_axes(y, x.shape, channel_dim, False)), stats, count
+    return (y if weight is None else layout.back(y)), stats, count

@@ -60,19 +60,17 @@ def dynamic_activation_gradient(
 
 
 register_composition(dynamic_activation_gradient)
-_forward = register_operation("dynamic_activation_forward", dynamic_activation_forward_reference, mutates=())
-_backward = register_operation("dynamic_activation_backward", dynamic_activation_backward_reference, mutates=())
-
-
-@torch.library.register_fake("normfuse::dynamic_activation_forward")
-def _(x, alpha, shift, weight, bias, curve):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("normfuse::dynamic_activation_backward")
-def _(grad_y, x, alpha, shift, weight, curve):
-    scalar = weight.new_empty(())
-    return torch.empty_like(x), scalar, torch.empty_like(scalar), torch.empty_like(weight), torch.empty_like(weight)
+_forward = register_operation(
+    "dynamic_activation_forward", dynamic_activation_forward_reference, lambda x, *_: torch.empty_like(x)
+)
+_backward = register_operation(
+    "dynamic_activation_backward",
+    dynamic_activation_backward_reference,
+    lambda grad_y, x, alpha, shift, weight, curve: (
+        torch.empty_like(x), weight.new_empty(()), weight.new_empty(()), torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+)  # fmt: skip
 
 
 class _DynamicActivation(torch.autograd.Function):

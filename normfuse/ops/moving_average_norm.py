@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._derivatives import approximate_gradient, no_vmap
 from ._group import sum_in_group
-from ._layout import as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
-from ._recompute import register_forward, statistics_of_this_run
-from ._registry import library, register_operation
-from ._stat_groups import from_three_axes, own_from_three_axes, samples_are_rows, to_three_axes
+from ._layout import ThreeAxes, as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
+from ._recompute import state_of_this_run
+from ._registry import register_forward, register_operation
+from ._running import RunningNorm, fake_gradients, training_step
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
 
 
@@ -87,7 +86,7 @@ def _forward_on_stat_groups(
 
 def _backward_on_stat_groups(
     reduce: Callable, move: Callable, grad_y: Tensor, x: Tensor, weight: Tensor, stats: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inv_std, ratio = stats
     dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
     # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
@@ -95,7 +94,7 @@ def _backward_on_stat_groups(
     mean_gz = mean_or(*reduce(grad_weight * weight, x.shape[0] * x.shape[2]), torch.zeros_like(weight))
     along, across = weight * ratio * inv_std, -move(mean_gz, *others) * inv_std.square()
     grad_x = torch.addcmul(dy * along[:, None], values, across[:, None]).to(x.dtype)
-    return grad_x, grad_weight, dy.sum((0, 2))
+    return grad_x, grad_weight, dy.sum((0, 2)), mean_gz
 
 
 def moving_average_norm_forward_reference(
@@ -129,92 +128,50 @@ def moving_average_norm_backward_reference(
     """
     return _backward_on_stat_groups(
         as_they_are, move_gradient_statistics, grad_y, x, weight, stats, step, buffer_gz, warmup_iters
-    )
+    )[:3]
 
 
 _STATISTICS = ("running_var", "buffer_x2", "iters")
-_forward = register_operation("moving_average_norm_forward", moving_average_norm_forward_reference, mutates=_STATISTICS)
-_forward_recompute_safe = register_forward(library, _forward, _STATISTICS)
+_forward, _forward_recompute_safe = register_forward(
+    "moving_average_norm_forward",
+    moving_average_norm_forward_reference,
+    lambda x, pad_mask, weight, *_: (
+        torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64),
+    ),
+    statistics=_STATISTICS,
+)  # fmt: skip
 _backward = register_operation(
-    "moving_average_norm_backward", moving_average_norm_backward_reference, mutates=("buffer_gz",)
+    "moving_average_norm_backward", moving_average_norm_backward_reference, fake_gradients, mutates=("buffer_gz",)
 )
-
-
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_move_forward = register_forward(
-    library,
-    register_operation("moving_average_norm_statistics", move_forward_statistics, _STATISTICS, in_library=False),
-    _STATISTICS,
+_, _move_forward = register_forward(
+    "moving_average_norm_statistics",
+    move_forward_statistics,
+    lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)),
+    statistics=_STATISTICS,
+    in_library=False,
 )
 _move_gradient = register_operation(
-    "moving_average_norm_gradient_statistics", move_gradient_statistics, ("buffer_gz",), in_library=False
+    "moving_average_norm_gradient_statistics",
+    move_gradient_statistics,
+    lambda mean_gz, *_: torch.empty_like(mean_gz),
+    mutates=("buffer_gz",),
+    in_library=False,
 )
-
-
-@torch.library.register_fake("normfuse::moving_average_norm_statistics")
-@torch.library.register_fake("normfuse::moving_average_norm_statistics_recompute_safe")
-def _(q, *others):
-    return q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)
-
-
-@torch.library.register_fake("normfuse::moving_average_norm_gradient_statistics")
-def _(mean_gz, *others):
-    return torch.empty_like(mean_gz)
-
-
-@torch.library.register_fake("normfuse::moving_average_norm_forward")
-@torch.library.register_fake("normfuse::moving_average_norm_forward_recompute_safe")
-def _(x, pad_mask, weight, *others):
-    return torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64)
-
-
-@torch.library.register_fake("normfuse::moving_average_norm_backward")
-def _(grad_y, x, weight, *others):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-class _MovingAverageNorm(torch.autograd.Function):
-    """Autograd of the two operations: y, stats and step. Keeps x for backward."""
-
-    @staticmethod
-    def forward(x, pad_mask, weight, bias, state, options, channel_dim, group):
-        layout = channel_dim, samples_are_rows(x, channel_dim)
-        x3 = to_three_axes(x, *layout)
-        mask = None if pad_mask is None else pad_mask.reshape(x3.shape[0], x3.shape[2]).contiguous()
-        moved = state.running_var, state.buffer_x2, state.iters
-        compiling = torch.compiler.is_compiling()
-        moved = moved if compiling else statistics_of_this_run(moved)
-        forward = _forward_recompute_safe if compiling else _forward
-        if group is not None:
-            move = _move_forward if compiling else move_forward_statistics
-            forward = partial(_forward_on_stat_groups, partial(sum_in_group, group), move)
-        y, stats, step = forward(x3, mask, weight, bias, *moved, *options)
-        return own_from_three_axes(y, x.shape, *layout), stats, step
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, weight, _, state, options, channel_dim, group = inputs
-        _, stats, step = output
-        ctx.mark_non_differentiable(stats, step)
-        ctx.save_for_backward(x, weight, stats, step)
-        # Not saved for backward: the backward pass reads and updates the window as it is then, on purpose.
-        ctx.buffer_gz, ctx.warmup_iters, ctx.group = state.buffer_gz, options[0], group
-        ctx.layout = channel_dim, samples_are_rows(x, channel_dim)
-
-    @staticmethod
-    @approximate_gradient("Moving Average Batch Normalization")
-    def backward(ctx, grad_y, *_):
-        x, weight, stats, step = ctx.saved_tensors
-        backward = _backward
-        if ctx.group is not None:
-            backward = partial(_backward_on_stat_groups, partial(sum_in_group, ctx.group), _move_gradient)
-        grad_x, grad_weight, grad_bias = backward(
-            to_three_axes(grad_y, *ctx.layout), to_three_axes(x, *ctx.layout), weight, stats, step, ctx.buffer_gz,
-            ctx.warmup_iters,
-        )  # fmt: skip
-        return from_three_axes(grad_x, x.shape, *ctx.layout), None, grad_weight, grad_bias, *[None] * 4
-
-    vmap = no_vmap("Moving Average Batch Normalization")
+_NORM = RunningNorm(
+    name="Moving Average Batch Normalization",
+    layout=ThreeAxes,
+    statistics=_STATISTICS,
+    gradient_statistics=("buffer_gz",),
+    forward=_forward,
+    forward_recompute_safe=_forward_recompute_safe,
+    backward=_backward,
+    forward_in_group=lambda group, *given: _forward_on_stat_groups(partial(sum_in_group, group), _move_forward, *given),
+    backward_in_group=lambda group, *given: _backward_on_stat_groups(
+        partial(sum_in_group, group), _move_gradient, *given
+    ),
+    sound=lambda stats: stats[0] > 0,
+)
 
 
 def moving_average_norm(
@@ -270,5 +227,8 @@ def moving_average_norm(
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         return cast(torch.addcmul(per_channel(bias, x, channel_dim), cast(x, bias.dtype), scale), x.dtype)
+    state = state_of_this_run(state, _STATISTICS)
     options = warmup_iters, eps, momentum
-    return _MovingAverageNorm.apply(x, pad_mask, weight, bias, state, options, channel_dim, process_group)[0]
+    return training_step(
+        _NORM, x, pad_mask, weight, bias, None, state, options, (warmup_iters,), channel_dim, process_group
+    )[0]

@@ -22,14 +22,12 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
 from .. import _native
-from ._derivatives import approximate_gradient, no_vmap, without_view
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
+    ChannelsLast,
     add_into,
     as_they_are,
     cast,
-    channels_back,
-    channels_last,
     check_input,
     check_residual,
     gain_and_shift,
@@ -39,9 +37,9 @@ from ._layout import (
     per_channel,
     rows_of,
 )
-from ._nonfinite import rollback_unless, snapshot
-from ._recompute import register_forward, state_of_this_run
-from ._registry import can_run_cpp_autograd, library, register_operation
+from ._recompute import state_of_this_run
+from ._registry import can_run_cpp_autograd, register_forward, register_operation
+from ._running import RunningNorm, fake_gradients, training_step
 
 
 class PowerNormState(NamedTuple):
@@ -117,8 +115,8 @@ def move_gradient_statistics(mean_az: Tensor, ema_gz: Tensor) -> None:
 
 def _forward_on_rows(
     mean: Callable, move: Callable, x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor,
-    running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, alpha_fwd: float,
-    group_eps: float,
+    running_phi: Tensor, iters: Tensor, warmup_iters: int, group_num: int, eps: float, group_eps: float,
+    alpha_fwd: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     values, row_scale = group_scaling(rows_of(x), group_num, group_eps)
     q, count = mean(values, pad_mask, running_phi)
@@ -158,10 +156,10 @@ def power_norm_forward_reference(
     warmup_iters: int,
     group_num: int,
     eps: float,
+    group_eps: float,
     alpha_fwd: float,
     residual: Tensor | None = None,
     s: Tensor | None = None,
-    group_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training forward in plain PyTorch for x [..., C] and pad_mask [R], R rows; moves ``running_phi`` and ``iters``.
 
@@ -173,7 +171,7 @@ def power_norm_forward_reference(
     x = add_into(x, residual, s)
     return _forward_on_rows(
         mean_square, move_forward_statistics, x, pad_mask, weight, bias, running_phi, iters, warmup_iters,
-        group_num, eps, alpha_fwd, group_eps,
+        group_num, eps, group_eps, alpha_fwd,
     )  # fmt: skip
 
 
@@ -201,104 +199,46 @@ def power_norm_backward_reference(
     return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
-_FORWARD_STATISTICS = ("running_phi", "iters")
-_forward = register_operation("power_norm_forward", power_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s"))
-_forward_recompute_safe = register_forward(library, _forward, _FORWARD_STATISTICS)
-_backward = register_operation("power_norm_backward", power_norm_backward_reference, mutates=("ema_gz",))
+def _fake_forward(
+    x: Tensor, pad_mask: Tensor | None, weight: Tensor, bias: Tensor, running_phi: Tensor, iters: Tensor,
+    warmup_iters: int, group_num: int, *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    row_scale = weight.new_empty((prod(x.shape[:-1]), group_num) if group_num else (0,))
+    return torch.empty_like(x), weight.new_empty(3, x.shape[-1]), row_scale
+
+
+_STATISTICS = ("running_phi", "iters")
+_forward, _forward_recompute_safe = register_forward(
+    "power_norm_forward", power_norm_forward_reference, _fake_forward, statistics=_STATISTICS, mutates=("s",)
+)
+_backward = register_operation(
+    "power_norm_backward", power_norm_backward_reference, fake_gradients, mutates=("ema_gz",)
+)
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_move_forward = register_forward(
-    library,
-    register_operation("power_norm_statistics", move_forward_statistics, _FORWARD_STATISTICS, in_library=False),
-    _FORWARD_STATISTICS,
+_, _move_forward = register_forward(
+    "power_norm_statistics",
+    move_forward_statistics,
+    lambda q, *_: q.new_empty(2, q.shape[0]),
+    statistics=_STATISTICS,
+    in_library=False,
 )
 _move_gradient = register_operation(
-    "power_norm_gradient_statistics", move_gradient_statistics, ("ema_gz",), in_library=False
+    "power_norm_gradient_statistics", move_gradient_statistics, lambda *_: None, mutates=("ema_gz",), in_library=False
 )
-
-
-@torch.library.register_fake("normfuse::power_norm_forward")
-@torch.library.register_fake("normfuse::power_norm_forward_recompute_safe")
-def _(x, pad_mask, weight, bias, running_phi, iters, warmup_iters, group_num, *others):
-    row_scale = running_phi.new_empty((prod(x.shape[:-1]), group_num) if group_num else (0,))
-    return torch.empty_like(x), running_phi.new_empty(3, x.shape[-1]), row_scale
-
-
-@torch.library.register_fake("normfuse::power_norm_statistics")
-@torch.library.register_fake("normfuse::power_norm_statistics_recompute_safe")
-def _(q, *others):
-    return q.new_empty(2, q.shape[0])
-
-
-@torch.library.register_fake("normfuse::power_norm_gradient_statistics")
-def _(mean_az, ema_gz):
-    return None
-
-
-@torch.library.register_fake("normfuse::power_norm_backward")
-def _(grad_y, x, weight, *others):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-class _PowerNorm(torch.autograd.Function):
-    """Autograd of the two operations: y, s (None without a residual), stats, row_scale. Keeps x or s for backward."""
-
-    @staticmethod
-    def forward(x, pad_mask, weight, bias, residual, state, options, group_eps, backward_options, channel_dim, group):
-        last = channels_last(x, channel_dim)
-        mask = None if pad_mask is None else pad_mask.reshape(-1)
-        s = None if residual is None else torch.empty_like(last)
-        moved = state.running_phi, state.iters
-        before = snapshot(state.skipped_forwards, moved)
-        if group is not None:
-            forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
-        else:
-            forward = _forward_recompute_safe if torch.compiler.is_compiling() else _forward
-            if residual is not None:
-                forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
-        y, stats, row_scale = forward(last, mask, weight, bias, *moved, *options, group_eps=group_eps)
-        rollback_unless(lambda: stats[1] > 0, state.skipped_forwards, moved, before)
-        s = None if s is None else without_view(channels_back, s, channel_dim)
-        return without_view(channels_back, y, channel_dim), s, stats, row_scale
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, weight, _, residual, state, _, _, backward_options, channel_dim, group = inputs
-        _, s, stats, row_scale = output
-        ctx.mark_non_differentiable(stats, row_scale)
-        ctx.save_for_backward(x if residual is None else s, weight, stats, row_scale)
-        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz, ctx.skipped = state.ema_gz, state.skipped_backwards
-        ctx.options, ctx.channel_dim, ctx.group = backward_options, channel_dim, group
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @approximate_gradient("Power Norm")
-    def backward(ctx, grad_y, grad_s, *_):
-        if grad_y is None:  # only s was used: nothing came through the norm
-            return grad_s, None, None, None, grad_s, *[None] * 6
-        x, weight, stats, row_scale = ctx.saved_tensors
-        before = snapshot(ctx.skipped, (ctx.ema_gz,))
-        arguments = (
-            channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, row_scale,
-            ctx.ema_gz, *ctx.options,
-        )  # fmt: skip
-        if ctx.group is not None:
-            grad_x, grad_weight, grad_bias, mean_az = _backward_on_rows(
-                partial(sum_in_group, ctx.group), _move_gradient, *arguments
-            )
-            sound = mean_az.isfinite  # not of this rank's sums: all ranks must agree
-        else:
-            others = () if grad_s is None else (channels_last(grad_s, ctx.channel_dim),)
-            grad_x, grad_weight, grad_bias = _backward(*arguments, *others)
-
-            def sound() -> Tensor:
-                return grad_weight.isfinite() & grad_bias.isfinite()
-
-        rollback_unless(sound, ctx.skipped, (ctx.ema_gz,), before)
-        grad_x = channels_back(grad_x, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 6
-
-    vmap = no_vmap("Power Norm")
+_NORM = RunningNorm(
+    name="Power Norm",
+    layout=ChannelsLast,
+    statistics=_STATISTICS,
+    gradient_statistics=("ema_gz",),
+    forward=_forward,
+    forward_recompute_safe=_forward_recompute_safe,
+    backward=_backward,
+    forward_in_group=lambda group, *given: _forward_on_rows(
+        partial(mean_square_in_group, group), _move_forward, *given
+    ),
+    backward_in_group=lambda group, *given: _backward_on_rows(partial(sum_in_group, group), _move_gradient, *given),
+    sound=lambda stats: stats[1] > 0,
+)
 
 
 def scale_channel_groups(x: Tensor, group_num: int, eps: float, dim: int) -> Tensor:
@@ -392,19 +332,28 @@ def power_norm(
         y = _evaluate(x, weight, bias, state.running_phi, groups, group_eps, eps, channel_dim)
         return y if residual is None else (y, x)
     paper = backward == "paper"
-    state = state_of_this_run(state, _FORWARD_STATISTICS)
+    state = state_of_this_run(state, _STATISTICS)
+    options = warmup_iters, groups, eps, group_eps, alpha_fwd
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.power_norm(
-            x, weight, bias, residual, pad_mask, state.running_phi, state.iters, state.ema_gz, warmup_iters, groups,
-            eps, group_eps, alpha_fwd, alpha_bkw, paper,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            residual,
+            pad_mask,
+            state.running_phi,
+            state.iters,
+            state.ema_gz,
+            *options,
+            alpha_bkw,
+            paper,
+        )
         return result[0] if residual is None else tuple(result)
-    y, added, *_ = _PowerNorm.apply(
-        x, pad_mask, weight, bias, residual if fused else None, state,
-        (warmup_iters, groups, eps, alpha_fwd),
-        group_eps, (groups, alpha_bkw, paper), channel_dim, process_group,
+    y, s = training_step(
+        _NORM, x, pad_mask, weight, bias, residual if fused else None, state, options, (groups, alpha_bkw, paper),
+        channel_dim, process_group,
     )  # fmt: skip
-    return y if residual is None else (y, added if fused else x)
+    return y if residual is None else (y, s if fused else x)
 
 
 def check_options(channels: int, group_num: int | None, backward: str) -> None:

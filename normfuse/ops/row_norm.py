@@ -97,20 +97,23 @@ def row_norm_gradient(
 
 
 register_composition(row_norm_gradient)
-_forward = register_operation("row_norm_forward", row_norm_forward_reference, mutates=())
-_backward = register_operation("row_norm_backward", row_norm_backward_reference, mutates=())
 
 
-@torch.library.register_fake("normfuse::row_norm_forward")
-def _(x, residual, weight, bias, kind, eps):
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     stats = x.new_empty((1 if kind == RMS else 2, prod(x.shape[:-1])), dtype=accumulation_dtype(x.dtype))
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), stats
 
 
-@torch.library.register_fake("normfuse::row_norm_backward")
-def _(grad_y, grad_s, s, weight, stats, kind):
-    vector = stats.new_empty(s.shape[-1])
-    return torch.empty_like(s), vector, torch.empty_like(vector)
+_forward = register_operation("row_norm_forward", row_norm_forward_reference, _fake_forward)
+_backward = register_operation(
+    "row_norm_backward",
+    row_norm_backward_reference,
+    lambda grad_y, grad_s, s, weight, stats, kind: (
+        torch.empty_like(s), stats.new_empty(s.shape[-1]), stats.new_empty(s.shape[-1]),
+    ),
+)  # fmt: skip
 
 
 class _RowNorm(torch.autograd.Function):

@@ -20,14 +20,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _native
-from ._derivatives import approximate_gradient, no_vmap, without_view
 from ._group import mean_square_in_group, sum_in_group
 from ._layout import (
+    ChannelsLast,
     add_into,
     as_they_are,
     cast,
-    channels_back,
-    channels_last,
     check_input,
     check_residual,
     gain_and_shift,
@@ -37,9 +35,9 @@ from ._layout import (
     per_channel,
     rows_of,
 )
-from ._nonfinite import rollback_unless, snapshot
-from ._recompute import register_forward, state_of_this_run
-from ._registry import can_run_cpp_autograd, library, register_operation
+from ._recompute import state_of_this_run
+from ._registry import can_run_cpp_autograd, register_forward, register_operation
+from ._running import RunningNorm, fake_gradients, training_step
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -209,109 +207,49 @@ def unified_norm_backward_reference(
     return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
-_FORWARD_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
-_forward = register_operation(
-    "unified_norm_forward", unified_norm_forward_reference, mutates=(*_FORWARD_STATISTICS, "s")
-)
-_forward_recompute_safe = register_forward(library, _forward, _FORWARD_STATISTICS)
+_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
 _GRADIENT_STATISTICS = ("ema_gz", "buffer_gz")
-_backward = register_operation("unified_norm_backward", unified_norm_backward_reference, mutates=_GRADIENT_STATISTICS)
+_forward, _forward_recompute_safe = register_forward(
+    "unified_norm_forward",
+    unified_norm_forward_reference,
+    lambda x, pad_mask, weight, *_: (
+        torch.empty_like(x), weight.new_empty(2, x.shape[-1]), weight.new_empty(2, dtype=torch.int64),
+    ),
+    statistics=_STATISTICS,
+    mutates=("s",),
+)  # fmt: skip
+_backward = register_operation(
+    "unified_norm_backward", unified_norm_backward_reference, fake_gradients, mutates=_GRADIENT_STATISTICS
+)
 # The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_move_forward = register_forward(
-    library,
-    register_operation("unified_norm_statistics", move_forward_statistics, _FORWARD_STATISTICS, in_library=False),
-    _FORWARD_STATISTICS,
+_, _move_forward = register_forward(
+    "unified_norm_statistics",
+    move_forward_statistics,
+    lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)),
+    statistics=_STATISTICS,
+    in_library=False,
 )
 _move_gradient = register_operation(
-    "unified_norm_gradient_statistics", move_gradient_statistics, _GRADIENT_STATISTICS, in_library=False
+    "unified_norm_gradient_statistics",
+    move_gradient_statistics,
+    lambda mean_gz, *_: torch.empty_like(mean_gz),
+    mutates=_GRADIENT_STATISTICS,
+    in_library=False,
 )
-
-
-@torch.library.register_fake("normfuse::unified_norm_forward")
-@torch.library.register_fake("normfuse::unified_norm_forward_recompute_safe")
-def _(x, pad_mask, weight, bias, running_var, *others):
-    stats = running_var.new_empty(2, x.shape[-1])
-    return torch.empty_like(x), stats, running_var.new_empty(2, dtype=torch.int64)
-
-
-@torch.library.register_fake("normfuse::unified_norm_statistics")
-@torch.library.register_fake("normfuse::unified_norm_statistics_recompute_safe")
-def _(q, *others):
-    return q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)
-
-
-@torch.library.register_fake("normfuse::unified_norm_gradient_statistics")
-def _(mean_gz, *others):
-    return torch.empty_like(mean_gz)
-
-
-@torch.library.register_fake("normfuse::unified_norm_backward")
-def _(grad_y, x, weight, *others):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-class _UnifiedNorm(torch.autograd.Function):
-    """Autograd of the two operations: y, s (None without a residual), stats and step. Keeps x or s for backward."""
-
-    @staticmethod
-    def forward(x, pad_mask, weight, bias, residual, state, options, channel_dim, group):
-        last = channels_last(x, channel_dim)
-        mask = None if pad_mask is None else pad_mask.reshape(-1)
-        s = None if residual is None else torch.empty_like(last)
-        moved = state.running_var, state.buffer_x2, state.iters, state.skip_counter
-        before = snapshot(state.skipped_forwards, moved)
-        if group is not None:
-            forward = partial(_forward_on_rows, partial(mean_square_in_group, group), _move_forward)
-        else:
-            forward = _forward_recompute_safe if torch.compiler.is_compiling() else _forward
-            if residual is not None:
-                forward = partial(forward, residual=channels_last(residual, channel_dim), s=s)
-        y, stats, step = forward(last, mask, weight, bias, *moved, *options)
-        rollback_unless(lambda: stats[0] > 0, state.skipped_forwards, moved, before)
-        s = None if s is None else without_view(channels_back, s, channel_dim)
-        return without_view(channels_back, y, channel_dim), s, stats, step
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, weight, _, residual, state, options, channel_dim, group = inputs
-        _, s, stats, step = output
-        ctx.mark_non_differentiable(stats, step)
-        ctx.save_for_backward(x if residual is None else s, weight, stats, step)
-        # Not saved for backward: the backward pass reads and updates the state as it is then, on purpose.
-        ctx.ema_gz, ctx.buffer_gz, ctx.skipped = state.ema_gz, state.buffer_gz, state.skipped_backwards
-        ctx.warmup_iters, _, _, ctx.momentum = options
-        ctx.channel_dim, ctx.group = channel_dim, group
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @approximate_gradient("Unified Norm")
-    def backward(ctx, grad_y, grad_s, *_):
-        if grad_y is None:  # only s was used: nothing came through the norm
-            return grad_s, None, None, None, grad_s, *[None] * 4
-        x, weight, stats, step = ctx.saved_tensors
-        moved = ctx.ema_gz, ctx.buffer_gz
-        before = snapshot(ctx.skipped, moved)
-        arguments = (
-            channels_last(grad_y, ctx.channel_dim), channels_last(x, ctx.channel_dim), weight, stats, step, *moved,
-            ctx.warmup_iters, ctx.momentum,
-        )  # fmt: skip
-        if ctx.group is not None:
-            grad_x, grad_weight, grad_bias, mean_gz = _backward_on_rows(
-                partial(sum_in_group, ctx.group), _move_gradient, *arguments
-            )
-            sound = mean_gz.isfinite  # not of this rank's sums: all ranks must agree
-        else:
-            others = () if grad_s is None else (channels_last(grad_s, ctx.channel_dim),)
-            grad_x, grad_weight, grad_bias = _backward(*arguments, *others)
-
-            def sound() -> Tensor:
-                return grad_weight.isfinite() & grad_bias.isfinite()
-
-        rollback_unless(sound, ctx.skipped, moved, before)
-        grad_x = channels_back(grad_x, ctx.channel_dim)
-        return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 4
-
-    vmap = no_vmap("Unified Norm")
+_NORM = RunningNorm(
+    name="Unified Norm",
+    layout=ChannelsLast,
+    statistics=_STATISTICS,
+    gradient_statistics=_GRADIENT_STATISTICS,
+    forward=_forward,
+    forward_recompute_safe=_forward_recompute_safe,
+    backward=_backward,
+    forward_in_group=lambda group, *given: _forward_on_rows(
+        partial(mean_square_in_group, group), _move_forward, *given
+    ),
+    backward_in_group=lambda group, *given: _backward_on_rows(partial(sum_in_group, group), _move_gradient, *given),
+    sound=lambda stats: stats[0] > 0,
+)
 
 
 def unified_norm(
@@ -384,7 +322,7 @@ def unified_norm(
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
-    state = state_of_this_run(state, _FORWARD_STATISTICS)
+    state = state_of_this_run(state, _STATISTICS)
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.unified_norm(
             x, weight, bias, residual, pad_mask, state.running_var, state.buffer_x2, state.iters, state.skip_counter,
@@ -392,7 +330,8 @@ def unified_norm(
         )  # fmt: skip
         return result[0] if residual is None else tuple(result)
     options = warmup_iters, outlier_filtration, eps, momentum
-    y, s, *_ = _UnifiedNorm.apply(
-        x, pad_mask, weight, bias, residual if fused else None, state, options, channel_dim, process_group
-    )
+    y, s = training_step(
+        _NORM, x, pad_mask, weight, bias, residual if fused else None, state, options, (warmup_iters, momentum),
+        channel_dim, process_group,
+    )  # fmt: skip
     return y if residual is None else (y, s if fused else x)

@@ -87,7 +87,7 @@ class Step:
     def _run_power(self, implementation, *, warmup_iters=5, group_num=0, paper=False, alpha_fwd=0.9, alpha_bkw=0.9):
         t = self.tensors
         addend, rows = self._sum()
-        options = (warmup_iters, group_num, 1e-5, alpha_fwd, *addend, 1e-3)
+        options = (warmup_iters, group_num, 1e-5, 1e-3, alpha_fwd, *addend)
         y, stats, row_scale = implementation(
             *(
                 "power_norm_forward",

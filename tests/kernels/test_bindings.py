@@ -56,7 +56,7 @@ def test_groups_divide_the_channels(groups):
     ones = torch.ones(CHANNELS)
     arguments = (torch.ones(ROWS, CHANNELS), None, ones, ones, ones.clone(), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=f"group_num is {groups}; it must divide the 8 channels, or be 0"):
-        torch.ops.normfuse.power_norm_forward(*arguments, 5, groups, 1e-5, 0.9)
+        torch.ops.normfuse.power_norm_forward(*arguments, 5, groups, 1e-5, 1e-5, 0.9)
 
 
 @pytest.mark.parametrize(

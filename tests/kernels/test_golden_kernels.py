@@ -41,7 +41,7 @@ def run_power(call, kw, x, dy, pad, state):
     groups = options["group_num"]
     y, stats, row_scale = call(
         *("power_norm_forward", x, pad, state["weight"], state["bias"], state["running_phi"], state["iters"]),
-        *(options["warmup_iters"], groups, 1e-5, options["alpha_fwd"], None, None, 1e-5),
+        *(options["warmup_iters"], groups, 1e-5, 1e-5, options["alpha_fwd"], None, None),
     )
     return y, *call(
         *("power_norm_backward", dy, x, state["weight"], stats, row_scale, state["ema_gz"]),

@@ -77,7 +77,7 @@ class PowerCase:
 
     def forward_arguments(self):
         state = self.running_phi.clone(), self.iters.clone()
-        return (self.x, self.mask, self.weight, self.bias, *state, 20, self.groups, EPS, 0.9)
+        return (self.x, self.mask, self.weight, self.bias, *state, 20, self.groups, EPS, 10 * EPS, 0.9)
 
     def backward_arguments(self, stats, row_scale, paper=False):
         return (self.dy, self.x, self.weight, stats, row_scale, self.ema_gz.clone(), self.groups, 0.9, paper)
