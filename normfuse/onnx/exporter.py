@@ -26,6 +26,7 @@ from normfuse.onnx.graph_passes.biases import carry_biases
 from normfuse.onnx.publish import publish
 from normfuse.onnx.quantize import compare, quantize, read_calibration
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
+from normfuse.onnx.references import References
 from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
@@ -190,7 +191,7 @@ def export(
         notes = list(model.notes)
         stored = "float32" if dtype == "int8" else dtype  # what is verified before it is quantised
         exact = RTOL["float32"] if rtol is None or dtype == "int8" else rtol
-        limits = {"rtol": exact, "atol": atol}
+        limits: dict[str, Any] = {"rtol": exact, "atol": atol, "references": References(model)}
         typical = _typical(model, dtype, calibrate)
         options = {
             "copy_shared": copy_shared,
@@ -297,7 +298,7 @@ def _forms(
     dtype: str,
     max_scale_range: float,
     passes: tuple[str, ...],
-    limits: Mapping[str, float],
+    limits: Mapping[str, Any],
     fold_options: Mapping[str, Any],
     progress: Callable[[str], None],
     notes: list[str],
@@ -415,7 +416,7 @@ def fold_model(
     check_scale_range(max_scale_range)
     passes = passes_for(target, disable_passes)
     notes = list(model.notes)
-    limits = {"rtol": RTOL["float32"], "atol": 0.0}
+    limits = {"rtol": RTOL["float32"], "atol": 0.0, "references": References(model)}
     options = {
         "copy_shared": copy_shared,
         "remove_dead": remove_dead,

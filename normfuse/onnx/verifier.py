@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,16 @@ import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
-from normfuse.errors import NormfuseError, some_of
-from normfuse.onnx import trials
 from normfuse.onnx.graph import summarize
+from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
 from normfuse.onnx.trials import EXAMPLE, SOFT, Trial
-from normfuse.programs import Runner, own_rounding, relative_difference
+from normfuse.programs import Runner, own_rounding
 
-# Largest difference allowed, relative to the output's largest value. float32: a few hundred roundings of 6e-8
-# in a
-# row; float16 rounds at 5e-4, and its sums in ONNX Runtime are as long.
+# Largest difference allowed, relative to the output's largest value. float32: a few hundred roundings of 6e-8 in a row;
+# float16 rounds at 5e-4, and its sums in ONNX Runtime are as long.
 # int8: of the output's size (root of summed squares), see normfuse.onnx.quantize. A fifth is a cosine of 0.98.
 RTOL = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
-# Between a live model and its program, in the dtype that the live one computes in: the program is in float32.
-_LIVE_RTOL = {torch.float32: 1e-5, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_LIVE_CHOICES = 0.02  # the share of integers, such as indices of a largest value, that other rounding may change
 _COARSER = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
-_TIMES_ITS_OWN = 10  # rounding that another form of a program may have; what is wrong is off by more
-_DRAWS = 8  # a random input for which the module itself gives NaN proves nothing and is drawn again
-
-
-class VerificationError(NormfuseError):
-    """Two forms of the model differ, or one of them cannot be run. One line: which, for which shapes, by how
-    much."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +92,7 @@ def verify(
     rounds: int = 4,
     seed: int = 0,
     edges: bool = True,
+    references: References | None = None,
 ) -> VerificationReport:
     """Compares what the live model gave with its traced program, optionally the folded program, and the ONNX file in
     ONNX Runtime (CPU).
@@ -124,6 +113,8 @@ def verify(
         rounds: random inputs.
         seed: of the random inputs.
         edges: whether inputs that look for trouble are tried.
+        references: of `model`, where several forms are verified: the model runs once for all of them. They decide on
+            `rounds`, `seed` and `edges`.
 
     Returns:
         Every comparison that was made.
@@ -153,7 +144,8 @@ def verify(
     cases: list[Case] = []
     notes: list[str] = []
     granted: list[float] = []
-    for trial, expected in _references(model, rounds, seed, edges, half, notes):
+    references = references or References(model, rounds=rounds, seed=seed, edges=edges)
+    for trial, expected in references.on(half):
         rounding: list[float] | None = None
         scales = [_scale(want) for want in expected]
         granted = granted or [rtol + (atol / scale if scale else 0.0) for scale in scales]
@@ -174,7 +166,7 @@ def verify(
                 if trial.kind != SOFT:
                     raise
                 notes.append(str(error))
-    return VerificationReport(cases, list(dict.fromkeys(notes)))
+    return VerificationReport(cases, list(dict.fromkeys([*references.notes(half), *notes])))
 
 
 def _run(
@@ -194,7 +186,7 @@ def _run(
 
 def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
     """A case beyond the tolerance: on inputs that nobody gave, as much as the model's own rounding may be."""
-    if trial.kind != EXAMPLE and case.error <= _TIMES_ITS_OWN * rounding:
+    if trial.kind != EXAMPLE and case.error <= TIMES_ITS_OWN * rounding:
         return replace(case, allowed=max(case.allowed, case.difference))
     own = ""
     if rounding > max(rtol / 4, case.error / 100):
@@ -206,56 +198,6 @@ def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
         f"the {case.form} differs from the module on {case.inputs}: {case.output} by {case.difference:.3g} "
         f"({case.error:.2e} of its largest value), allowed are {case.allowed:.3g}{own}"
     )
-
-
-def _references(
-    model: ExportableModel, rounds: int, seed: int, edges: bool, half: bool, notes: list[str]
-) -> Iterator[tuple[Trial, list[torch.Tensor]]]:
-    """What to compare on, and what the model gives for it."""
-    trial = trials.example(model)
-    yield trial, _live(model, trial)
-    generator = torch.Generator().manual_seed(seed)
-    for number in range(rounds):
-        for _ in range(_DRAWS):
-            trial = trials.random(model, number, generator)
-            try:
-                expected = model.run(trial.tensors)
-            except Exception as error:  # a program is free to fail in its own way
-                raise VerificationError(f"the module itself fails on {trial.label}: {one_line(error)}") from error
-            if not _has_nan(expected):
-                yield trial, expected
-                break
-    unknown: list[str] = []
-    for trial in trials.edges(model, generator, half) if edges else ():
-        try:
-            expected = model.run(trial.tensors)
-        except Exception:  # it takes no such inputs, so neither need the other forms
-            continue
-        if _has_nan(expected):
-            unknown.append(trial.label)
-        yield trial, expected
-    if unknown:
-        notes.append(f"where the model gives NaN nothing is compared: {some_of(unknown)}")
-
-
-def _live(model: ExportableModel, trial: Trial) -> list[torch.Tensor]:
-    """What the live model gave on the examples, after the traced program was seen to give the same."""
-    traced = model.run(trial.tensors)
-    live = model.expected_outputs or traced  # a program from elsewhere is the model itself
-    if _has_nan(live):
-        raise VerificationError("the module itself gives NaN on its example inputs; no export of it can be verified")
-    rounding: list[float] = []
-    for index, (got, want) in enumerate(zip(traced, live, strict=True)):
-        difference = relative_difference(got, want)
-        if difference > _LIVE_RTOL.get(want.dtype, _LIVE_CHOICES):
-            rounding = rounding or own_rounding(model.program, traced, trial.tensors)
-            coarser = torch.finfo(want.dtype).eps / torch.finfo(torch.float32).eps if want.is_floating_point() else 1
-            if difference > _TIMES_ITS_OWN * rounding[index] * coarser:
-                raise VerificationError(
-                    f"the traced program differs from the live model on {trial.label}: output {index} by "
-                    f"{difference:.2e} of its largest value; the model does in Python what torch.export does not see"
-                )
-    return [want if want.dtype == torch.float32 else got for want, got in zip(live, traced, strict=True)]
 
 
 def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
@@ -332,7 +274,3 @@ def _scale(output: torch.Tensor) -> float:
         return 1.0
     finite = output[output.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _has_nan(outputs: Sequence[torch.Tensor]) -> bool:
-    return any(bool(output.isnan().any()) for output in outputs)

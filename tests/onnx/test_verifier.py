@@ -6,7 +6,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from normfuse.checkpoint import ExportableModel
-from normfuse.onnx import VerificationError, verify, write
+from normfuse.onnx import VerificationError, export, verify, write
+from normfuse.onnx.references import References
 
 
 def made(model, *example, dims=("batch",)):
@@ -178,3 +179,26 @@ def test_an_empty_batch_that_would_end_the_process_is_noted(tmp_path):
     assert "Einsum" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     report = verify(model, tmp_path / "m.onnx")
     assert any("fails on an empty batch" in note and "Einsum ends the process" in note for note in report.notes)
+
+
+def test_the_model_runs_once_for_all_forms(tmp_path, monkeypatch):
+    model = tiny_models.trained(tiny_models.Perceptron())
+    checkpoint = ExportableModel.from_model(model, torch.ones(2, 4), ({0: "batch"},))
+    runs = []
+    run = ExportableModel.run
+    monkeypatch.setattr(ExportableModel, "run", lambda self, tensors: runs.append(tensors) or run(self, tensors))
+    references = References(checkpoint)
+    trials = [trial.label for trial, _ in references.on()]
+    once = len(runs)
+    assert len(trials) <= once
+    assert [trial.label for trial, _ in references.on()] == trials and len(runs) == once
+    runs.clear()
+    export(checkpoint, tmp_path / "m.onnx")
+    assert len(runs) <= once + 1  # and once to see how long it takes at the largest sizes
+
+
+def test_references_that_were_not_all_taken_are_computed_again():
+    checkpoint = ExportableModel.from_model(nn.Linear(4, 3), torch.ones(2, 4))
+    references = References(checkpoint)
+    next(iter(references.on()))
+    assert len(list(references.on())) == len(list(References(checkpoint).on()))

@@ -1,0 +1,117 @@
+"""What a model gives on the inputs that its other forms are compared on: computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from normfuse.checkpoint import ExportableModel
+from normfuse.errors import NormfuseError, one_line, some_of
+from normfuse.onnx import trials
+from normfuse.onnx.trials import Trial
+from normfuse.programs import own_rounding, relative_difference
+
+# Between a live model and its program, in the dtype that the live one computes in: the program is in float32.
+_LIVE_RTOL = {torch.float32: 1e-5, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_LIVE_CHOICES = 0.02  # the share of integers, such as indices of a largest value, that other rounding may change
+TIMES_ITS_OWN = 10  # rounding that another form of a program may have; what is wrong is off by more
+_DRAWS = 8  # a random input for which the module itself gives NaN proves nothing and is drawn again
+_MOST_BYTES = 2**29  # of outputs that are kept; more are computed each time
+
+
+class VerificationError(NormfuseError):
+    """Two forms of the model differ, or one of them cannot be run. One line: which, for which shapes, by how
+    much."""
+
+
+class References:
+    """The inputs to compare on, with the model's outputs.
+
+    Args:
+        model: the model.
+        rounds: random inputs.
+        seed: of the random inputs.
+        edges: whether inputs that look for trouble are tried.
+    """
+
+    def __init__(self, model: ExportableModel, *, rounds: int = 4, seed: int = 0, edges: bool = True) -> None:
+        self.model = model
+        self._options = (rounds, seed, edges)
+        self._kept: dict[bool, list[tuple[Trial, list[Tensor] | None]]] = {}
+        self._notes: dict[bool, list[str]] = {}
+        self._bytes = 0
+
+    def on(self, half: bool = False) -> Iterator[tuple[Trial, list[Tensor]]]:
+        """The trials for a form that computes in float16, or for others. The second time, nothing is computed.
+
+        Raises:
+            VerificationError: the model fails on its own inputs, or its program is not the live model.
+        """
+        if half in self._kept:
+            for trial, outputs in self._kept[half]:
+                yield trial, self.model.run(trial.tensors) if outputs is None else outputs
+            return
+        kept: list[tuple[Trial, list[Tensor] | None]] = []
+        self._notes[half] = []
+        for trial, outputs in self._compute(half):
+            self._bytes += sum(output.nbytes for output in outputs)
+            kept.append((trial, outputs if self._bytes <= _MOST_BYTES else None))
+            yield trial, outputs
+        self._kept[half] = kept
+
+    def notes(self, half: bool = False) -> list[str]:
+        """In words, where nothing could be compared."""
+        return self._notes[half]
+
+    def _compute(self, half: bool) -> Iterator[tuple[Trial, list[Tensor]]]:
+        rounds, seed, edges = self._options
+        trial = trials.example(self.model)
+        yield trial, _live(self.model, trial)
+        generator = torch.Generator().manual_seed(seed)
+        for number in range(rounds):
+            for _ in range(_DRAWS):
+                trial = trials.random(self.model, number, generator)
+                try:
+                    outputs = self.model.run(trial.tensors)
+                except Exception as error:  # a program is free to fail in its own way
+                    raise VerificationError(f"the module itself fails on {trial.label}: {one_line(error)}") from error
+                if not _has_nan(outputs):
+                    yield trial, outputs
+                    break
+        unknown: list[str] = []
+        for trial in trials.edges(self.model, generator, half) if edges else ():
+            try:
+                outputs = self.model.run(trial.tensors)
+            except Exception:  # it takes no such inputs, so neither need the other forms
+                continue
+            if _has_nan(outputs):
+                unknown.append(trial.label)
+            yield trial, outputs
+        if unknown:
+            self._notes[half].append(f"where the model gives NaN nothing is compared: {some_of(unknown)}")
+
+
+def _live(model: ExportableModel, trial: Trial) -> list[Tensor]:
+    """What the live model gave on the examples, after the traced program was seen to give the same."""
+    traced = model.run(trial.tensors)
+    live = model.expected_outputs or traced  # a program from elsewhere is the model itself
+    if _has_nan(live):
+        raise VerificationError("the module itself gives NaN on its example inputs; no export of it can be verified")
+    rounding: list[float] = []
+    for index, (got, want) in enumerate(zip(traced, live, strict=True)):
+        difference = relative_difference(got, want)
+        if difference > _LIVE_RTOL.get(want.dtype, _LIVE_CHOICES):
+            rounding = rounding or own_rounding(model.program, traced, trial.tensors)
+            coarser = torch.finfo(want.dtype).eps / torch.finfo(torch.float32).eps if want.is_floating_point() else 1
+            if difference > TIMES_ITS_OWN * rounding[index] * coarser:
+                raise VerificationError(
+                    f"the traced program differs from the live model on {trial.label}: output {index} by "
+                    f"{difference:.2e} of its largest value; the model does in Python what torch.export does not see"
+                )
+    return [want if want.dtype == torch.float32 else got for want, got in zip(live, traced, strict=True)]
+
+
+def _has_nan(outputs: list[Tensor] | tuple[Tensor, ...]) -> bool:
+    return any(bool(output.isnan().any()) for output in outputs)
