@@ -1,0 +1,157 @@
+"""Makes the tables of docs/quality.md and its picture from the results of benchmarks/quality.py.
+
+python benchmarks/quality_report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import records
+from quality_tasks import NORMS, PLACEMENTS, TASKS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {
+    "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "power": "#d1495b", "power_groups": "#e09aa3",
+    "batch": "#edae49", "regularized": "#c98b1b", "progressive": "#3d5a98", "tapered": "#7b2d8b",
+    "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
+}  # fmt: skip
+Group = tuple[str, str, int]  # task, placement, steps
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def read(path: Path) -> dict[Group, Runs]:
+    """The full trainings, by what can be compared, and in it by norm."""
+    groups: dict[Group, Runs] = defaultdict(lambda: defaultdict(list))
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        training = record["training"]
+        if training["stage"] == "judge":
+            groups[training["task"], training["placement"], training["steps"]][training["norm"]].append(record)
+    order = {(task, place): number for number, (task, place) in enumerate((t, p) for t in TASKS for p in PLACEMENTS)}
+    return dict(sorted(groups.items(), key=lambda entry: (*(order[entry[0][:2]],), entry[0][2])))
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(values: list[float], digits: int) -> str:
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def ratio(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Mean loss ÷ LayerNorm's over the seeds that both have: the same seed means the same batches."""
+    ours, theirs = (
+        {r["training"]["seed"]: r["test"]["loss"] for r in group if not r["diverged"]} for group in (runs, base)
+    )
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return "–"
+    return f"{statistics.fmean(ours[s] for s in common) / statistics.fmean(theirs[s] for s in common):.3f}"
+
+
+def table(group: Group, runs: Runs) -> str:
+    lines = [
+        "| norm | folds away | rate | seeds | test loss | ÷ LayerNorm | right | diverged | fluctuation |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = runs.get("layer", [])
+    alive = {name: [r for r in found if not r["diverged"]] for name, found in runs.items()}
+
+    def rank(name: str) -> float:
+        return statistics.fmean(r["test"]["loss"] for r in alive[name]) if alive[name] else float("inf")
+
+    for name in sorted(runs, key=rank):
+        found, norm = runs[name], NORMS[name]
+        cells = [norm.title, "yes" if norm.static else "no"]
+        cells += [f"{found[0]['training']['rate']:g}", str(len(found))]
+        if alive[name]:
+            cells += [shown([r["test"]["loss"] for r in alive[name]], 4), ratio(found, base)]
+            cells += [shown([100 * r["test"]["accuracy"] for r in alive[name]], 1) + " %"]
+        else:
+            cells += ["–"] * 3
+        cells += [f"{(len(found) - len(alive[name])) / len(found):.0%}"]
+        moving = [r["fluctuation"] for r in found if r["fluctuation"] is not None]
+        cells += [f"{statistics.fmean(moving):.3f}" if moving else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def title(group: Group, runs: Runs) -> str:
+    name, placement, steps = group
+    task = TASKS[name]()
+    size = f"{steps * task.tokens_per_step / 1e6:.1f} M tokens" if name.startswith("lm") else f"{steps} steps"
+    return f"{task.title}, {placement}-norm, {size}"
+
+
+def where(runs: Runs) -> str:
+    found = [record for group in runs.values() for record in group]
+    days = sorted({record["date"] for record in found})
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    machines = ", ".join(sorted({record["cpu"] for record in found}))
+    return f"{machines}, 1 thread, torch {found[0]['torch']}, {span}."
+
+
+def draw(groups: dict[Group, Runs], file: Path) -> None:
+    """Validation loss over the steps, a panel for each group; a line is a mean over seeds."""
+    columns = 2
+    rows = -(-len(groups) // columns)
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(rows, columns, figsize=(11, 3.6 * rows), layout="constrained", squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_visible(False)
+    seen = {}
+    for panel, (group, runs) in zip(panels.flat, groups.items(), strict=False):
+        for name in (name for name in NORMS if name in runs):
+            curves = [r["curve"] for r in runs[name] if not r["diverged"]]
+            if not curves:
+                continue
+            steps = [point[0] for point in curves[0]]
+            means = [statistics.fmean(curve[i][2] for curve in curves) for i in range(len(steps))]
+            style = "-" if NORMS[name].static else "--"
+            (seen[name],) = panel.plot(steps, means, style, color=COLOURS[name], linewidth=1.4, label=NORMS[name].title)
+        panel.set_title(title(group, runs), loc="left", fontsize=9)
+        panel.set(xlabel="step", ylabel="validation loss")
+        low = min(point[2] for found in runs.values() for r in found if not r["diverged"] for point in r["curve"])
+        panel.set_ylim(0.95 * low, None)
+        panel.set_yscale("log")
+        panel.grid(color="#e8e8e8")
+    figure.legend(
+        seen.values(), [NORMS[name].title for name in seen], ncols=3, frameon=False, loc="outside lower center"
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--chart", type=Path, default=ROOT / "docs" / "images" / "quality.png")
+    options = parser.parse_args()
+    groups = read(options.results)
+    if not groups:
+        parser.error(f"{options.results} has no full training yet; run benchmarks/quality.py")
+    parts = []
+    for group, runs in groups.items():
+        parts.append(f"### {title(group, runs).capitalize()}\n\n{table(group, runs)}\n\n{where(runs)}")
+    draw(groups, options.chart)
+    parts.append(f"![Validation loss over the training](images/{options.chart.name})")
+    records.between(options.page, "quality", "\n\n".join(parts))
+    print(f"written: {options.page}, {options.chart}")
+
+
+if __name__ == "__main__":
+    main()
