@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-import peak_memory
+import runtimes
 import torch
 from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def sample() -> Tensor:
 
 
 def write_variants(
-    folder: Path, width: int, depth: int, post: bool, positions: int = POSITIONS
+    folder: Path, width: int, depth: int, post: bool, positions: int = POSITIONS, runtime: str = "onnxruntime"
 ) -> tuple[dict[str, Variant], dict[str, str]]:
     """All float32 files of an encoder by variant, and why tools that are compared have none."""
     variants: dict[str, Variant] = {}
@@ -135,36 +136,42 @@ def write_variants(
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     make(path)
-                session(Variant(path, expected), 1)
+                session(Variant(path, expected), 1, runtime)
             except Exception as error:  # whatever other tools raise for graphs that they cannot take
-                if name not in TOOLS:
+                if name not in TOOLS and runtime == "onnxruntime":
                     raise
                 absent[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             else:
                 variants[name] = Variant(path, expected)
-    plain = variants["layer"]
-    variants["layer, no SkipLayerNorm"] = Variant(plain.path, plain.expected, ("SkipLayerNormFusion",))
+    if runtime == "onnxruntime":
+        plain = variants["layer"]
+        variants["layer, no SkipLayerNorm"] = Variant(plain.path, plain.expected, ("SkipLayerNormFusion",))
     return variants, absent
 
 
 def quantized(variants: dict[str, Variant]) -> dict[str, Variant]:
     """The variants with dynamically quantised products."""
-    found = {}
-    for name, variant in variants.items():
-        target = variant.path.with_suffix(".int8.onnx")
-        if not target.exists():
-            proto = onnx.load(variant.path)
-            proto.graph.ClearField("value_info")  # the quantizer infers shapes anew, and trips over torch's names
-            with _without_remarks():
-                types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operations that shape inference lacks
-                quantize_dynamic(proto, target, op_types_to_quantize=["MatMul"], extra_options=types)
-        found[name] = Variant(target, variant.expected, variant.disabled)
-    return found
+    return {
+        name: Variant(quantize_file(variant.path), variant.expected, variant.disabled)
+        for name, variant in variants.items()
+    }
 
 
-def error(variant: Variant) -> float:
+def quantize_file(path: Path) -> Path:
+    """Beside a file, the same with dynamically quantised products."""
+    target = path.with_suffix(".int8.onnx")
+    if not target.exists():
+        proto = onnx.load(path)
+        proto.graph.ClearField("value_info")  # the quantizer infers shapes anew, and trips over torch's names
+        with _without_remarks():
+            types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operations that shape inference lacks
+            quantize_dynamic(proto, target, op_types_to_quantize=["MatMul"], extra_options=types)
+    return target
+
+
+def error(variant: Variant, runtime: str = "onnxruntime") -> float:
     """Root of the summed squared differences from the module ÷ that of the module's outputs."""
-    loaded = session(variant, 1)
+    loaded = session(variant, 1, runtime)
     got = loaded.run(None, {loaded.get_inputs()[0].name: sample().numpy()})[0]
     return float(math.sqrt(np.square(got - variant.expected).sum() / np.square(variant.expected).sum()))
 
@@ -252,5 +259,5 @@ def _without_remarks() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def session(variant: Variant, threads: int) -> onnxruntime.InferenceSession:
-    return peak_memory.session(variant.path, threads, variant.disabled)
+def session(variant: Variant, threads: int, runtime: str = "onnxruntime") -> Any:
+    return runtimes.open_file(variant.path, threads, runtime, variant.disabled)

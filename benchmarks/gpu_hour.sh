@@ -25,8 +25,15 @@ else
   echo "compute-sanitizer is not installed: nothing was sanitized"
 fi
 
-stage "measure"
+stage "measure training steps"
 "$python" benchmarks/training_step.py --device cuda --seconds 4
 "$python" benchmarks/training_step.py --device cuda --seconds 4 --dtype bfloat16
 "$python" benchmarks/report.py
+stage "decode"
+"$python" benchmarks/decode.py --label gpu-host
+
+# What is left of the hour; it goes on where it was when the script runs again.
+stage "quality at width 512"
+timeout 1800 "$python" benchmarks/quality.py --device cuda --state "${QUALITY_STATE:-build/quality}" \
+  --only lm512:pre lm512:post --tokens 20000000 --choosing-tokens 2000000 || [ $? -eq 124 ]
 stage "done"

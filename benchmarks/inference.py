@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py --quick
     python benchmarks/inference.py --widths 64 192 --precisions fp32 int8
+    python benchmarks/inference.py --runtime openvino
 
 The floor is the same network with its norms deleted, as torch exports it. Every round runs each variant once, in an
 order of its own, and threads do not spin between runs: a busy moment meets all variants alike, so that the ratios of a
@@ -22,11 +23,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import peak_memory
 import records
+import runtimes
 from encoder_files import POSITIONS, VOCABULARY, Variant, error, executed_nodes, quantized, session, write_variants
 from training_step import machine
 
@@ -45,12 +47,12 @@ def advised(norm: str, threads: int, batch: int, length: int) -> str:
     return f"{norm} shaped{', long' if long else ', single' if single else ''}"
 
 
-def feeds(loaded: onnxruntime.InferenceSession, batch: int, length: int) -> dict[str, np.ndarray]:
+def feeds(loaded: Any, batch: int, length: int) -> dict[str, np.ndarray]:
     return peak_memory.feeds(loaded, batch, length, VOCABULARY)
 
 
 def measure(
-    sessions: dict[str, onnxruntime.InferenceSession],
+    sessions: dict[str, Any],
     batch: int,
     length: int,
     seconds: float,
@@ -58,6 +60,13 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds of every variant, one per round."""
     inputs = {name: feeds(loaded, batch, length) for name, loaded in sessions.items()}
+    return run_in_turns(sessions, inputs, seconds, rounds)
+
+
+def run_in_turns(
+    sessions: dict[str, Any], inputs: dict[str, dict[str, np.ndarray]], seconds: float, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every session with its inputs, one per round; each round in an order of its own."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     order = list(sessions)
     generator = np.random.default_rng(0)
@@ -77,11 +86,17 @@ def ratios(over: list[float], under: list[float]) -> list[float]:
     return [round(q, 4) for q in statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)]
 
 
+def _there(name: str, times: dict[str, list[float]]) -> str:
+    """A shaped variant, or the form that a runtime takes that cannot load it."""
+    plain = "folded" if name.startswith("folded") else "layer"
+    return next(n for n in (name, f"{name.partition(' shaped')[0]} shaped", plain) if n in times)
+
+
 def summarize(times: dict[str, list[float]], threads: int, batch: int, length: int) -> dict[str, object]:
     to_floor = {name: ratios(values, times["floor"]) for name, values in times.items()}
     without_us = [name for name in times if name.startswith("layer") and name not in OURS]
     fastest = min(without_us, key=lambda name: to_floor[name][1])
-    ours, same = (advised(norm, threads, batch, length) for norm in ("folded and", "layer,"))
+    ours, same = (_there(advised(norm, threads, batch, length), times) for norm in ("folded and", "layer,"))
     return {
         "rounds": len(times["floor"]),
         "milliseconds": {name: [round(q, 4) for q in statistics.quantiles(v, n=4)] for name, v in times.items()},
@@ -100,16 +115,16 @@ def peak_megabytes(variant: Variant, batch: int, length: int, threads: int) -> f
     return peak_memory.peak_megabytes(variant.path, batch, length, **where)
 
 
-def open_sessions(variants: dict[str, Variant], threads: int) -> dict[str, onnxruntime.InferenceSession]:
+def open_sessions(variants: dict[str, Variant], threads: int, runtime: str) -> dict[str, Any]:
     """A session for every variant, and a second one of the floor: what it differs by is the error of measurement.
 
     The first session of a process was 2 % slower than an equal second one, so one that is not timed comes first.
     """
-    first = session(variants["floor"], threads)
+    first = session(variants["floor"], threads, runtime)
     first.run(None, feeds(first, 1, 32))
     order = [*variants, AGAIN]
     np.random.default_rng(threads).shuffle(order)
-    opened = {name: session(variants[name.removesuffix(" again")], threads) for name in order}
+    opened = {name: session(variants[name.removesuffix(" again")], threads, runtime) for name in order}
     return {name: opened[name] for name in [*variants, AGAIN]}
 
 
@@ -117,7 +132,7 @@ class Results:
     """The file of a run, written after every setting, so that a run that was cut short or split goes on from it."""
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        here = {**machine("cpu"), "onnxruntime": onnxruntime.__version__}
+        here = {**machine("cpu"), args.runtime: runtimes.version(args.runtime)}
         load = here.pop("load")
         self.path = path
         self.run: dict = {"commands": [], "date": "", "note": args.note, "machine": here, "depth": args.depth}
@@ -165,13 +180,13 @@ def missing(args: argparse.Namespace, results: Results, where: dict) -> set[str]
 
 def run_settings(args: argparse.Namespace, results: Results, variants: dict[str, Variant], **fixed: object) -> None:
     """Measures what is missing of all numbers of threads, batches and sequences."""
-    sessions: dict[int, dict[str, onnxruntime.InferenceSession]] = {}
+    sessions: dict[int, dict[str, Any]] = {}
     for where in settings(args, **fixed):
         threads, batch, length = where["threads"], where["batch"], where["sequence"]
         wanted = missing(args, results, where)
         if "to_floor" in wanted:
             if threads not in sessions:
-                sessions = {threads: open_sessions(variants, threads)}
+                sessions = {threads: open_sessions(variants, threads, args.runtime)}
             times = measure(sessions[threads], batch, length, args.seconds, args.rounds)
             results.add(
                 "settings", where, {"load": round(os.getloadavg()[0], 2), **summarize(times, threads, batch, length)}
@@ -215,7 +230,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to time besides those that are compared")
     parser.add_argument("--memory", action="store_true", help="peak memory too (Linux), a process for each variant")
     parser.add_argument("--quick", action="store_true", help="two widths, one sequence, fp32, batch 1, one thread")
-    parser.add_argument("--label", default="cpu", help="part of the result's name [cpu]")
+    parser.add_argument("--runtime", choices=runtimes.RUNTIMES, default="onnxruntime", help="openvino: pip install it")
+    parser.add_argument("--label", help="part of the result's name [cpu, or the runtime]")
     parser.add_argument("--note", default="", help="what a reader must know of this run, such as a shared machine")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -223,7 +239,8 @@ def main() -> None:
         args.widths, args.sequences, args.batches, args.threads = [64, 192], [32], [1], [1]
         args.precisions, args.depth, args.seconds = ["fp32"], 2, 2.0
     args.results.mkdir(parents=True, exist_ok=True)
-    target = args.results / f"inference-{args.label}.json"
+    label = args.label or ("cpu" if args.runtime == "onnxruntime" else args.runtime)
+    target = args.results / f"inference-{label}.json"
     results = Results(target, args)
     for width, placement in itertools.product(args.widths, args.placements):
         wanted = [
@@ -238,13 +255,15 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             positions = max(POSITIONS, *args.sequences)
-            float32, absent = write_variants(Path(folder), width, args.depth, placement == "post", positions)
+            float32, absent = write_variants(
+                Path(folder), width, args.depth, placement == "post", positions, args.runtime
+            )
             float32 = {n: v for n, v in float32.items() if not args.only or n in COMPARED or n in args.only}
             for precision in wanted:
                 variants = quantized(float32) if precision == "int8" else float32
                 where = {"width": width, "placement": placement, "precision": precision}
-                nodes = {name: executed_nodes(variant) for name, variant in variants.items()}
-                errors = {name: error(variant) for name, variant in variants.items()}
+                nodes = {} if args.runtime != "onnxruntime" else {n: executed_nodes(v) for n, v in variants.items()}
+                errors = {name: error(variant, args.runtime) for name, variant in variants.items()}
                 results.add("files", where, {"executed_nodes": nodes, "relative_error": errors, "absent": absent})
                 run_settings(args, results, variants, **where)
     print(f"written: {target}")

@@ -126,12 +126,13 @@ def fluctuations(model_watch: Any) -> list[list[float]]:
 class Trainer:
     """One training, which can be stored and taken up again."""
 
-    def __init__(self, training: Training, task: Task, state: Path) -> None:
+    def __init__(self, training: Training, task: Task, state: Path, device: str = "cpu") -> None:
         self.training, self.task = training, task
         self.file = state / f"{training.name}.pt"
         torch.manual_seed(training.seed)
         self.generator = torch.Generator().manual_seed(training.seed)
-        self.model = task.build(training.placement)
+        self.device = device
+        self.model = task.build(training.placement).to(device)
         apply_norm(self.model, NORMS[training.norm], training.steps)
         self.conversion = convert(self.model, training.norm, training.steps)
         self.optimizer, self.schedule = optimizer_and_schedule(self.model, training.rate, training.steps)
@@ -140,14 +141,14 @@ class Trainer:
         self.curve: list[list[float | None]] = []
         self.fluctuation: list[list[float]] = []
         if self.file.exists():
-            self._load(torch.load(self.file, weights_only=True))
+            self._load(torch.load(self.file, weights_only=True, map_location=device))
 
     def _load(self, stored: dict[str, Any]) -> None:
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.schedule.load_state_dict(stored["schedule"])
-        self.generator.set_state(stored["generator"])
-        torch.set_rng_state(stored["random"])
+        self.generator.set_state(stored["generator"].cpu())
+        torch.set_rng_state(stored["random"].cpu())
         for name in ("step", "seconds", "train_loss", "curve", "fluctuation"):
             setattr(self, name, stored[name])
 
@@ -199,7 +200,8 @@ class Trainer:
             return None
 
     def _take_step(self) -> None:
-        loss = total = self.task.loss(self.model, *self.task.batch(self.generator))
+        inputs, targets = self.task.batch(self.generator)
+        loss = total = self.task.loss(self.model, inputs.to(self.device), targets.to(self.device))
         if self.penalty:
             total = loss + batch_norm_penalty(self.model)
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,11 +233,13 @@ def _number(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None
 
 
-def here() -> dict[str, str]:
+def here(device: str) -> dict[str, str]:
     """The machine, for every line."""
+    if device != "cpu":
+        return {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "date": str(datetime.date.today())}
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(": ")[2] for line in names if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    return {"machine": f"{cpu}, 1 thread", "torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
 
 @cache
@@ -293,8 +297,8 @@ class Study:
         for training in self.plan():
             if training in self.results.found:
                 continue
-            record = Trainer(training, _task(training.task), self.options.state).run()
-            self.results.add(training, record | here())
+            record = Trainer(training, _task(training.task), self.options.state, self.options.device).run()
+            self.results.add(training, record | here(self.options.device))
             loss, test = record["validation"]["loss"], record["test"]
             print(
                 f"{datetime.datetime.now():%H:%M:%S} {training.name}: validation {loss}, test {test['loss']} "
@@ -314,6 +318,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5_000_000, help="of a full training of the language model")
     parser.add_argument("--choosing-tokens", type=int, default=500_000, help="of a training that chooses the rate")
     parser.add_argument("--digit-steps", type=int, default=DIGIT_STEPS, help="of a full training on digits")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seeds", type=int, help="at most so many at the best rate")
     parser.add_argument(
         "--only", nargs="+", metavar="TASK[:PLACEMENT[:NORM]]", help=f"tasks: {', '.join(TASKS)}; * for any"

@@ -99,8 +99,8 @@ def where(runs: Runs) -> str:
     found = [record for group in runs.values() for record in group]
     days = sorted({record["date"] for record in found})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    machines = ", ".join(sorted({record["cpu"] for record in found}))
-    return f"{machines}, 1 thread, torch {found[0]['torch']}, {span}."
+    machines = ", ".join(sorted({record["machine"] for record in found}))
+    return f"{machines}, torch {found[0]['torch']}, {span}."
 
 
 def draw(groups: dict[Group, Runs], file: Path) -> None:

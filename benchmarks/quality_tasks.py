@@ -98,11 +98,11 @@ class Task:
     @torch.no_grad()
     def score(self, model: nn.Module, split: str, batches: int | None = None) -> dict[str, float]:
         """Mean loss and accuracy on a split or its first batches, in evaluation mode; the model's mode is restored."""
-        training = model.training
+        training, device = model.training, next(model.parameters()).device
         model.eval()
         loss, right, count = 0.0, 0, 0
         for inputs, targets in self.parts[split][:batches]:
-            logits, wanted = model(inputs).flatten(0, -2), targets.flatten()
+            logits, wanted = model(inputs.to(device)).flatten(0, -2), targets.to(device).flatten()
             loss += F.cross_entropy(logits, wanted, reduction="sum").item()
             right += (logits.argmax(-1) == wanted).sum().item()
             count += wanted.numel()

@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):
     """What the file has is kept, what is missing of a setting is measured, and other software is refused."""
     where = {"width": 64, "placement": "pre", "precision": "fp32", "threads": 1, "batch": 1, "sequence": 32}
     monkeypatch.setattr(sys, "argv", ["inference.py", "--threads", "1"])
-    args = argparse.Namespace(depth=4, note="n", resume=True, memory=True, retry=None)
+    args = argparse.Namespace(depth=4, note="n", resume=True, memory=True, retry=None, runtime="onnxruntime")
     path = tmp_path / "inference-cpu.json"
     first = inference.Results(path, args)
     assert inference.missing(args, first, where) == {"to_floor", "peak_megabytes"}
