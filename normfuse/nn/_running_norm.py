@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from ..ops._layout import accumulation_dtype, to_rows
 from ..ops._recompute import State
 from ._traced_as_one import Proxy, traced_as_one
 from ._update_bn import refuse_update_bn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def check_count(name: str, value: int, minimum: int) -> None:
@@ -66,23 +69,34 @@ def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
     return [ghost_size] * (count - 1) + [x.shape[0] - ghost_size * (count - 1)]
 
 
+class ChannelOptions(TypedDict, total=False):
+    """What every norm over channels can be built with; their docstrings say more."""
+
+    eps: float
+    affine: bool
+    channel_dim: int
+    ghost_size: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
 class ChannelNorm(nn.Module):
     """Base of the norms whose running statistics are vectors over channels.
 
     Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are
-    converted to.
+    converted to. Options: see :class:`ChannelOptions`.
     """
 
     def __init__(
         self,
         num_features: int,
         *,
-        eps: float,
-        affine: bool,
-        channel_dim: int,
-        ghost_size: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = -1,
+        ghost_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_count("num_features", num_features, 1)
@@ -113,10 +127,15 @@ class ChannelNorm(nn.Module):
         self,
         statistics: dict[str, tuple[tuple[int, ...], float]],
         counters: dict[str, tuple[int, ...]],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **others: object,
     ) -> None:
-        """Register buffers: ``statistics`` maps names to shapes and start values, ``counters`` (int64) to shapes."""
+        """Register buffers: ``statistics`` maps names to shapes and start values, ``counters`` (int64) to shapes.
+
+        Of the norm's options those that say where and how wide.
+        """
         statistics_dtype = accumulation_dtype(dtype or torch.get_default_dtype())
         self._start_values = dict.fromkeys(counters, 0.0)
         for name, (shape, start) in statistics.items():
@@ -241,10 +260,16 @@ def normalised_input(arguments: tuple[Any, ...], options: dict[str, Any]) -> tup
     return x if residual is None else x + residual, pad_mask
 
 
+class RunningOptions(ChannelOptions, total=False):
+    """The same for Unified and Power Norm."""
+
+    skip_nonfinite: bool
+
+
 class RunningNorm(ChannelNorm):
     """Base of Unified and Power Norm: residuals, ghost batches, passes that are taken back."""
 
-    def __init__(self, num_features: int, *, skip_nonfinite: bool, **options: object) -> None:
+    def __init__(self, num_features: int, *, skip_nonfinite: bool = False, **options: Unpack[ChannelOptions]) -> None:
         super().__init__(num_features, **options)
         self.skip_nonfinite = skip_nonfinite
 
@@ -252,13 +277,12 @@ class RunningNorm(ChannelNorm):
         self,
         statistics: dict[str, tuple[tuple[int, ...], float]],
         counters: dict[str, tuple[int, ...]],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **options: object,
     ) -> None:
-        super()._register_statistics(statistics, counters, device, dtype)
+        super()._register_statistics(statistics, counters, **options)
         for name in ("skipped_forwards", "skipped_backwards"):
             # Not in state_dict, which is the one that the authors' programs write.
-            counter = torch.zeros(1, device=device, dtype=torch.int64) if self.skip_nonfinite else None
+            counter = torch.zeros(1, device=options.get("device"), dtype=torch.int64) if self.skip_nonfinite else None
             self.register_buffer(name, counter, persistent=False)
             if counter is not None:
                 self._start_values[name] = 0.0

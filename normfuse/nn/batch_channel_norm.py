@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._layout import cast
-from ._running_norm import check_count, check_fraction
+from ._running_norm import ChannelOptions, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: What the batch half of :class:`BatchChannelNorm` adds to its variance.
 BATCH_EPS = 1e-5
@@ -39,7 +44,9 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         tensor(0.1000)
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: object) -> None:
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Unpack[ChannelOptions]
+    ) -> None:
         if options.get("ghost_size") is not None:
             raise ValueError("ghost_size makes no difference to estimated statistics; leave it out")
         super().__init__(num_features, eps, momentum, **options)

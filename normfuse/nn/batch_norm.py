@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,22 @@ from torch import Tensor, nn
 from ..ops import BatchNormState, batch_norm
 from ..ops._layout import check_input, gain_and_shift
 from ..ops.batch_norm import BatchStatistics, affine_by_statistics, batch_norm_with_statistics
-from ._running_norm import ChannelNorm, check_count, check_fraction
+from ._running_norm import ChannelNorm, ChannelOptions, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: Tokens whose losses the authors of :class:`RegularizedBatchNorm` add up in a step.
 AUTHORS_TOKENS = 4096
 # So many penalties in a row that nobody asked for are a loss term that somebody forgot.
 _FORGOTTEN = 1000
+
+
+class BatchOptions(ChannelOptions, total=False):
+    """Options of :class:`MaskedBatchNorm`."""
+
+    momentum: float | None
 
 
 class MaskedBatchNorm(ChannelNorm):
@@ -31,6 +41,7 @@ class MaskedBatchNorm(ChannelNorm):
         momentum: share of the *new* value in each update of the running statistics, as in PyTorch; None: an average
             over all steps.
         affine: whether to learn ``weight`` and ``bias``, both [C].
+        **options: those that follow, by name.
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
         ghost_size: samples (along the first dimension) per ghost batch (Hoffer et al., 2017, arXiv 1705.08741): in
             training each is normalised by its own statistics, and the running ones take one update after another; a
@@ -61,26 +72,14 @@ class MaskedBatchNorm(ChannelNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        *,
-        channel_dim: int = -1,
-        ghost_size: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[ChannelOptions],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            ghost_size=ghost_size,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, eps=eps, affine=affine, **options)
         if momentum is not None:
             check_fraction("momentum", momentum, "new")
         self.momentum = momentum
         statistics = {"running_mean": ((num_features,), 0.0), "running_var": ((num_features,), 1.0)}
-        self._register_statistics(statistics, {"num_batches_tracked": ()}, device, dtype)
+        self._register_statistics(statistics, {"num_batches_tracked": ()}, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # BatchNorms of old, and other programs', have no counter; torch.nn.BatchNorm1d takes their state as well.
@@ -160,7 +159,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
     """
 
     def __init__(
-        self, num_features: int, mean_penalty: float = 0.1, var_penalty: float = 0.01, **options: object
+        self, num_features: int, mean_penalty: float = 0.1, var_penalty: float = 0.01, **options: Unpack[BatchOptions]
     ) -> None:
         super().__init__(num_features, **options)
         for name, value in (("mean_penalty", mean_penalty), ("var_penalty", var_penalty)):

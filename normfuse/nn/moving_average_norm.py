@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..ops import MovingAverageNormState, moving_average_norm
-from ._running_norm import ChannelNorm, check_count, check_fraction
+from ._running_norm import ChannelNorm, ChannelOptions, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MovingAverageBatchNorm(ChannelNorm):
@@ -26,12 +30,9 @@ class MovingAverageBatchNorm(ChannelNorm):
         num_features: number of channels C.
         window_size: number of steps that the forward and the backward window hold.
         warmup_iters: training steps that use the statistics of the batch alone.
-        eps: added to the quadratic mean, inside the square root.
         momentum: share of the old value in each update of ``running_var``.
-        affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels; 1 for [N, C, H, W], -1 for [..., C].
-        device: of parameters and buffers; None: PyTorch's default.
-        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
+        **options: ``eps``, ``affine``, ``device`` and ``dtype`` of :class:`UnifiedNorm`.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
@@ -54,22 +55,13 @@ class MovingAverageBatchNorm(ChannelNorm):
         *,
         window_size: int = 16,
         warmup_iters: int = 100,
-        eps: float = 1e-5,
         momentum: float = 0.98,
-        affine: bool = True,
         channel_dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[ChannelOptions],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            ghost_size=None,
-            device=device,
-            dtype=dtype,
-        )
+        if options.get("ghost_size") is not None:
+            raise ValueError("ghost_size is no option of MovingAverageBatchNorm, whose windows hold several steps")
+        super().__init__(num_features, channel_dim=channel_dim, **options)
         check_count("window_size", window_size, 1)
         check_count("warmup_iters", warmup_iters, 0)
         check_fraction("momentum", momentum)
@@ -78,7 +70,7 @@ class MovingAverageBatchNorm(ChannelNorm):
         self.momentum = momentum
         window = (window_size, num_features)
         statistics = {"running_var": ((num_features,), 1.0), "buffer_x2": (window, 0.0), "buffer_gz": (window, 0.0)}
-        self._register_statistics(statistics, {"iters": (1,)}, device, dtype)
+        self._register_statistics(statistics, {"iters": (1,)}, **options)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if isinstance(x, Proxy):

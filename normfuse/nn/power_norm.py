@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..ops import PowerNormState, power_norm
 from ..ops.power_norm import check_options, group_scaling
-from ._running_norm import RunningNorm, check_count, check_fraction, check_positive
+from ._running_norm import RunningNorm, RunningOptions, check_count, check_fraction, check_positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PowerNorm(RunningNorm):
@@ -23,29 +27,15 @@ class PowerNorm(RunningNorm):
         alpha_fwd: share of the old value in each update of ``running_phi``.
         alpha_bkw: one minus the weight of ``ema_gz`` in the gradient.
         warmup_iters: training steps that normalise by the statistic of the batch.
-        eps: added to ``running_phi`` and the batch's quadratic mean, inside the square root.
         backward: "reference" divides the gradient by the statistic of the batch, as the authors' program
             does; "paper" by the statistic that the forward pass used, as their paper says.
-        affine: whether to learn ``weight`` and ``bias``, both [C].
-        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
-            and [N, C, H, W].
-        ghost_size: samples (along the first dimension) per ghost batch: in training each is a step of its own, with
-            its own statistics; a rest joins the last. ``warmup_iters`` then counts ghost batches. None: one batch.
         group_eps: added to the mean square of the group scaling. The authors' program keeps 1e-5 there whatever ``eps``
             is.
-        skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
-            count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
-            Without it such a pass moves the channels that are finite. Statistics are finite either way.
-        device: of parameters and buffers; None: PyTorch's default.
-        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
+        **options: ``eps``, ``affine``, ``channel_dim``, ``ghost_size``, ``skip_nonfinite``, ``device`` and ``dtype`` of
+            :class:`UnifiedNorm`. ``eps`` is added to ``running_phi`` and to the batch's quadratic mean.
 
     Shape:
-        x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
-            (float64 in a float64 module).
-        pad_mask: the shape of x without its channel dimension, bool, True = padding.
-        residual: like x. ``y, s = norm(x, residual=r)``: s = x + r is what is normalised, in the same pass, and
-            returned for the next skip.
-        Output: like x; two of them with ``residual``.
+        ``x``, ``pad_mask``, ``residual`` and the output are those of :class:`UnifiedNorm`.
 
     Raises:
         TypeError, ValueError: an option has a type or value that is not allowed.
@@ -64,26 +54,11 @@ class PowerNorm(RunningNorm):
         alpha_fwd: float = 0.9,
         alpha_bkw: float = 0.9,
         warmup_iters: int = 10000,
-        eps: float = 1e-5,
         backward: str = "reference",
-        affine: bool = True,
-        channel_dim: int = -1,
-        ghost_size: int | None = None,
         group_eps: float = 1e-5,
-        skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[RunningOptions],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            ghost_size=ghost_size,
-            skip_nonfinite=skip_nonfinite,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **options)
         if group_num is not None:
             check_count("group_num", group_num, 0)
         check_options(num_features, group_num, backward)
@@ -100,8 +75,7 @@ class PowerNorm(RunningNorm):
         self._register_statistics(
             {"running_phi": ((num_features,), 1.0), "ema_gz": ((num_features,), 0.0)},
             {"iters": (1,)},
-            device,
-            dtype,
+            **options,
         )
 
     def _normalise(self, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..ops._layout import cast, check_input, gain_and_shift, per_channel
+from ._running_norm import ChannelOptions
 from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RepBatchNorm(MaskedBatchNorm):
@@ -19,9 +25,10 @@ class RepBatchNorm(MaskedBatchNorm):
 
     Args:
         num_features: number of channels C.
-        *options: those of :class:`MaskedBatchNorm`, in its order.
-        **more: those of :class:`MaskedBatchNorm`, by name: ``eps``, ``momentum``, ``affine``, ``channel_dim``,
-            ``ghost_size``, ``device``, ``dtype``.
+        eps: added to the variance, inside the square root.
+        momentum: see :class:`MaskedBatchNorm`, as the other options.
+        affine: whether to learn ``weight`` and ``bias``, both [C].
+        **options: ``channel_dim``, ``ghost_size``, ``device`` and ``dtype`` of :class:`MaskedBatchNorm`.
 
     Attributes:
         alpha: the learned weight of the shortcut, a scalar; starts at 1.
@@ -39,9 +46,16 @@ class RepBatchNorm(MaskedBatchNorm):
         True
     """
 
-    def __init__(self, num_features: int, *options: object, **more: object) -> None:
-        super().__init__(num_features, *options, **more)
-        self.alpha = nn.Parameter(torch.ones((), device=more.get("device"), dtype=more.get("dtype")))
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        **options: Unpack[ChannelOptions],
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, **options)
+        self.alpha = nn.Parameter(torch.ones((), device=options.get("device"), dtype=options.get("dtype")))
 
     def reset_parameters(self) -> None:
         """Set the statistics back, weight and ``alpha`` to 1, the bias to 0."""

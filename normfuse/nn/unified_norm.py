@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..ops import UnifiedNormState, unified_norm
-from ._running_norm import RunningNorm, check_count, check_fraction
+from ._running_norm import RunningNorm, RunningOptions, check_count, check_fraction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class UnifiedNorm(RunningNorm):
@@ -21,8 +25,9 @@ class UnifiedNorm(RunningNorm):
         warmup_iters: training steps that use the statistic of the batch alone.
         outlier_filtration: skip the window in steps whose window holds an outlier (the authors: off for
             language, on for vision).
-        eps: added to the quadratic mean, inside the square root.
         momentum: share of the old value in each update of the running statistics.
+        **options: those that follow.
+        eps: added to the quadratic mean, inside the square root.
         affine: whether to learn ``weight`` and ``bias``, both [C].
         channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
             and [N, C, H, W].
@@ -60,25 +65,10 @@ class UnifiedNorm(RunningNorm):
         window_size: int | tuple[int, int] = 4,
         warmup_iters: int = 4000,
         outlier_filtration: bool = False,
-        eps: float = 1e-5,
         momentum: float = 0.9,
-        affine: bool = True,
-        channel_dim: int = -1,
-        ghost_size: int | None = None,
-        skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[RunningOptions],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            ghost_size=ghost_size,
-            skip_nonfinite=skip_nonfinite,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **options)
         pair = isinstance(window_size, (tuple, list))
         windows = tuple(window_size) if pair else (window_size, window_size)
         if len(windows) != 2:
@@ -101,8 +91,7 @@ class UnifiedNorm(RunningNorm):
                 "buffer_gz": ((windows[1], num_features), 0.0),
             },
             {"iters": (1,), "skip_counter": (1,)},
-            device,
-            dtype,
+            **options,
         )
 
     def _normalise(self, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

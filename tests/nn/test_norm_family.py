@@ -151,6 +151,7 @@ def test_centred_weights_have_filters_of_mean_zero():
         (lambda: AdaptiveInstanceNorm().fix(torch.randn(2, 2, 3)), "style holds 2 samples"),
         (lambda: DyT(3, alpha=math.inf), "alpha=inf is not allowed"),
         (lambda: MovingAverageBatchNorm(3, window_size=0), "window_size=0 is not allowed"),
+        (lambda: MovingAverageBatchNorm(3, ghost_size=2), "ghost_size is no option of MovingAverageBatchNorm"),
         (lambda: DomainSplitNorm(nn.LayerNorm(2), 2, domain=2), "domain=2 does not exist"),
         (lambda: DomainSplitNorm(nn.LayerNorm(2))(torch.randn(3, 2)), "3 samples, which 2 domains cannot share"),
         (lambda: choose_domain(nn.Linear(1, 1), 0), "has no DomainSplitNorm"),

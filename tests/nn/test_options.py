@@ -230,10 +230,12 @@ def test_every_row_has_variants_and_a_reference():
     assert rows == set(VARIANTS) == set(REFERENCES)
 
 
+# Refused; the last is tested in tests/convert/test_tapering.py.
 ELSEWHERE = {
     "EstimatedBatchNorm": {"ghost_size"},
+    "MovingAverageBatchNorm": {"ghost_size"},
     "ProgressiveNorm": {"momentum"},
-}  # refused; tests/convert/test_tapering.py
+}
 
 
 def options_of(name):
