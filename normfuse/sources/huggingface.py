@@ -135,9 +135,9 @@ class _Outputs:
     def __call__(self, outputs: Any) -> dict[str, torch.Tensor]:
         tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         if self._wanted is None:
+            left = (*self._usual, "last_hidden_state") if "logits" in tensors else self._usual
             # Where a model gives nothing else, that is what it is for.
-            usual = [name for name in tensors if name not in self._usual]
-            wanted = usual or list(tensors)
+            wanted = [name for name in tensors if name not in left] or list(tensors)
         else:
             wanted = list(self._wanted)
             unknown = [name for name in wanted if name not in tensors]

@@ -23,7 +23,7 @@ _WITHOUT_MASK = ("siglip", "clip_text_model")  # read up to the last token, or w
 _AFTER_PADDING = ("roberta", "camembert", "longformer", "mpnet", "data2vec-text")  # positions count from that token on
 _ROTATED = ("rope_parameters", "rope_theta", "rotary_pct", "rotary_dim", "relative_attention_num_buckets")
 # Positions follow from the mask, or do not matter but for their differences; optimum's files take none.
-_COUNT_THEMSELVES = ("xglm", "bloom", "mpt", "ctrl", "gemma", "nemotron", "gpt_oss")
+_COUNT_THEMSELVES = ("bloom", "mpt", "gemma", "nemotron", "gpt_oss")
 _HEADS = ("ForCausalLM", "LMHeadModel")
 
 
