@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from .program import largest_entry, piece
 
 aten = torch.ops.aten
 
+_FLOAT16 = torch.finfo(torch.float16)
 REFUSED = "normfuse_refused_range"  # under this name, what stays for its range says for which
 
 
@@ -101,17 +103,24 @@ class WeightEdits:
         self.biases.append((node, self.program.add_parameter(name, torch.from_numpy(np.array(value)), like)))
         self.absorbed.setdefault(node, []).append(name)
 
-    def multiply(self, operand: Node, factor: np.ndarray, *, before: Node) -> Node:
-        """``operand * factor``, or the operand itself for a factor of one."""
-        if (factor == 1).all():
+    def multiply(self, operand: Node, *factors: np.ndarray, before: Node) -> Node:
+        """``operand`` times all factors, or the operand itself where they make one.
+
+        One constant holds their product, unless it leaves float16 and they do not: a program in float32 may be written
+        in float16 later on.
+        """
+        product = np.asarray(math.prod(factors))
+        if (product == 1).all():
             return operand
-        product = self.apply(aten.mul.Tensor, operand, factor, name="scale", before=before)
-        if before in self.gauge.solution.refused_range:
-            product.meta["custom"] = {
-                **product.meta.get("custom", {}),
-                REFUSED: self.gauge.solution.refused_range[before],
-            }
-        return product
+        together = _fits_float16(product) or not all(map(_fits_float16, factors))
+        for factor in [product] if together else factors:
+            operand = self.apply(aten.mul.Tensor, operand, factor, name="scale", before=before)
+            if before in self.gauge.solution.refused_range:
+                operand.meta["custom"] = {
+                    **operand.meta.get("custom", {}),
+                    REFUSED: self.gauge.solution.refused_range[before],
+                }
+        return operand
 
     def apply(self, target: object, operand: Node, numbers: np.ndarray, *, name: str, before: Node) -> Node:
         """An operation with the operand and constant numbers."""
@@ -144,3 +153,9 @@ class WeightEdits:
         args += [entry.default_value for entry in entries[len(args) : position + 1]]
         args[position] = value
         node.args = tuple(args)
+
+
+def _fits_float16(numbers: np.ndarray) -> bool:
+    """Whether float16 holds all of them with all its digits, or as zero."""
+    sizes = np.abs(numbers[numbers != 0])
+    return bool((sizes <= _FLOAT16.max).all() and (sizes >= _FLOAT16.tiny).all())

@@ -189,3 +189,14 @@ def test_a_float16_island_keeps_scales_that_leave_its_range_out(gain: float) -> 
     program, report = fold(export(model, (x,)))
     assert not report.remaining
     assert difference(model(x), program.module()(x)) <= 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(("factor", "products"), [(300.0, 2), (100.0, 1), (1e-3, 2), (0.1, 1)])
+def test_factors_that_float16_holds_are_not_merged_into_one_that_it_does_not(factor: float, products: int) -> None:
+    class Factors(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x * factor * factor)
+
+    program, _ = folded(Factors(), (torch.randn(3, C, dtype=torch.float64),))
+    assert operations(program) == ["aten.mul.Tensor"] * products + ["aten.tanh.default"]
+    assert operations(fold(program)[0]) == operations(program)

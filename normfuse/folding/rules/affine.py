@@ -88,7 +88,7 @@ class Affine(Rule):
         t_x, t_y = gauge.incoming(node, operand), gauge.shifts.of[node]
         if (s_x == 1).all() and (s_y == 1).all() and not t_x.any() and not t_y.any():
             return
-        result = edits.multiply(operand, a * s_x / s_y, before=node)
+        result = edits.multiply(operand, a, s_x / s_y, before=node)
         edits.replace(node, edits.add(result, (a * t_x + b - t_y) / s_y, before=node))
 
     def _read(self, node: Node, gauge: Gauge) -> Coefficients | None:
