@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from operator import getitem
@@ -11,7 +12,7 @@ import torch
 from torch.fx import Graph, Node, map_arg
 
 from .nodes import tensors_of
-from .operations import CASTS, is_smooth, is_view
+from .operations import CASTS, is_smooth, is_view, returns_alias
 
 # Bytes of computed values that are kept for the next reader; beyond, those that were read longest ago go.
 KEPT_BYTES = 1 << 28
@@ -84,11 +85,43 @@ class Constants:
         found: set[Node] = set()
         for node in self._first:
             tensor = self._stored(node)
-            if any(operand in found for operand in node.all_input_nodes) or (
-                tensor is not None and reader.get(storage_of(tensor)) is several
-            ):
+            twice = tensor is not None and reader.get(storage_of(tensor)) is several
+            if any(o in found for o in node.all_input_nodes) or (twice and not self._is_divided(node)):
                 found.add(node)
         return found
+
+    def _is_divided(self, stored: Node) -> bool:
+        """Whether the places that read a stored tensor read parts of it that have no entry in common."""
+        tensor = self._stored(stored)
+        tied = [t for n in self._first if (t := self._stored(n)) is not None and storage_of(t) == storage_of(tensor)]
+        pieces = self.pieces(stored)
+        if len(tied) > 1 or any(len(self._readers(piece)) > 1 for piece in pieces):
+            return False
+        spans = sorted(map(_span, pieces.values()))
+        return bool(spans) and all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+    def pieces(self, stored: Node) -> dict[Node, torch.Tensor]:
+        """The views of a stored tensor that operations read, without their values; none if one of these copies it."""
+        tensor = self._stored(stored)
+        assert tensor is not None
+        whole = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        views: dict[Node, Any] = {stored: whole}
+        pending = [stored]
+        while pending:
+            for user in pending.pop().users:
+                if user not in self._first:
+                    continue
+                if user.target is not getitem and not returns_alias(user.target):
+                    return {}
+                views[user] = user.target(*map_arg(user.args, views.get), **user.kwargs)
+                if any(_memory(view) != _memory(whole) for view in _parts(views[user])):
+                    return {}
+                pending.append(user)
+        return {node: view for node, view in views.items() if self._readers(node)}
+
+    def _readers(self, node: Node) -> list[Node]:
+        """The operations that read a constant and give none."""
+        return [user for user in node.users if user not in self._first]
 
     def __contains__(self, node: object) -> bool:
         return node in self._first
@@ -206,8 +239,21 @@ def widen(value: Any) -> Any:
 
 
 def _bytes(value: Any) -> int:
-    parts = value if isinstance(value, list | tuple) else [value]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(part.numel() * part.element_size() for part in _parts(value))
+
+
+def _parts(value: Any) -> list[torch.Tensor]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _span(view: torch.Tensor) -> tuple[int, int]:
+    """From where to where a view reaches in its memory."""
+    length = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)) + 1
+    return view.storage_offset(), view.storage_offset() + length
 
 
 def storage_of(tensor: torch.Tensor) -> int:

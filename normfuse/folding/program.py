@@ -205,6 +205,7 @@ class Program:
     def finish(self) -> ExportedProgram:
         """Remove what nothing reads any more and return a validated program."""
         self.graph.eliminate_dead_code()
+        self._store_pieces()
         live = {node.name for node in self.graph.nodes if node.op == "placeholder" and node.users}
         self._count_copies(live)
         separate_outputs(self.graph, self.signature, self._memory, self.is_constant)
@@ -228,6 +229,16 @@ class Program:
                 node.target = aten.reshape.default
         called = {node.target: body for node, body in bodies(self._original.graph_module, self._original.graph)}
         return rebuild(self._original, self.graph, self.signature, self.state_dict, self.constants, called)
+
+    def _store_pieces(self) -> None:
+        """Where a part of a stored tensor has been rewritten, the parts that have not are stored by themselves."""
+        for node in [node for node in self._constants if node.users and self._tensor(node) is not None]:
+            if node in self._new or storage_of(self._tensor(node)) not in self._stored or self.shared(node):
+                continue
+            for piece in self._constants.pieces(node):
+                if piece is not node:
+                    self.redirect(piece, self.add_parameter(self.name(piece), self.constant(piece), piece))
+        self.graph.eliminate_dead_code()
 
     def _count_copies(self, live: set[str]) -> None:
         """Bytes of weights that are stored more than once now: the original, where still read, and its variants."""

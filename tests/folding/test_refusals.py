@@ -265,3 +265,33 @@ def test_parts_with_one_scale_and_different_shifts_get_theirs_written_out() -> N
             return torch.tanh(x[:, :1]) * x
 
     folded(Rejoined(), sequence(), copy_shared=False)
+
+
+class Pieces(nn.Module):
+    """One parameter whose rows several operations read, a norm in front of one of them."""
+
+    def __init__(self, *rows: slice) -> None:
+        super().__init__()
+        self.rows, self.first, self.norm = rows, nn.Linear(C, C), MapNorm(C)
+        self.weight = nn.Parameter(torch.randn(3 * C, C))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        operands = [self.norm(torch.tanh(self.first(x))), *(x for _ in self.rows[1:])]
+        return tuple(F.linear(y, self.weight[rows]) for y, rows in zip(operands, self.rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [
+        ((slice(0, C), slice(C, 2 * C), slice(2 * C, None)), "folded"),
+        ((slice(C, None), slice(0, C)), "folded"),
+        ((slice(0, C), slice(C - 1, 2 * C)), "kept"),
+        ((slice(0, C), slice(0, C)), "kept"),
+        ((slice(0, C), slice(None)), "kept"),
+    ],
+)
+def test_parts_of_one_parameter_are_shared_only_where_they_overlap(rows: tuple[slice, ...], status: str) -> None:
+    program, report = folded(Pieces(*rows), sequence(), copy_shared=False)
+    assert [record.status for record in report.norms] == [status]
+    assert report.bytes_copied == 0 and report.bytes_after <= report.bytes_before
+    assert ("weight" in program.state_dict) == (status == "kept")
