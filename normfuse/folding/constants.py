@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ class Constants:
                 self._first[node] = next((first for o in operands if (first := self._first[o]) is not None), None)
                 if not (is_view(node) or node.target in CASTS) or any(o in self._computed for o in operands):
                     self._computed.add(node)
+        self._names = Counter(storage_of(tensor) for tensor in tensors)  # of each stored tensor: how many it has
         self._shared = self._read_twice(graph)
 
     def _is_pure(self, node: Node, limit: int) -> bool:
@@ -93,9 +94,9 @@ class Constants:
     def _is_divided(self, stored: Node) -> bool:
         """Whether the places that read a stored tensor read parts of it that have no entry in common."""
         tensor = self._stored(stored)
-        tied = [t for n in self._first if (t := self._stored(n)) is not None and storage_of(t) == storage_of(tensor)]
+        assert tensor is not None
         pieces = self.pieces(stored)
-        if len(tied) > 1 or any(len(self._readers(piece)) > 1 for piece in pieces):
+        if self._names[storage_of(tensor)] > 1 or any(len(self._readers(piece)) > 1 for piece in pieces):
             return False
         spans = sorted(map(_span, pieces.values()))
         return bool(spans) and all(before[1] <= after[0] for before, after in itertools.pairwise(spans))

@@ -25,9 +25,8 @@ def demand_gains(gauge: Gauge) -> None:
                 gauge.solution.kept_gain[node] = gauge.why_not(outcome) or mixed
 
 
-def assign_zero_gain(node: Node, gauge: Gauge, tolerant: set[Node]) -> None:
+def assign_zero_gain(node: Node, gauge: Gauge, goes: bool) -> None:
     """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
-    goes = node in tolerant and not first_blocker(node, gauge)
     gain = gauge.matches.rule_of[node].gain(node, gauge)
     if not goes or not gauge.scales.rescale(gauge.scale(node), gain, gauge.scales_behind(node)):
         gauge.solution.kept_gain[node] = "it is zero in places, and not only weights read the result"
@@ -40,11 +39,11 @@ def has_zero_gain(node: Node, gauge: Gauge) -> bool:
 
 def choose_shifts(gauge: Gauge) -> None:
     """Let the shift of every dynamic norm travel if all weights that it reaches can take it without a new operation."""
-    for node in gauge.matches.dynamic:
-        shift = gauge.matches.rule_of[node].shift(node, gauge)
-        if not shift.any() or node in gauge.shifts.kept_shift:
-            continue
-        stopped_by = first_blocker(node, gauge) if np.isfinite(shift).all() else _NOT_FINITE
+    shifts = {node: gauge.matches.rule_of[node].shift(node, gauge) for node in gauge.matches.dynamic}
+    shifts = {node: shift for node, shift in shifts.items() if shift.any() and node not in gauge.shifts.kept_shift}
+    blockers = first_blockers(gauge) if shifts else {}
+    for node, shift in shifts.items():
+        stopped_by = blockers.get(node) if np.isfinite(shift).all() else _NOT_FINITE
         if stopped_by:
             gauge.shifts.kept_shift[node] = stopped_by
         else:
@@ -56,23 +55,33 @@ def keep_shift(node: Node, gauge: Gauge) -> None:
     gauge.shifts.kept_shift[node] = "it would have to be written out further on"
 
 
-def first_blocker(node: Node, gauge: Gauge) -> str:
-    """Why a shift of `node` cannot go, or only into an Add of its own: the first reader in its way; else empty."""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop(0)
-        for user in current.users:
-            if gauge.returns(user, current):
-                return "the model's output cannot take a shift"
-            if user in seen or user not in gauge.matches.rule_of or not gauge.reads_values(user):
-                continue
-            rule = gauge.matches.rule_of[user]
-            use = rule.use(user, current, gauge.any_shift(current), gauge)
-            if use in (Use.STOP, Use.JOIN):
-                return f"{gauge.describe(user)} cannot take a shift"
-            if not rule.has_bias:
-                return f"{gauge.describe(user)} has no bias to take it"
-            if use is Use.PASS:
-                seen.add(user)
-                pending.append(user)
-    return ""
+def first_blockers(gauge: Gauge) -> dict[Node, str]:
+    """Of every value, why a shift of it cannot go, or only into an Add of its own; nothing for those whose shift can.
+
+    Named is the reader that takes none, the nearest one first, and only then what those that pass it on run into.
+    """
+    found: dict[Node, str] = {}
+    for node in reversed(gauge.program.graph.nodes):
+        if node not in gauge.matches.scale_of:
+            continue
+        uses = {user: _blocks(user, node, gauge) for user in node.users}
+        passing = (found.get(user, "") for user, why in uses.items() if why is None)
+        why = next((why for why in (*uses.values(), *passing) if why), "")
+        if why:
+            found[node] = why
+    return found
+
+
+def _blocks(user: Node, node: Node, gauge: Gauge) -> str | None:
+    """Why a reader cannot take any shift of a value; None where it passes it on."""
+    if gauge.returns(user, node):
+        return "the model's output cannot take a shift"
+    if user not in gauge.matches.rule_of or not gauge.reads_values(user):
+        return ""
+    rule = gauge.matches.rule_of[user]
+    use = rule.use(user, node, gauge.any_shift(node), gauge)
+    if use in (Use.STOP, Use.JOIN):
+        return f"{gauge.describe(user)} cannot take a shift"
+    if not rule.has_bias:
+        return f"{gauge.describe(user)} has no bias to take it"
+    return None if use is Use.PASS else ""

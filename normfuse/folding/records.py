@@ -18,7 +18,7 @@ _FAR = 64  # operations around a norm among which the weights that took it are l
 
 def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
-    materialising = {source for node in gauge.shifts.materialised_shifts for source in sources_of_shift(node, gauge)}
+    materialising = sources_of_shift(gauge.shifts.materialised_shifts, gauge)
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
     for node, (_, a, _) in gauge.matches.affine.items():
         path, kind = module_of(node)

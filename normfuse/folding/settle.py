@@ -7,8 +7,10 @@ one: its bias pays. Only where none can, the shift is written out as an Add.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,10 @@ from .rules.base import is_float
 # A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
 # binary digits. Beyond, norms have amplified it; if the model's own values did not grow alike, it is subtracted later.
 GROWTH = 4.0
+# Values at which a search for a source looks.
+_FAR = 256
+# How often shifts of norms are sent out; afterwards all of them stay where they are.
+_ATTEMPTS = 8
 # What may be left of a shift that was cancelled, relative to it. Scales on the way magnify float64's rounding.
 ROUNDING = 1e-9
 
@@ -50,7 +56,7 @@ class CannotWriteOut(Exception):
 def settle(gauge: Gauge) -> Gauge:
     """Give every value its shift, and find the readers that need an Add. Raises :class:`CannotWriteOut`."""
     kept_shift: dict[Node, str] = {}
-    while True:
+    for attempt in itertools.count(1):
         gauge = gauge.knowing(shifts=Shifts(kept_shift=kept_shift))
         shifts = gauge.shifts
         if not gauge.options.keep_dynamic_norms:
@@ -58,15 +64,16 @@ def settle(gauge: Gauge) -> Gauge:
         travelling = set(shifts.chosen)
         _carry_shifts(gauge)
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
-        back = travelling & {source for node in shifts.materialised_shifts for source in sources_of_shift(node, gauge)}
+        back = travelling & sources_of_shift(shifts.materialised_shifts, gauge)
         if not back:
             if all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts):
                 return gauge
             if gauge.options.fold_zeros:
                 raise CannotWriteOut
             return gauge
-        for node in back:
+        for node in back if attempt < _ATTEMPTS else travelling:
             keep_shift(node, gauge)
+    raise AssertionError("an endless loop has ended")
 
 
 def _carry_shifts(gauge: Gauge) -> None:
@@ -119,9 +126,9 @@ def _use_of_its_shift(user: Node, node: Node, gauge: Gauge) -> Use:
     return gauge.matches.rule_of[user].use(user, node, shift, gauge)
 
 
-def sources_of_shift(node: Node, gauge: Gauge) -> Iterator[Node]:
-    """The operations from which the shift of a value may have come: affine maps, and what chooses a shift."""
-    pending, seen = [node], set()
+def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> set[Node]:
+    """The operations from which the shifts of values may have come: affine maps, and what chooses a shift."""
+    pending, seen, found = list(values), set[Node](), set[Node]()
     while pending:
         current = pending.pop()
         if current in seen or current not in gauge.matches.rule_of:
@@ -130,8 +137,9 @@ def sources_of_shift(node: Node, gauge: Gauge) -> Iterator[Node]:
         if current in gauge.shifts.chosen or (
             current in gauge.matches.affine and gauge.matches.affine[current].b.any()
         ):
-            yield current
+            found.add(current)
         pending += [o for o in current.all_input_nodes if is_float(o) and np.any(gauge.shifts.of.get(o, 0))]
+    return found
 
 
 def tolerant_values(gauge: Gauge) -> set[Node]:
@@ -275,10 +283,16 @@ def _moved(operand: Node, reader: Node, change: Any, gauge: Gauge) -> Any:
 
 
 def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
-    """Ways back to sources, on which no other reader minds a change, unless it reads a part that may stay as it is."""
-    pending: list[tuple[Node, tuple[tuple[Node, Node], ...]]] = [(node, ())]
-    while pending:
-        current, steps = pending.pop(0)
+    """Ways back to sources, on which no other reader minds a change, unless it reads a part that may stay as it is.
+
+    The nearest come first. A search that has looked at many values ends: along a deep stream it would go back to its
+    beginning from every norm on it.
+    """
+    pending: deque[tuple[Node, tuple[tuple[Node, Node], ...]]] = deque([(node, ())])
+    for _ in range(_FAR):
+        if not pending:
+            return
+        current, steps = pending.popleft()
         rule = gauge.matches.rule_of.get(current)
         if current in gauge.matches.free_constants or (rule is not None and rule.chooses_shift(current, gauge)):
             yield _Route(current, steps)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .arrays import example_size
-from .gains import assign_zero_gain, demand_gains, has_zero_gain
+from .gains import assign_zero_gain, demand_gains, first_blockers, has_zero_gain
 from .gauge import Gauge
 from .nodes import module_of, operation_name
 from .operations import NORMALISING
@@ -47,9 +47,10 @@ def solve(gauge: Gauge) -> Gauge:
     gauge.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in gauge.matches.stored)]))
     tolerant = tolerant_values(gauge) if options.fold_zeros else set()
     dynamic = set() if options.keep_dynamic_norms else {n for n in gauge.matches.dynamic if has_zero_gain(n, gauge)}
+    blockers = first_blockers(gauge) if dynamic else {}
     for node in gauge.program.graph.nodes:  # in its order: a map builds on the scale in front of it
         if node in dynamic:
-            assign_zero_gain(node, gauge, tolerant)
+            assign_zero_gain(node, gauge, node in tolerant and node not in blockers)
         elif node in with_zeros:
             operand, a, _ = gauge.matches.affine[node]
             values = a * gauge.scales[gauge.scale(operand)]
