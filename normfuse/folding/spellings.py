@@ -1,13 +1,16 @@
-"""Operations that have several names, or read more than their result needs, written in one way."""
+"""Operations that have several names, stand for several others, or read more than they need, written in one way."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from .arrays import same_size
+from .nodes import argument
 
 aten = torch.ops.aten
 _NAMES = {
@@ -102,6 +105,70 @@ def _stack_along(axis: int) -> Callable[[Node], None]:
     return respell
 
 
+def _split_along(axis: int, target: object) -> Callable[[Node], None]:
+    """A split that is named after its axis; the first one of a tensor with one axis."""
+
+    def respell(node: Node) -> None:
+        operand, parts = node.args
+        node.target, node.args = target, (operand, parts, min(axis, operand.meta["val"].dim() - 1))
+
+    return respell
+
+
+def _multiply_by(factor: float) -> Callable[[Node], None]:
+    def respell(node: Node) -> None:
+        node.target, node.args = aten.mul.Tensor, (node.args[0], factor)
+
+    return respell
+
+
+def _rotate(node: Node) -> None:
+    """A quarter turn reverses one axis and exchanges both."""
+    turns, (first, second) = argument(node, "k") % 4, argument(node, "dims")
+    if turns % 2:
+        reversed_ = _before(node, aten.flip.default, node.args[0], [second if turns == 1 else first])
+        node.target, node.args = aten.transpose.int, (reversed_, first, second)
+    else:
+        node.target, node.args = aten.flip.default, (node.args[0], [first, second] if turns else [])
+    node.kwargs = {}
+
+
+def _multiply_in_turns(node: Node) -> None:
+    """A chain of matrices, from the left."""
+    product, *others, last = node.args[0]
+    for matrix in others:
+        product = _before(node, aten.matmul.default, product, matrix)
+    node.target, node.args = aten.matmul.default, (product, last)
+
+
+def _contract_in_pairs(node: Node) -> None:
+    """An einsum of three operands or more as einsums of two: the first one with the next one that shares a letter."""
+    equation, operands = node.args[0].replace(" ", ""), list(node.args[1])
+    before, arrow, result = equation.partition("->")
+    terms = before.split(",")
+    if len(terms) < 3 or not arrow or "." in equation or any(len(set(term)) != len(term) for term in terms):
+        return
+    while len(terms) > 2:
+        at = next((i for i, term in enumerate(terms) if i and set(term) & set(terms[0])), 1)
+        first, second, a, b = terms.pop(0), terms.pop(at - 1), operands.pop(0), operands.pop(at - 1)
+        needed = set(result).union(*terms)
+        both = "".join(letter for letter in dict.fromkeys(first + second) if letter in needed)
+        terms.insert(0, both)
+        operands.insert(0, _before(node, aten.einsum.default, f"{first},{second}->{both}", [a, b]))
+    node.args = (f"{terms[0]},{terms[1]}->{result}", operands)
+
+
+def _before(node: Node, target: Any, *args: Any) -> Node:
+    """A new operation in front of another one."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    values = map_arg(args, lambda operand: operand.meta["val"])
+    with node.meta["val"].fake_mode:
+        new.meta["val"] = target(*values)
+    return new
+
+
 _FORMS: dict[object, Callable[[Node], None]] = {
     aten.type_as.default: _cast_like,
     aten.where.self: _where,
@@ -114,4 +181,15 @@ _FORMS: dict[object, Callable[[Node], None]] = {
     aten.flipud.default: _flip(0),
     aten.hstack.default: _stack_along(1),
     aten.vstack.default: _stack_along(0),
+    aten.hsplit.int: _split_along(1, aten.tensor_split.sections),
+    aten.hsplit.array: _split_along(1, aten.tensor_split.indices),
+    aten.vsplit.int: _split_along(0, aten.tensor_split.sections),
+    aten.vsplit.array: _split_along(0, aten.tensor_split.indices),
+    aten.dsplit.int: _split_along(2, aten.tensor_split.sections),
+    aten.dsplit.array: _split_along(2, aten.tensor_split.indices),
+    aten.deg2rad.default: _multiply_by(math.pi / 180.0),
+    aten.rad2deg.default: _multiply_by(180.0 / math.pi),
+    aten.rot90.default: _rotate,
+    aten.linalg_multi_dot.default: _multiply_in_turns,
+    aten.einsum.default: _contract_in_pairs,
 }

@@ -41,6 +41,7 @@ BROADCAST: tuple[tuple[Shape, Shape], ...] = (
     ((4, 6), (2, 4, 6)),
     ((4, 1), (2, 1, 6)),
 )
+COUNTS = {0: 2, 1: 4, 2: 6}
 MASK = torch.ones(4, 6, dtype=torch.bool).triu()
 CONSTANTS: tuple[Shape, ...] = ((6,), (1,), (4, 1), (4, 6), (2, 1, 1), (2, 4, 6), (3, 2, 4, 6), (3, 1, 1, 1))
 
@@ -311,6 +312,21 @@ CASES: dict[object, list[Case]] = {
     ],
     aten.flip.default: unary(aten.flip.default, ([2],), ([0, -2],)),
     aten.narrow.default: unary(aten.narrow.default, (2, 1, 3), (-2, -2, 2), (2, 4, 2)),
+    aten.repeat_interleave.self_Tensor: [
+        Case(lambda x, d=d: aten.repeat_interleave.self_Tensor(x, torch.arange(1, 1 + COUNTS[d]), d), (SEQUENCE,))
+        for d in COUNTS
+    ]
+    + [
+        Case(
+            lambda x: aten.repeat_interleave.self_Tensor(
+                x, (x[0, 0] > 9).to(torch.int64) + 1, 2, output_size=x.shape[2]
+            ),
+            (SEQUENCE,),
+        )
+    ],
+    aten.diff.default: unary(aten.diff.default, (), (1, 1), (2, -1), (0, 1)),
+    aten.quantile.scalar: unary(aten.quantile.scalar, (0.3, 1), (0.5, -1, True), (0.2,)),
+    aten.nanquantile.scalar: unary(aten.nanquantile.scalar, (0.3, 1), (0.5, -1, True)),
     aten.repeat_interleave.self_int: unary(aten.repeat_interleave.self_int, (2, 2), (3, -2), (2,)),
     aten.unfold.default: unary(aten.unfold.default, (2, 3, 2), (1, 2, 1)),
     aten.diagonal.default: unary(aten.diagonal.default, (0, 1, 2), (1, 1, 2), (-1, 0, 2)),

@@ -163,6 +163,21 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
         ].mT
     ),
     "attention": lambda x: F.scaled_dot_product_attention(torch.tanh(x), torch.tanh(x), x, is_causal=True),
+    "quarter turn": lambda x: x.rot90(1, (0, 1)).rot90(-1, (0, 1)),
+    "half a turn": lambda x: x.rot90(2, (0, 1)),
+    "hsplit": lambda x: x.hsplit([2, 4])[1],
+    "dsplit": lambda x: torch.cat(x.dsplit(2)[::-1], -1),
+    "radians": lambda x: torch.rad2deg(torch.deg2rad(x)),
+    "quantile": lambda x: x.quantile(0.3, 1),
+    "repeat by counts": lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1, 1]), 1),
+    "repeat channels by counts": lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1, 1, 1]), -1),
+    "averages in a product from the right": lambda x: (x.mT @ torch.tanh(x @ x.mT).softmax(-1).mT).mT,
+    "averages with one head": lambda x: torch.einsum(
+        "bhqk,bkhd->bqhd", torch.tanh(x @ x.mT).softmax(-1)[:, None], x[:, :, None]
+    ).flatten(2),
+    "three operands": lambda x: torch.einsum(
+        "bqk,bkd,b->bqd", torch.tanh(x @ x.mT).softmax(-1), x, torch.ones(3).double()
+    ),
 }
 SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "average pool, padding counted": lambda x: F.avg_pool1d(x.mT, 3, padding=1).mT,
@@ -170,6 +185,7 @@ SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "absolute": torch.abs,
+    "gated operands": lambda x: torch.einsum("bsi,bs,i->bsi", x, torch.tanh(x.sum(-1)), torch.ones(C).double()),
     "clamp": lambda x: x.clamp(min=0),
     "clip": lambda x: x.clip(max=0),
     "clamp_min": lambda x: x.clamp_min(0.0),
@@ -241,6 +257,7 @@ class BehindAnInput(nn.Module):
 
 # Those that also compute what is fixed from the same value.
 FIXES = {
+    *("averages in a product from the right", "averages with one head", "three operands", "gated operands"),
     "attention",
     "averages with softmax",
     "product with softmax",
@@ -250,6 +267,15 @@ FIXES = {
 } | {
     *("gate", "divided", "gated unit"),
 }
+
+
+def test_numbers_divided_by_their_sum_average_as_a_softmax_does() -> None:
+    def averages(x: Tensor) -> Tensor:
+        weights = torch.exp(torch.tanh(x @ x.mT))
+        return weights / weights.sum(-1, keepdim=True) @ x
+
+    _, report = folded(Sandwich(averages), sequence())
+    assert status(report) == ["folded"]
 
 
 @pytest.mark.parametrize("name", [name for name in CARRIED if name not in FIXES])
@@ -347,6 +373,8 @@ def test_convolutions_of_more_dimensions_write_their_norm(dims: int) -> None:
         lambda x, w, b: (w.t() @ x.mT).mT + b,
         lambda x, w, b: torch.einsum("bsi,io->bso", x, w),
         lambda x, w, b: torch.einsum("...i,oi->...o", x, w.t()),
+        lambda x, w, b: torch.einsum("bsi,io,op->bsp", x, w, w.t() @ w),
+        lambda x, w, b: torch.linalg.multi_dot([x.reshape(-1, C), w, w.t() @ w]),
     ],
 )
 def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, to_rank, varying
 from ..gauge import Gauge
+from ..nodes import tensors_of
 from ..weight_edits import WeightEdits
 from .base import MeanRole, Rule, Use, argument, is_float, rule_for
 
@@ -159,11 +160,11 @@ def _per_channel(coefficient: object, rank: int, gauge: Gauge) -> np.ndarray | N
     """A number or a constant tensor that varies along one axis at most, as an array of the operand's rank."""
     if isinstance(coefficient, int | float):
         return np.full((1,) * rank, float(coefficient))
-    if not gauge.program.is_constant(coefficient) or not is_float(coefficient):
+    if not gauge.program.is_constant(coefficient) or not tensors_of(coefficient):
         return None
     if sum(size != 1 for size in coefficient.meta["val"].shape) > 1:
         return None
-    array = gauge.program.constant(coefficient).numpy()
+    array = gauge.program.constant(coefficient).double().numpy()
     return to_rank(array, rank) if array.ndim <= rank and len(varying(array)) <= 1 else None
 
 

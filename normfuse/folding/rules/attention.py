@@ -133,12 +133,22 @@ class Attention(Rule):
 def _adds_up_to_one(node: Node, axis: int) -> bool:
     """Whether the entries along an axis are those of a softmax along it."""
     while node.op == "call_function" and node.target not in _SOFTMAX:
+        if _is_divided_by_its_sum(node, axis):
+            return True
         if node.target in _SAME and not argument(node, "train", False):
             pass
         elif node.target is aten.transpose.int:
             rank = node.meta["val"].dim()
             first, second = (dim % rank for dim in node.args[1:3])
             axis = {first: second, second: first}.get(axis, axis)
+        elif node.target is aten.mT.default:
+            rank = node.meta["val"].dim()
+            axis = {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)
+        elif node.target is aten.unsqueeze.default:
+            new = node.args[1] % node.meta["val"].dim()
+            if axis == new:
+                return False
+            axis -= axis > new
         elif node.target is aten.permute.default:
             axis = node.args[1][axis] % node.meta["val"].dim()
         elif node.target in _RESHAPED:
@@ -150,3 +160,12 @@ def _adds_up_to_one(node: Node, axis: int) -> bool:
             return False
         node = node.args[0]
     return node.op == "call_function" and node.args[1] % node.meta["val"].dim() == axis
+
+
+def _is_divided_by_its_sum(node: Node, axis: int) -> bool:
+    """Whether a node is ``x / x.sum(axis, keepdim=True)``."""
+    if node.target is not aten.div.Tensor or not isinstance(total := node.args[1], Node):
+        return False
+    if total.target is not aten.sum.dim_IntList or total.args[0] is not node.args[0] or not argument(total, "keepdim"):
+        return False
+    return [dim % node.meta["val"].dim() for dim in argument(total, "dim") or ()] == [axis]

@@ -45,6 +45,7 @@ class Rising(Carry):
 @rule_for(
     *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
     *(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default),
+    *(aten.quantile.scalar, aten.nanquantile.scalar),
 )
 class Maximum(Rising):
     """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""

@@ -51,6 +51,43 @@ class RepeatEach(Carry):
         return numbers if numbers.shape[axis] == 1 else np.repeat(numbers, repeats, axis)
 
 
+@rule_for(aten.repeat_interleave.self_Tensor)
+class RepeatByCounts(Carry):
+    """Each entry along one axis as often as a tensor says; where scales vary along it, the tensor is constant."""
+
+    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        repeats, axis = argument(node, "repeats"), argument(node, "dim")
+        if axis is None:
+            return collapse(numbers, varying(numbers)).reshape(1)
+        axis %= numbers.ndim
+        if not gauge.program.is_constant(repeats):
+            numbers = collapse(numbers, varying_of(numbers, (axis,)))
+        if numbers.shape[axis] == 1:
+            return numbers
+        return np.repeat(numbers, gauge.program.constant(repeats).numpy(), axis)
+
+
+@rule_for(aten.diff.default)
+class Difference(Carry):
+    """Each entry along an axis less the one before: a scale passes, and of a shift nothing is left."""
+
+    def matches(self, node: Node, gauge: Gauge) -> bool:
+        ends = argument(node, "prepend"), argument(node, "append")
+        return ends == (None, None) and is_float(node) and super().matches(node, gauge)
+
+    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        axis = argument(node, "dim") % node.meta["val"].dim()
+        if argument(node, "n") > 0:
+            return Use.ABSORB if shift is None or shift.shape[axis] == 1 else Use.STOP
+        return super().use(node, operand, shift, gauge)
+
+    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(node) if argument(node, "n") > 0 else super().settle(node, gauge)
+
+    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, (argument(node, "dim"),)))
+
+
 @rule_for(aten.channel_shuffle.default)
 class ChannelShuffle(Carry):
     """Channels of g groups in turns."""

@@ -190,20 +190,16 @@ class Weighted(Rule):
     aten.conv3d.padding,
 )
 class Convolution(Weighted):
-    """W[out, in / groups, *kernel] over axis 1.
+    """W[out, in / groups, *kernel] over axis 1, or over the first one where there is no batch.
 
     ``W t_x`` sums over the kernel, which holds only where no zero padding enters: with padding, a shift stops.
     """
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        batched = argument(node, "input").meta["val"].dim() == argument(node, "weight").meta["val"].dim()
-        return batched and super().matches(node, gauge)
-
     def input_axes(self, node: Node) -> tuple[int, ...]:
-        return (1,)
+        return (1 - self._missing(node),)
 
     def output_axes(self, node: Node) -> tuple[int, ...]:
-        return (1,)
+        return (1 - self._missing(node),)
 
     def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         padding = argument(node, "padding")
@@ -213,22 +209,30 @@ class Convolution(Weighted):
         return super().use(node, operand, shift, gauge)
 
     def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._over_kernel(node, torch.from_numpy(np.array(numbers)))
+        return self._over_kernel(node, self._batched(node, numbers))
 
     def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._per_group(node, torch.from_numpy(np.array(numbers)))
+        return self._per_group(node, self._batched(node, numbers))
 
     def contracted(self, node: Node) -> tuple[int, ...]:
         return tuple(range(1, argument(node, "weight").meta["val"].dim()))
 
     def written(self, node: Node, total: Tensor) -> np.ndarray:
-        return total.transpose(0, 1).numpy()
+        written = total.transpose(0, 1).numpy()
+        return written[0] if self._missing(node) else written
 
     def can_centre(self, node: Node, groups: np.ndarray) -> bool:
         return argument(node, "groups") == 1  # other groups of the convolution read other inputs
 
     def writes_rows(self, node: Node) -> bool:
         return argument(node, "groups") == 1
+
+    def _missing(self, node: Node) -> int:
+        """How many leading axes the input lacks: one where there is no batch."""
+        return argument(node, "weight").meta["val"].dim() - node.meta["val"].dim()
+
+    def _batched(self, node: Node, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(numbers[None] if self._missing(node) else numbers))
 
     def _over_kernel(self, node: Node, numbers: Tensor) -> Tensor:
         """Numbers along the weight's first axis."""
@@ -254,10 +258,10 @@ class TransposedConvolution(Convolution):
         return False
 
     def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._per_group(node, torch.from_numpy(np.array(numbers)))
+        return self._per_group(node, self._batched(node, numbers))
 
     def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._over_kernel(node, torch.from_numpy(np.array(numbers)))
+        return self._over_kernel(node, self._batched(node, numbers))
 
 
 @rule_for(aten.embedding.default)
