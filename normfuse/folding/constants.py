@@ -66,7 +66,8 @@ class Constants:
             if torch.Tag.nondeterministic_seeded in node.target.tags:
                 return False
         tensors = tensors_of(node)
-        return bool(tensors) and sum(tensor.numel() for tensor in tensors) <= limit
+        sizes = [tensor.numel() for tensor in tensors]  # one that depends on values is no number
+        return bool(tensors) and all(isinstance(n, int) for n in sizes) and sum(sizes) <= limit
 
     def _read_twice(self, graph: Graph) -> set[Node]:
         """Constants of which a stored tensor is read at several places, directly or through other constants."""

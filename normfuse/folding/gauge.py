@@ -79,7 +79,7 @@ class Gauge:
         """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
         if node not in self.matches.scale_of:
             value = node.meta["val"]
-            if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES:
+            if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES and self._is_finite(node):
                 self.matches.scale_of[node] = self.scales.fresh(tuple(value.shape))
                 self.matches.stored.append(self.matches.scale_of[node])
                 self.matches.free_constants.append(node)
@@ -87,6 +87,10 @@ class Gauge:
             else:
                 self.matches.scale_of[node] = self.scales.pinned((1,) * value.dim())
         return self.matches.scale_of[node]
+
+    def _is_finite(self, constant: Node) -> bool:
+        """Whether a constant is made of numbers; one that holds infinities is a mask, which stays as it is."""
+        return bool(self.program.constant(constant).isfinite().all())
 
     def pin(self, node: Node, reason: str) -> None:
         """Fix a value's scale to one."""

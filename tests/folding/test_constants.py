@@ -200,3 +200,33 @@ def test_factors_that_float16_holds_are_not_merged_into_one_that_it_does_not(fac
     program, _ = folded(Factors(), (torch.randn(3, C, dtype=torch.float64),))
     assert operations(program) == ["aten.mul.Tensor"] * products + ["aten.tanh.default"]
     assert operations(fold(program)[0]) == operations(program)
+
+
+def test_a_constant_of_unknown_size_is_left_alone() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.last = nn.Linear(C, C), MapNorm(C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            counts = torch.bincount((self.last.weight.flatten() * 3).abs().long(), minlength=C)
+            return self.last(self.norm(self.linear(x))) * counts[:C]
+
+    _, report = folded(Counts(), (torch.randn(3, C, dtype=torch.float64),))
+    assert not [record for record in report.remaining if record.kind == "MapNorm"]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_an_added_mask_is_no_shift_and_does_not_hold_up_the_norm_in_front(wide: bool) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(C, C), MapNorm(C)
+            shape = (3, C) if wide else (C,)
+            self.register_buffer("mask", torch.where(torch.arange(C) == 2, -torch.inf, 0.0).expand(shape).clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.norm(self.linear(x)) + self.mask).softmax(-1)
+
+    _, report = folded(Masked(), (torch.randn(3, C, dtype=torch.float64),))
+    assert [record.status for record in report.norms] == ["folded"]

@@ -113,6 +113,8 @@ class Affine(Rule):
                 return None
             a, b = (a + constant, b) if operand in product else (a, b + constant)
         several = sum(operand in product for product in products) > 1 and node.target not in _LERP
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not np.isfinite(b).all():
+            return None  # a mask
         return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
 
 
