@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, gain_and_shift, mean_or, per_channel, to_rows
-from ._running_norm import ChannelNorm
+from ._running_norm import ChannelNorm, split_ghosts
+from .batch_channel_norm import EstimatedBatchNorm
 from .batch_norm import MaskedBatchNorm, deviation_of
 from .power_norm import PowerNorm
 from .rep_batch_norm import RepBatchNorm
@@ -25,8 +26,8 @@ def norm_bounds(
         norm: a BatchNorm of PyTorch or a norm of this package with running statistics; a RepBatchNorm is one map.
         lower: the smallest inputs, whatever shape the norm takes.
         upper: the largest ones, of the same shape.
-        clean: the undisturbed input. In training the statistics are those of this batch, which is what the forward
-            with ``clean`` normalises by during warm-up; running statistics do not move. Not used in evaluation.
+        clean: the undisturbed input, with as many samples. In training the statistics are those that the forward with
+            ``clean`` normalises by (during warm-up); running statistics do not move. Not used in evaluation.
         pad_mask: leaves rows of ``clean`` out.
 
     Returns:
@@ -55,7 +56,12 @@ def norm_bounds(
     if norm.training or (isinstance(norm, _BatchNorm) and norm.running_mean is None):
         if clean is None:
             raise ValueError(f"{type(norm).__name__} is in training: give clean, the undisturbed input")
+        sizes = split_ghosts(clean, getattr(norm, "ghost_size", None))
+        if len(sizes) > 1:
+            return _of_ghosts(norm, sizes, lower, upper, clean, pad_mask)
         mean, var = _statistics(clean, channel_dim, pad_mask, centred)
+        if isinstance(norm, EstimatedBatchNorm):
+            mean, var = _moved(norm, mean.detach(), var.detach())
     else:
         var = norm.running_phi if isinstance(norm, PowerNorm) else norm.running_var
         mean = norm.running_mean if centred else torch.zeros_like(var)
@@ -67,6 +73,24 @@ def norm_bounds(
     scale, shift = (per_channel(v, lower, channel_dim).to(lower.dtype) for v in (scale, shift))
     centre, radius = torch.addcmul(shift, (lower + upper) / 2, scale), (upper - lower) / 2 * scale.abs()
     return centre - radius, centre + radius
+
+
+def _of_ghosts(
+    norm: nn.Module, sizes: list[int], lower: Tensor, upper: Tensor, clean: Tensor, pad_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Every ghost batch by its own statistics."""
+    masks = [None] * len(sizes) if pad_mask is None else pad_mask.split(sizes)
+    parts = zip(lower.split(sizes), upper.split(sizes), clean.split(sizes), masks, strict=True)
+    found = [norm_bounds(norm, low, high, clean=x, pad_mask=mask) for low, high, x, mask in parts]
+    lowest, highest = (torch.cat(bounds) for bounds in zip(*found, strict=True))
+    return lowest, highest
+
+
+def _moved(norm: EstimatedBatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The running statistics as a training forward with these of its batch would move them."""
+    rate = 1 / (norm.num_batches_tracked + 1).to(var.dtype) if norm.momentum is None else norm.momentum
+    change = mean - norm.running_mean
+    return norm.running_mean + rate * change, norm.running_var + rate * (var + change.square() - norm.running_var)
 
 
 def _statistics(clean: Tensor, channel_dim: int, pad_mask: Tensor | None, centred: bool) -> tuple[Tensor, Tensor]:

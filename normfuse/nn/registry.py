@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class NormEntry:
         static: whether evaluation is one constant affine map per channel (or a constant weight).
         remains: what is left of it in a folded program.
         layout: "sequence", x [batch, sequence, C]; "image", x [batch, C, H, W]; "weight", a reparametrised layer.
-        make: builds it for C channels ("weight": around a linear layer from C to C).
+        make: builds it for C channels ("weight": around a linear layer from C to C), with further options of its class.
         others: what its forward takes besides x.
         exact: whether training's gradient is the derivative of its result; otherwise an approximation by running
             statistics, which has no derivative of its own.
@@ -55,7 +56,7 @@ class NormEntry:
     paper: str
     static: bool
     remains: str
-    make: Callable[[int], nn.Module]
+    make: Callable[..., nn.Module]
     layout: str = "sequence"
     others: Callable[[Tensor], tuple[Tensor, ...]] = _no_more
     exact: bool = True
@@ -108,7 +109,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "2003.07845",
             True,
             NOTHING,
-            lambda c: PowerNorm(c, group_num=None),
+            partial(PowerNorm, group_num=None),
             exact=False,
         ),
         NormEntry(
@@ -137,7 +138,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "1705.08741",
             True,
             NOTHING,
-            lambda c: MaskedBatchNorm(c, ghost_size=2),
+            partial(MaskedBatchNorm, ghost_size=2),
         ),
         NormEntry(
             "RegularizedBatchNorm",
@@ -184,7 +185,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "1911.09738",
             True,
             NOTHING,
-            lambda c: EstimatedBatchNorm(c, channel_dim=1),
+            partial(EstimatedBatchNorm, channel_dim=1),
             "image",
         ),
         NormEntry(
@@ -194,7 +195,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "1911.09738",
             False,
             "GroupNorm",
-            lambda c: BatchChannelNorm(c, 4),
+            partial(BatchChannelNorm, num_groups=4),
             "image",
         ),
         NormEntry(
@@ -204,7 +205,7 @@ def _entries() -> tuple[NormEntry, ...]:
             "1911.09738",
             False,
             "GroupNorm",
-            lambda c: BatchChannelNorm(c, 4, estimated=True),
+            partial(BatchChannelNorm, num_groups=4, estimated=True),
             "image",
         ),
         NormEntry(

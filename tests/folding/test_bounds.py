@@ -11,23 +11,16 @@ from torch import Tensor, nn
 from normfuse.folding import fold, interval_bounds
 from normfuse.nn import (
     MaskedBatchNorm,
-    MovingAverageBatchNorm,
     NormedBranch,
     PowerNorm,
     RepBatchNorm,
     UnifiedNorm,
     norm_bounds,
 )
+from tests.norms import with_statistics
 
 C = 5
-NORMS = {
-    "unified": lambda: UnifiedNorm(C),
-    "power": lambda: PowerNorm(C, group_num=None),
-    "masked batch": lambda: MaskedBatchNorm(C),
-    "rep batch": lambda: RepBatchNorm(C),
-    "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1),
-    "torch": lambda: nn.BatchNorm1d(C),
-}
+NORMS = with_statistics(C, static=True, channel_dim=-1) | {"torch": lambda: nn.BatchNorm1d(C)}
 
 
 def trained(module: nn.Module) -> nn.Module:
@@ -66,7 +59,9 @@ def test_in_training_the_clean_batch_decides(kind: str) -> None:
     assert norm.weight.grad.isfinite().all() and clean.grad.isfinite().all()
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
     expected = norm(clean.detach())
-    if kind != "moving average":  # its forward has the ratio to the running statistic in it only after step 1000
+    if (
+        kind != "MovingAverageBatchNorm"
+    ):  # its forward has the ratio to the running statistic in it only after step 1000
         torch.testing.assert_close(low.detach(), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(low, high, rtol=0, atol=0)
 

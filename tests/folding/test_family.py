@@ -12,13 +12,11 @@ from normfuse.nn import (
     Derf,
     DomainSplitNorm,
     DyT,
-    EstimatedBatchNorm,
     LearnableRegionNorm,
     MaskedBatchNorm,
     MovingAverageBatchNorm,
     PowerNorm,
     RegionNorm,
-    RegularizedBatchNorm,
     TimeDependentLayerNorm,
     UnifiedNorm,
     center_weight,
@@ -26,23 +24,16 @@ from normfuse.nn import (
     sigma_reparam,
     weight_standardization,
 )
+from tests.norms import with_statistics
 
 from .checks import assert_nothing_left, folded, operations
 
 C = 6
-SEQUENCE = {
-    "unified": lambda: UnifiedNorm(C, ghost_size=2),
-    "power": lambda: PowerNorm(C, group_num=None, ghost_size=2),
-    "masked batch": lambda: MaskedBatchNorm(C, ghost_size=2),
-    "regularized batch": lambda: RegularizedBatchNorm(C),
-    "estimated batch": lambda: EstimatedBatchNorm(C),
-    "moving average batch": lambda: MovingAverageBatchNorm(C, channel_dim=-1),
+SEQUENCE = with_statistics(C, static=True, channel_dim=-1) | {
+    "ghosts": lambda: PowerNorm(C, group_num=None, ghost_size=2),
     "domain split": lambda: DomainSplitNorm(MaskedBatchNorm(C), domain=1),
 }
-IMAGE = {
-    "masked batch": lambda: MaskedBatchNorm(C, channel_dim=1),
-    "moving average batch": lambda: MovingAverageBatchNorm(C),
-}
+IMAGE = with_statistics(C, static=True, channel_dim=1)
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:

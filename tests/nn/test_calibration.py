@@ -14,7 +14,6 @@ from normfuse.nn import (
     DomainSplitNorm,
     EstimatedBatchNorm,
     MaskedBatchNorm,
-    MovingAverageBatchNorm,
     PowerNorm,
     ProgressiveNorm,
     RegularizedBatchNorm,
@@ -23,16 +22,13 @@ from normfuse.nn import (
     calibrate,
     choose_domain,
 )
+from normfuse.nn.batch_norm import deviation_of
+from tests.norms import with_statistics
 
 C = 6
-NORMS = {
-    "unified": lambda: UnifiedNorm(C, warmup_iters=0, window_size=2),
-    "power": lambda: PowerNorm(C, warmup_iters=0, group_num=None),
-    "power, group scaling": lambda: PowerNorm(C, warmup_iters=3, group_num=2),
-    "batch": lambda: MaskedBatchNorm(C),
-    "batch, ghosts": lambda: MaskedBatchNorm(C, ghost_size=2, momentum=None),
-    "estimated": lambda: EstimatedBatchNorm(C),
-    "moving average": lambda: MovingAverageBatchNorm(C, warmup_iters=0, window_size=2, channel_dim=-1),
+NORMS = with_statistics(C, channel_dim=-1, warmup_iters=0, window_size=2) | {
+    "group scaling": lambda: PowerNorm(C, warmup_iters=3, group_num=2),
+    "ghosts": lambda: MaskedBatchNorm(C, ghost_size=2, momentum=None),
 }
 STATISTIC = {"running_mean", "running_var", "running_phi", "buffer_x2"}
 
@@ -75,9 +71,10 @@ def expected_statistics(model, batches):
     for x in batches:
         hidden = scaled(model[1], model[0](x))
         mean = hidden.mean(0) if has_mean(model[1]) else 0
-        z = (hidden - mean) / ((hidden - mean).square().mean(0) + model[1].eps).sqrt()
+        z = (hidden - mean) / deviation_of(model[1], (hidden - mean).square().mean(0))
         first.append(hidden)
-        second.append(scaled(model[4], model[3](model[1].weight * z + model[1].bias)))
+        y = model[1].weight * z + model[1].bias + getattr(model[1], "alpha", 0) * hidden
+        second.append(scaled(model[4], model[3](y)))
     wanted = []
     for norm, rows in ((model[1], torch.cat(first)), (model[4], torch.cat(second))):
         if not has_mean(norm):
@@ -161,7 +158,8 @@ def test_evaluation_after_calibration_is_normalised(make):
     model = network(make)
     batches = [3 + 5 * torch.randn(64, 4) for _ in range(20)]
     calibrate(model, batches, progress=False)
-    y = model.eval()[:2](torch.cat(batches))
+    x = torch.cat(batches)
+    y = model.eval()[:2](x) - getattr(model[1], "alpha", 0) * model[0](x)
     torch.testing.assert_close(y.square().mean(0), torch.ones(C), rtol=1e-3, atol=1e-3)
     if has_mean(model[1]):
         torch.testing.assert_close(y.mean(0), torch.zeros(C), rtol=0, atol=1e-3)

@@ -1,0 +1,23 @@
+"""The norms of the registry as tests want them: a new row is tested wherever norms are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from normfuse.nn._running_norm import ChannelNorm
+from normfuse.nn.registry import NORMS
+
+
+def with_statistics(channels: int, static: bool = False, **wanted: object) -> dict[str, Callable[..., ChannelNorm]]:
+    """Every row that is a norm with running statistics itself, by its name, with those of the options that it has.
+
+    ``static``: only those that are one affine map in evaluation.
+    """
+    found = {}
+    for entry in NORMS:
+        norm = entry.make(8)
+        if isinstance(norm, ChannelNorm) and (entry.static or not static):
+            options = {name: value for name, value in wanted.items() if hasattr(norm, name)}
+            found[entry.name] = partial(entry.make, channels, **options)
+    return found
