@@ -66,6 +66,10 @@ class Spec:
 OPTIMIZERS = {
     "AdamP": (AdamP, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "AdamP, nesterov": (AdamP, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1, "nesterov": True}),
+    "AdamP, options": (
+        AdamP,
+        {"lr": 0.02, "betas": (0.5, 0.9), "weight_decay": 0.2, "eps": 1e-3, "delta": 0.3, "wd_ratio": 0.5},
+    ),
     "SGDP": (SGDP, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
     "SGDP of the paper": (SGDP, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "project_buffer": False}),
     "SGDP, nesterov": (SGDP, {"lr": 0.05, "momentum": 0.5, "dampening": 0.2, "nesterov": True}),
