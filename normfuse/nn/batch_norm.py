@@ -133,8 +133,10 @@ class RegularizedBatchNorm(MaskedBatchNorm):
 
     (sums over channels, running statistics after the update and without gradient, biased batch variance) in
     ``penalty``, the sum over all forwards since :func:`batch_norm_penalty` was called last; add that function's result
-    to the loss of every step: a backward pass frees what the penalties of its forwards are made of. As in the authors' program the norm divides by ``sqrt(max(var, eps))`` instead of ``sqrt(var + eps)``,
-    in training and in evaluation, and padding comes out as zeros:
+    to the loss of every step: a backward pass frees what the penalties of its forwards are made of.
+
+    As in the authors' program the norm divides by ``sqrt(max(var, eps))`` instead of ``sqrt(var + eps)``, in training
+    and in evaluation, and padding comes out as zeros:
 
         y = weight * (x - running_mean) / sqrt(max(running_var, eps)) + bias
 
