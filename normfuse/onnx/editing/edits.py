@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .calls import Origin, Slot, arguments, aten
 from .inner import inner_values
 from .onnx_file import graphs_of, label, reads
+from .protos import all_names, remove_attribute, rename, replace_entries, sort_by_place, to_proto, uses_of
 from .reading import Reading
 
 Store = Callable[[torch.Tensor], torch.Tensor] | None  # see Slot.store
@@ -88,8 +87,8 @@ class _Editor:
         self._proto.CopyFrom(reading.file.proto)
         self._graph = self._proto.graph
         self._nodes: list[NodeProto | None] = list(self._graph.node)
-        self._used_before = _uses(self._graph)
-        self._taken = _all_names(self._proto)
+        self._used_before = uses_of(self._graph)
+        self._taken = all_names(self._proto)
         self._names = dict(reading.names)
         self._before = {node.name: node for node in reading.program.graph.nodes}
         self._behind: dict[int, list[NodeProto]] = {}  # new operations by the position that they follow
@@ -173,10 +172,10 @@ class _Editor:
             name = self._store(f"{old.name}:{fill}", slot.store, tensor, self._wish(old) or old.name)
         else:
             name = self._name(new, slot.store, old)
-        _remove_attribute(target, slot.factor)
+        remove_attribute(target, slot.factor)
         if slot.operand is None:
             for graph in graphs_of(target):
-                _rename(graph, {self._names[old.name]: name})
+                rename(graph, {self._names[old.name]: name})
             return
         while len(target.input) <= slot.operand:
             target.input.append("")
@@ -300,7 +299,7 @@ class _Editor:
     def _store(self, key: str, store: Store, tensor: torch.Tensor, base: str) -> str:
         if (key, store) not in self._fresh:
             name = self._free(base)
-            self._graph.initializer.append(_to_proto(tensor if store is None else store(tensor), name))
+            self._graph.initializer.append(to_proto(tensor if store is None else store(tensor), name))
             if self._proto.ir_version < 4:
                 stored = self._graph.initializer[-1]
                 self._graph.input.append(helper.make_tensor_value_info(name, stored.data_type, stored.dims))
@@ -328,7 +327,7 @@ class _Editor:
                 used.update(before.input)
         used &= {*self._reading.file.listed} - {*self._reading.file.settable}
         if used:
-            _replace(self._graph.input, [value for value in self._graph.input if value.name not in used])
+            replace_entries(self._graph.input, [value for value in self._graph.input if value.name not in used])
         return [name for name in self._reading.file.listed if name in used]
 
     def _assemble(self) -> None:
@@ -337,9 +336,9 @@ class _Editor:
         for position, node in enumerate(self._nodes):
             order += [node] if node is not None else []
             order += self._behind.get(position, [])
-        _replace(self._graph.node, order)
+        replace_entries(self._graph.node, order)
         if self._renamed:
-            _rename(self._graph, self._renamed, outputs=True)
+            rename(self._graph, self._renamed, outputs=True)
 
     def _clear(self) -> None:
         """Take away constants, and what computes them, that nothing reads any more."""
@@ -354,15 +353,15 @@ class _Editor:
                 break
             nodes = left
         if len(nodes) < len(self._graph.node):
-            _replace(self._graph.node, nodes)
+            replace_entries(self._graph.node, nodes)
         stored = {tensor.name for tensor in self._reading.file.proto.graph.initializer} - {*self._reading.file.settable}
         for entries in (self._graph.initializer, self._graph.input):
             left = [entry for entry in entries if entry.name not in idle or entry.name not in stored]
             if len(left) < len(entries):
-                _replace(entries, left)
+                replace_entries(entries, left)
         written = {name for node in self._graph.node for name in node.output}
         written |= {value.name for value in self._graph.input} | {tensor.name for tensor in self._graph.initializer}
-        _replace(self._graph.value_info, [info for info in self._graph.value_info if info.name in written])
+        replace_entries(self._graph.value_info, [info for info in self._graph.value_info if info.name in written])
 
     def _settle_names(self) -> None:
         """A changed constant is called as the old one was, and stands where it stood, if that one is gone."""
@@ -380,10 +379,10 @@ class _Editor:
         for entries in (self._graph.initializer, self._graph.input):
             for entry in entries:
                 entry.name = renamed.get(entry.name, entry.name)
-        _rename(self._graph, renamed)
+        rename(self._graph, renamed)
         self._fresh = {key: renamed.get(name, name) for key, name in self._fresh.items()}
-        _sort(self._graph.initializer, places)
-        _sort(self._graph.input, listed)
+        sort_by_place(self._graph.initializer, places)
+        sort_by_place(self._graph.input, listed)
 
     def _check(self) -> None:
         known = {"", *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
@@ -393,67 +392,3 @@ class _Editor:
         missing += [value.name for value in self._graph.output if value.name not in known]
         if missing:
             raise EditError(f"nothing would write {missing[0]!r} any more")
-
-
-def _remove_attribute(node: NodeProto, name: str) -> None:
-    _replace(node.attribute, [attribute for attribute in node.attribute if attribute.name != name])
-
-
-def _uses(graph: GraphProto) -> Counter[str]:
-    uses = Counter(name for node in graph.node for name in reads(node) if name)
-    uses.update(value.name for value in graph.output)
-    return uses
-
-
-def _all_names(model: ModelProto) -> set[str]:
-    """Every name in a model's graphs."""
-
-    def inside(graph: GraphProto) -> Iterator[str]:
-        yield from (value.name for value in (*graph.input, *graph.output, *graph.value_info))
-        yield from (tensor.name for tensor in graph.initializer)
-        yield from (tensor.values.name for tensor in graph.sparse_initializer)
-        for node in graph.node:
-            yield from (node.name, *node.input, *node.output)
-            for inner in graphs_of(node):
-                yield from inside(inner)
-
-    return set(inside(model.graph))
-
-
-def _rename(graph: GraphProto, names: dict[str, str], *, outputs: bool = False) -> None:
-    """Let everything in a graph, and in the graphs of its operations, read and write under other names."""
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name in names:
-                node.input[place] = names[name]
-        for place, name in enumerate(node.output if outputs else ()):
-            if name in names:
-                node.output[place] = names[name]
-        for inner in graphs_of(node):
-            _rename(inner, names)
-            for value in inner.output:
-                value.name = names.get(value.name, value.name)
-
-
-def _sort(entries: Any, places: dict[str, int]) -> None:
-    """In the order of the file; what is new comes last."""
-    _replace(entries, sorted(entries, key=lambda entry: places.get(entry.name, len(places))))
-
-
-def _replace(entries: Any, by: Sequence[Any]) -> None:
-    """Let a repeated field hold these messages, some of which it holds already."""
-    copies = []
-    for entry in by:
-        copied = type(entry)()
-        copied.CopyFrom(entry)
-        copies.append(copied)
-    del entries[:]
-    entries.extend(copies)
-
-
-def _to_proto(tensor: torch.Tensor, name: str) -> TensorProto:
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        raw = tensor.view(torch.int16).numpy().tobytes()
-        return TensorProto(name=name, data_type=TensorProto.BFLOAT16, dims=tensor.shape, raw_data=raw)
-    return numpy_helper.from_array(tensor.numpy(), name)

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.quiet import quiet
 
-from . import fused, operations  # noqa: F401 (they fill the table that translate looks into)
+from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
 from .calls import Call, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, outer_names, torch_dtype

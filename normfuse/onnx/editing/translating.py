@@ -46,3 +46,21 @@ def operation(*kinds: str, domain: str = "") -> Callable:
         return function
 
     return register
+
+
+def rank_of(call: Call, operand: int) -> int | None:
+    shape = call.shape(operand)
+    return None if shape is None else len(shape)
+
+
+def axis_of(call: Call, default: int) -> int:
+    return call.get("axis", default) % len(call.shape(0))
+
+
+def axes_of(call: Call, place: int = 1) -> list[int] | None:
+    """Axes from the attribute of older operator sets, or from an operand that is constant."""
+    axes = call.get("axes")
+    if axes is None and call.operand(place) is not None:
+        number = call.number(place)
+        axes = None if number is None else number.ravel().tolist()
+    return None if axes is None else [int(axis) for axis in axes]

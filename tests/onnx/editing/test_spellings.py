@@ -35,6 +35,7 @@ BEHIND = {
 BETWEEN = {
     "a slice of two axes": ("s = Slice (c, starts, ends, axes)", ["Slice"]),
     "a slice with steps": ("s = Slice (c, starts, ends, axes, steps)", ["Slice"]),
+    "a split into one": ("s = Split <axis: int = 1, num_outputs: int = 1> (c)", ["Split"]),
     "depth to space, DCR": ("s = DepthToSpace <blocksize: int = 2> (c)", ["DepthToSpace"]),
     "depth to space, CRD": ('s = DepthToSpace <blocksize: int = 2, mode: string = "CRD"> (c)', ["DepthToSpace"]),
     "space to depth": ("s = SpaceToDepth <blocksize: int = 2> (c)", ["SpaceToDepth"]),
