@@ -25,6 +25,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "cpu-long": ("carry_biases", "attention3d", "blockwise_attention"),
     "cuda": ("carry_biases",),
 }
+AUTO = "auto"  # a target of models: the fastest of these on this machine
 PASS_NAMES = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
 
 # The names that optimum and the hub use, and which of transformers' automatic classes builds the head.
@@ -63,7 +64,8 @@ def passes_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
         ExportError: there is no such target, or no pass of a name to skip.
     """
     if target not in TARGETS:
-        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+        why = "; auto is for the export of a model, where all of them are timed" if target == AUTO else ""
+        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}{why}")
     for name in skip:
         if name not in PASS_NAMES:
             raise ExportError(f"there is no graph pass {name!r} to disable; there are {', '.join(PASS_NAMES)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .files import check_readable
-from .options import Printing, UsageError, pairs
+from .options import Printing, UsageError, pairs, sizes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def bench(
     """Median latency in ONNX Runtime (CPU), interleaved; the ratio of the second file to the first."""
     if len(onnx) > 2:
         raise UsageError(f"{len(onnx)} files given; one or two can be timed")
-    wanted = {name: _whole(value, f"--size {name}={value}") for name, value in pairs(sizes, "--size")}
+    wanted = sizes_of(sizes)
     names = dict(pairs(mapping, "--map"))
     for path in onnx:
         check_readable(path)
@@ -69,9 +69,3 @@ def bench(
             )
 
     printing.result(timing.to_dict(), show, asked_for=True)
-
-
-def _whole(text: str, label: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{label}: give a whole number of at least 1")
-    return int(text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .files import check_readable, write_report
-from .options import Calibrating, Loading, ModelFolding, ModelWriting, Printing, Tolerance
+from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,13 @@ def export(
     writing: ModelWriting,
     loading: Loading,
     folding: ModelFolding,
-    calibrating: Calibrating,
+    choosing: Choosing,
     tolerance: Tolerance,
     printing: Printing,
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
     check_readable(checkpoint)
-    read = [] if calibrating.calibrate is None else [calibrating.calibrate]
+    read = [] if choosing.calibrate is None else [choosing.calibrate]
     for path in read:
         check_readable(path)
     writing.check_targets(checkpoint, *loading.files(), *read)
@@ -40,7 +40,7 @@ def export(
         from normfuse.onnx import export as run
 
         loaded = loading.load(checkpoint)
-        options = asdict(folding) | asdict(calibrating) | asdict(tolerance)
+        options = asdict(folding) | choosing.options() | asdict(tolerance)
         result = run(loaded, writing.out, opset=writing.opset, progress=stages, **options)
     data = write_report(writing.report, result, checkpoint=checkpoint)
     printing.result(data, lambda console: print_result(console, result))

@@ -19,6 +19,7 @@ import typer
 from normfuse.errors import NormfuseError
 from normfuse.files import OutputError, check_target, same_file
 from normfuse.options import (
+    AUTO,
     DTYPES,
     MODEL_DTYPES,
     OPSETS,
@@ -192,8 +193,8 @@ class Folding:
         str,
         typer.Option(
             help="Run graph passes for ONNX Runtime on: cpu; cpu-single, one thread and up to 2000 tokens at a time; "
-            "cpu-long, from 4000 tokens at a time; cuda; or portable (leave it).",
-            autocompletion=_among(TARGETS),
+            "cpu-long, from 4000 tokens at a time; cuda; or portable (leave it). export: auto, the fastest here.",
+            autocompletion=_among((*TARGETS, AUTO)),
         ),
     ] = "portable"
     disable_passes: Annotated[
@@ -239,12 +240,12 @@ class ModelFolding(Folding):
     def check(self) -> None:
         check_dtype(self.dtype, MODEL_DTYPES)
         check_scale_range(self.max_scale_range)
-        passes_for(self.target, self.disable_passes)
+        passes_for("portable" if self.target == AUTO else self.target, self.disable_passes)
 
 
 @dataclass(frozen=True)
-class Calibrating:
-    """What integers are chosen by."""
+class Choosing:
+    """What integers, and the target auto, are chosen by."""
 
     calibrate: Annotated[
         Path | None,
@@ -254,9 +255,20 @@ class Calibrating:
             "activations by [the example inputs, and steps measured in every run].",
         ),
     ] = None
+    sizes: Annotated[
+        list[str],
+        typer.Option(
+            "--size", metavar="NAME=N", help="For --target auto: a dynamic dimension to time with; repeatable."
+        ),
+    ] = field(default_factory=list)
+    threads: Annotated[int, typer.Option(min=1, help="For --target auto: threads to time with.")] = 1
 
     def check(self) -> None:
-        """Read by the command, which knows the other files."""
+        sizes_of(self.sizes)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`normfuse.onnx.export`."""
+        return {"calibrate": self.calibrate, "sizes": sizes_of(self.sizes), "threads": self.threads}
 
 
 @dataclass(frozen=True)
@@ -362,6 +374,16 @@ def pairs(texts: Sequence[str], option: str) -> list[tuple[str, str]]:
         if not equals or not name:
             raise UsageError(f"{option} {text!r} is not of the form name=value")
         found.append((name, value))
+    return found
+
+
+def sizes_of(texts: Sequence[str]) -> dict[str, int]:
+    """``name=N`` options of dimensions; UsageError for others."""
+    found = {}
+    for name, value in pairs(texts, "--size"):
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"--size {name}={value}: give a whole number of at least 1")
+        found[name] = int(value)
     return found
 
 

@@ -54,9 +54,9 @@ class Timing:
         low, middle, high = statistics.quantiles(self.milliseconds[index], n=4)
         return low, middle, high
 
-    def ratio(self) -> tuple[float, float, float]:
-        """Median of second ÷ first over the rounds, and its quartiles."""
-        ratios = [b / a for a, b in zip(*self.milliseconds[:2], strict=True)]
+    def ratio(self, index: int = 1) -> tuple[float, float, float]:
+        """Median of a file ÷ the first over the rounds, and its quartiles."""
+        ratios = [b / a for a, b in zip(self.milliseconds[0], self.milliseconds[index], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         return middle, low, high
 

@@ -21,15 +21,17 @@ from normfuse.deprecation import deprecated_arguments, deprecated_attribute
 from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx import graph_passes
+from normfuse.onnx.fastest import export_fastest
 from normfuse.onnx.graph import GraphSummary, summarize
 from normfuse.onnx.graph_passes.biases import carry_biases
 from normfuse.onnx.publish import publish
-from normfuse.onnx.quantize import compare, quantize, read_calibration
+from normfuse.onnx.quantize import balancing, quantized, typical_inputs
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.references import References
 from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
+    AUTO,
     MODEL_DTYPES,
     OPSETS,
     ExportError,
@@ -39,8 +41,6 @@ from normfuse.options import (
     passes_for,
 )
 from normfuse.sources import huggingface
-
-_CHOOSE_BY = 8  # batches of calibration inputs, at most, that scales are chosen by
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def export(
     calibrate: str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]] | None = None,
     target: str = "portable",
     disable_passes: Collection[str] = (),
+    sizes: Mapping[str, int] | None = None,
+    threads: int = 1,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Folds the norms of a model away, writes ONNX, and verifies in ONNX Runtime that the outputs are the same.
@@ -151,7 +153,10 @@ def export(
         target: what to run graph passes for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
             ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from about
             4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
-            only. If the result fails verification, the graph is written as it is, and ``notes`` say so.
+            only. If the result fails verification, the graph is written as it is, and ``notes`` say so. ``auto``
+            exports for each of these but ``cuda``, times the files on this machine and keeps the fastest: ``portable``
+            unless another is faster in three of four rounds.
+        sizes, threads: for ``auto``: what to time with, as in :func:`normfuse.onnx.bench`.
         disable_passes: graph passes to leave out, see :data:`normfuse.onnx.graph_passes.PASS_NAMES`.
         progress: called with the name of each stage when it begins.
 
@@ -175,30 +180,35 @@ def export(
     check_opset(opset)
     if calibrate is not None and dtype != "int8":
         raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
-    passes = passes_for(target, disable_passes)
+    passes = passes_for("portable" if target == AUTO else target, disable_passes)
     path = Path(path)
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
+    if target == AUTO:
+        traced = _exportable(model, example_inputs, dynamic_shapes, progress)
+        options = {
+            "opset": opset, "dtype": dtype, "rtol": rtol, "atol": atol, "copy_shared": copy_shared,
+            "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
+            "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
+        }  # fmt: skip
+        return export_fastest(partial(export, traced, **options), path, sizes or {}, threads, progress)
+    if sizes or threads != 1:
+        raise ExportError(f"sizes and threads are what target 'auto' times with, not {target!r}; leave them out")
     reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
-        if not isinstance(model, ExportableModel):
-            progress("trace with torch.export")
-            if example_inputs is None:
-                model = huggingface.exportable(model)
-            else:
-                model = ExportableModel.from_model(model, example_inputs, dynamic_shapes)
+        model = _exportable(model, example_inputs, dynamic_shapes, progress)
         notes = list(model.notes)
         stored = "float32" if dtype == "int8" else dtype  # what is verified before it is quantised
         exact = RTOL["float32"] if rtol is None or dtype == "int8" else rtol
         limits: dict[str, Any] = {"rtol": exact, "atol": atol, "references": References(model)}
-        typical = _typical(model, dtype, calibrate)
+        typical = typical_inputs(model, dtype, calibrate)
         options = {
             "copy_shared": copy_shared,
             "remove_dead": remove_dead,
             "keep_dynamic_norms": keep_dynamic_norms,
             "cancel_norms": cancel_norms,
-            **_balancing(typical),
+            **balancing(typical),
         }
         at_most = math.inf if max_scale_range is None else max_scale_range
         forms = _forms(model, stored, at_most, passes, limits, options, progress, notes)
@@ -233,7 +243,8 @@ def export(
             graph = summarize(output.staged)
             if dtype == "int8":
                 progress("quantise to int8")
-                verification = _quantized(model, output.staged, verification, typical, calibrate is not None, rtol)
+                cases = quantized(model, output.staged, typical, static=calibrate is not None, rtol=rtol)
+                verification = replace(verification, cases=verification.cases + cases)
                 after = summarize(output.staged)
                 graph = replace(graph, nodes=after.nodes, bytes=after.bytes, dtype="int8")
             publish(output)
@@ -248,38 +259,15 @@ def export(
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
 
 
-def _typical(
-    model: ExportableModel, dtype: str, calibrate: str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]] | None
-) -> list[tuple[torch.Tensor, ...]]:
-    """The inputs by which scales are chosen for integers; none for other types."""
-    if dtype != "int8":
-        return []
-    if calibrate is None:
-        return [tuple(model.example_inputs)]
-    if isinstance(calibrate, str | os.PathLike):
-        return read_calibration(Path(calibrate), model)
-    if not calibrate:
-        raise ExportError("calibrate holds no inputs; give at least one sequence of tensors")
-    return [tuple(tensors) for tensors in calibrate]
-
-
-def _balancing(typical: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-    return {"balance": "int8", "example_inputs": typical[:_CHOOSE_BY]} if typical else {}
-
-
-def _quantized(
-    model: ExportableModel,
-    path: Path,
-    verification: VerificationReport,
-    typical: Sequence[tuple[torch.Tensor, ...]],
-    static: bool,
-    rtol: float | None,
-) -> VerificationReport:
-    """Quantise the file at `path`; what was verified, with the error of integers."""
-    named = [{n: t.numpy() for n, t in zip(model.input_names, tensors, strict=True)} for tensors in typical]
-    quantize(path, named if static else None)
-    cases = compare(model, path, typical, RTOL["int8"] if rtol is None else rtol)
-    return replace(verification, cases=verification.cases + cases)
+def _exportable(
+    model: nn.Module | ExportableModel, example_inputs: Any, dynamic_shapes: Any, progress: Callable[[str], None]
+) -> ExportableModel:
+    if isinstance(model, ExportableModel):
+        return model
+    progress("trace with torch.export")
+    if example_inputs is None:
+        return huggingface.exportable(model)
+    return ExportableModel.from_model(model, example_inputs, dynamic_shapes)
 
 
 @dataclass(frozen=True)
@@ -422,7 +410,7 @@ def fold_model(
         "remove_dead": remove_dead,
         "keep_dynamic_norms": keep_dynamic_norms,
         "cancel_norms": cancel_norms,
-        **_balancing(_typical(model, dtype, None)),
+        **balancing(typical_inputs(model, dtype, None)),
     }
     at_most = math.inf if max_scale_range is None else max_scale_range
     stored = "float32" if dtype == "int8" else dtype

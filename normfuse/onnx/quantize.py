@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,11 +22,12 @@ from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.publish import data_beside
 from normfuse.onnx.trials import shapes
-from normfuse.onnx.verifier import Case, VerificationError, onnx_runner
+from normfuse.onnx.verifier import RTOL, Case, VerificationError, onnx_runner
 from normfuse.onnx.writer import WriteError
 from normfuse.options import INT8_FILE, ExportError
 from normfuse.quiet import quiet
 
+_CHOOSE_BY = 8  # batches of calibration inputs, at most, that scales are chosen by
 _PRODUCTS = ["MatMul", "Gemm"]
 
 
@@ -150,3 +153,32 @@ def _batches(arrays: Sequence[np.ndarray], rows: int, model: ExportableModel) ->
     for start in range(0, len(arrays[0]) - rows + 1, rows):
         parts = (torch.from_numpy(array[start : start + rows]) for array in arrays)
         yield tuple(part.to(like.dtype) for part, like in zip(parts, model.example_inputs, strict=True))
+
+
+def typical_inputs(
+    model: ExportableModel, dtype: str, calibrate: str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]] | None
+) -> list[tuple[torch.Tensor, ...]]:
+    """The inputs by which scales are chosen for integers; none for other types."""
+    if dtype != "int8":
+        return []
+    if calibrate is None:
+        return [tuple(model.example_inputs)]
+    if isinstance(calibrate, str | os.PathLike):
+        return read_calibration(Path(calibrate), model)
+    if not calibrate:
+        raise ExportError("calibrate holds no inputs; give at least one sequence of tensors")
+    return [tuple(tensors) for tensors in calibrate]
+
+
+def balancing(typical: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """The options of :func:`normfuse.fold` that choose scales by typical inputs, if there are any."""
+    return {"balance": "int8", "example_inputs": typical[:_CHOOSE_BY]} if typical else {}
+
+
+def quantized(
+    model: ExportableModel, path: Path, typical: Sequence[tuple[torch.Tensor, ...]], *, static: bool, rtol: float | None
+) -> list[Case]:
+    """Quantise the file at `path`; how far its outputs are off."""
+    named = [{n: t.numpy() for n, t in zip(model.input_names, tensors, strict=True)} for tensors in typical]
+    quantize(path, named if static else None)
+    return compare(model, path, typical, RTOL["int8"] if rtol is None else rtol)
