@@ -31,8 +31,8 @@ def timm(kind, **options):
 
 def regnet():
     models = pytest.importorskip("timm.models", reason=MISSING)
-    config = models.regnet.RegNetCfg(w0=16, wa=8.0, wm=2.0, group_size=8, depth=4, se_ratio=0.25)
-    return models.regnet.RegNet(config, num_classes=CLASSES)
+    config = models.regnet.RegNetCfg(w0=16, wa=24.0, wm=2.0, group_size=8, depth=5, se_ratio=0.25)
+    return models.regnet.RegNet(config, num_classes=CLASSES, zero_init_last=False)
 
 
 NETWORKS = {
