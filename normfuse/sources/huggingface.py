@@ -129,13 +129,15 @@ class _Outputs:
     def __init__(self, model: PreTrainedModel, wanted: Sequence[str] | None) -> None:
         self._model, self._wanted = type(model).__name__, wanted
         self._usual = () if model.config.model_type.startswith(_WITH_POOLED) else _LEFT_OUT
+        pictures = model.main_input_name == "pixel_values"  # whose decoder belongs to the head
+        self._inner = ("last_hidden_state", *(["encoder_last_hidden_state"] if pictures else []))
         self._taken: list[str] = []
         self._left: list[str] = []
 
     def __call__(self, outputs: Any) -> dict[str, torch.Tensor]:
         tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         if self._wanted is None:
-            left = (*self._usual, "last_hidden_state") if "logits" in tensors else self._usual
+            left = (*self._usual, *self._inner) if "logits" in tensors else self._usual
             # Where a model gives nothing else, that is what it is for.
             wanted = [name for name in tensors if name not in left] or list(tensors)
         else:

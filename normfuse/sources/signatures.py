@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH, SEQUENCE = "batch_size", "sequence_length"
-_ROWS, _TOKENS, _FRAMES = 2, 8, 64
+_ROWS, _TOKENS, _FRAMES, _CHOICES = 2, 8, 64, 3
 # Their tokenizers give no token types, though the configuration may have room for some.
 _WITHOUT_TOKEN_TYPES = ("roberta", "camembert", "longformer", "esm", "data2vec-text", "mpnet")
 _WITHOUT_MASK = ("siglip", "clip_text_model")  # read up to the last token, or with padding as without
@@ -139,6 +139,9 @@ def _text(
         parts.append(("token_type_ids", kinds.expand_as(ids).contiguous(), dims))
     if causal and "position_ids" in parameters and not _counts(config):
         parts.append(("position_ids", torch.arange(ids.shape[1]).expand_as(ids).contiguous(), dims))
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        chosen = {0: dims[0], 1: "num_choices", 2: dims[1]}
+        parts = [(name, x.unsqueeze(1).repeat(1, _CHOICES, 1), chosen) for name, x, _ in parts]
     return parts
 
 

@@ -41,6 +41,7 @@ _DISTILLED = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "BERT": ("BertModel", "BertConfig", _TEXT),
     "BERT, classifier": ("BertForSequenceClassification", "BertConfig", _TEXT | {"num_labels": 3}),
+    "BERT, choices": ("BertForMultipleChoice", "BertConfig", _TEXT),
     "BERT, masked words": ("BertForMaskedLM", "BertConfig", _TEXT),
     "RoBERTa": ("RobertaModel", "RobertaConfig", _TEXT | {"max_position_embeddings": 66}),
     "DistilBERT": ("DistilBertModel", "DistilBertConfig", _DISTILLED),

@@ -23,10 +23,11 @@ from normfuse.sources import huggingface, past, signatures  # noqa: E402 (after 
 TEXT = {"input_ids": "bs", "attention_mask": "bs"}
 TYPED = TEXT | {"token_type_ids": "bs"}
 PICTURE = {"pixel_values": "b"}
+CHOICES = {name: "bcs" for name in TYPED}
 DECODER = TEXT | {"position_ids": "bs"}
 # In the order and under the names that optimum gives them; b, s: batch_size, sequence_length.
 SIGNATURES = {
-    "BERT": TYPED, "BERT, classifier": TYPED, "BERT, masked words": TYPED, "ALBERT": TYPED,
+    "BERT": TYPED, "BERT, classifier": TYPED, "BERT, masked words": TYPED, "BERT, choices": CHOICES, "ALBERT": TYPED,
     "RoBERTa": TEXT, "DistilBERT": TEXT, "MPNet": TEXT, "DeBERTa": TEXT, "DeBERTa v2": TEXT, "ModernBERT": TEXT,
     "ViT": PICTURE, "ViT, classifier": PICTURE, "DeiT": PICTURE, "DINOv2": PICTURE, "Swin": PICTURE, "BEiT": PICTURE,
     "CLIP": {"input_ids": "ts", "pixel_values": "i", "attention_mask": "ts"},
@@ -39,7 +40,7 @@ SIGNATURES = {
     "Gemma 2": TEXT, "Phi": DECODER,
 }  # fmt: skip
 LETTERS = {"b": "batch_size", "s": "sequence_length", "t": "text_batch_size", "i": "image_batch_size",
-           "d": "decoder_sequence_length", "e": "encoder_sequence_length"}  # fmt: skip
+           "d": "decoder_sequence_length", "e": "encoder_sequence_length", "c": "num_choices"}  # fmt: skip
 
 
 @pytest.fixture
