@@ -265,7 +265,7 @@ class Study:
 
     def plan(self) -> Iterator[Training]:
         for task, placement, norms, seeds in self.phases():
-            for norm in norms:
+            for norm in norms if self.options.rate is None else ():
                 for rate in _task(task).rates:
                     yield Training(task, placement, norm, "choose", self.steps(task, "choose"), rate, CHOOSING_SEED)
             for seed in range(seeds):
@@ -284,6 +284,8 @@ class Study:
 
     def best_rate(self, task: str, placement: str, norm: str) -> float:
         """By the validation loss of the short trainings; one that ended without a number counts as infinite."""
+        if self.options.rate is not None:
+            return self.options.rate
 
         def loss(rate: float) -> float:
             steps = self.steps(task, "choose")
@@ -318,6 +320,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5_000_000, help="of a full training of the language model")
     parser.add_argument("--choosing-tokens", type=int, default=500_000, help="of a training that chooses the rate")
     parser.add_argument("--digit-steps", type=int, default=DIGIT_STEPS, help="of a full training on digits")
+    parser.add_argument("--rate", type=float, help="learning rate of all trainings; nothing is chosen then")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seeds", type=int, help="at most so many at the best rate")
     parser.add_argument(

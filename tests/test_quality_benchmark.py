@@ -74,7 +74,7 @@ def test_a_line_that_a_crash_cut_off_is_forgotten(quality, training, tmp_path):
 
 def test_the_best_rate_is_that_of_the_validation_split(quality, tmp_path):
     options = quality.argparse.Namespace(
-        state=tmp_path / "state", results=tmp_path, digit_steps=40, only=["cnn:pre:layer"], seeds=2
+        state=tmp_path / "state", results=tmp_path, digit_steps=40, only=["cnn:pre:layer"], seeds=2, rate=None
     )
     study = quality.Study(options)
     expected = []
