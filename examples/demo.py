@@ -1,7 +1,7 @@
-"""The whole way in a few minutes: train four norms, fold one of them away, serve it with ONNX Runtime.
+"""The whole way in a few minutes: train with five norms, fold those of one away, serve it with ONNX Runtime.
 
 Leaves in demo/: the checkpoint, the ONNX file with its norms folded away and the one with them, a picture
-(curves of the four trainings, latency of both files) and summary.json with every number shown.
+(curves of the trainings over three seeds, latency of both files) and summary.json with every number shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import onnxruntime
 import torch
-from normfuse_examples.blocks import NORMS
+from normfuse_examples.training import TAPERED, TRAININGS
 from train_vit_digits import HELD_OUT, Digits, Run, digits, run
 
 import normfuse
@@ -24,8 +24,14 @@ import normfuse.onnx
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {"unified": "Unified Norm", "power": "Power Norm", "batch": "BatchNorm", "layer": "LayerNorm"}
-COLOURS = {"unified": "#0b6e4f", "power": "#d1495b", "batch": "#edae49", "layer": "#5c677d"}
+NAMES = {
+    "tapered": "LayerNorm, tapered",
+    "unified": "Unified Norm",
+    "power": "Power Norm",
+    "batch": "BatchNorm",
+    "layer": "LayerNorm",
+}
+COLOURS = {"tapered": "#7b2d8b", "unified": "#0b6e4f", "power": "#d1495b", "batch": "#edae49", "layer": "#5c677d"}
 
 
 def classify(file: Path, images: torch.Tensor) -> np.ndarray:
@@ -44,21 +50,31 @@ def export_both(
     return result, normfuse.onnx.summarize(unfused)
 
 
-def draw(curves: dict[str, list[float]], latency: list[tuple[float, float, float]], ratio: float, file: Path) -> None:
-    """Training curves on the left; on the right medians with the quartiles of both files, from zero."""
+Curves = dict[str, list[list[float]]]
+
+
+def draw(curves: Curves, latency: list[tuple[float, float, float]], ratio: float, file: Path) -> None:
+    """Mean and range of the training curves on the left; medians with quartiles of both files on the right."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    epochs = len(next(iter(curves.values())))
-    for norm, accuracies in curves.items():
-        label = f"{NAMES[norm]}  {accuracies[-1]:.1%}"
-        left.plot(range(1, epochs + 1), [100 * a for a in accuracies], color=COLOURS[norm], label=label, linewidth=2)
+    for norm, runs in curves.items():
+        accuracies = 100 * np.array(runs)
+        epochs, last = range(1, accuracies.shape[1] + 1), accuracies[:, -1]
+        label = f"{NAMES[norm]}  {last.mean():.1f} ({last.min():.1f} to {last.max():.1f})"
+        left.plot(epochs, accuracies.mean(0), color=COLOURS[norm], label=label, linewidth=2)
+        left.fill_between(epochs, accuracies.min(0), accuracies.max(0), color=COLOURS[norm], alpha=0.12, linewidth=0)
     left.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(0, 100))
-    left.set_title("Same vision transformer, four norms (one seed)", loc="left")
+    seeds = len(next(iter(curves.values())))
+    left.set_title(f"Same vision transformer, {len(curves)} norms, {seeds} seeds each", loc="left")
     left.grid(axis="y", color="#e3e3e3")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_axisbelow(True)
     left.legend(
-        framealpha=1, edgecolor="white", loc="lower right", title="accuracy after the last epoch", alignment="left"
+        framealpha=1,
+        edgecolor="white",
+        loc="lower right",
+        title="mean and range after the last epoch, %",
+        alignment="left",
     )
 
     medians = np.array([middle for _, middle, _ in latency])
@@ -69,12 +85,12 @@ def draw(curves: dict[str, list[float]], latency: list[tuple[float, float, float
         yerr=spread,
         capsize=5,
         width=0.55,
-        color=("#b8c0cc", COLOURS["unified"]),
+        color=("#b8c0cc", COLOURS[TAPERED]),
     )
     for place, (median, colour) in enumerate(zip(medians, ("black", "white"), strict=True)):
         right.text(place, median / 2, f"{median:.3f} ms", ha="center", color=colour)
     right.set(ylabel="ms per picture", ylim=(0, 1.1 * max(high for _, _, high in latency)), xlim=(-0.7, 1.7))
-    right.set_title(f"Unified Norm, latency: ratio {ratio:.3f}", loc="left")
+    right.set_title(f"Tapered, latency: ratio {ratio:.3f}", loc="left")
     right.set_xlabel("batch 1, one thread; median and quartiles")
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -110,19 +126,25 @@ def serve(trained: Run, data: Digits, folder: Path, rounds: int) -> dict[str, ob
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20, help="of each of the four trainings")
+    parser.add_argument("--epochs", type=int, default=20, help="of each training")
     parser.add_argument("--rounds", type=int, default=300, help="timed runs of each file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings with each norm")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds} is not allowed; give at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = digits()
-    print(f"Training four vision transformers on {len(data.train_images)} handwritten digits; {HELD_OUT} held out.")
-    runs = {norm: run(norm, "pre", args.epochs, args.seed, data) for norm in NORMS}
-    print("Exporting the one with Unified Norm and running it in ONNX Runtime.")
-    found = serve(runs["unified"], data, args.out, args.rounds)
-    curves = {norm: result.accuracies for norm, result in runs.items()}
+    names = ", ".join(NAMES[norm] for norm in TRAININGS)
+    print(
+        f"Training vision transformers on {len(data.train_images)} handwritten digits, {HELD_OUT} held out: {names}; "
+        f"{args.seeds} seeds each."
+    )
+    runs = {norm: [run(norm, "pre", args.epochs, seed, data) for seed in range(args.seeds)] for norm in TRAININGS}
+    print("Exporting one with tapered norms and running it in ONNX Runtime.")
+    found = serve(runs[TAPERED][0], data, args.out, args.rounds)
+    curves = {norm: [result.accuracies for result in results] for norm, results in runs.items()}
     latency = [found["latency_ms"][which] for which in ("with_norms", "folded")]
     picture = args.out / "demo.png"
     draw(curves, latency, found["ratio"]["median"], picture)

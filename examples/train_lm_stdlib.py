@@ -2,7 +2,7 @@
 
     python examples/train_lm_stdlib.py --out lm.pt
 
-Post-norm with Unified Norm by default: the placement in which the norms stand on the residual stream itself, and
+Post-norm with tapered LayerNorms by default: the placement in which the norms stand on the residual stream itself, and
 the harder one to fold. After the training the checkpoint is exported to ONNX, compared with the module it came from,
 and ONNX Runtime continues a piece of code.
 """
@@ -19,8 +19,8 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from normfuse_examples import LanguageModel
-from normfuse_examples.blocks import NORMS, PLACEMENTS
-from normfuse_examples.training import train
+from normfuse_examples.blocks import PLACEMENTS
+from normfuse_examples.training import TAPERED, TRAININGS, tapered, train
 from torch import Tensor
 
 import normfuse
@@ -65,7 +65,9 @@ def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> L
     """A trained model in evaluation mode."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = LanguageModel(context=CONTEXT, norm=norm, placement=placement, warmup_iters=steps // 10)
+    kind = "layer" if norm == TAPERED else norm
+    model = LanguageModel(context=CONTEXT, norm=kind, placement=placement, warmup_iters=steps // 10)
+    conversion = tapered(model, norm, steps)
     recent: list[float] = []
 
     def loss_of_step(step: int) -> Tensor:
@@ -78,7 +80,8 @@ def fit(norm: str, placement: str, steps: int, seed: int, training: Tensor) -> L
         last = recent[-50:]
         return f"{sum(last) / len(last) / math.log(2):.2f} bits per byte"
 
-    train(model, loss_of_step, steps, learning_rate=2e-3, title=f"{norm} {placement}-norm", after_step=after_step)
+    title = f"{norm} {placement}-norm"
+    train(model, loss_of_step, steps, learning_rate=2e-3, title=title, conversion=conversion, after_step=after_step)
     return model.eval()
 
 
@@ -103,7 +106,7 @@ def continue_text(session: onnxruntime.InferenceSession, prompt: str, length: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norm", choices=NORMS, default="unified")
+    parser.add_argument("--norm", choices=TRAININGS, default=TAPERED)
     parser.add_argument("--placement", choices=PLACEMENTS, default="post")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)

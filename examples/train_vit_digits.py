@@ -1,6 +1,6 @@
 """Trains a small vision transformer on scikit-learn's handwritten digits and saves it for export.
 
-python examples/train_vit_digits.py --norm unified --placement pre --out vit.pt
+python examples/train_vit_digits.py --norm tapered --placement pre --out vit.pt
 normfuse export vit.pt --out vit.onnx
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from normfuse_examples import VisionTransformer
-from normfuse_examples.blocks import NORMS, PLACEMENTS
-from normfuse_examples.training import train
+from normfuse_examples.blocks import PLACEMENTS
+from normfuse_examples.training import TAPERED, TRAININGS, tapered, train
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -77,7 +77,9 @@ def run(norm: str, placement: str, epochs: int, seed: int, data: Digits) -> Run:
     count = len(data.train_images)
     per_epoch = count // BATCH
     steps = epochs * per_epoch
-    model = VisionTransformer(norm=norm, placement=placement, warmup_iters=steps // 10)
+    kind = "layer" if norm == TAPERED else norm
+    model = VisionTransformer(norm=kind, placement=placement, warmup_iters=steps // 10)
+    conversion = tapered(model, norm, steps)
     shuffle = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     accuracies: list[float] = []
@@ -100,13 +102,14 @@ def run(norm: str, placement: str, epochs: int, seed: int, data: Digits) -> Run:
         model.train()
         return f"held-out accuracy {accuracies[-1]:.1%}"
 
-    train(model, loss_of_step, steps, learning_rate=2e-3, title=f"{norm:>7}", after_step=after_step)
+    title = f"{norm:>7}"
+    train(model, loss_of_step, steps, learning_rate=2e-3, title=title, conversion=conversion, after_step=after_step)
     return Run(model.eval(), accuracies)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norm", choices=NORMS, default="unified")
+    parser.add_argument("--norm", choices=TRAININGS, default=TAPERED)
     parser.add_argument("--placement", choices=PLACEMENTS, default="pre")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

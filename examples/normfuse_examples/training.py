@@ -9,6 +9,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from normfuse.convert import Conversion, taper
+
+from .blocks import NORMS
+
+TAPERED = "tapered"
+TRAININGS = (TAPERED, *NORMS)  # how a model can be trained: tapered, or with one of the norms throughout
+
 
 def optimizer_and_schedule(
     model: nn.Module, learning_rate: float, steps: int
@@ -26,6 +33,11 @@ def optimizer_and_schedule(
     return optimizer, schedule
 
 
+def tapered(model: nn.Module, norm: str, steps: int) -> Conversion | None:
+    """For "tapered": the model's LayerNorms fade into constants in the middle of the training, all of them."""
+    return taper(model, steps, keep_last=False) if norm == TAPERED else None
+
+
 def train(
     model: nn.Module,
     loss_of_step: Callable[[int], Tensor],
@@ -33,6 +45,7 @@ def train(
     *,
     learning_rate: float,
     title: str,
+    conversion: Conversion | None = None,
     after_step: Callable[[int], str | None] = lambda step: None,
 ) -> list[float]:
     """AdamW with warm-up, a cosine schedule and clipped gradients; returns the loss of every step.
@@ -43,6 +56,7 @@ def train(
         steps: number of updates.
         learning_rate: the highest one.
         title: stands before the progress bar.
+        conversion: of the model's norms within the training, see :func:`tapered`; finished at the end.
         after_step: called after each update; what it returns (if not None) is shown behind the bar.
     """
     optimizer, schedule = optimizer_and_schedule(model, learning_rate, steps)
@@ -58,7 +72,11 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            if conversion is not None:
+                conversion.step()
             losses.append(loss.item())
             shown = after_step(step)
             progress.update(bar, advance=1, **({} if shown is None else {"shown": shown}))
+    if conversion is not None:
+        conversion.finish()
     return losses
