@@ -199,9 +199,9 @@ def _forms(norm: str, program: ExportedProgram, model: Encoder, width: int) -> d
             "layer, opset 20": partial(_write, program, 20),
             "layer, transformers.optimizer": partial(_transformers_optimizer, program, width),
             "layer, optimize_for_ort": partial(_optimize_for_ort, program),
-            "layer, shaped": partial(_write, program, 23, shape=_passes("cpu")),
-            "layer, shaped, single": partial(_write, program, 23, shape=_passes("cpu-single")),
-            "layer, shaped, long": partial(_write, program, 23, shape=_passes("cpu-long")),
+            "layer, shaped": partial(_write, program, 23, target="cpu"),
+            "layer, shaped, single": partial(_write, program, 23, target="cpu-single"),
+            "layer, shaped, long": partial(_write, program, 23, target="cpu-long"),
         }
     folded, _ = normfuse.fold(program)
     return {
@@ -213,12 +213,8 @@ def _forms(norm: str, program: ExportedProgram, model: Encoder, width: int) -> d
     }
 
 
-def _passes(target: str) -> Callable[[ir.Model], dict[str, int]]:
-    return partial(graph_passes.run_passes, names=graph_passes.TARGETS[target])
-
-
-def _write(program: ExportedProgram, opset: int, path: Path, shape: Callable | None = None) -> None:
-    to_onnx.write(program, path, opset=opset, shape=shape)
+def _write(program: ExportedProgram, opset: int, path: Path, target: str = "portable") -> None:
+    to_onnx.write(program, path, opset=opset, passes=graph_passes.TARGETS[target])
 
 
 def _export(model: Encoder, target: str, path: Path) -> None:

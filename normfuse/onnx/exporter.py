@@ -1,45 +1,30 @@
-"""The spine: a model goes in, a verified ONNX file without its norms comes out, or nothing does."""
+"""A model goes in, a verified ONNX file without its norms comes out, or nothing does: the steps in :mod:`.steps`."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from normfuse.checkpoint import ExportableModel
-from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.deprecation import deprecated_arguments, deprecated_attribute
 from normfuse.files import Output
-from normfuse.folding import FoldReport, fold
-from normfuse.onnx import graph_passes
+from normfuse.folding import FoldReport
 from normfuse.onnx.fastest import export_fastest
-from normfuse.onnx.graph import GraphSummary, summarize
-from normfuse.onnx.graph_passes.biases import carry_biases
+from normfuse.onnx.graph import GraphSummary
 from normfuse.onnx.publish import publish
-from normfuse.onnx.quantize import balancing, quantized, typical_inputs
-from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
+from normfuse.onnx.quantize import typical_inputs
+from normfuse.onnx.ranges import Growth
 from normfuse.onnx.references import References
-from normfuse.onnx.verifier import RTOL, VerificationError, VerificationReport, verify
-from normfuse.onnx.writer import WriteError, write_staged
-from normfuse.options import (
-    AUTO,
-    MODEL_DTYPES,
-    OPSETS,
-    ExportError,
-    check_dtype,
-    check_opset,
-    check_scale_range,
-    passes_for,
-)
+from normfuse.onnx.steps import fold_norms, plan, quantised, traced, write_verified
+from normfuse.onnx.verifier import VerificationReport
+from normfuse.options import AUTO, ExportError
 from normfuse.sources import huggingface
 
 
@@ -156,8 +141,10 @@ def export(
             only. If the result fails verification, the graph is written as it is, and ``notes`` say so. ``auto``
             exports for each of these but ``cuda``, times the files on this machine and keeps the fastest: ``portable``
             unless another is faster in three of four rounds.
-        sizes, threads: for ``auto``: what to time with, as in :func:`normfuse.onnx.bench`.
         disable_passes: graph passes to leave out, see :data:`normfuse.onnx.graph_passes.PASS_NAMES`.
+        sizes: for ``auto``: sizes of dynamic dimensions that the files are timed with, by name, as in
+            :func:`bench`.
+        threads: for ``auto``: threads that the files are timed with.
         progress: called with the name of each stage when it begins.
 
     Returns:
@@ -175,168 +162,55 @@ def export(
         >>> result.graph.norms, result.verification.worst("ONNX file") < 1e-4
         ([], True)
     """
-    check_dtype(dtype, MODEL_DTYPES)
-    check_scale_range(max_scale_range)
-    check_opset(opset)
-    if calibrate is not None and dtype != "int8":
-        raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
-    passes = passes_for("portable" if target == AUTO else target, disable_passes)
-    path = Path(path)
+    asked = plan(
+        dtype=dtype,
+        opset=opset,
+        rtol=rtol,
+        atol=atol,
+        max_scale_range=max_scale_range,
+        target="portable" if target == AUTO else target,
+        disable_passes=disable_passes,
+        calibrate=calibrate,
+        copy_shared=copy_shared,
+        remove_dead=remove_dead,
+        keep_dynamic_norms=keep_dynamic_norms,
+        cancel_norms=cancel_norms,
+    )
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
     if target == AUTO:
-        traced = _exportable(model, example_inputs, dynamic_shapes, progress)
+        program = traced(model, example_inputs, dynamic_shapes, progress)
         options = {
             "opset": opset, "dtype": dtype, "rtol": rtol, "atol": atol, "copy_shared": copy_shared,
             "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
             "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
         }  # fmt: skip
-        return export_fastest(partial(export, traced, **options), path, sizes or {}, threads, progress)
+        return export_fastest(partial(export, program, **options), Path(path), sizes or {}, threads, progress)
     if sizes or threads != 1:
         raise ExportError(f"sizes and threads are what target 'auto' times with, not {target!r}; leave them out")
     reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
-        model = _exportable(model, example_inputs, dynamic_shapes, progress)
-        notes = list(model.notes)
-        stored = "float32" if dtype == "int8" else dtype  # what is verified before it is quantised
-        exact = RTOL["float32"] if rtol is None or dtype == "int8" else rtol
-        limits: dict[str, Any] = {"rtol": exact, "atol": atol, "references": References(model)}
-        typical = typical_inputs(model, dtype, calibrate)
-        options = {
-            "copy_shared": copy_shared,
-            "remove_dead": remove_dead,
-            "keep_dynamic_norms": keep_dynamic_norms,
-            "cancel_norms": cancel_norms,
-            **balancing(typical),
-        }
-        at_most = math.inf if max_scale_range is None else max_scale_range
-        forms = _forms(model, stored, at_most, passes, limits, options, progress, notes)
-        rejected: dict[int, str] = {}
-        limits["rtol"] = RTOL[stored] if rtol is None or dtype == "int8" else rtol
-        for candidate, form in itertools.product(OPSETS if opset is None else (opset,), forms):
-            what = f"opset {candidate}" + (f", passes for {target}" if form.passes else "")
-            applied: dict[str, int] = {}
-            try:
-                progress(f"write ONNX, {what}")
-                shape = partial(_run_passes, form.passes, applied) if form.passes else None
-                write_staged(
-                    form.program,
-                    output.staged,
-                    opset=candidate,
-                    dtype=stored,
-                    inputs=model.inputs,
-                    outputs=model.outputs,
-                    shape=shape,
-                )
-                progress(f"verify in ONNX Runtime, {what}")
-                verification = verify(model, output.staged, **limits)
-            except (WriteError, VerificationError) as error:
-                why = str(error).replace(str(output.folder) + os.sep, "")
-                if form.passes:
-                    notes.append(f"{what}, was given up: {why}")
-                elif opset is not None:
-                    raise
-                else:
-                    rejected[candidate] = why
-                continue
-            graph = summarize(output.staged)
-            if dtype == "int8":
-                progress("quantise to int8")
-                cases = quantized(model, output.staged, typical, static=calibrate is not None, rtol=rtol)
-                verification = replace(verification, cases=verification.cases + cases)
-                after = summarize(output.staged)
-                graph = replace(graph, nodes=after.nodes, bytes=after.bytes, dtype="int8")
-            publish(output)
-            verification = VerificationReport(
-                form.verification.cases + verification.cases,
-                list(dict.fromkeys(form.verification.notes + verification.notes)),
-            )
-            notes += verification.notes
-            return ExportResult(
-                path, candidate, rejected, dtype, form.report, verification, graph, target, applied, notes, form.growth
-            )
-    raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
-
-
-def _exportable(
-    model: nn.Module | ExportableModel, example_inputs: Any, dynamic_shapes: Any, progress: Callable[[str], None]
-) -> ExportableModel:
-    if isinstance(model, ExportableModel):
-        return model
-    progress("trace with torch.export")
-    if example_inputs is None:
-        return huggingface.exportable(model)
-    return ExportableModel.from_model(model, example_inputs, dynamic_shapes)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A folded program that agrees with the module, and the graph passes to run on it."""
-
-    program: torch.export.ExportedProgram
-    report: FoldReport
-    verification: VerificationReport
-    passes: tuple[str, ...]
-    growth: Growth | None
-
-
-def _forms(
-    model: ExportableModel,
-    dtype: str,
-    max_scale_range: float,
-    passes: tuple[str, ...],
-    limits: Mapping[str, Any],
-    fold_options: Mapping[str, Any],
-    progress: Callable[[str], None],
-    notes: list[str],
-) -> list[_Form]:
-    """What to write, best first; the last one has no graph passes."""
-    program, own = model.program, None
-    if dtype in LARGEST:
-        progress(f"run the example inputs to see whether values fit {dtype}")
-        own = largest_values(program, model)
-    progress("fold the norms")
-    try:
-        plain, scale_range, grown, note = fold_in_range(
-            lambda bound: fold(program, max_scale_range=bound, verify=False, **fold_options),
-            own,
-            model,
-            dtype,
-            max_scale_range,
-        )
-    except RangeError as error:
-        raise ExportError(str(error)) from error
-    notes += [note] if note else []
-    if grown and grown.already:
-        notes.append(f"{dtype}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
-    progress("verify the folded program")
-    form = _Form(*plain, verify(model, None, program=plain[0], **limits), (), grown)
-    if not passes:
-        return [form]
-    best = replace(form, passes=passes)
-    if "carry_biases" in passes:
-        progress("let biases travel")
-        carried, note = carry_biases(program, plain, model, max_scale_range=scale_range, **fold_options)
-        try:
-            if carried is not plain:
-                grown = None if own is None else growth(carried[0], own, model, LARGEST[dtype])
-                if grown and grown.beyond:
-                    note = f"biases stay in their branches: travelling, values leave {dtype} at {some_of(grown.beyond)}"
-                else:
-                    verification = verify(model, None, program=carried[0], **limits)
-                    best = _Form(*carried, verification, passes, grown)
-        except VerificationError as error:
-            note = f"biases stay in their branches: {error}"
-        notes.append(note)
-    return [best, form]
-
-
-def _run_passes(names: tuple[str, ...], applied: dict[str, int], model: ir.Model) -> None:
-    try:
-        applied.update(graph_passes.run_passes(model, names))
-    except Exception as error:  # a graph that a pass cannot take must cost the passes, not the export
-        raise WriteError(f"a graph pass failed: {type(error).__name__}: {one_line(error)}") from error
+        program = traced(model, example_inputs, dynamic_shapes, progress)
+        typical = typical_inputs(program, dtype, calibrate)
+        references = References(program)
+        folded = fold_norms(references, asked, typical, progress)
+        written = write_verified(references, folded, asked, output, progress)
+        written = quantised(program, written, asked, typical, calibrate is not None, output, progress)
+        publish(output)
+    return ExportResult(
+        path=Path(path),
+        opset=written.opset,
+        rejected=written.rejected,
+        dtype=dtype,
+        report=written.candidate.report,
+        verification=written.verification,
+        graph=written.graph,
+        target=target,
+        passes=written.applied,
+        notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
+        growth=written.candidate.growth,
+    )
 
 
 @dataclass(frozen=True)
@@ -400,19 +274,17 @@ def fold_model(
         >>> folded.report.norms[0].status
         'folded'
     """
-    check_dtype(dtype, MODEL_DTYPES)
-    check_scale_range(max_scale_range)
-    passes = passes_for(target, disable_passes)
-    notes = list(model.notes)
-    limits = {"rtol": RTOL["float32"], "atol": 0.0, "references": References(model)}
-    options = {
-        "copy_shared": copy_shared,
-        "remove_dead": remove_dead,
-        "keep_dynamic_norms": keep_dynamic_norms,
-        "cancel_norms": cancel_norms,
-        **balancing(typical_inputs(model, dtype, None)),
-    }
-    at_most = math.inf if max_scale_range is None else max_scale_range
-    stored = "float32" if dtype == "int8" else dtype
-    form = _forms(model, stored, at_most, passes, limits, options, progress, notes)[0]
-    return FoldedModel(model, form.program, form.report, notes)
+    asked = plan(
+        dtype=dtype,
+        max_scale_range=max_scale_range,
+        target=target,
+        disable_passes=disable_passes,
+        copy_shared=copy_shared,
+        remove_dead=remove_dead,
+        keep_dynamic_norms=keep_dynamic_norms,
+        cancel_norms=cancel_norms,
+    )
+    references = References(model)
+    folded = fold_norms(references, asked, typical_inputs(model, dtype, None), progress)
+    best = folded.candidates[0]
+    return FoldedModel(model, best.program, best.report, [*model.notes, *folded.notes])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.checkpoint.tracing import user_sizes
 from normfuse.errors import NormfuseError
 from normfuse.files import Output
+from normfuse.onnx.graph_passes import run_passes
+from normfuse.onnx.graph_passes.running import run
 from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
@@ -47,8 +50,8 @@ def write(
     dtype: str = "float32",
     inputs: Sequence[InputSpec] = (),
     outputs: Sequence[str] = (),
+    passes: Collection[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
-    shape: Callable[[ir.Model], object] | None = None,
 ) -> list[Path]:
     """Writes a program as ONNX and checks the file with ``onnx.checker``; it appears when it is complete.
 
@@ -62,8 +65,8 @@ def write(
         inputs: names for the inputs and their dynamic dimensions; without them the file shows the program's own. Its
             metadata has them with their bounds, under ``normfuse.inputs``: a line for each, as `--input` takes it.
         outputs: names for the outputs; without them keys of a dictionary, else ``output_0``, ``output_1``, …
+        passes: names of graph passes to run before the file is saved, see :data:`normfuse.onnx.graph_passes.PASSES`.
         one_file_limit: weights of more bytes than this go to a file beside it, ``<path>.<random>.data``.
-        shape: changes the model in place before it is saved, see :mod:`normfuse.onnx.graph_passes`.
 
     Returns:
         The files written: the ONNX file, and the one with its weights if they are apart.
@@ -79,12 +82,27 @@ def write(
         ['linear.onnx']
     """
     path = Path(path)
-    options = {"dtype": dtype, "inputs": inputs, "outputs": outputs, "one_file_limit": one_file_limit, "shape": shape}
     with Output(path, error=WriteError) as output:
-        if opset is None:
-            _newest(program, output.staged, **options)
+        problems: list[str] = []
+        for candidate in OPSETS if opset is None else (opset,):
+            try:
+                write_staged(
+                    program,
+                    output.staged,
+                    opset=candidate,
+                    dtype=dtype,
+                    inputs=inputs,
+                    outputs=outputs,
+                    passes=passes,
+                    one_file_limit=one_file_limit,
+                )
+                break
+            except WriteError as error:
+                if opset is not None:
+                    raise
+                problems.append(str(error))
         else:
-            write_staged(program, output.staged, opset=opset, **options)
+            raise WriteError("no opset can be written: " + "; ".join(problems))
         publish(output)
     return [path, *(output.target.with_name(name) for name in data_beside(output.target))]
 
@@ -97,60 +115,100 @@ def write_staged(
     dtype: str,
     inputs: Sequence[InputSpec] = (),
     outputs: Sequence[str] = (),
+    passes: Collection[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
-    shape: Callable[[ir.Model], object] | None = None,
-) -> None:
-    """What :func:`write` does, at the place of the file itself: for a folder that nobody looks into."""
+) -> dict[str, int]:
+    """What :func:`write` does, at the place of the file itself: for a folder that nobody looks into.
+
+    Returns:
+        How often each graph pass applied.
+    """
     if dtype not in DTYPES:
         raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     with quiet():
-        try:
-            with translatable(program):
-                exported = torch.onnx.export(
-                    program,
-                    (),
-                    dynamo=True,
-                    opset_version=opset,
-                    input_names=[spec.name for spec in inputs] or None,
-                    output_names=list(outputs) or output_names(program),
-                    verbose=False,
-                    custom_translation_table=translations(),
-                )
-        except Exception as error:  # the exporter wraps whatever a translation raises
-            raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
-        model = exported.model
-        adopt(model)
-        mask_as_torch(model, dtype == "float16")
-        expand_attention_masks(model)
-        expand_rotary_caches(model)
-        _name_dimensions(model, program, inputs)
-        if shape is not None:
-            shape(model)
-        if opset < RMS_NORM_SINCE:
-            spell_out(model)
-        RemoveUnusedNodesPass()(model)  # and initializers that nothing uses, on which ONNX Runtime would remark
-        ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine, often larger than the graph
-        if inputs:
-            model.metadata_props[INPUTS] = "\n".join(map(str, inputs))
-        if dtype == "float16":
-            refuse_overflow(model)
-        save_model(model, path, one_file_limit)
-        if dtype == "float16":
-            save_model(as_float16(path), path, one_file_limit)
+        model = translate(program, opset, dtype, inputs, outputs)
+        applied = optimise(model, passes)
+        finish(model, opset, inputs)
+        save(model, path, dtype, one_file_limit)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError and others without a common base
             raise WriteError(f"opset {opset}: onnx.checker objects: {one_line(error)}") from error
+    return applied
 
 
-def _newest(program: torch.export.ExportedProgram, path: Path, **options: Any) -> None:
-    problems = []
-    for opset in OPSETS:
-        try:
-            return write_staged(program, path, opset=opset, **options)
-        except WriteError as error:
-            problems.append(str(error))
-    raise WriteError("no opset can be written: " + "; ".join(problems))
+def translate(
+    program: torch.export.ExportedProgram,
+    opset: int,
+    dtype: str,
+    inputs: Sequence[InputSpec] = (),
+    outputs: Sequence[str] = (),
+) -> ir.Model:
+    """A program in the operations of ONNX, in float32, as ONNX Runtime computes what PyTorch does.
+
+    Raises:
+        WriteError: an operation has no translation.
+    """
+    try:
+        with translatable(program):
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in inputs] or None,
+                output_names=list(outputs) or output_names(program),
+                verbose=False,
+                custom_translation_table=translations(),
+            )
+    except Exception as error:  # the exporter wraps whatever a translation raises
+        raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
+    model = exported.model
+    names = partial(_name_dimensions, program=program, inputs=inputs)
+    run(
+        model,
+        [adopt, partial(mask_as_torch, half=dtype == "float16"), expand_attention_masks, expand_rotary_caches, names],
+    )
+    return model
+
+
+def optimise(model: ir.Model, passes: Collection[str]) -> dict[str, int]:
+    """Run graph passes, in place; how often each applied.
+
+    Raises:
+        WriteError: a pass cannot take the graph.
+    """
+    try:
+        return run_passes(model, passes)
+    except Exception as error:  # must cost the passes, not the export
+        raise WriteError(f"a graph pass failed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def finish(model: ir.Model, opset: int, inputs: Sequence[InputSpec]) -> None:
+    """What is left to do in a model before it is saved: only standard operations, nothing superfluous, metadata."""
+    run(
+        model,
+        [
+            *([spell_out] if opset < RMS_NORM_SINCE else []),
+            RemoveUnusedNodesPass(),  # and initializers that nothing uses, on which ONNX Runtime would remark
+            ClearMetadataAndDocStringPass(),  # stack traces of the exporting machine, often larger than the graph
+        ],
+    )
+    if inputs:
+        model.metadata_props[INPUTS] = "\n".join(map(str, inputs))
+
+
+def save(model: ir.Model, path: Path, dtype: str, one_file_limit: int = _ONE_FILE_LIMIT) -> None:
+    """Save a model of float32, with weights and operations in another type if that is asked for.
+
+    Raises:
+        WriteError: a weight does not fit float16.
+    """
+    if dtype == "float16":
+        refuse_overflow(model)
+    save_model(model, path, one_file_limit)
+    if dtype == "float16":
+        save_model(as_float16(path), path, one_file_limit)
 
 
 def output_names(program: torch.export.ExportedProgram) -> list[str]:

@@ -14,7 +14,7 @@ from normfuse.checkpoint import CheckpointError, load, save
 from normfuse.onnx import ExportError, VerificationError, WriteError, export
 from normfuse.onnx.publish import data_beside
 
-exporter = importlib.import_module("normfuse.onnx.exporter")
+steps = importlib.import_module("normfuse.onnx.steps")
 writer = importlib.import_module("normfuse.onnx.writer")
 ROWS = {"x": {0: "batch"}}
 
@@ -82,7 +82,7 @@ def test_without_any_opset_that_passes_every_reason_is_given(tmp_path, monkeypat
     def refuse(*_, opset, **__):
         raise WriteError(f"no such thing in {opset}")
 
-    monkeypatch.setattr(exporter, "write_staged", refuse)
+    monkeypatch.setattr(steps, "write_staged", refuse)
     with pytest.raises(VerificationError, match=r"23: no such thing in 23; 20: .*; 18: no such thing in 18"):
         export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4))
     assert not list(tmp_path.iterdir())
@@ -153,7 +153,7 @@ def test_the_result_is_json_and_complete(tmp_path):
 
 def test_existing_files_stay_as_they_are_when_verification_fails(tmp_path, monkeypatch):
     (tmp_path / "m.onnx").write_text("the one before")
-    real = exporter.fold
+    real = steps.fold
 
     def wrong(program, **options):
         folded, report = real(program, **options)
@@ -161,15 +161,15 @@ def test_existing_files_stay_as_they_are_when_verification_fails(tmp_path, monke
             folded.state_dict["head.weight_folded"].add_(1)
         return folded, report
 
-    monkeypatch.setattr(exporter, "fold", wrong)
+    monkeypatch.setattr(steps, "fold", wrong)
     with pytest.raises(VerificationError, match="folded program differs"):
         export(perceptron(), tmp_path / "m.onnx", example_inputs=torch.ones(3, 4))
     assert (tmp_path / "m.onnx").read_text() == "the one before" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_external_weights_arrive_beside_the_file(tmp_path, monkeypatch):
-    real = exporter.write_staged
-    monkeypatch.setattr(exporter, "write_staged", lambda *a, **k: real(*a, **k, one_file_limit=10))
+    real = steps.write_staged
+    monkeypatch.setattr(steps, "write_staged", lambda *a, **k: real(*a, **k, one_file_limit=10))
     model = perceptron()
     result = export(model, tmp_path / "m.onnx", example_inputs=torch.ones(3, 4), opset=20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", *data_beside(result.path)]

@@ -11,7 +11,7 @@ from torch import nn
 from normfuse.onnx import ExportError, export
 from normfuse.onnx.ranges import LARGEST, SCALE_RANGES
 
-exporter = importlib.import_module("normfuse.onnx.exporter")
+steps = importlib.import_module("normfuse.onnx.steps")
 TOKENS = torch.arange(12).reshape(2, 6) % 11
 
 
@@ -73,9 +73,9 @@ def test_what_is_beyond_float16_in_the_model_itself_is_said_and_not_blamed_on_fo
 
 def test_travelling_biases_stay_where_they_would_leave_the_type(tmp_path, monkeypatch):
     """The carried form is looked at like the plain one."""
-    real = exporter.growth
-    monkeypatch.setattr(exporter, "growth", lambda *given: real(*given[:3], 150.0))
+    real = steps.growth
+    monkeypatch.setattr(steps, "growth", lambda *given: real(*given[:3], 150.0))
     model = loud_encoder(100.0)
-    monkeypatch.setattr(exporter, "carry_biases", lambda program, plain, *_, **__: (exporter.fold(program), "carried"))
+    monkeypatch.setattr(steps, "carry_biases", lambda program, plain, *_, **__: (steps.fold(program), "carried"))
     result = export(model, tmp_path / "m.onnx", dtype="float16", target="cpu", **arguments())
     assert any("stay in their branches: travelling, values leave float16" in note for note in result.notes)

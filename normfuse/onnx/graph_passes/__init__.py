@@ -14,6 +14,7 @@ from normfuse.options import PASS_NAMES, TARGETS, passes_for
 from .attention import attention3d
 from .blockwise import blockwise_attention
 from .flatten import gemm2d
+from .running import run_counted
 
 # In this order: heads must be split by Attention before streams become matrices.
 PASSES: dict[str, Callable[[ir.Model], int]] = {
@@ -24,8 +25,19 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
 
 
 def run_passes(model: ir.Model, names: Collection[str]) -> dict[str, int]:
-    """Applies those of the passes that are among ``names``, in place; returns how often each one applied."""
-    return {name: apply(model) for name, apply in PASSES.items() if name in names}
+    """Run those of the passes that are among ``names``, in place.
+
+    Args:
+        model: is changed.
+        names: of passes; others than those of this package count for nothing.
+
+    Returns:
+        How often each one applied.
+
+    Raises:
+        Exception: what a pass raised.
+    """
+    return run_counted(model, {name: function for name, function in PASSES.items() if name in names})
 
 
 __all__ = [

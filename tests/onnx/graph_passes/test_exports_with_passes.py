@@ -17,7 +17,6 @@ from normfuse.cli import app
 from normfuse.onnx import ExportError, VerificationError, export, summarize
 from normfuse.onnx.graph_passes import PASS_NAMES, PASSES, TARGETS, passes_for
 
-exporter = importlib.import_module("normfuse.onnx.exporter")
 biases = importlib.import_module("normfuse.onnx.graph_passes.biases")
 
 

@@ -1,0 +1,313 @@
+"""The steps of an export: trace, fold, write, quantise. Each returns a frozen result; none changes another's."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfuse.checkpoint import ExportableModel
+from normfuse.checkpoint.archive import some_of
+from normfuse.files import Output
+from normfuse.folding import FoldReport, fold
+from normfuse.onnx.graph import GraphSummary, summarize
+from normfuse.onnx.graph_passes.biases import carry_biases
+from normfuse.onnx.quantize import balancing, quantized
+from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
+from normfuse.onnx.references import References, VerificationError
+from normfuse.onnx.verifier import RTOL, VerificationReport, verify
+from normfuse.onnx.writer import WriteError, write_staged
+from normfuse.options import (
+    MODEL_DTYPES,
+    OPSETS,
+    ExportError,
+    check_dtype,
+    check_opset,
+    check_scale_range,
+    passes_for,
+)
+from normfuse.sources import huggingface
+
+Progress = Callable[[str], None]
+Calibration = str | os.PathLike[str] | Sequence[Sequence[torch.Tensor]]
+Inputs = list[tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a form may differ by, see :func:`normfuse.onnx.verify`."""
+
+    rtol: float
+    atol: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export is asked for, checked.
+
+    Attributes:
+        dtype: of the file that is published.
+        stored: of the file that is written and verified first.
+        opset: that was asked for; None for the newest that passes.
+        target: what graph passes are chosen for.
+        passes: names of the graph passes to run.
+        max_scale_range: the largest ratio of scales that was asked for.
+        folding: further arguments of :func:`normfuse.fold`.
+        program: what the folded program may differ by.
+        file: what the file may differ by.
+        int8_rtol: what int8 may change; None for the default.
+    """
+
+    dtype: str
+    stored: str
+    opset: int | None
+    target: str
+    passes: tuple[str, ...]
+    max_scale_range: float
+    folding: Mapping[str, Any]
+    program: Tolerance
+    file: Tolerance
+    int8_rtol: float | None
+
+
+def plan(
+    *,
+    dtype: str,
+    opset: int | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_scale_range: float | None,
+    target: str,
+    disable_passes: Collection[str],
+    calibrate: Calibration | None = None,
+    **folding: Any,
+) -> Plan:
+    """Check what is asked for.
+
+    Raises:
+        ExportError: an argument has a value that is not allowed.
+    """
+    check_dtype(dtype, MODEL_DTYPES)
+    check_scale_range(max_scale_range)
+    check_opset(opset)
+    if calibrate is not None and dtype != "int8":
+        raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
+    passes = passes_for(target, disable_passes)
+    stored = "float32" if dtype == "int8" else dtype
+    exact = None if dtype == "int8" else rtol
+    return Plan(
+        dtype=dtype,
+        stored=stored,
+        opset=opset,
+        target=target,
+        passes=passes,
+        max_scale_range=math.inf if max_scale_range is None else max_scale_range,
+        folding=folding,
+        program=Tolerance(RTOL["float32"] if exact is None else exact, atol),
+        file=Tolerance(RTOL[stored] if exact is None else exact, atol),
+        int8_rtol=rtol,
+    )
+
+
+def traced(
+    model: nn.Module | ExportableModel, example_inputs: Any, dynamic_shapes: Any, progress: Progress
+) -> ExportableModel:
+    """The program of a module; a model that is traced already is returned as it is."""
+    if isinstance(model, ExportableModel):
+        return model
+    progress("trace with torch.export")
+    if example_inputs is None:
+        return huggingface.exportable(model)
+    return ExportableModel.from_model(model, example_inputs, dynamic_shapes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A folded program that agrees with the model, and the graph passes to run on it."""
+
+    program: torch.export.ExportedProgram
+    report: FoldReport
+    verification: VerificationReport
+    passes: tuple[str, ...]
+    growth: Growth | None
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What folding gave.
+
+    Attributes:
+        candidates: what to write, best first; the last one has no graph passes.
+        notes: what was decided, in words.
+    """
+
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+
+def fold_norms(references: References, asked: Plan, typical: Inputs, progress: Progress) -> Folded:
+    """Fold the model's program, and verify what comes of it.
+
+    Raises:
+        FoldError, ExportError, VerificationError: the program cannot be folded, values leave the type of the file, or
+            the folded program computes something else.
+    """
+    model, own, notes = references.model, None, []
+    folding = {**asked.folding, **balancing(typical), "verify": False}
+    if asked.stored in LARGEST:
+        progress(f"run the example inputs to see whether values fit {asked.stored}")
+        own = largest_values(model.program, model)
+    progress("fold the norms")
+    try:
+        (program, report), scale_range, grown, note = fold_in_range(
+            lambda bound: fold(model.program, max_scale_range=bound, **folding),
+            own,
+            model,
+            asked.stored,
+            asked.max_scale_range,
+        )
+    except RangeError as error:
+        raise ExportError(str(error)) from error
+    if note:
+        notes.append(note)
+    if grown and grown.already:
+        notes.append(f"{asked.stored}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
+    progress("verify the folded program")
+    plain = Candidate(program, report, _verified(references, program, asked), (), grown)
+    if not asked.passes:
+        return Folded((plain,), tuple(notes))
+    best = replace(plain, passes=asked.passes)
+    if "carry_biases" in asked.passes:
+        progress("let biases travel")
+        best, note = _with_carried_biases(references, best, own, asked, {**folding, "max_scale_range": scale_range})
+        notes.append(note)
+    return Folded((best, plain), tuple(notes))
+
+
+def _verified(references: References, program: torch.export.ExportedProgram, asked: Plan) -> VerificationReport:
+    tolerance = asked.program
+    return verify(
+        references.model, None, program=program, rtol=tolerance.rtol, atol=tolerance.atol, references=references
+    )
+
+
+def _with_carried_biases(
+    references: References,
+    plain: Candidate,
+    own: dict[str, tuple[str, float]] | None,
+    asked: Plan,
+    folding: Mapping[str, Any],
+) -> tuple[Candidate, str]:
+    """The candidate with travelling biases if it is as good, else the plain one; and why, in one line."""
+    model = references.model
+    options = {name: value for name, value in folding.items() if name != "verify"}
+    (program, report), note = carry_biases(model.program, (plain.program, plain.report), references, **options)
+    if program is plain.program:
+        return plain, note
+    grown = None if own is None else growth(program, own, model, LARGEST[asked.stored])
+    if grown and grown.beyond:
+        beyond = some_of(grown.beyond)
+        return plain, f"biases stay in their branches: travelling, values leave {asked.stored} at {beyond}"
+    try:
+        verification = _verified(references, program, asked)
+    except VerificationError as error:
+        return plain, f"biases stay in their branches: {error}"
+    return Candidate(program, report, verification, plain.passes, grown), note
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that agrees with the model, where nobody looks yet.
+
+    Attributes:
+        candidate: what was written.
+        opset: the operator set.
+        applied: how often each graph pass applied.
+        verification: every comparison, of the folded program and of the file.
+        graph: what is in the file.
+        rejected: newer operator sets that were tried, and why they failed.
+        notes: what was given up, in words.
+    """
+
+    candidate: Candidate
+    opset: int
+    applied: dict[str, int]
+    verification: VerificationReport
+    graph: GraphSummary
+    rejected: dict[int, str]
+    notes: tuple[str, ...]
+
+
+def write_verified(references: References, folded: Folded, asked: Plan, output: Output, progress: Progress) -> Written:
+    """Write the first candidate that passes, in the newest operator set in which one does.
+
+    Raises:
+        WriteError, VerificationError: none passes.
+    """
+    model, rejected, notes = references.model, {}, []
+    for opset in OPSETS if asked.opset is None else (asked.opset,):
+        for candidate in folded.candidates:
+            what = f"opset {opset}" + (f", passes for {asked.target}" if candidate.passes else "")
+            try:
+                progress(f"write ONNX, {what}")
+                applied = write_staged(
+                    candidate.program,
+                    output.staged,
+                    opset=opset,
+                    dtype=asked.stored,
+                    inputs=model.inputs,
+                    outputs=model.outputs,
+                    passes=candidate.passes,
+                )
+                progress(f"verify in ONNX Runtime, {what}")
+                verification = verify(
+                    model, output.staged, rtol=asked.file.rtol, atol=asked.file.atol, references=references
+                )
+            except (WriteError, VerificationError) as error:
+                why = str(error).replace(str(output.folder) + os.sep, "")
+                if candidate.passes:
+                    notes.append(f"{what}, was given up: {why}")
+                elif asked.opset is not None:
+                    raise
+                else:
+                    rejected[opset] = why
+                continue
+            whole = _together(candidate.verification, verification)
+            graph = summarize(output.staged)
+            return Written(candidate, opset, applied, whole, graph, rejected, tuple(notes))
+    raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
+
+
+def _together(first: VerificationReport, second: VerificationReport) -> VerificationReport:
+    return VerificationReport(first.cases + second.cases, list(dict.fromkeys(first.notes + second.notes)))
+
+
+def quantised(
+    model: ExportableModel,
+    written: Written,
+    asked: Plan,
+    typical: Inputs,
+    static: bool,
+    output: Output,
+    progress: Progress,
+) -> Written:
+    """Make the products of the written file int8, and bound what that changes; other types are returned as they are.
+
+    Raises:
+        WriteError, VerificationError: the file cannot be quantised, or int8 changes too much.
+    """
+    if asked.dtype != "int8":
+        return written
+    progress("quantise to int8")
+    cases = quantized(model, output.staged, typical, static=static, rtol=asked.int8_rtol)
+    after = summarize(output.staged)
+    return replace(
+        written,
+        verification=replace(written.verification, cases=written.verification.cases + cases),
+        graph=replace(written.graph, nodes=after.nodes, bytes=after.bytes, dtype="int8"),
+    )
