@@ -32,11 +32,13 @@ from quality_tasks import NORMS, PLACEMENTS, TASKS, Task, apply_norm
 from torch import nn
 
 from normfuse.convert import Conversion, Schedule, progressive, taper
-from normfuse.nn import RegularizedBatchNorm, batch_norm_penalty, monitor
+from normfuse.nn import ProgressiveNorm, RegularizedBatchNorm, batch_norm_penalty, calibrate, monitor
+from normfuse.nn._running_norm import ChannelNorm
 
 from normfuse_examples.training import optimizer_and_schedule  # isort: skip  (quality_tasks puts it on the path)
 
 ROOT = Path(__file__).parent.parent
+CALIBRATING_BATCHES = 50
 POINTS = 12  # of a curve
 CURVE_BATCHES = 4  # of the validation split in each of them; the end is measured on all
 CHOOSING_SEED = 1000  # of the short trainings, so that no seed is both chosen with and judged by
@@ -194,10 +196,20 @@ class Trainer:
         return self._summary()
 
     def _watch(self) -> Any:
-        try:
-            return monitor(self.model, every=max(1, self.training.steps // 100), drift=1e9)
-        except ValueError:  # no norm with running statistics
+        if not self._watch_possible():
             return None
+        return monitor(self.model, every=max(1, self.training.steps // 100), drift=1e9)
+
+    def _watch_possible(self) -> bool:
+        """Whether statistics run in training; tapered ones are constants."""
+        frozen = {m.static for m in self.model.modules() if isinstance(m, ProgressiveNorm) and m.frozen}
+        return any(isinstance(m, ChannelNorm) and m not in frozen for m in self.model.modules())
+
+    def _calibrated(self) -> float | None:
+        """The test loss with statistics of many training batches in the place of those of the last ones."""
+        batches = [self.task.batch(self.generator)[0] for _ in range(CALIBRATING_BATCHES)]
+        calibrate(self.model, batches, device=self.device, progress=False)
+        return _number(self.task.score(self.model, "test")["loss"])
 
     def _take_step(self) -> None:
         inputs, targets = self.task.batch(self.generator)
@@ -219,11 +231,13 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         scores = {split: self.task.score(self.model, split) for split in self.task.parts}
         validation = scores["validation"]["loss"]
+        calibrated = self._calibrated() if self._watch_possible() else None
         late = [value for step, value in self.fluctuation if step > self.training.steps // 2]
         return {
             **{split: {name: _number(value) for name, value in score.items()} for split, score in scores.items()},
             "diverged": not validation < self.task.constant,
             "curve": [[step, *(None if v is None else round(v, 4) for v in rest)] for step, *rest in self.curve],
+            "calibrated": calibrated,
             "fluctuation": round(statistics.fmean(late), 5) if late else None,
             "seconds": round(self.seconds, 1),
         }

@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {
-    "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "power": "#d1495b", "power_groups": "#e09aa3",
+    "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "unified_batch": "#74a892",
+    "power": "#d1495b", "power_groups": "#e09aa3",
     "batch": "#edae49", "regularized": "#c98b1b", "progressive": "#3d5a98", "tapered": "#7b2d8b",
     "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
 }  # fmt: skip
@@ -63,8 +64,8 @@ def ratio(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
 
 def table(group: Group, runs: Runs) -> str:
     lines = [
-        "| norm | folds away | rate | seeds | test loss | ÷ LayerNorm | right | diverged | fluctuation |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| norm | folds away | rate | seeds | test loss | ÷ LayerNorm | right | diverged | fluctuation | calibrated |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     base = runs.get("layer", [])
     alive = {name: [r for r in found if not r["diverged"]] for name, found in runs.items()}
@@ -84,6 +85,8 @@ def table(group: Group, runs: Runs) -> str:
         cells += [f"{(len(found) - len(alive[name])) / len(found):.0%}"]
         moving = [r["fluctuation"] for r in found if r["fluctuation"] is not None]
         cells += [f"{statistics.fmean(moving):.3f}" if moving else "–"]
+        again = [r["calibrated"] for r in found if r.get("calibrated") is not None]
+        cells += [f"{statistics.fmean(again):.4f}" if again else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

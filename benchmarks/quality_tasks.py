@@ -45,6 +45,9 @@ NORMS = {
     "layer": Norm("LayerNorm", False),
     "rms": Norm("RMSNorm", False, lambda dim, steps: nn.RMSNorm(dim, eps=1e-5)),
     "unified": Norm("UnifiedNorm", True, lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps // 10)),
+    "unified_batch": Norm(
+        "UnifiedNorm, statistics of the batch throughout", True, lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps)
+    ),
     "power": Norm(
         "PowerNorm(group_num=None)",
         True,
