@@ -14,7 +14,7 @@ WIDTH = 16
 
 @pytest.fixture(autouse=True)
 def fewer_steps(monkeypatch):
-    monkeypatch.setattr("normfuse.folding.balance.STEPS", 60)
+    monkeypatch.setattr("normfuse.folding.balance.STEPS", 40)
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ class Network(nn.Module):
         return self.down(torch.relu(self.up(h))), h.mean(-1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     net = Network().eval()
@@ -37,9 +37,13 @@ def inputs(seed, rows=32):
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_products_are_int8_and_the_error_is_told_for_every_output(model, tmp_path):
-    path = tmp_path / "m.onnx"
-    result = normfuse.onnx.export(model, path, dtype="int8")
+@pytest.fixture(scope="module")
+def result(model, tmp_path_factory):
+    return normfuse.onnx.export(model, tmp_path_factory.mktemp("int8") / "m.onnx", dtype="int8")
+
+
+def test_products_are_int8_and_the_error_is_told_for_every_output(model, result):
+    path = result.path
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("MatMulInteger") == 3 and "MatMul" not in kinds and "Gemm" not in kinds
     assert result.dtype == result.graph.dtype == "int8" and not result.graph.norms and not result.graph.affines
@@ -50,7 +54,7 @@ def test_products_are_int8_and_the_error_is_told_for_every_output(model, tmp_pat
     for case, value, want in zip(cases, got, model.run([x]), strict=True):
         off = np.linalg.norm(value - want.numpy()) / np.linalg.norm(want.numpy())
         assert 1e-4 < case.error < 0.1 and case.error == pytest.approx(off, rel=1e-3)
-    assert [path] == list(tmp_path.iterdir())
+    assert [path] == list(path.parent.iterdir())
 
 
 def test_steps_are_constants_after_calibration(model, tmp_path):
@@ -71,9 +75,8 @@ def test_too_large_an_error_writes_nothing(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_is_over_all_inputs_together(model, tmp_path):
-    path = tmp_path / "m.onnx"
-    normfuse.onnx.export(model, path, dtype="int8")
+def test_an_error_is_over_all_inputs_together(model, result):
+    path = result.path
     batches = [(inputs(1),), (10 * inputs(2),)]
     alone = [compare(model, path, [batch], 1.0)[0] for batch in batches]
     both = compare(model, path, batches, 1.0)[0]
