@@ -6,7 +6,7 @@
 #   make wheel    the source distribution and the wheel that is built from it, in dist/
 # For developers:
 #   make test-quick      style, and the Python tests that take under two minutes
-#   make sanitize        the tests of operations under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make sanitize        operations and emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make test-wheel      install that wheel into a fresh environment and test it there, outside of the checkout
 #   make test-ecosystem  timm, transformers, accelerate, Lightning; installs them
 #   make compat          the oldest dependencies that are allowed, and other Pythons: PYTHONS="python3.12 python3.13"
@@ -83,6 +83,7 @@ sanitize: $(STAMPS)/requirements
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$(abspath build/sanitize/lib)" OMP_NUM_THREADS=2 \
 	  sh -c '$(BIN)/python -c "import normfuse; assert \"sanitize\" in normfuse.__file__, normfuse.__file__" && \
 	    $(BIN)/python -m pytest -q $(SANITIZE_TESTS)'
+	NORMFUSE_SANITIZE=1 $(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py
 
 # libtorch and libc10 are those of the torch that is installed; nothing of them may go into the wheel.
 wheel: $(STAMPS)/requirements

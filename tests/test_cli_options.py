@@ -27,7 +27,7 @@ sys.argv = ["normfuse", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = {"torch", "numpy", "onnx", "onnxruntime", "rich", "transformers"} & sys.modules.keys()
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "transformers"} & sys.modules.keys()
     print("loaded", *heavy, file=sys.stderr)
 """
 
