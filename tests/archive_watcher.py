@@ -58,7 +58,8 @@ class Watch:
 
     def is_torchs(self, source: bytes | str, filename: str) -> bool:
         """Whether torch compiles the function of a graph that has been checked, or the name of a type in the schemas of
-        its own operations."""
+        its own operations.
+        """
         text = source.decode() if isinstance(source, bytes) else str(source)
         if filename == "<string>":
             return TYPES.fullmatch(text) is not None

@@ -192,7 +192,7 @@ def test_commands_have_the_defaults_of_their_functions():
 
 
 def test_every_graph_pass_is_an_option():
-    assert PASS_NAMES == ("carry_biases", *graph_passes.PASSES)
+    assert ("carry_biases", *graph_passes.PASSES) == PASS_NAMES
 
 
 # Advice

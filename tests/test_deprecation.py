@@ -41,9 +41,9 @@ def test_an_old_option_is_taken_and_not_shown(tmp_path):
 @pytest.mark.parametrize("function", [onnx.export, onnx.fold_model, onnx.fold_file])
 def test_an_old_argument_is_taken(function, tmp_path):
     given = {"path": tmp_path / "m.onnx"} if function is not onnx.fold_model else {}
-    with pytest.warns(DeprecationWarning, match="'no_shape' is now 'disable_passes'"):
-        with pytest.raises(onnx.ExportError, match="no graph pass 'gemm'"):
-            function("m.onnx", **given, no_shape=["gemm"])
+    warned = pytest.warns(DeprecationWarning, match="'no_shape' is now 'disable_passes'")
+    with warned, pytest.raises(onnx.ExportError, match="no graph pass 'gemm'"):
+        function("m.onnx", **given, no_shape=["gemm"])
 
 
 def test_a_name_that_never_was_is_refused():

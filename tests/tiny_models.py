@@ -102,12 +102,11 @@ class ConvNet(nn.Module):
 
 def trained(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model as training might leave it: weights, gains, shifts and statistics that are not their start
-    values."""
+    values.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("running_var", "running_phi")):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif "norm" in name and name.endswith("weight"):
+        if name.endswith(("running_var", "running_phi")) or ("norm" in name and name.endswith("weight")):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
         elif tensor.is_floating_point():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))

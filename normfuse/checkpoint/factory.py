@@ -54,7 +54,8 @@ def recorded(text: str, source: str) -> type[nn.Module]:
 
 def given(text: str) -> Callable[..., nn.Module]:
     """The callable that a *person* names with ``--model package.module:factory``; the working directory is
-    searched as well. Raises CheckpointError."""
+    searched as well. Raises CheckpointError.
+    """
     module_name, path = parse(text)
     with _working_directory_on_path():
         try:

@@ -40,7 +40,8 @@ _OTHERS = {
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A plain file open for reading. CheckpointError if there is none: folders, pipes, devices and sockets are refused
-    before anything waits for them."""
+    before anything waits for them.
+    """
     try:
         _refuse_others(path, os.stat(path))
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -106,7 +107,8 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _looks_like_onnx(head: bytes) -> bool:
     """A protobuf whose first field is a small number, ir_version, and whose next is one of the model's texts, numbers
-    or messages."""
+    or messages.
+    """
     return (
         len(head) > 3
         and head[0] == 0x08

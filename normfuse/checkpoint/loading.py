@@ -202,7 +202,8 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 def _only_tensors(group: Any) -> bool:
     """Whether a group maps names to dense tensors whose every number is in the file (no strides of zero that
-    make a few bytes look like a huge tensor)."""
+    make a few bytes look like a huge tensor).
+    """
     return isinstance(group, Mapping) and all(
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)

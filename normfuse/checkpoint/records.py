@@ -65,7 +65,8 @@ class Records:
 
     def read(self, name: str, at_most: int) -> bytes:
         """The bytes of a record; CheckpointError if there is none of that name, if it has more than ``at_most``
-        bytes, or if they do not fit its checksum."""
+        bytes, or if they do not fit its checksum.
+        """
         record = self._record(name)
         if record.size > at_most:
             raise CheckpointError(f"{self._source}: record {name!r} has {record.size} bytes; {at_most} are allowed")
@@ -77,7 +78,8 @@ class Records:
 
     def tensor(self, name: str) -> tuple[torch.Tensor, str]:
         """The bytes of a record as an uint8 tensor of shape [size], and their SHA-256; CheckpointError as in
-        :meth:`read`."""
+        :meth:`read`.
+        """
         record = self._record(name)
         tensor = torch.empty(record.size, dtype=torch.uint8)
         sha, crc = hashlib.sha256(), 0

@@ -23,7 +23,8 @@ NAMES = tuple(name + ending for name in _STEMS for ending in ("", INDEX))  # the
 
 def weight_file(folder: Path) -> Path:
     """The file with a folder's weights, as transformers, diffusers and accelerate name it; CheckpointError if there is
-    none."""
+    none.
+    """
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name

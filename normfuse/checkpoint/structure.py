@@ -119,7 +119,7 @@ def input_names(paths: Sequence[Path]) -> list[str]:
 
 
 def output_names(paths: Sequence[Path], taken: Iterable[str]) -> list[str]:
-    """Names of a module's outputs: keys and fields; ``output`` for a single tensor, else ``output_0``, ``output_1``, …
+    """Names of a module's outputs: keys and fields; ``output`` for a single tensor, else ``output_0`` and so on.
 
     Args:
         paths: of the tensors in what the module returns.

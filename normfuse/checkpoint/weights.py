@@ -225,7 +225,8 @@ def _choose(fits: Sequence[_Fit], module: str, source: str) -> tuple[_Fit, list[
 
 def _sorted_out(fit: _Fit) -> tuple[dict[str, torch.Tensor], list[str]]:
     """A group's other tensors without incidental ones and second copies: those that the module should know, under the
-    names it would know them by; and names of those that belong to other parts of what was saved."""
+    names it would know them by; and names of those that belong to other parts of what was saved.
+    """
     unknown, outside = {}, []
     for name, tensor in fit.left.items():
         own = name.removeprefix(fit.prefix)

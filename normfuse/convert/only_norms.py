@@ -50,7 +50,7 @@ def freeze_to_norms(
         ['1.weight', '1.bias', '2.weight', '2.bias']
     """
     check_choice("init", init, INITS)
-    names = {name: module for name, module in model.named_modules()}
+    names = dict(model.named_modules())
     if also is not None and also not in names:
         raise ValueError(f"also={also!r} is no module of the model; give one of its names, such as {list(names)[-1]!r}")
     affine = {p: neutral for module in names.values() for p, neutral in gains_and_shifts(module).items()}

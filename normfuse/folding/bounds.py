@@ -126,10 +126,10 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
     if target is aten.addcmul.default and len(uncertain) == 1 and not isinstance(args[0], Interval):
         factors = args[1:3] if isinstance(args[1], Interval) else args[2:0:-1]
         return _affine(factors[0], factors[1] * kwargs.get("value", 1), args[0])
-    if target in (aten.mul.Tensor, aten.div.Tensor) and len(uncertain) == 1:
-        if target is aten.mul.Tensor or x is not None:
-            interval, factor = args[:2] if x is not None else args[1::-1]
-            return _affine(interval, 1 / factor if target is aten.div.Tensor else factor, 0.0)
+    by_interval = target is aten.div.Tensor and x is None
+    if target in (aten.mul.Tensor, aten.div.Tensor) and len(uncertain) == 1 and not by_interval:
+        interval, factor = args[:2] if x is not None else args[1::-1]
+        return _affine(interval, 1 / factor if target is aten.div.Tensor else factor, 0.0)
     if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
         return Interval(at(0), at(1))
     if target is aten.sub.Tensor and kwargs.get("alpha", 1) == 1:

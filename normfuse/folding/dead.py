@@ -136,7 +136,8 @@ def find_dead(writer: Node, gauge: Gauge) -> Dead | RemovedChannels | None:
 
 def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], gauge: Gauge) -> list[Node]:
     """Fill `inside` with the values between the writer and its readers, and `norms` with the names of those that make
-    constants; returns the readers."""
+    constants; returns the readers.
+    """
     readers = []
     for node in gauge.program.graph.nodes:
         operands = [operand for operand in node.all_input_nodes if operand in inside]

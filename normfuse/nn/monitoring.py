@@ -173,15 +173,15 @@ class Monitor:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def to_json(self) -> dict[str, Any]:
-        """The records so far: ``layers`` maps each norm's name to lists of equal length, one for each of
+        """The records so far.
 
-        ``step`` (training step of the norm), ``batch`` and ``running`` (mean over channels of the batch's and
-        the running statistic: the quadratic mean, or in the BatchNorm family the mean squared deviation from the
-        running mean, which a mean that moves away raises too, and the running variance), ``ratio``, ``ratio_low`` and
-        ``ratio_high`` (geometric mean, smallest and largest over channels of the quotient of the two), ``skips``
-        (outliers and skipped passes so far), ``gradient`` (root mean square of ``ema_gz``, or of the mean of MABN's
-        ``buffer_gz``) and ``finite``. Numbers that are not finite, and the gradient statistic of norms without one,
-        are null. Waits for the device.
+        ``layers`` maps each norm's name to lists of equal length, one for each of ``step`` (training step of the
+        norm), ``batch`` and ``running`` (mean over channels of the batch's and the running statistic: the quadratic
+        mean, or in the BatchNorm family the mean squared deviation from the running mean, which a mean that moves
+        away raises too, and the running variance), ``ratio``, ``ratio_low`` and ``ratio_high`` (geometric mean,
+        smallest and largest over channels of the quotient of the two), ``skips`` (outliers and skipped passes so
+        far), ``gradient`` (root mean square of ``ema_gz``, or of the mean of MABN's ``buffer_gz``) and ``finite``.
+        Numbers that are not finite, and the gradient statistic of norms without one, are null. Waits for the device.
 
         Returns:
             A JSON-ready dictionary.

@@ -202,7 +202,8 @@ def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
 
 def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
     """A CPU session that keeps errors to its exceptions. Raises VerificationError if the file cannot be
-    loaded."""
+    loaded.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions too: one line there, not several on the terminal
     options.intra_op_num_threads = threads
@@ -215,6 +216,7 @@ def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = N
 
 
 def onnx_runner(path: Path, model: ExportableModel) -> Any:
+    """A function from tensors in the order of the model's inputs to the file's outputs."""
     loaded = session(path)
     wanted = [entry.name for entry in loaded.get_inputs()]
     missing = [name for name in wanted if name not in model.input_names]

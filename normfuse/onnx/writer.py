@@ -212,7 +212,7 @@ def save(model: ir.Model, path: Path, dtype: str, one_file_limit: int = _ONE_FIL
 
 
 def output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """``output``, or one name per output: the keys of a dictionary, else ``output_0``, ``output_1``, …"""
+    """``output``, or one name per output: the keys of a dictionary, else ``output_0`` and so on."""
     spec = program.call_spec.out_spec
     count = spec.num_leaves
     if count == 1:

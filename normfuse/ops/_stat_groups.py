@@ -126,7 +126,6 @@ def stat_group_norm_forward_reference(
     ([0] where ``weight`` and ``bias`` are None), ``stats`` [3, K, N, C]: mean, variance, and one over the root that
     divides, and ``count`` int64 [K, N].
     """
-
     own = _by_correction(correction)
     return _forward_on_stat_groups(own, x, mask, weight, bias, shortcut, group_size, True, eps, 0.0, eps_total)
 
@@ -135,7 +134,6 @@ def _own_statistics(
     x: Tensor, mask: Tensor | None, group_size: int, regions: bool, correction: int, *root: float
 ) -> Tensor:
     """``stats`` of groups that are normalised by their own, for a backward pass that is differentiated in turn."""
-
     own = _by_correction(correction)
     return _forward_on_stat_groups(own, x, mask, None, None, None, group_size, regions, *root)[1]
 
@@ -237,7 +235,6 @@ def batch_norm_forward_reference(
     variance unbiased. Groups without numbers, and with a statistic that is not finite, move nothing. ``estimated``: the
     running statistics move first, the variance around the mean as it was, and are those that normalise.
     """
-
     state = running_mean, running_var, num_batches_tracked
     return _batch_norm_on_stat_groups(
         _move_and_copy, x, mask, weight, bias, shortcut, state, group_size, estimated, momentum, eps, floor

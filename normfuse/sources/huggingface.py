@@ -251,6 +251,7 @@ def _attribute(transformers: Any, name: str) -> Any:
 
 
 def is_model_class(cls: type) -> bool:
+    """Whether a class is a model of transformers."""
     return issubclass(cls, nn.Module) and hasattr(cls, "from_pretrained")
 
 

@@ -23,7 +23,7 @@ from normfuse.sources import huggingface, past, signatures  # noqa: E402 (after 
 TEXT = {"input_ids": "bs", "attention_mask": "bs"}
 TYPED = TEXT | {"token_type_ids": "bs"}
 PICTURE = {"pixel_values": "b"}
-CHOICES = {name: "bcs" for name in TYPED}
+CHOICES = dict.fromkeys(TYPED, "bcs")
 DECODER = TEXT | {"position_ids": "bs"}
 # In the order and under the names that optimum gives them; b, s: batch_size, sequence_length.
 SIGNATURES = {

@@ -29,7 +29,8 @@ class Block(nn.Module):
 
 class Cancelling(nn.Sequential):
     """``x + W x`` is about a tenth of x, and a norm multiplies it by ten: values stay as large as they are, but a
-    constant that travels with the stream alone becomes ten times larger in each layer."""
+    constant that travels with the stream alone becomes ten times larger in each layer.
+    """
 
     def __init__(self, norm=normfuse.nn.UnifiedNorm, bias: bool = True) -> None:
         torch.manual_seed(0)
@@ -165,12 +166,13 @@ def test_scales_and_shifts_pass_a_cast_that_rounds():
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.bfloat16().double())
         own, after = (difference(exact, run(x.bfloat16()).double()) for run in (model, result.module()))
-    assert 2**-9 < own and after < settle.GROWTH * own, (own, after)
+    assert own > 2**-9 and after < settle.GROWTH * own, (own, after)
 
 
 class Small(nn.Module):
     """A stream that two small gains divide: a constant behind them would be large in front of them, where the branch
-    would subtract it again. The last weight before the constant has no bias, the others have."""
+    would subtract it again. The last weight before the constant has no bias, the others have.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,11 +77,8 @@ def trained(model):
 def data_operations(program):
     constants = set()
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name not in program.graph_signature.user_inputs:
-            constants.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= constants:
-            constants.add(node)
-        elif node.op == "call_function" and not node.all_input_nodes:
+        stored = node.op == "placeholder" and node.name not in program.graph_signature.user_inputs
+        if stored or (node.op == "call_function" and set(node.all_input_nodes) <= constants):
             constants.add(node)
     return [str(n.target) for n in program.graph.nodes if n.op == "call_function" and n not in constants]
 

@@ -110,9 +110,11 @@ def attempt(pick: random.Random, name: str) -> str:
             continue
     guarded, at_the_end = Guarded(), pick.random() < 0.8
     for argument, value in given.items():
-        if isinstance(value, torch.Tensor) and value.is_contiguous() and value.untyped_storage().nbytes():
-            if value.numel() * value.element_size() <= value.untyped_storage().nbytes():
-                given[argument] = guarded.copy(value, at_the_end)
+        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+            continue
+        held = value.untyped_storage().nbytes()
+        if held and value.numel() * value.element_size() <= held:
+            given[argument] = guarded.copy(value, at_the_end)
     try:
         call(name, given)
     except (RuntimeError, TypeError, MemoryError):

@@ -88,10 +88,8 @@ def test_evaluation_has_true_gradients(norm, channel_dim):
 
 
 def spec_like(function, state, weight, bias):
-    if function is unified_norm:
-        spec = UnifiedNormSpec(C, warmup=10)
-    else:
-        spec = PowerNormSpec(C, warmup=10, groups=1)
+    unified = function is unified_norm
+    spec = UnifiedNormSpec(C, warmup=10) if unified else PowerNormSpec(C, warmup=10, groups=1)
     for name, tensor in present(state).items():
         value = tensor.numpy().copy()
         setattr(spec, name, int(value[0]) if name in ("iters", "skip_counter") else value)

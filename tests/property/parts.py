@@ -133,10 +133,8 @@ class Attention(nn.Module):
         return y if past is None else (y, k, v)
 
     def _project(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if hasattr(self, "qkv"):
-            parts = self.qkv(x).chunk(3, -1)
-        else:
-            parts = self.q(x), self.k(memory), self.v(memory)
+        together = hasattr(self, "qkv")
+        parts = self.qkv(x).chunk(3, -1) if together else (self.q(x), self.k(memory), self.v(memory))
         q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
         return (_rotate(q), _rotate(k), v) if self.rotary else (q, k, v)
 

@@ -1,4 +1,4 @@
-"""Run the whole zoo and write docs/models.md from what came of it: python -m tests.zoo.report
+"""Run the whole zoo and write docs/models.md from what came of it: python -m tests.zoo.report.
 
 Takes about an hour on two cores. What has run is kept in a folder, where an interrupted run goes on.
 """

@@ -96,7 +96,8 @@ def bind(
     operation: torch._ops.OpOverload, inputs: list[schema.NamedArgument], lookup: Lookup
 ) -> tuple[list[schema.NamedArgument], list[Any], dict[str, Any]]:
     """Operands in the order of the operation's schema, each said to be positional or not, and the values to call it
-    with. CheckpointError if one has a name that the schema has not, is there twice, or would be taken for another."""
+    with. CheckpointError if one has a name that the schema has not, is there twice, or would be taken for another.
+    """
     given = {item.name: item for item in inputs}
     known = [argument.name for argument in operation._schema.arguments]
     if len(given) != len(inputs) or not set(given) <= set(known):

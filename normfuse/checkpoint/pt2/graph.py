@@ -31,7 +31,8 @@ _OF_NUMBER = {"as_sym_int": int, "as_sym_float": float, "as_sym_bool": bool}
 
 def sizes_of(graphs: Iterable[schema.Graph]) -> dict[str, int]:
     """The size of each symbol in the example, from everything that says so in the file; CheckpointError where it says
-    two things."""
+    two things.
+    """
     sizes: dict[str, int] = {}
     for graph in graphs:
         metas = [size for meta in graph.tensor_values.values() for size in (*meta.sizes, *meta.strides)]
@@ -75,7 +76,8 @@ class GraphReader:
 
     def placeholder(self, name: str, claims: schema.Graph, stored: torch.Tensor | None) -> str:
         """Declares an input of the program, or a stored tensor, whose shape then must be what the file claims;
-        returns its name in the new graph."""
+        returns its name in the new graph.
+        """
         meta = _of(claims.tensor_values, name)
         if stored is None:
             dtype, sizes, strides = self._shape(meta, name)
@@ -92,7 +94,8 @@ class GraphReader:
 
     def walk(self, graph: schema.Graph, names: dict[str, str]) -> None:
         """Checks the operations of one graph and adds them. ``names`` leads from names of this graph to names of the
-        new one; it holds the placeholders already, and gets what the operations define."""
+        new one; it holds the placeholders already, and gets what the operations define.
+        """
         for node in graph.nodes:
             try:
                 if node.target in (targets.GRAD_REGION, targets.AUTOCAST_REGION):
@@ -104,7 +107,8 @@ class GraphReader:
 
     def lookup(self, names: Mapping[str, str], name: str, tensor: bool) -> tuple[str, Any]:
         """The new name and the value of a name; CheckpointError if it is not defined, or not a tensor where one
-        belongs."""
+        belongs.
+        """
         if name not in names:
             raise CheckpointError(f"{one_line(name, 60)!r} is read before it is computed")
         value = self._values[names[name]]

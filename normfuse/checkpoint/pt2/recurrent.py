@@ -1,5 +1,6 @@
 """Recurrent networks: whether their weights have the shapes that they must have, which ATen does not check before it
-reads them, and what they return, which torch would find out step by step."""
+reads them, and what they return, which torch would find out step by step.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def is_recurrent(function: Any) -> bool:
 
 def result(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """Tensors of the shapes that a recurrent network returns. CheckpointError if its states and weights do not
-    fit each other."""
+    fit each other.
+    """
     names = [argument.name for argument in function._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     missing = [name for name in names if name not in given]

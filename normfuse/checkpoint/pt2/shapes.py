@@ -47,7 +47,8 @@ class ShapeRunner:
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], constant: bool) -> Any:
         """What ``function`` returns for fake tensors. CheckpointError if it cannot be called so, if its result
-        depends on values, or if a bound is passed; ``constant`` says whether nothing depends on inputs."""
+        depends on values, or if a bound is passed; ``constant`` says whether nothing depends on inputs.
+        """
         try:
             with torch.no_grad(), self._mode, _Counting():
                 if recurrent.is_recurrent(function):
@@ -90,7 +91,8 @@ class _Counting(TorchDispatchMode):
 
     def _check_parts(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Every part has a place along some axis, so that a tensor of few parts has a short one, or few are asked
-        for. Those that are asked for by number are counted by it."""
+        for. Those that are asked for by number are counted by it.
+        """
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         tensor = given.get("self")
         if not isinstance(tensor, torch.Tensor) or not tensor.dim():

@@ -87,7 +87,8 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Number], Callable[..., Any], int | Non
 @dataclass(frozen=True)
 class Expression:
     """One expression: ``value`` at the sizes of the example, ``sympy`` for torch, and ``symbol``, its name if it is a
-    symbol and nothing else."""
+    symbol and nothing else.
+    """
 
     value: Number
     sympy: Any
@@ -108,7 +109,8 @@ class Symbols:
 
     def read(self, text: str) -> Expression:
         """The expression of a text, or CheckpointError if the grammar does not have it or a number in it leaves
-        its bounds."""
+        its bounds.
+        """
         if text not in self._known:
             try:
                 if len(text) > _LONGEST:

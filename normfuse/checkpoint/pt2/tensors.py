@@ -57,7 +57,8 @@ class TensorReader:
 
     def group(self, config: str, folder: str, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors by name that one configuration describes; names that share a record share their memory.
-        CheckpointError for pickled ones, for those that do not fit their record, and for too many."""
+        CheckpointError for pickled ones, for those that do not fit their record, and for too many.
+        """
         what = f"{self._source}: {config}"
         payload = build(schema.PayloadConfig, parse_json(self._read(config, _CONFIG_BYTES), what), what)
         return {name: self._tensor(name, meta, folder, prefix) for name, meta in payload.config.items()}
@@ -93,7 +94,8 @@ class TensorReader:
 
 def plain_meta(meta: schema.TensorMeta, what: str) -> tuple[torch.dtype, list[int], list[int], int]:
     """Dtype, sizes, strides and offset of a stored tensor; CheckpointError if it is not dense or they make no
-    sense."""
+    sense.
+    """
     if meta.dtype not in DTYPES or meta.layout != schema.Layout.Strided:
         raise CheckpointError(f"{what} is a {meta.dtype.name} of layout {meta.layout.name}; it must be dense")
     numbers = [_whole(value, what) for value in (*meta.sizes, *meta.strides, meta.storage_offset)]

@@ -69,9 +69,9 @@ class Mixture(Rule):
         summed = {*found.left, *found.right} - {*found.result, ""}
         for at, axes in enumerate((found.right, found.left)):
             own = (found.left, found.right)[at]
-            if len(summed) == 1 and summed <= set(axes) and summed <= set(own):
-                if _adds_up_to_one(factors[1 - at], axes.index(next(iter(summed)))):
-                    return at
+            shared = len(summed) == 1 and summed <= set(axes) and summed <= set(own)
+            if shared and _adds_up_to_one(factors[1 - at], axes.index(next(iter(summed)))):
+                return at
         return None
 
 

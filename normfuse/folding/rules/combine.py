@@ -95,7 +95,8 @@ class Negation(Rule):
 @rule_for(aten.cat.default)
 class Concatenation(Rule):
     """Along the channels: the numbers of the parts one after another. Along positions: one scale and one shift for all
-    parts, which would differ from position to position otherwise."""
+    parts, which would differ from position to position otherwise.
+    """
 
     mean = MeanRole.JOINS
 

@@ -320,7 +320,8 @@ class _Editor:
 
     def _unlist(self) -> list[str]:
         """Take constants off the inputs that operations read which have changed or gone: whoever sets one has to see
-        that it no longer does what it did."""
+        that it no longer does what it did.
+        """
         used = set()
         for before, after in zip(self._reading.file.proto.graph.node, self._nodes, strict=True):
             if after is None or before != after:

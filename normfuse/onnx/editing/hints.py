@@ -109,7 +109,7 @@ def _look(
         hints.below = min(hints.below or others[2 + 2 * place][0], others[2 + 2 * place][0])
     elif kind == "Equal":
         other = node.input[1 - place]
-        if other in file.constants and not file.array(other).dtype.kind == "O":
+        if other in file.constants and file.array(other).dtype.kind != "O":
             hints.equals += [int(number) for number in np.ravel(file.array(other))[:4]]
 
 

@@ -13,10 +13,12 @@ from .onnx_file import graphs_of, reads
 
 
 def remove_attribute(node: NodeProto, name: str) -> None:
+    """Take an attribute off a node, if it has it."""
     replace_entries(node.attribute, [attribute for attribute in node.attribute if attribute.name != name])
 
 
 def uses_of(graph: GraphProto) -> Counter[str]:
+    """How often each value is read, by nodes and as an output of the graph."""
     uses = Counter(name for node in graph.node for name in reads(node) if name)
     uses.update(value.name for value in graph.output)
     return uses
@@ -69,6 +71,7 @@ def replace_entries(entries: Any, by: Sequence[Any]) -> None:
 
 
 def to_proto(tensor: torch.Tensor, name: str) -> TensorProto:
+    """A tensor as ONNX stores it."""
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         raw = tensor.view(torch.int16).numpy().tobytes()

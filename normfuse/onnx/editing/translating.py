@@ -49,11 +49,13 @@ def operation(*kinds: str, domain: str = "") -> Callable:
 
 
 def rank_of(call: Call, operand: int) -> int | None:
+    """The number of an operand's axes, if it is known."""
     shape = call.shape(operand)
     return None if shape is None else len(shape)
 
 
 def axis_of(call: Call, default: int) -> int:
+    """The attribute ``axis``, counted from 0."""
     return call.get("axis", default) % len(call.shape(0))
 
 

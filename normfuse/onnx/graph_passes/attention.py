@@ -40,7 +40,7 @@ def _rewrite(node: ir.Node, editor: Editor, thirds: dict[ir.Value, ir.Node]) -> 
     flat = [_take(source, editor, thirds) for source in sources if source]
     for old, new in zip(node.inputs[:3], flat, strict=True):
         _redirect_lengths(old, new, editor)
-    attributes = {name: value for name, value in node.attributes.items()}
+    attributes = dict(node.attributes.items())
     fused = editor.node("Attention", [*flat, *node.inputs[3:]], merged, [dims(merged)])
     for name, value in attributes.items():
         fused.attributes[name] = value

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 from onnx import AttributeProto, TensorProto, helper
@@ -236,7 +237,7 @@ def in_a_child(function):
     if not child:
         try:
             os.close(reading)
-            now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + MEGABYTES * 2**20,) * 2)
             with os.fdopen(writing, "wb") as stream:
                 stream.write(pickle.dumps(function()))
