@@ -213,7 +213,8 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     Args:
         model: a module that contains norms.
         to: "unified", "power", "batch" (:class:`normfuse.nn.MaskedBatchNorm`), "rep_batch", "regularized_batch",
-            "estimated_batch", "moving_average", "layer", "rms", "dyt" or "derf".
+            "estimated_batch", "moving_average" (which wants
+            :func:`normfuse.nn.center_weight` on the weights before it), "layer", "rms", "dyt" or "derf".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.
         options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._derivatives import approximate_gradient
+from ._group import sum_in_group
 from ._layout import ChannelsLast, ThreeAxes
 from ._nonfinite import rollback_unless, snapshot
+from ._registry import register_forward, register_operation
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,49 @@ class RunningNorm:
 def fake_gradients(grad_y: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward operation returns, empty."""
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def register_running_norm(
+    prefix: str,
+    *,
+    name: str,
+    layout: type[ChannelsLast] | type[ThreeAxes],
+    statistics: tuple[str, ...],
+    gradient_statistics: tuple[str, ...],
+    forward: tuple[Callable[..., Any], Callable[..., Any]],
+    backward: Callable[..., Any],
+    move_forward: tuple[Callable[..., Any], Callable[..., Any]],
+    move_gradient: tuple[Callable[..., Any], Callable[..., Any]],
+    forward_by: Callable[..., Any],
+    backward_by: Callable[..., Any],
+    mean: Callable[..., Any],
+    sound: Callable[[Tensor], Tensor],
+    mutates: tuple[str, ...] = (),
+) -> RunningNorm:
+    """Register the operations ``<prefix>_forward`` and ``_backward``, and the steps of the statistics alone.
+
+    References come with their fakes; a backward's is :func:`fake_gradients`. The steps alone are for synchronised
+    training: ``forward_by(mean, move, ...)`` and ``backward_by(sum, move, ...)`` are the references with what they take
+    sums and move statistics by, ``mean`` is the former over a group.
+    """
+    step, step_recompute_safe = register_forward(f"{prefix}_forward", *forward, statistics=statistics, mutates=mutates)
+    gradient = register_operation(f"{prefix}_backward", backward, fake_gradients, mutates=gradient_statistics)
+    _, move = register_forward(f"{prefix}_statistics", *move_forward, statistics=statistics, in_library=False)
+    pull = register_operation(
+        f"{prefix}_gradient_statistics", *move_gradient, mutates=gradient_statistics, in_library=False
+    )
+    return RunningNorm(
+        name=name,
+        layout=layout,
+        statistics=statistics,
+        gradient_statistics=gradient_statistics,
+        forward=step,
+        forward_recompute_safe=step_recompute_safe,
+        backward=gradient,
+        forward_in_group=lambda group, *given: forward_by(partial(mean, group), move, *given),
+        backward_in_group=lambda group, *given: backward_by(partial(sum_in_group, group), pull, *given),
+        sound=sound,
+    )
 
 
 class _Step(torch.autograd.Function):

@@ -8,7 +8,6 @@ clamped. The backward pass smooths the mean of gradient times output over a wind
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ from torch.distributed import ProcessGroup
 from ._group import sum_in_group
 from ._layout import ThreeAxes, as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
 from ._recompute import state_of_this_run
-from ._registry import register_forward, register_operation
-from ._running import RunningNorm, fake_gradients, training_step
+from ._running import register_running_norm, training_step
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
 
 
@@ -131,47 +129,28 @@ def moving_average_norm_backward_reference(
     )[:3]
 
 
-_STATISTICS = ("running_var", "buffer_x2", "iters")
-_forward, _forward_recompute_safe = register_forward(
-    "moving_average_norm_forward",
-    moving_average_norm_forward_reference,
-    lambda x, pad_mask, weight, *_: (
-        torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64),
-    ),
-    statistics=_STATISTICS,
-)  # fmt: skip
-_backward = register_operation(
-    "moving_average_norm_backward", moving_average_norm_backward_reference, fake_gradients, mutates=("buffer_gz",)
-)
-# The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_, _move_forward = register_forward(
-    "moving_average_norm_statistics",
-    move_forward_statistics,
-    lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)),
-    statistics=_STATISTICS,
-    in_library=False,
-)
-_move_gradient = register_operation(
-    "moving_average_norm_gradient_statistics",
-    move_gradient_statistics,
-    lambda mean_gz, *_: torch.empty_like(mean_gz),
-    mutates=("buffer_gz",),
-    in_library=False,
-)
-_NORM = RunningNorm(
+_NORM = register_running_norm(
+    "moving_average_norm",
     name="Moving Average Batch Normalization",
     layout=ThreeAxes,
-    statistics=_STATISTICS,
+    statistics=("running_var", "buffer_x2", "iters"),
     gradient_statistics=("buffer_gz",),
-    forward=_forward,
-    forward_recompute_safe=_forward_recompute_safe,
-    backward=_backward,
-    forward_in_group=lambda group, *given: _forward_on_stat_groups(partial(sum_in_group, group), _move_forward, *given),
-    backward_in_group=lambda group, *given: _backward_on_stat_groups(
-        partial(sum_in_group, group), _move_gradient, *given
+    forward=(
+        moving_average_norm_forward_reference,
+        lambda x, pad_mask, weight, *_: (
+            torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64),
+        ),
     ),
+    backward=moving_average_norm_backward_reference,
+    move_forward=(
+        move_forward_statistics, lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)),
+    ),
+    move_gradient=(move_gradient_statistics, lambda mean_gz, *_: torch.empty_like(mean_gz)),
+    forward_by=_forward_on_stat_groups,
+    backward_by=_backward_on_stat_groups,
+    mean=sum_in_group,
     sound=lambda stats: stats[0] > 0,
-)
+)  # fmt: skip
 
 
 def moving_average_norm(
@@ -227,7 +206,7 @@ def moving_average_norm(
     if not training:
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         return cast(torch.addcmul(per_channel(bias, x, channel_dim), cast(x, bias.dtype), scale), x.dtype)
-    state = state_of_this_run(state, _STATISTICS)
+    state = state_of_this_run(state, _NORM.statistics)
     options = warmup_iters, eps, momentum
     return training_step(
         _NORM, x, pad_mask, weight, bias, None, state, options, (warmup_iters,), channel_dim, process_group

@@ -12,7 +12,6 @@ counters and statistics stay on the device: no step waits for the host.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 
 from .. import _native
-from ._group import mean_square_in_group, sum_in_group
+from ._group import mean_square_in_group
 from ._layout import (
     ChannelsLast,
     add_into,
@@ -38,8 +37,8 @@ from ._layout import (
     rows_of,
 )
 from ._recompute import state_of_this_run
-from ._registry import can_run_cpp_autograd, register_forward, register_operation
-from ._running import RunningNorm, fake_gradients, training_step
+from ._registry import can_run_cpp_autograd
+from ._running import register_running_norm, training_step
 
 
 class PowerNormState(NamedTuple):
@@ -207,37 +206,21 @@ def _fake_forward(
     return torch.empty_like(x), weight.new_empty(3, x.shape[-1]), row_scale
 
 
-_STATISTICS = ("running_phi", "iters")
-_forward, _forward_recompute_safe = register_forward(
-    "power_norm_forward", power_norm_forward_reference, _fake_forward, statistics=_STATISTICS, mutates=("s",)
-)
-_backward = register_operation(
-    "power_norm_backward", power_norm_backward_reference, fake_gradients, mutates=("ema_gz",)
-)
-# The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_, _move_forward = register_forward(
-    "power_norm_statistics",
-    move_forward_statistics,
-    lambda q, *_: q.new_empty(2, q.shape[0]),
-    statistics=_STATISTICS,
-    in_library=False,
-)
-_move_gradient = register_operation(
-    "power_norm_gradient_statistics", move_gradient_statistics, lambda *_: None, mutates=("ema_gz",), in_library=False
-)
-_NORM = RunningNorm(
+_NORM = register_running_norm(
+    "power_norm",
     name="Power Norm",
     layout=ChannelsLast,
-    statistics=_STATISTICS,
+    statistics=("running_phi", "iters"),
     gradient_statistics=("ema_gz",),
-    forward=_forward,
-    forward_recompute_safe=_forward_recompute_safe,
-    backward=_backward,
-    forward_in_group=lambda group, *given: _forward_on_rows(
-        partial(mean_square_in_group, group), _move_forward, *given
-    ),
-    backward_in_group=lambda group, *given: _backward_on_rows(partial(sum_in_group, group), _move_gradient, *given),
+    forward=(power_norm_forward_reference, _fake_forward),
+    backward=power_norm_backward_reference,
+    move_forward=(move_forward_statistics, lambda q, *_: q.new_empty(2, q.shape[0])),
+    move_gradient=(move_gradient_statistics, lambda *_: None),
+    forward_by=_forward_on_rows,
+    backward_by=_backward_on_rows,
+    mean=mean_square_in_group,
     sound=lambda stats: stats[1] > 0,
+    mutates=("s",),
 )
 
 
@@ -332,7 +315,7 @@ def power_norm(
         y = _evaluate(x, weight, bias, state.running_phi, groups, group_eps, eps, channel_dim)
         return y if residual is None else (y, x)
     paper = backward == "paper"
-    state = state_of_this_run(state, _STATISTICS)
+    state = state_of_this_run(state, _NORM.statistics)
     options = warmup_iters, groups, eps, group_eps, alpha_fwd
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.power_norm(

@@ -12,7 +12,6 @@ decision stay on the device: no step waits for the host.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _native
-from ._group import mean_square_in_group, sum_in_group
+from ._group import mean_square_in_group
 from ._layout import (
     ChannelsLast,
     add_into,
@@ -36,8 +35,8 @@ from ._layout import (
     rows_of,
 )
 from ._recompute import state_of_this_run
-from ._registry import can_run_cpp_autograd, register_forward, register_operation
-from ._running import RunningNorm, fake_gradients, training_step
+from ._registry import can_run_cpp_autograd
+from ._running import register_running_norm, training_step
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -207,49 +206,29 @@ def unified_norm_backward_reference(
     return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
-_STATISTICS = ("running_var", "buffer_x2", "iters", "skip_counter")
-_GRADIENT_STATISTICS = ("ema_gz", "buffer_gz")
-_forward, _forward_recompute_safe = register_forward(
-    "unified_norm_forward",
-    unified_norm_forward_reference,
-    lambda x, pad_mask, weight, *_: (
-        torch.empty_like(x), weight.new_empty(2, x.shape[-1]), weight.new_empty(2, dtype=torch.int64),
-    ),
-    statistics=_STATISTICS,
-    mutates=("s",),
-)  # fmt: skip
-_backward = register_operation(
-    "unified_norm_backward", unified_norm_backward_reference, fake_gradients, mutates=_GRADIENT_STATISTICS
-)
-# The steps of the statistics alone, for synchronised training, where the sums go over a group.
-_, _move_forward = register_forward(
-    "unified_norm_statistics",
-    move_forward_statistics,
-    lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)),
-    statistics=_STATISTICS,
-    in_library=False,
-)
-_move_gradient = register_operation(
-    "unified_norm_gradient_statistics",
-    move_gradient_statistics,
-    lambda mean_gz, *_: torch.empty_like(mean_gz),
-    mutates=_GRADIENT_STATISTICS,
-    in_library=False,
-)
-_NORM = RunningNorm(
+_NORM = register_running_norm(
+    "unified_norm",
     name="Unified Norm",
     layout=ChannelsLast,
-    statistics=_STATISTICS,
-    gradient_statistics=_GRADIENT_STATISTICS,
-    forward=_forward,
-    forward_recompute_safe=_forward_recompute_safe,
-    backward=_backward,
-    forward_in_group=lambda group, *given: _forward_on_rows(
-        partial(mean_square_in_group, group), _move_forward, *given
+    statistics=("running_var", "buffer_x2", "iters", "skip_counter"),
+    gradient_statistics=("ema_gz", "buffer_gz"),
+    forward=(
+        unified_norm_forward_reference,
+        lambda x, pad_mask, weight, *_: (
+            torch.empty_like(x), weight.new_empty(2, x.shape[-1]), weight.new_empty(2, dtype=torch.int64),
+        ),
     ),
-    backward_in_group=lambda group, *given: _backward_on_rows(partial(sum_in_group, group), _move_gradient, *given),
+    backward=unified_norm_backward_reference,
+    move_forward=(
+        move_forward_statistics, lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)),
+    ),
+    move_gradient=(move_gradient_statistics, lambda mean_gz, *_: torch.empty_like(mean_gz)),
+    forward_by=_forward_on_rows,
+    backward_by=_backward_on_rows,
+    mean=mean_square_in_group,
     sound=lambda stats: stats[0] > 0,
-)
+    mutates=("s",),
+)  # fmt: skip
 
 
 def unified_norm(
@@ -322,7 +301,7 @@ def unified_norm(
         scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
         y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
         return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
-    state = state_of_this_run(state, _STATISTICS)
+    state = state_of_this_run(state, _NORM.statistics)
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.unified_norm(
             x, weight, bias, residual, pad_mask, state.running_var, state.buffer_x2, state.iters, state.skip_counter,

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from normfuse.convert import swap_norms
-from normfuse.nn import Derf, DyT, MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, RepBatchNorm, UnifiedNorm
+from normfuse.nn import (
+    Derf,
+    DyT,
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    RegularizedBatchNorm,
+    RepBatchNorm,
+    UnifiedNorm,
+)
 
 C = 8
 
@@ -75,7 +85,7 @@ def test_a_batch_norm_hands_over_its_mean_of_squares():
     net = nn.Sequential(nn.BatchNorm1d(C))
     for _ in range(200):
         net(3 + torch.randn(256, C))
-    for to, statistic in (("unified", "running_var"), ("power", "running_phi")):
+    for to, statistic in (("unified", "running_var"), ("power", "running_phi"), ("moving_average", "running_var")):
         twin = nn.Sequential(nn.BatchNorm1d(C))
         twin.load_state_dict(net.state_dict())
         swap_norms(twin, to=to, **({"group_num": None} if to == "power" else {}))
@@ -161,24 +171,31 @@ def test_a_bias_that_has_no_place_is_not_lost():
         (lambda: DyT(C), "layer", nn.LayerNorm),
         (lambda: nn.LayerNorm(C), "dyt", DyT),
         (lambda: UnifiedNorm(C), "derf", Derf),
+        (lambda: nn.LayerNorm(C), "moving_average", MovingAverageBatchNorm),
+        (lambda: nn.LayerNorm(C), "estimated_batch", EstimatedBatchNorm),
+        (lambda: nn.LayerNorm(C), "regularized_batch", RegularizedBatchNorm),
     ],
 )
 def test_the_whole_family_is_found_and_can_be_put_in(old, to, new):
     net = nn.Sequential(old(), RepBatchNorm(C))
     nn.init.normal_(net[0].weight)
-    gain, channel_dim = net[0].weight.detach().clone(), getattr(net[0], "channel_dim", -1)
+    gain, channel_dim = (
+        net[0].weight.detach().clone(),
+        getattr(net[0], "channel_dim", 1 if isinstance(net[0], nn.BatchNorm2d) else -1),
+    )
     report = swap_norms(net, to=to)
     assert type(net[0]) is new and type(net[1]) is RepBatchNorm and len(report.swaps) == 1
     assert torch.equal(net[0].weight, gain)
-    if to == "unified":
-        assert net[0].channel_dim == channel_dim == 1
+    if hasattr(net[0], "channel_dim"):
+        assert net[0].channel_dim == channel_dim
 
 
-def test_from_one_batch_norm_to_another_the_function_stays():
+@pytest.mark.parametrize("to", ["batch", "estimated_batch", "regularized_batch"])
+def test_from_one_batch_norm_to_another_the_function_stays(to):
     net = nn.Sequential(nn.BatchNorm2d(C))
     for _ in range(3):
         net(torch.randn(4, C, 2, 2) * 3 + 1)
     x = torch.randn(2, C, 3, 3)
     expected = net.eval()(x)
-    swap_norms(net, to="batch")
+    swap_norms(net, to=to)
     torch.testing.assert_close(net(x), expected)
