@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -264,6 +265,22 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
     )
     done = ended_at("importing", signal.SIGINT, "--help", cwd=tmp_path, path=[tmp_path])
     assert done == (130, "normfuse: interrupted\n")
+
+
+def test_a_report_that_cannot_be_written_costs_the_file_as_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_perceptron(tmp_path / "m.pt")
+    write_text = Path.write_text
+
+    def full(path, *arguments, **options):
+        if path.name == "r.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    done = CliRunner().invoke(cli.app, ["export", "m.pt", "--out", "m.onnx", "--report", "r.json"])
+    assert done.exit_code == 1 and "cannot write r.json: no space left on device" in done.stderr.lower()
+    assert os.listdir(tmp_path) == ["m.pt"]
 
 
 def test_what_is_read_is_not_written_and_a_report_has_a_name_of_its_own(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +26,27 @@ def check_readable(path: Path) -> None:
         raise NormfuseError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def write_report(path: Path | None, result: ExportResult, **source: Path) -> dict[str, Any]:
-    """Everything that is known of an export, also written as JSON if a path is given."""
+def described(result: ExportResult, **source: Path) -> dict[str, Any]:
+    """Everything that is known of an export."""
     read = {name: str(file) for name, file in source.items()}
-    data = {**read, "versions": {"normfuse": normfuse.__version__}, **result.to_dict()}
-    if path is not None:
-        _write_json(path, finite(data))
-    return data
+    return {**read, "versions": {"normfuse": normfuse.__version__}, **result.to_dict()}
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+@contextmanager
+def reported(path: Path | None, **source: Path) -> Iterator[Callable[[ExportResult], None]]:
+    """Meanwhile results are made ready as JSON, before the ONNX file they are of appears: what cannot be reported is
+    not written. In the end the report gets its name."""
+    if path is None:
+        yield lambda result: None
+        return
     with Output(path) as output:
-        output.staged.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+        def stage(result: ExportResult) -> None:
+            text = json.dumps(finite(described(result, **source)), indent=2, allow_nan=False)
+            try:
+                output.staged.write_text(text + "\n")
+            except OSError as error:
+                raise NormfuseError(f"cannot write {path}: {error.strerror or error}") from error
+
+        yield stage
         output.publish()

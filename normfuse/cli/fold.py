@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .files import check_readable, write_report
+from .files import check_readable, described, reported
 from .options import FileFolding, Inputs, Printing, Tolerance, Writing
 
 
@@ -22,13 +22,14 @@ def fold(
 ) -> None:
     """Fold BatchNorms, Mul and Add per channel of an ONNX file; all else stays as it is. Verify the result."""
     check_readable(source)
-    with printing.stages() as stages:
+    with printing.stages() as stages, reported(writing.report, source=source) as report:
         from normfuse.console import print_result
         from normfuse.onnx import fold_file
         from normfuse.onnx.publish import external_files
 
         writing.check_targets(source, *external_files(source))
         options = asdict(folding) | asdict(tolerance)
-        result = fold_file(source, writing.out, inputs=inputs.specs(), progress=stages, **options)
-    data = write_report(writing.report, result, source=source)
-    printing.result(data, lambda console: print_result(console, result))
+        result = fold_file(
+            source, writing.out, inputs=inputs.specs(), progress=stages, before_publish=report, **options
+        )
+    printing.result(described(result, source=source), lambda console: print_result(console, result))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .files import check_readable, write_report
+from .files import check_readable, described, reported
 from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
 
 if TYPE_CHECKING:
@@ -34,16 +34,15 @@ def export(
     for path in read:
         check_readable(path)
     writing.check_targets(checkpoint, *loading.files(), *read)
-    with printing.stages() as stages:
+    with printing.stages() as stages, reported(writing.report, checkpoint=checkpoint) as report:
         stages(f"load {checkpoint}")
         from normfuse.console import print_result
         from normfuse.onnx import export as run
 
         loaded = loading.load(checkpoint)
         options = asdict(folding) | choosing.options() | asdict(tolerance)
-        result = run(loaded, writing.out, opset=writing.opset, progress=stages, **options)
-    data = write_report(writing.report, result, checkpoint=checkpoint)
-    printing.result(data, lambda console: print_result(console, result))
+        result = run(loaded, writing.out, opset=writing.opset, progress=stages, before_publish=report, **options)
+    printing.result(described(result, checkpoint=checkpoint), lambda console: print_result(console, result))
 
 
 def inspect(checkpoint: CheckpointArgument, loading: Loading, folding: ModelFolding, printing: Printing) -> None:

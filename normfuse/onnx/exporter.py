@@ -105,6 +105,7 @@ def export(
     sizes: Mapping[str, int] | None = None,
     threads: int = 1,
     progress: Callable[[str], None] = lambda stage: None,
+    before_publish: Callable[[ExportResult], None] = lambda result: None,
 ) -> ExportResult:
     """Folds the norms of a model away, writes ONNX, and verifies in ONNX Runtime that the outputs are the same.
 
@@ -146,6 +147,8 @@ def export(
             :func:`bench`.
         threads: for ``auto``: threads that the files are timed with.
         progress: called with the name of each stage when it begins.
+        before_publish: called with the result when the file is ready and not yet in its place; what it raises is
+            raised, and nothing is written then.
 
     Returns:
         What was done: the file's operator set, what became of each norm, every comparison.
@@ -186,7 +189,8 @@ def export(
             "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
             "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
         }  # fmt: skip
-        return export_fastest(partial(export, program, **options), Path(path), sizes or {}, threads, progress)
+        run = partial(export, program, **options)
+        return export_fastest(run, Path(path), sizes or {}, threads, progress, before_publish)
     if sizes or threads != 1:
         raise ExportError(f"sizes and threads are what target 'auto' times with, not {target!r}; leave them out")
     reads = [model.source] if isinstance(model, ExportableModel) else []
@@ -197,20 +201,22 @@ def export(
         folded = fold_norms(references, asked, typical, progress)
         written = write_verified(references, folded, asked, output, progress)
         written = quantised(program, written, asked, typical, calibrate is not None, output, progress)
+        result = ExportResult(
+            path=Path(path),
+            opset=written.opset,
+            rejected=written.rejected,
+            dtype=dtype,
+            report=written.candidate.report,
+            verification=written.verification,
+            graph=written.graph,
+            target=target,
+            passes=written.applied,
+            notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
+            growth=written.candidate.growth,
+        )
+        before_publish(result)
         publish(output)
-    return ExportResult(
-        path=Path(path),
-        opset=written.opset,
-        rejected=written.rejected,
-        dtype=dtype,
-        report=written.candidate.report,
-        verification=written.verification,
-        graph=written.graph,
-        target=target,
-        passes=written.applied,
-        notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
-        growth=written.candidate.growth,
-    )
+    return result
 
 
 @dataclass(frozen=True)

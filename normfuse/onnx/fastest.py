@@ -22,12 +22,13 @@ def export_fastest(
     sizes: Mapping[str, int],
     threads: int,
     progress: Callable[[str], None],
+    before_publish: Callable[[Any], None],
 ) -> Any:
     """Export for every target into a folder of our own, time the files in turns, and export for the fastest.
 
     Args:
         export: takes a path, a target and ``progress``.
-        path, sizes, threads, progress: see :func:`normfuse.onnx.export`.
+        path, sizes, threads, progress, before_publish: see :func:`normfuse.onnx.export`.
     """
     check_target(path)
     targets = [target for target in TARGETS if target not in _ON_A_GPU]
@@ -38,8 +39,18 @@ def export_fastest(
         progress("time the files in ONNX Runtime")
         timing = bench(files, sizes=sizes, rounds=ROUNDS, threads=threads)
     chosen = choose(timing)
-    result = export(path, target=targets[chosen], progress=progress)
-    return dataclasses.replace(result, notes=[*result.notes, _told(timing, targets, chosen), *timing.notes])
+
+    def told(result: Any) -> Any:
+        return dataclasses.replace(result, notes=[*result.notes, _told(timing, targets, chosen), *timing.notes])
+
+    return told(
+        export(
+            path,
+            target=targets[chosen],
+            progress=progress,
+            before_publish=lambda result: before_publish(told(result)),
+        )
+    )
 
 
 def choose(timing: Timing) -> int:

@@ -55,6 +55,7 @@ def fold_file(
     target: str = "portable",
     disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
+    before_publish: Callable[[ExportResult], None] = lambda result: None,
 ) -> ExportResult:
     """Folds the norms of an ONNX file; all that folding does not touch stays as it was.
 
@@ -85,6 +86,8 @@ def fold_file(
             set 23; files of older sets are left as they are, and ``notes`` say so.
         disable_passes: graph passes to leave out.
         progress: called with the name of each stage when it begins.
+        before_publish: called with the result when the file is ready and not yet in its place; what it raises is
+            raised, and nothing is written then.
 
     Returns:
         What was done. Its ``verification`` compares the new file with the old one; a copy has no comparison.
@@ -123,21 +126,21 @@ def fold_file(
             result = job.convert(result)
         if passes:
             result = job.run_passes(result, passes, target)
-        if result.changed:
-            graph = summarize(output.staged)
-            publish(output)
-        else:
+        beside = None
+        if not result.changed:
             beside = saving.copy(file, output.staged, output.target.parent)
             apart = ", with its weights in a file of another name" if beside is None else ""
             job.notes.append(f"nothing folds: {output.path} is a copy of {source}{apart}")
-            graph = summarize(output.staged)
-            publish(output, beside)
-    report = result.report
-    report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
-    verification = VerificationReport(result.cases)
-    return ExportResult(
-        output.path, file.version, {}, job.dtype, report, verification, graph, target, result.passes, job.notes
-    )
+        graph = summarize(output.staged)
+        report = result.report
+        report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
+        verification = VerificationReport(result.cases)
+        told = ExportResult(
+            output.path, file.version, {}, job.dtype, report, verification, graph, target, result.passes, job.notes
+        )
+        before_publish(told)
+        publish(output, beside)
+    return told
 
 
 def find_trials(file: OnnxFile, given: Sequence[InputSpec] = ()) -> tuple[dict[str, int], list[Trial]]:
