@@ -165,7 +165,7 @@ class Exported:
         )  # fmt: skip
 
     def dynamo(self, opset: int, *, optimize: bool = True) -> Callable[[Path], None]:
-        shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in self._axes)
+        shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in self._axes)
         return lambda path: torch.onnx.export(
             self._model, self._inputs, str(path), dynamo=True, opset_version=opset, dynamic_shapes=shapes,
             optimize=optimize, verbose=False, external_data=False,
