@@ -26,7 +26,7 @@ _BUILD = "run `pip install --no-build-isolation -e .` in the source folder"
 
 available: bool = False
 unavailable_reason: str = ""  # one line, empty when available
-autograd: ModuleType | None = None
+autograd: Any = None  # a module, or None
 
 
 def _load() -> str:

@@ -28,7 +28,7 @@ def one_line(error: BaseException | str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def some_of(names: list[str], shown: int = 3) -> str:
+def some_of(names: Sequence[str], shown: int = 3) -> str:
     """``a, b, c and 9 more``."""
     listed = ", ".join(names[:shown])
     return listed if len(names) <= shown else f"{listed} and {len(names) - shown} more"

@@ -239,8 +239,9 @@ def _printed_to() -> list[os.stat_result]:
     results = []
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
-            results.append(os.fstat(stream.fileno()))
-        except (AttributeError, OSError, ValueError):  # closed, or none at all
+            if stream is not None:
+                results.append(os.fstat(stream.fileno()))
+        except (OSError, ValueError):  # closed
             continue
     return results
 

@@ -42,8 +42,10 @@ class Runner:
         *,
         everywhere: bool = False,
     ) -> None:
-        changing = change is not None and everywhere
-        self._interpreter = _Changing(program.graph_module, change) if changing else Interpreter(program.graph_module)
+        if change is not None and everywhere:
+            self._interpreter = _Changing(program.graph_module, change)
+        else:
+            self._interpreter = Interpreter(program.graph_module)
         self._in_spec = program.call_spec.in_spec
         self._writes = _writes(program)
         signature = program.graph_signature

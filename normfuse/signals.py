@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 _WORDS = {signal.SIGINT: b"normfuse: interrupted\n", signal.SIGTERM: b"normfuse: terminated\n"}
 _received: list[int] = []
@@ -25,7 +26,7 @@ def exit_status() -> int | None:
     return 128 + _received[0] if _received else None
 
 
-def _handle(handler: signal.Handlers | object) -> None:
+def _handle(handler: Any) -> None:
     for number in _WORDS:
         signal.signal(number, handler)
 

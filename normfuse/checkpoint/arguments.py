@@ -19,7 +19,7 @@ from normfuse.checkpoint.structure import Path
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _Hint = type(Dim.AUTO)
 # Which axes of a tensor may vary, and what they are called; Dim.AUTO: tracing shall find out.
-Axes = dict[int, Dimension | Derived | _Hint]
+Axes = dict[int, Any]  # Dimension, Derived, or a hint
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def dynamic_axes(call: Call, dynamic_shapes: Any) -> list[Axes]:
     by_name = {name: path for name, (path, _) in zip(call.names, _tensors(call.given), strict=True)}
     for key, spec in dynamic_shapes.items():
         if key in call.given:
-            found = _specs(call.given[key], spec, (key,))
+            found = list(_specs(call.given[key], spec, (key,)))
         elif key in by_name:
             found = [(by_name[key], spec)]
         else:
@@ -233,7 +233,7 @@ def _axes(spec: Any, example: torch.Tensor, name: str) -> Axes:
     return axes
 
 
-def _axis(dim: Any, name: str, axis: int) -> Dimension | Derived | _Hint:
+def _axis(dim: Any, name: str, axis: int) -> Any:
     if isinstance(dim, str):
         return parse_dimension(dim, f"dynamic_shapes[{name!r}][{axis}]")
     if isinstance(dim, (_Hint, Dimension, Derived)):

@@ -174,7 +174,7 @@ def capture(
 
 def asked(call: Call, axes: Sequence[Axes]) -> tuple[list[InputSpec], frozenset[str]]:
     """The inputs as they were asked for, and the names of dimensions that have none of the user's."""
-    unnamed, specs = set(), []
+    unnamed, specs = set[str](), []
     for name, tensor, dynamic in zip(call.names, call.tensors, axes, strict=True):
         dims: list[Axis] = list(tensor.shape)
         for axis, dim in dynamic.items():

@@ -95,12 +95,12 @@ def _axis(
     terms = tuple((symbols[symbol], factor) for symbol, factor in affine[0])
     if affine[1] == 0 and len(terms) == 1 and terms[0][1] == 1:
         known: Axis = terms[0][0]
-        follows = isinstance(dim, Dimension) and dim.name not in (known.name, *unnamed)
-        label = known.name
+        label = terms[0][0].name
+        follows = isinstance(dim, Dimension) and dim.name not in (label, *unnamed)
     else:
         known = Derived(terms, affine[1])
         follows = isinstance(dim, Dimension) and dim.name not in unnamed
         label = str(known)
-    if follows:
+    if follows and isinstance(dim, Dimension):
         notes.append(f"{dim.name} is always {label}")
     return known

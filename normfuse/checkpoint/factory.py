@@ -93,7 +93,7 @@ def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: s
 
 
 @contextmanager
-def _working_directory_on_path():
+def _working_directory_on_path() -> Any:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:

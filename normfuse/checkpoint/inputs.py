@@ -207,7 +207,7 @@ def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor
             sizes.setdefault(dim.name, size)
     for _, _, dim, size in axes:  # a name that stands by itself nowhere follows from the first sum that holds it
         unknown = [term for term in dim.terms if term[0].name not in sizes] if isinstance(dim, Derived) else []
-        if len(unknown) == 1:
+        if len(unknown) == 1 and isinstance(dim, Derived):
             root, factor = unknown[0]
             sizes[root.name] = (size - dim.size({**sizes, root.name: 0})) // factor
     for spec, example, dim, size in axes:

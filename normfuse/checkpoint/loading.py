@@ -179,8 +179,8 @@ def _checked(
             "version "
             f"{archive.VERSION}: upgrade it"
         )
-    groups = {name: content.get(name) for name in ("state_dict", "examples")}
-    metadata = content.get("metadata")
+    groups: dict[str, Any] = {name: content.get(name) for name in ("state_dict", "examples")}
+    metadata: Any = content.get("metadata")
     whole = isinstance(metadata, str) and all(_only_tensors(group) for group in groups.values())
     if not whole:
         raise CheckpointError(f"{path} is no complete normfuse checkpoint; save it again")
@@ -190,7 +190,7 @@ def _checked(
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:
-    forms = {"factory": (str, type(None)), "kwargs": dict, "inputs": list, "extra_dtypes": dict}
+    forms: dict[str, Any] = {"factory": (str, type(None)), "kwargs": dict, "inputs": list, "extra_dtypes": dict}
     try:
         metadata = json.loads(text)
         if all(isinstance(metadata[key], form) for key, form in forms.items()):
@@ -233,7 +233,7 @@ def _build(
     """
     if isinstance(model, nn.Module):
         return model
-    label = metadata.get("factory")
+    label: Any = metadata.get("factory")
     if model is None and label is None:
         raise CheckpointError(
             f"{path} does not say how to build its model: give --model package.module:factory (model=…)",
@@ -246,7 +246,7 @@ def _build(
             advice=["--trust"],
         )
     if model is None:
-        build = factory.recorded(label, str(path))
+        build: Any = factory.recorded(label, str(path))
     elif isinstance(model, str):
         build, label = factory.given(model), model
     else:
@@ -275,7 +275,7 @@ def _fill(
     """Strict loading in the dtypes of the file, so that the module computes as the trained one did."""
     extra = metadata.get("extra_dtypes") or {}
     for name, own in () if in_own_dtype else (*module.named_parameters(), *module.named_buffers()):
-        dtype = state[name].dtype if name in state else DTYPES.get(extra.get(name), own.dtype)
+        dtype: Any = state[name].dtype if name in state else DTYPES.get(extra.get(name, ""), own.dtype)
         if own.is_floating_point() and dtype.is_floating_point and own.dtype != dtype:
             own.data = own.data.to(dtype)
     name = type(module).__name__

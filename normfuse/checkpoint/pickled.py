@@ -14,7 +14,7 @@ import numpy as np
 try:
     from numpy._core import multiarray
 except ImportError:  # numpy 1
-    from numpy.core import multiarray
+    from numpy.core import multiarray  # type: ignore[no-redef]
 
 # Names under which scripts keep weights, the likeliest first.
 PREFERRED = (

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -49,7 +49,8 @@ class Records:
     """
 
     def __init__(self, file: BinaryIO, source: str, compressed: bool = False) -> None:
-        self._file, self._source, self._compressed = file, source, compressed
+        self._file: Any = file  # a BinaryIO; typeshed gives those no readinto
+        self._source, self._compressed = source, compressed
         self.file_size = file.seek(0, os.SEEK_END)
         try:
             self._records = self._directory()

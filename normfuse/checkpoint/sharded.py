@@ -52,10 +52,10 @@ def read_index(path: Path, trust: bool) -> dict[str, Any]:
     if outside:
         raise CheckpointError(f"{path} names {outside[0]!r}; only files beside the index are read")
     tensors: dict[str, Any] = {}
-    for file, names in by_file.items():
-        content = archive.read(path.with_name(file), archive.file_kind(path.with_name(file)), trust)
+    for other, names in by_file.items():
+        content = archive.read(path.with_name(other), archive.file_kind(path.with_name(other)), trust)
         absent = [name for name in names if name not in content]
         if absent:
-            raise CheckpointError(f"{path} says that {file} holds {absent[0]!r}; it does not")
+            raise CheckpointError(f"{path} says that {other} holds {absent[0]!r}; it does not")
         tensors.update({name: content[name] for name in names})
     return tensors

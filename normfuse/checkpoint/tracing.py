@@ -72,7 +72,8 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
 
     names = structure.parameter_names(call.names)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    setattr(forward, "__signature__", signature)  # noqa: B010
     flat = type("Flat", (nn.Module,), {"forward": forward})().eval()
     flat.add_module(_INNER, module)
     shapes = {

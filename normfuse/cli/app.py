@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -68,7 +69,8 @@ for function in (export, fold, inspect, verify, bench, plot):
 def main() -> None:
     """Entry point of the command ``normfuse``."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode shows a mark instead of ending the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows a mark instead of ending the run
     signals.end_with_clean_up()
     try:
         app(prog_name="normfuse")

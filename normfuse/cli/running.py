@@ -25,7 +25,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     its fields, with the field's default. Every group is checked before the function runs.
     """
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in inspect.signature(function).parameters.items():
         if name in groups:
@@ -43,7 +43,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 own[name].check()
             function(**own)
 
-    run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    setattr(run, "__signature__", signature)  # noqa: B010, what typer reads
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
@@ -80,8 +81,9 @@ def _one_line_errors(typed: list[str]) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("NORMFUSE_TRACEBACK"):
             raise
-        if signals.exit_status() is not None:  # what a library made of the signal's exception; its line is out
-            raise typer.Exit(signals.exit_status()) from error
+        status = signals.exit_status()
+        if status is not None:  # what a library made of the signal's exception; its line is out
+            raise typer.Exit(status) from error
         message = one_line(error, 1500)
         if isinstance(error, NormfuseError):
             message += f"; run: normfuse {shlex.join(typed)} {' '.join(error.advice)}" if error.advice else ""

@@ -95,6 +95,10 @@ class AlphaBatchNorm(AdaptingNorm):
         True
     """
 
+    seen_rows: Tensor
+    seen_mean: Tensor
+    seen_var: Tensor
+
     def __init__(self, norm: _BatchNorm, test_weight: float = 0.1) -> None:
         super().__init__(norm)
         check_fraction("test_weight", test_weight, "batch's")
@@ -232,6 +236,9 @@ class UnMixBatchNorm(AdaptingNorm):
         "UnMix-TNS computes statistics from each sample, so there are no constants to freeze or to fold; export the "
         'model as it is, or adapt with method="alpha" or method="decay"'
     )
+
+    means: Tensor
+    vars: Tensor
 
     def __init__(
         self,

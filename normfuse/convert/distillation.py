@@ -313,7 +313,7 @@ def distill(
                 module.train()
         device = next(student.parameters()).device
         losses = []
-        batches = _endless(loader)
+        batches = iter(_endless(loader))
         for step in range(1, steps + 1):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 run_batch(student, next(batches), device)

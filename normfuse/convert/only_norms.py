@@ -149,7 +149,9 @@ def remove_dead_channels(
     before = _count(model)
     gains = {m: m.weight.clone() for m in model.modules() if _multiplies(m)}
     small = {norm: gain.abs() <= threshold for norm, gain in gains.items()}
-    removed, kept, shrunk = {}, {}, set()
+    removed: dict[str, tuple[str, tuple[str, ...], list[int]]] = {}
+    kept: dict[str, str] = {}
+    shrunk: set[Any] = set()
     try:
         for norm, where in small.items():
             norm.weight.masked_fill_(where, 0.0)
@@ -158,10 +160,12 @@ def remove_dead_channels(
         gauge = open_for_removal(program)
         for writer in weights_of(gauge):
             found = find_dead(writer, gauge)
-            why = _why_not(found, model, gauge) if isinstance(found, Dead) else found and found.reason
-            if why:
-                kept[found.norm if isinstance(found, Dead) else found.name] = why
-            elif found:
+            if not isinstance(found, Dead):
+                if found is not None and found.reason:
+                    kept[found.name] = found.reason
+            elif why := _why_not(found, model, gauge):
+                kept[found.norm] = why
+            else:
                 layers = [gauge.path(node) for node in (writer, *found.readers)]
                 shrunk |= _shrink(found, model, gauge, gains)
                 removed[found.norm] = (layers[0], tuple(layers[1:]), found.dead.nonzero()[0].tolist())

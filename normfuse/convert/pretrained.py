@@ -48,7 +48,7 @@ def from_pretrained(
         model_class.__init__(self, *arguments, **more)
         change(self)
 
-    changed = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    changed: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
     model, found = changed.from_pretrained(folder, output_loading_info=True, **options)
     for what, kind in (("missing_keys", "the folder lacks"), ("unexpected_keys", "the changed model does not have")):
         names = sorted(found[what])

@@ -110,7 +110,7 @@ class Conversion:
         if torch.compiler.is_exporting():  # an exported program may assign no attribute, and needs no mask
             return
         given = inspect.signature(model.forward).bind_partial(*arguments, **options).arguments
-        mask = given.get(self._valid_mask)
+        mask = None if self._valid_mask is None else given.get(self._valid_mask)
         # It stays until the next forward: a checkpointed block runs again in the backward pass and needs it there.
         pad_mask = None if mask is None else mask == 0
         for norm in self.norms.values():
@@ -255,7 +255,7 @@ def progressive(
         if not places:
             raise ValueError(f"keep_last=True leaves nothing to replace: {kept[-1]} is the only norm that was selected")
     fallback = next(model.parameters(), None)
-    originals = dict.fromkeys(old for _, old in places)
+    originals: dict[nn.Module, Any] = dict.fromkeys(old for _, old in places)
     windows = schedule.windows(len(originals))
     for (begin, end), old in zip(windows, originals, strict=True):
         name = next(name for name, module in places if module is old)
@@ -263,7 +263,7 @@ def progressive(
         originals[old] = ProgressiveNorm(
             old, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
         )
-    report, norms = SwapReport(kept=kept), {}
+    report, norms = SwapReport(kept=kept), dict[str, ProgressiveNorm]()
     for name, old in places:
         new = originals[old]
         put(model, name, new)

@@ -106,7 +106,7 @@ class ScaleAnchor:
             check_positive("target", target)
         check_positive("weight", weight)
         self.weight = weight
-        self.target = None if target is None else torch.tensor(target)
+        self.target: Any = None if target is None else torch.tensor(target)
         self._scale: Tensor | None = None
         self._hook = module.register_forward_pre_hook(self._keep)
 

@@ -197,7 +197,7 @@ class ChannelNorm(nn.Module):
                 self._buffers[name] = old.to(device=new.device, dtype=wanted)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any) -> None:
         # The authors' programs keep vectors as [1, C, 1, 1] or [1, 1, C].
         own = {**self._parameters, **self._buffers}
         for name, target in own.items():

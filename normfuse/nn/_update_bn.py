@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,7 +19,7 @@ def refuse_update_bn(norm: nn.Module) -> None:
     Raises:
         RuntimeError: the model has no other norm that ``update_bn`` would set. Where it has some, this is a warning.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _UPDATE_BN:
         if frame.f_code is refuse_update_bn.__code__:
             return

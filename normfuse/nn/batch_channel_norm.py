@@ -44,7 +44,7 @@ class EstimatedBatchNorm(MaskedBatchNorm):
         tensor(0.1000)
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # some options have another default here
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Unpack[ChannelOptions]
     ) -> None:
         if options.get("ghost_size") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class MaskedBatchNorm(ChannelNorm):
         (torch.Size([4, 10, 64]), 1)
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # some options have another default here
         self,
         num_features: int,
         eps: float = 1e-5,
@@ -78,10 +78,13 @@ class MaskedBatchNorm(ChannelNorm):
         if momentum is not None:
             check_fraction("momentum", momentum, "new")
         self.momentum = momentum
-        statistics = {"running_mean": ((num_features,), 0.0), "running_var": ((num_features,), 1.0)}
+        statistics: dict[str, tuple[tuple[int, ...], float]] = {
+            "running_mean": ((num_features,), 0.0),
+            "running_var": ((num_features,), 1.0),
+        }
         self._register_statistics(statistics, {"num_batches_tracked": ()}, **options)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any) -> None:
         # BatchNorms of old, and other programs', have no counter; torch.nn.BatchNorm1d takes their state as well.
         counter = prefix + "num_batches_tracked"
         if prefix + "running_mean" in state_dict and counter not in state_dict:
@@ -104,7 +107,7 @@ class MaskedBatchNorm(ChannelNorm):
             return traced_as_one(self, x, pad_mask)
         return self._normalise(x, pad_mask)
 
-    def _normalise(self, x: Tensor, pad_mask: Tensor | None, **options: object) -> Tensor:
+    def _normalise(self, x: Tensor, pad_mask: Tensor | None, **options: Any) -> Tensor:
         return batch_norm(
             x,
             self.weight,

@@ -150,7 +150,7 @@ def calibrate(
     return batches
 
 
-def _bar(loader: Iterable[Any], max_batches: int | None) -> Progress:
+def _bar(loader: Any, max_batches: int | None) -> Progress:
     length = len(loader) if hasattr(loader, "__len__") else None
     known = [count for count in (length, max_batches) if count is not None]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

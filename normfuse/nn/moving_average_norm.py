@@ -49,7 +49,7 @@ class MovingAverageBatchNorm(ChannelNorm):
         torch.Size([2, 8, 7, 7])
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # some options have another default here
         self,
         num_features: int,
         *,

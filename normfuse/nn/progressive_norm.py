@@ -63,6 +63,11 @@ class ProgressiveNorm(nn.Module):
         True
     """
 
+    step: Tensor
+    moments: Tensor
+    measured: Tensor
+    _share: Tensor
+
     def __init__(
         self,
         original: nn.Module,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -323,7 +324,7 @@ gain and shift of every norm go into the weights that read its result. Papers ar
 """
 
 
-def page(costs: Mapping[str, object]) -> str:
+def page(costs: Mapping[str, Any]) -> str:
     """docs/norms.md, with the costs that benchmarks/norm_costs.py measured (``{"where": …, "ratios": {name: …}}``)."""
     lines = [
         _HEAD,

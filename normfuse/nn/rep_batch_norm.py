@@ -46,7 +46,7 @@ class RepBatchNorm(MaskedBatchNorm):
         True
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # some options have another default here
         self,
         num_features: int,
         eps: float = 1e-5,

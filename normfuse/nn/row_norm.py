@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ class _RowNorm:
     """What the three share, in front of torch's module: the gain's convention, and the check of x."""
 
     unit_offset = False
+    weight: Tensor | None
+    normalized_shape: tuple[int, ...]
+    eps: Any
+    training: bool
 
     def _use_unit_offset(self, unit_offset: bool) -> None:
         self.unit_offset = unit_offset
@@ -32,11 +37,11 @@ class _RowNorm:
 
     def reset_parameters(self) -> None:
         """Set the gain to 1 (with ``unit_offset``: the weight to 0) and the bias to 0."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # torch's
         if self.unit_offset and self.weight is not None:
             nn.init.zeros_(self.weight)
 
-    def _options(self, x: Tensor, residual: Tensor | None) -> dict[str, object]:
+    def _options(self, x: Tensor, residual: Tensor | None) -> dict[str, Any]:
         if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0]:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} must have {self.normalized_shape[0]} channels in its last dimension: "
@@ -45,7 +50,8 @@ class _RowNorm:
         return {"residual": residual, "eps": self.eps, "unit_offset": self.unit_offset, "fused": self.training}
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", unit_offset=True" if self.unit_offset else "")
+        described = super().extra_repr()  # type: ignore[misc]  # torch's
+        return described + (", unit_offset=True" if self.unit_offset else "")
 
 
 class LayerNorm(_RowNorm, nn.LayerNorm):

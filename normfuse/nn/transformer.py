@@ -87,6 +87,9 @@ class TransformerBlock(nn.Module):
         torch.Size([2, 5, 64])
     """
 
+    attention: NormedBranch
+    mlp: NormedBranch
+
     def __init__(
         self,
         dim: int,
@@ -100,10 +103,14 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         if share_with is None:
-            functions = SelfAttention(dim, num_heads, causal=causal), FeedForward(dim, int(mlp_ratio * dim))
+            functions: tuple[nn.Module, nn.Module] = (
+                SelfAttention(dim, num_heads, causal=causal),
+                FeedForward(dim, int(mlp_ratio * dim)),
+            )
         else:
             functions = share_with.attention.function, share_with.mlp.function
-        self.attention, self.mlp = (NormedBranch(function, norm(dim), placement) for function in functions)
+        self.attention = NormedBranch(functions[0], norm(dim), placement)
+        self.mlp = NormedBranch(functions[1], norm(dim), placement)
 
     @property
     def placement(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class UnifiedNorm(RunningNorm):
     ) -> None:
         super().__init__(num_features, **options)
         pair = isinstance(window_size, (tuple, list))
-        windows = tuple(window_size) if pair else (window_size, window_size)
+        windows: tuple[Any, ...] = tuple(window_size) if pair else (window_size, window_size)  # type: ignore[arg-type]
         if len(windows) != 2:
             raise ValueError(
                 f"window_size={window_size!r} has {len(windows)} entries; give an int or a pair (forward, backward)"

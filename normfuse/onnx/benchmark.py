@@ -179,9 +179,9 @@ def _fitting(
                 named = not dimension.endswith(f".{axis}")
                 for word in sizes_module.words(dimension):
                     usual.setdefault(word, sizes_module.usual(word, axis, len(row[0].shape), named))
-    for name, dimension in _bounds(sessions[0]).items():
+    for name, bounded in _bounds(sessions[0]).items():
         if name in usual:
-            usual[name] = clamp(usual[name], dimension)
+            usual[name] = clamp(usual[name], bounded)
     aliases = _aliases(entries, shapes)
     chosen = {aliases.get(name, name): size for name, size in given.items()}
     unknown = [name for name in given if aliases.get(name, name) not in usual]

@@ -184,7 +184,7 @@ def export(
         raise ExportError("a module needs example_inputs to be exported")
     if target == AUTO:
         program = traced(model, example_inputs, dynamic_shapes, progress)
-        options = {
+        options: dict[str, Any] = {
             "opset": opset, "dtype": dtype, "rtol": rtol, "atol": atol, "copy_shared": copy_shared,
             "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
             "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,

@@ -89,7 +89,7 @@ def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     """InstanceNormalization of the groups: ONNX Runtime takes GroupNormalization apart into two dozen nodes."""
-    op = opset18
+    op: Any = opset18
     ones, zeros = (_filled([num_groups], value, input) for value in (1.0, 0.0))
     grouped = op.Reshape(input, op.Constant(value_ints=[0, num_groups, -1]))
     result = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(input))
@@ -101,4 +101,4 @@ def _group_norm(
 
 def _filled(shape: Sequence[int], value: float, like: Any) -> Any:
     numbers = np.full(math.prod(shape), value, like.dtype.numpy()).reshape(list(shape))
-    return opset18.Constant(value=ir.tensor(numbers))
+    return opset18.Constant(value=ir.tensor(numbers))  # type: ignore[arg-type]  # it takes what ir makes

@@ -142,7 +142,7 @@ class _Watch(Interpreter):
 
 
 def _describe(node: Node) -> str:
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0] if stack else ""
     return f"{name} in {path}" if path and not path.startswith("_empty_nn_module_stack") else name

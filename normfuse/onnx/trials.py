@@ -152,9 +152,9 @@ def _integers(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Ten
         for value in sorted(set(found[index].compared))[:3]:
             if low <= value <= high:
                 for part, changed in _parts(drawn[index], value):
-                    tensors = (*drawn[:index], changed, *drawn[index + 1 :])
+                    others = (*drawn[:index], changed, *drawn[index + 1 :])
                     name = model.inputs[index].name
-                    yield Trial(f"{name} with {part} of {value} {shapes(tensors)}", tensors, EDGE)
+                    yield Trial(f"{name} with {part} of {value} {shapes(others)}", others, EDGE)
 
 
 def _ends(example: Tensor, spec: InputSpec, role: Role) -> tuple[int, int]:

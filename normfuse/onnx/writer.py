@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -242,14 +242,15 @@ def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inp
                 [
                     dim
                     if isinstance(dim, int) or dim.value is None
-                    else pattern.sub(lambda m, dim=dim: _in_place(symbols[m[0]], m[0] == dim.value), dim.value)
+                    else pattern.sub(partial(_named, symbols, dim.value), dim.value)
                     for dim in value.shape
                 ]
             )
 
 
-def _in_place(name: str, alone: bool) -> str:
-    return name if alone or name.isidentifier() else f"({name})"
+def _named(names: Mapping[str, str], whole: str, symbol: re.Match[str]) -> str:
+    name = names[symbol[0]]
+    return name if symbol[0] == whole or name.isidentifier() else f"({name})"
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -270,7 +271,7 @@ def refuse_overflow(model: ir.Model) -> None:
         if tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size:
             numbers = tensor.numpy()
             if not (np.abs(numbers) <= _FLOAT16_MAX).all() and not _hides(numbers):
-                users = [use.node.name for use in value.uses()]
+                users = [str(use.node.name) for use in value.uses()]
                 beyond.append(f"{value.name} of {some_of(users, 1)} (up to {np.abs(numbers).max():.3g})")
     if beyond:
         raise WriteError(

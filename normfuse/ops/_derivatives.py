@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +53,15 @@ class _Refusal(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(reason, gradient, *depends_on):
+    def forward(reason: Any, gradient: Any, *depends_on: Any) -> Any:
         return gradient.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         ctx.reason = inputs[0]
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Any) -> Any:
         raise RuntimeError(ctx.reason)
 
 
@@ -68,7 +69,7 @@ def approximate_gradient(backward: Callable) -> Callable:
     """Decorator of a backward with ``ctx.norm``, whose first saved tensor is what it normalised."""
 
     @wraps(backward)
-    def run(ctx, *grads):
+    def run(ctx: Any, *grads: Any) -> Any:
         with torch.no_grad():
             results = backward(ctx, *grads)
         if not differentiated_again():
@@ -82,23 +83,23 @@ def approximate_gradient(backward: Callable) -> Callable:
 
 class _CopyBelowTransforms(torch.autograd.Function):
     @staticmethod
-    def forward(target, value):
+    def forward(target: Any, value: Any) -> Any:
         return target.copy_(value).clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Any) -> Any:
         return None, None
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> Any:
         return None
 
     @staticmethod
-    def vmap(info, in_dims, target, value):
+    def vmap(info: Any, in_dims: Any, target: Any, value: Any) -> Any:
         if in_dims[0] is None:
             raise RuntimeError(
                 "torch.func.vmap cannot move a buffer that all samples share: call eval() first, or give each sample "

@@ -6,6 +6,8 @@ Means and variances take 2C + 1 of each rank forward, 2C backward. Ranks without
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +41,7 @@ class _MomentsInGroup(torch.autograd.Function):
     """``x`` [R, C] of this rank, ``pad_mask`` [R] or None → mean [C], biased variance [C], rows [1] of all ranks."""
 
     @staticmethod
-    def forward(ctx, group, x, pad_mask):
+    def forward(ctx: Any, group: Any, x: Any, pad_mask: Any) -> Any:
         values, count = masked(x, pad_mask, -1)
         rows = count.to(x.dtype) if isinstance(count, Tensor) else x.new_full((), count)
         mean = values.sum(0) / rows.clamp(min=1)
@@ -58,7 +60,7 @@ class _MomentsInGroup(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_mean, grad_var, _):
+    def backward(ctx: Any, grad_mean: Any, grad_var: Any, _: Any) -> Any:
         x, pad_mask, mean, total = ctx.saved_tensors
         grad_mean, grad_var = collectives.all_reduce(torch.cat([grad_mean, grad_var]), "sum", ctx.group).chunk(2)
         slope = 2 * grad_var / total.clamp(min=1)

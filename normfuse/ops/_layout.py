@@ -237,7 +237,7 @@ def mean_square(x: Tensor, pad_mask: Tensor | None, empty: Tensor) -> tuple[Tens
 
 def add_into(x: Tensor, residual: Tensor | None, s: Tensor | None) -> Tensor:
     """x + residual, written to ``s``; without a residual ``x`` itself."""
-    return x if residual is None else s.copy_(x + residual)
+    return x if residual is None or s is None else s.copy_(x + residual)
 
 
 def as_they_are(total: Tensor, count: int) -> tuple[Tensor, int]:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
-from typing import NamedTuple, TypeVar
+from types import FrameType, FunctionType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def _of(region: object) -> _FirstRuns:
     return runs
 
 
-def _checkpoint_hooks() -> list[dict[str, object]]:
+def _checkpoint_hooks() -> list[dict[str, Any]]:
     """Variables of the hooks on saved tensors by which checkpoints make themselves known, innermost first."""
     hooks = []
     try:
@@ -87,7 +87,7 @@ def _first_run_regions() -> Iterator[object]:
     # use_reentrant=True, and most checkpoints of other libraries: the call runs without gradients inside the
     # forward of an autograd function, whose backward runs it again.
     recomputing = torch._C._current_autograd_node()
-    caller = sys._getframe(1)
+    caller: FrameType | None = sys._getframe(1)
     while caller is not None:
         if caller.f_code.co_name in ("forward", "backward") and caller.f_code.co_argcount > 0:
             context = caller.f_locals.get(caller.f_code.co_varnames[0])
@@ -99,7 +99,7 @@ def _first_run_regions() -> Iterator[object]:
         caller = caller.f_back
 
 
-def _recomputed_region() -> object | None:
+def _recomputed_region() -> Any:
     for variables in _checkpoint_hooks():
         if "target_frame_ref" in variables:
             return variables["target_frame_ref"]()

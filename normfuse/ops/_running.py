@@ -104,7 +104,19 @@ class _Step(torch.autograd.Function):
     """Returns y, s (None without a residual), and what the backward needs besides x or s."""
 
     @staticmethod
-    def forward(x, pad_mask, weight, bias, residual, norm, state, options, backward_options, channel_dim, group):
+    def forward(
+        x: Any,
+        pad_mask: Any,
+        weight: Any,
+        bias: Any,
+        residual: Any,
+        norm: Any,
+        state: Any,
+        options: Any,
+        backward_options: Any,
+        channel_dim: Any,
+        group: Any,
+    ) -> Any:
         layout = norm.layout(x, channel_dim)
         given = layout.to(x)
         mask = None if pad_mask is None else layout.mask(pad_mask)
@@ -123,7 +135,7 @@ class _Step(torch.autograd.Function):
         return layout.own(y), layout.own(addend[1]) if addend else None, stats, kept
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         x, _, weight, _, residual, norm, state, _, backward_options, channel_dim, group = inputs
         _, s, stats, kept = output
         ctx.mark_non_differentiable(stats, kept)
@@ -136,7 +148,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     @approximate_gradient
-    def backward(ctx, grad_y, grad_s, *_):
+    def backward(ctx: Any, grad_y: Any, grad_s: Any, *_: Any) -> Any:
         if grad_y is None:  # only s was used: nothing came through the norm
             return grad_s, None, None, None, grad_s, *[None] * 6
         x, weight, stats, kept = ctx.saved_tensors
@@ -157,7 +169,7 @@ class _Step(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias, grad_x if ctx.needs_input_grad[4] else None, *[None] * 6
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         raise RuntimeError(
             f"torch.func.vmap cannot run {arguments[5].name} in training: all samples share its running statistics. "
             "Call norm.eval() first, or loop over the samples"

@@ -15,6 +15,7 @@ difference of large sums. Gradients are exact, also through the returned statist
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _forward_on_stat_groups(
             inv_std = _inv_std(var, moments[2], eps, floor, eps_total)
             found.append(torch.stack([mean, var, inv_std]))
             counts.append(moments[2])
-            if weight is not None:
+            if weight is not None and bias is not None:
                 gain, shift = (v[g % v.shape[0], s % v.shape[1]] for v in (weight, bias))
                 y = (values - mean[:, None]) * (gain * inv_std)[:, None] + shift[:, None]
                 of_sets.append(y if shortcut is None else y + shortcut * values)
@@ -160,7 +161,7 @@ def move_batch_statistics(
         running.copy_(torch.where(usable, running + rate * (new - running), running))
 
 
-def _move_and_copy(mean: Tensor, var: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+def _move_and_copy(mean: Tensor, var: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """:func:`move_batch_statistics`; returns copies of the running mean and variance."""
     move_batch_statistics(mean, var, *others)
     return others[1].clone(), others[2].clone()
@@ -170,23 +171,23 @@ class _MoveBelowTransforms(torch.autograd.Function):
     """:func:`_move_and_copy` on tensors themselves, where transforms of torch.func show stand-ins for them."""
 
     @staticmethod
-    def forward(*given):
+    def forward(*given: Any) -> Any:
         return _move_and_copy(*given)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         return (None,) * 8
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> Any:
         return None, None
 
     @staticmethod
-    def vmap(info, in_dims, *given):
+    def vmap(info: Any, in_dims: Any, *given: Any) -> Any:
         if None in in_dims[3:6]:
             raise RuntimeError(
                 "torch.func.vmap cannot run a batch normalisation in training: all samples share its running "
@@ -321,7 +322,7 @@ _, _move_recompute_safe = register_forward(
 )
 
 
-def move_running_statistics(*arguments: object) -> None:
+def move_running_statistics(*arguments: Any) -> None:
     """:func:`move_batch_statistics` alone: of a process group, or of a batch that is normalised elsewhere."""
     if torch.compiler.is_compiling():
         _move_recompute_safe(*arguments)
@@ -336,7 +337,20 @@ class _StatGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
+        ctx: Any,
+        x: Any,
+        mask: Any,
+        weight: Any,
+        bias: Any,
+        shortcut: Any,
+        channel_dim: Any,
+        group: Any,
+        vectors: Any,
+        running: Any,
+        correction: Any,
+        eps: Any,
+        floor: Any,
+        eps_total: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         layout = ThreeAxes(x, channel_dim)
         x3 = layout.to(x)
@@ -357,7 +371,7 @@ class _StatGroupNorm(torch.autograd.Function):
         return (y if weight is None else layout.own(y)), stats, count
 
     @staticmethod
-    def backward(ctx, grad_y, grad_stats, _):
+    def backward(ctx: Any, grad_y: Any, grad_stats: Any, _: Any) -> Any:
         x, mask, weight, shortcut, stats, count = ctx.saved_tensors
         group_size, regions, correction, estimated = ctx.options
         x3, mask = ctx.layout.to(x), None if mask is None else ctx.layout.mask(mask)

@@ -9,6 +9,7 @@ parameters are kept.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,13 @@ class _DynamicActivation(torch.autograd.Function):
     """Autograd of the two operations, on a contiguous x. Keeps x and the parameters for backward."""
 
     @staticmethod
-    def forward(ctx, x, alpha, shift, weight, bias, curve):
+    def forward(ctx: Any, x: Any, alpha: Any, shift: Any, weight: Any, bias: Any, curve: Any) -> Any:
         ctx.save_for_backward(x, alpha, shift, weight)
         ctx.curve = curve
         return _forward(x, alpha, shift, weight, bias, curve)
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Any) -> Any:
         run = dynamic_activation_gradient if differentiated_again() else _backward
         x, alpha, shift, weight = ctx.saved_tensors
         gradients = run(grad_y.contiguous(), x, alpha, shift, weight, ctx.curve)

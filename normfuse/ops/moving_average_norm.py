@@ -89,7 +89,8 @@ def _backward_on_stat_groups(
     dy, values = grad_y.to(weight.dtype), x.to(weight.dtype)
     # With g = dy * weight * ratio and z = x * inv_std: sums of dy * ratio * z and of g * z, then (g - m * z) / std.
     grad_weight = (dy * values).sum((0, 2)) * inv_std * ratio
-    mean_gz = mean_or(*reduce(grad_weight * weight, x.shape[0] * x.shape[2]), torch.zeros_like(weight))
+    total, count = reduce(grad_weight * weight, x.shape[0] * x.shape[2])
+    mean_gz = mean_or(total, count, torch.zeros_like(weight))
     along, across = weight * ratio * inv_std, -move(mean_gz, *others) * inv_std.square()
     grad_x = torch.addcmul(dy * along[:, None], values, across[:, None]).to(x.dtype)
     return grad_x, grad_weight, dy.sum((0, 2)), mean_gz

@@ -136,11 +136,11 @@ def _backward_on_rows(
         values = scale_groups(values, row_scale)
     z = values * inv_used
     a = dy * weight - (1 - alpha_bkw) * ema_gz * z
-    sums = reduce((a * z).sum(0), z.shape[0])
+    total, count = reduce((a * z).sum(0), z.shape[0])
     # The gradient does not wait for these sums: where they come from other ranks, it hides the way.
     grad = group_scaling_gradient(a * (inv_used if paper else inv_batch), values, row_scale, group_num)
     grad_weight, grad_bias = (dy * z).sum(0), dy.sum(0)
-    mean_az = mean_or(*sums, torch.zeros_like(ema_gz))
+    mean_az = mean_or(total, count, torch.zeros_like(ema_gz))
     move(torch.where(stats[2].isnan(), torch.nan, mean_az), ema_gz)
     return like_input(grad, x), grad_weight, grad_bias, mean_az
 

@@ -15,6 +15,7 @@ result. The channels are the last dimension. For backward, x (or s) and one or t
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class _RowNorm(torch.autograd.Function):
     """Autograd of the two operations, on contiguous tensors. Keeps x or s, the weight and ``stats`` for backward."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, kind, eps):
+    def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, kind: Any, eps: Any) -> Any:
         y, s, stats = _forward(x, residual, weight, bias, kind, eps)
         ctx.save_for_backward(x if residual is None else s, weight, stats)
         ctx.kind, ctx.eps, ctx.has_bias = kind, eps, bias is not None
@@ -128,7 +129,7 @@ class _RowNorm(torch.autograd.Function):
         return y if residual is None else (y, s)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_s=None):
+    def backward(ctx: Any, grad_y: Any, grad_s: Any = None) -> Any:
         if grad_y is None:  # only s was used
             return grad_s, grad_s, *[None] * 4
         s, weight, stats = ctx.saved_tensors

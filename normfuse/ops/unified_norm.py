@@ -149,7 +149,8 @@ def _backward_on_rows(
     inv_std, ratio = stats[0], stats[1]
     dy, z = rows_of(grad_y), rows_of(x) * inv_std
     g = dy * weight * ratio
-    mean_gz = mean_or(*reduce((g * z).sum(0), z.shape[0]), torch.zeros_like(inv_std))
+    total, count = reduce((g * z).sum(0), z.shape[0])
+    mean_gz = mean_or(total, count, torch.zeros_like(inv_std))
     grad_x = (g - move(mean_gz, *others) * z) * inv_std
     return like_input(grad_x, x), (dy * ratio * z).sum(0), dy.sum(0), mean_gz
 

@@ -141,7 +141,8 @@ class _Projected(Optimizer):
         """
         acc = torch.promote_types(weights[0].dtype, torch.float32)
         eps, layout = group["eps"], self._layout(weights, acc)
-        layer, by_channel, by_layer = layout[0], *(group["delta"] * layout[1])
+        layer: Tensor = layout[0]
+        by_channel, by_layer = group["delta"] * layout[1]
 
         runs = _runs(weights)
         w, g, p = (self._joined(tensors, runs, 2 + i) for i, tensors in enumerate((weights, grads, updates)))

@@ -34,7 +34,8 @@ def calling(
         return select(type(self).forward(self, **arrange(given), **fixed))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    setattr(forward, "__signature__", signature)  # noqa: B010
     called = copy.copy(model)
     called.forward = types.MethodType(forward, called)  # a bound method is copied along with its object
     return called

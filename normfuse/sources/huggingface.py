@@ -114,7 +114,7 @@ def exportable(
             called = calling(model, signature.names, {"use_cache": False} if "use_cache" in takes else {}, chosen)
         signature = signature.bounded(inputs)
         traced = ExportableModel.from_model(called, dict(signature.examples), dict(signature.dims))
-    notes = [*traced.notes, *signature.notes, *chosen.notes()]
+    notes = (*traced.notes, *signature.notes, *chosen.notes())
     return replace(_renamed(traced, signature, source or type(model).__name__), notes=notes)
 
 
@@ -243,7 +243,7 @@ def _attribute(transformers: Any, name: str) -> Any:
         if "torchvision" not in str(causes[-1]) or sys.modules.get("torchvision", error) is None:
             why = f"{type(causes[-1]).__name__}: {one_line(causes[-1], 160)}"
             raise CheckpointError(f"transformers cannot import {name} ({why})") from error
-    sys.modules["torchvision"] = None  # type: ignore[assignment] (Python's own way to say that a module is not there)
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # Python's way to say that a module is not there
     for function in vars(transformers.utils.import_utils).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()

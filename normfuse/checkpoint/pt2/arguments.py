@@ -102,7 +102,7 @@ def bind(
     known = [argument.name for argument in operation._schema.arguments]
     if len(given) != len(inputs) or not set(given) <= set(known):
         raise CheckpointError(f"{operation} takes {', '.join(known)}; given are {', '.join(i.name for i in inputs)}")
-    bound, args, kwargs = [], [], {}
+    bound, args, kwargs = [], list[Any](), dict[str, Any]()
     for index, expected in enumerate(operation._schema.arguments):
         item = given.get(expected.name)
         if item is None:

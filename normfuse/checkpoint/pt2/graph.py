@@ -37,7 +37,7 @@ def sizes_of(graphs: Iterable[schema.Graph]) -> dict[str, int]:
     for graph in graphs:
         metas = [size for meta in graph.tensor_values.values() for size in (*meta.sizes, *meta.strides)]
         for size in (*metas, *graph.sym_int_values.values()):
-            hint = size.value.hint if str(size.type) == "as_expr" else None
+            hint: Any = size.value.hint if str(size.type) == "as_expr" else None
             symbol = symbol_of(size.value.expr_str) if hint is not None else None
             if symbol is None:
                 continue
@@ -128,7 +128,7 @@ class GraphReader:
             return found
 
         if targets.is_on_sizes(node.target):
-            bound, args, kwargs = [], [], {}
+            bound, args, kwargs = [], list[Any](), dict[str, Any]()
             for item in node.inputs:
                 argument, value = arguments.read(item.arg, lookup)
                 bound.append(schema.NamedArgument(item.name, argument, POSITIONAL))
@@ -256,7 +256,7 @@ class GraphReader:
         """Dtype, sizes and strides that the file claims, at the sizes of the example."""
         if claim.dtype not in DTYPES or claim.layout != schema.Layout.Strided or len(claim.strides) != len(claim.sizes):
             raise CheckpointError(f"{one_line(name, 60)} is no dense tensor of a dtype that can be read")
-        numbers = [self._at_example(size) for size in (*claim.sizes, *claim.strides)]
+        numbers: list[Any] = [self._at_example(size) for size in (*claim.sizes, *claim.strides)]
         for number in numbers:
             if type(number) is not int or not 0 <= number <= LARGEST_SIZE:
                 raise CheckpointError(f"{one_line(name, 60)} has a size or stride of {one_line(str(number), 40)}")
@@ -321,7 +321,7 @@ def _on_sizes(function: Any, args: list[Number]) -> Number:
     try:
         if function.__name__ in ("pow", "lshift", "rshift") and not 0 <= args[1] <= 62:
             raise ArithmeticError("the right operand is not between 0 and 62")
-        result = _number(function(*args))
+        result: Any = _number(function(*args))
     except CheckpointError:
         raise
     except Exception as error:  # TypeError for operands, ZeroDivisionError, OverflowError

@@ -230,7 +230,7 @@ def _result_paths(calls: list[schema.ModuleCallEntry], count: int) -> list[tuple
         if spec["type"] is None:
             paths.append(path)
             return
-        keys = parse_json(spec["context"].encode(), "keys") if isinstance(spec["context"], str) else None
+        keys: Any = parse_json(spec["context"].encode(), "keys") if isinstance(spec["context"], str) else None
         parts = spec["children_spec"]
         named = isinstance(keys, list) and len(keys) == len(parts) and all(isinstance(key, (str, int)) for key in keys)
         for key, part in zip(keys if named else range(len(parts)), parts, strict=True):

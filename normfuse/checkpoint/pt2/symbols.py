@@ -174,7 +174,7 @@ def _value(tree: tuple, sizes: Mapping[str, int]) -> Number:
             return name == "true"
     if name in ("Pow", "PowByNatural") and (parts[1][0] != "Integer" or _has_power(parts[0])):
         raise _Unfit("a power with a variable exponent, or of a power")
-    value = _FUNCTIONS[name][0](*(_value(part, sizes) for part in parts))
+    value: Any = _FUNCTIONS[name][0](*(_value(part, sizes) for part in parts))
     if not abs(value) < 1 << 62:
         raise _Unfit("a number leaves 62 bits")
     return value

@@ -82,12 +82,12 @@ class Comparison:
             if difference > allowed and not self._given:
                 own = own or before.optimised(trial)
                 allowed = max(allowed, _OWN * _difference(want, own[place])[0])
-            error = difference / largest if largest else difference
-            case = Case(trial.shapes, "ONNX file", name, error, difference, allowed)
+            relative = difference / largest if largest else difference
+            case = Case(trial.shapes, "ONNX file", name, relative, difference, allowed)
             if not case.passed:
                 raise VerificationError(
-                    f"folded, it differs on {trial.shapes}: {name!r} by {difference:.3g} ({error:.2e} of its largest "
-                    f"value), allowed are {allowed:.3g}"
+                    f"folded, it differs on {trial.shapes}: {name!r} by {difference:.3g} ({relative:.2e} of its "
+                    f"largest value), allowed are {allowed:.3g}"
                 )
             cases.append(case)
         return cases

@@ -371,7 +371,7 @@ class _Editor:
         left |= {value.name for value in (*self._graph.input, *self._graph.output)}
         places = {t.name: place for place, t in enumerate(self._reading.file.proto.graph.initializer)}
         listed = {v.name: place for place, v in enumerate(self._reading.file.proto.graph.input)}
-        renamed = {}
+        renamed: dict[str, str] = {}
         for old, wishing in self._wished.items():
             if old not in left and len(wishing) == 1 and old not in renamed.values():
                 renamed[next(iter(wishing))] = old

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, NodeProto, helper
@@ -52,7 +53,8 @@ def hints_of(file: OnnxFile) -> dict[str, Hints]:
         hints = found[value.name] = Hints()
         rank = len(value.type.tensor_type.shape.dim) if value.type.tensor_type.HasField("shape") else None
         axes = None if rank is None else list(range(rank))
-        pending, seen = [(value.name, axes)], {value.name}
+        pending: list[tuple[str, Any]] = [(value.name, axes)]
+        seen = {value.name}
         while pending and len(seen) < _REACH:
             name, axes = pending.pop(0)
             for node in readers[name]:

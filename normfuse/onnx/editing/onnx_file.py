@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ STANDARD = ("", "ai.onnx")
 _LARGEST = 2**31 - 1
 _DEEPEST = 64  # graphs within graphs
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-_PACKED = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
+_PACKED: dict[int, float] = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
 
 
 class OnnxFile:
@@ -270,7 +271,8 @@ def _ordered(graph: GraphProto, given: set[str], path: Path) -> list[int]:
     for value in graph.output:
         if value.name not in makers and value.name not in given:
             raise GraphError(f"{path}: nothing writes the output {value.name!r}")
-    waiting, readers = [], [[] for _ in graph.node]
+    waiting: list[Any] = []
+    readers: list[list[Any]] = [[] for _ in graph.node]
     for position, node in enumerate(graph.node):
         names = {name for name in reads(node) if name} - given
         unknown = sorted(names - makers.keys())
@@ -352,7 +354,7 @@ def _check_length(tensor: TensorProto, path: Path) -> None:
         raise GraphError(f"{path}: the tensor {tensor.name!r} {list(tensor.dims)} has {found} entries or bytes of data")
 
 
-_TORCH = {
+_TORCH: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32, TensorProto.DOUBLE: torch.float64, TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32,
     TensorProto.INT16: torch.int16, TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8,

@@ -226,7 +226,8 @@ class Reader:
         """Products with a constant whose only reader adds a bias: the position of the Add to that of the product."""
         if self.file.version < _OLDEST:
             return {}
-        makers, readers = {}, {}
+        makers: dict[str, Any] = {}
+        readers: dict[str, Any] = {}
         kept = {value.name for value in self.file.proto.graph.output}
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
             for name in (*node.input, *outer_names(node)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 import onnx
 from onnx import TensorProto
@@ -76,13 +77,13 @@ def copy(file: OnnxFile, staged: Path, folder: Path) -> list[str] | None:
     return [name.name for name in names]
 
 
-def _start(stream: object) -> int:
+def _start(stream: IO[bytes]) -> int:
     start = -(-stream.tell() // _ALIGNED) * _ALIGNED
     stream.write(b"\0" * (start - stream.tell()))
     return start
 
 
-def _copy(file: OnnxFile, tensor: onnx.TensorProto, stream: object) -> int:
+def _copy(file: OnnxFile, tensor: onnx.TensorProto, stream: IO[bytes]) -> int:
     source, offset, length = file.place(tensor)
     start = _start(stream)
     with source.open("rb") as data:

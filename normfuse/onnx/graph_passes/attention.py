@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
 from .editing import Editor, constant, dims, is_permutation, only_user, producer
@@ -44,8 +46,8 @@ def _rewrite(node: ir.Node, editor: Editor, thirds: dict[ir.Value, ir.Node]) -> 
     fused = editor.node("Attention", [*flat, *node.inputs[3:]], merged, [dims(merged)])
     for name, value in attributes.items():
         fused.attributes[name] = value
-    fused.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads[0][1])
-    fused.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads[1][1])
+    fused.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", int(heads[0][1]))
+    fused.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", int(heads[1][1]))
     editor.graph.insert_after(node, fused)
     editor.replace(merged, fused.outputs[0])
     editor.drop(merged)
@@ -72,7 +74,7 @@ def _unsplit(value: ir.Value) -> tuple[ir.Value, int | None] | None:
         return None
     source, split = dims(reshape.inputs[0]), dims(reshape.outputs[0])
     parts = () if packed is None else (_PACKED,)
-    merged = heads * size * (1 if packed is None else _PACKED)
+    merged = int(heads) * int(size) * (1 if packed is None else _PACKED)
     if source != (batch, length, merged) or split != (batch, length, *parts, heads, size):
         return None
     return reshape.inputs[0], part
@@ -97,8 +99,14 @@ def _part(value: ir.Value, axis: int) -> tuple[int | None, ir.Value | None]:
     cut = producer(squeeze.inputs[0], "Slice")
     if cut is None:
         return None, None
-    start, end, at, *step = [constant(operand) for operand in cut.inputs[1:]]
-    if start is None or end is None or at is None or at.tolist() != [axis] or any(s is None or s != 1 for s in step):
+    start, end, along, *step = [constant(operand) for operand in cut.inputs[1:]]
+    if (
+        start is None
+        or end is None
+        or along is None
+        or along.tolist() != [axis]
+        or any(s is None or s != 1 for s in step)
+    ):
         return None, None
     return (int(start[0]), cut.inputs[0]) if 0 <= start[0] < _PACKED and end[0] == start[0] + 1 else (None, None)
 
@@ -112,7 +120,8 @@ def _merged(value: ir.Value) -> ir.Value | None:
     apart, together = dims(transpose.outputs[0]), dims(reshape.outputs[0])
     if apart is None or together is None or not all(isinstance(size, int) for size in apart[2:]):
         return None
-    return reshape.outputs[0] if together == (*apart[:2], apart[2] * apart[3]) else None
+    width = math.prod(size for size in apart[2:] if isinstance(size, int))
+    return reshape.outputs[0] if together == (*apart[:2], width) else None
 
 
 def _take(source: tuple[ir.Value, int | None], editor: Editor, thirds: dict[ir.Value, ir.Node]) -> ir.Value:
@@ -121,7 +130,7 @@ def _take(source: tuple[ir.Value, int | None], editor: Editor, thirds: dict[ir.V
         return value
     if value not in thirds:
         batch, length, packed = dims(value)
-        shape = (batch, length, packed // _PACKED)
+        shape = (batch, length, int(packed) // _PACKED)
         split = editor.node("Split", [value], value, [shape] * _PACKED, {"axis": -1, "num_outputs": _PACKED})
         editor.put([split], after=value)
         thirds[value] = split

@@ -37,7 +37,7 @@ def producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
 
 def only_user(value: ir.Value, *kinds: str) -> ir.Node | None:
     """The node that reads a value, if it is the only one, one of these kinds, and the value is no output."""
-    users = value.uses()
+    users = list(value.uses())
     if len(users) != 1 or value.is_graph_output():
         return None
     return users[0].node if users[0].node.domain in ("", "ai.onnx") and users[0].node.op_type in kinds else None
@@ -85,7 +85,7 @@ class Editor:
         kind: str,
         inputs: Sequence[ir.Value | None],
         like: ir.Value,
-        shapes: Sequence[Sequence[Dim] | None],
+        shapes: Sequence[Sequence[Any] | None],
         attributes: dict[str, Any] | None = None,
         *,
         dtype: ir.DataType | None = None,

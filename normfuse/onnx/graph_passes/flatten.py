@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -131,7 +132,7 @@ class _Flattening:
     def _flatten(self, value: ir.Value) -> ir.Value:
         maker = producer(value, "Reshape")
         source = value if maker is None else maker.inputs[0]  # one reshape instead of two
-        shape = dims(value)
+        shape: Any = dims(value)
         reshape = self.editor.node("Reshape", [source, self._constant(-1, shape[-1])], value, [_matrix(shape)])
         self.editor.put([reshape], after=value)
         return reshape.outputs[0]
@@ -167,7 +168,7 @@ class _Flattening:
         self.editor.put([restored], after=self.flat[value])
         self.editor.replace(value, restored.outputs[0])
 
-    def _shape(self, shape: tuple[Dim, ...]) -> ir.Value:
+    def _shape(self, shape: tuple[Any, ...]) -> ir.Value:
         """What a matrix is reshaped to: one tensor for all values of a shape."""
         *leading, channels = shape
         if shape not in self._shapes:
@@ -194,7 +195,7 @@ class _Flattening:
         return self._constants[sizes]
 
 
-def _matrix(shape: tuple[Dim, ...]) -> tuple[Dim, int]:
+def _matrix(shape: tuple[Any, ...]) -> tuple[Dim, int]:
     """[B·S, C], the first size by name if it is dynamic."""
     *leading, channels = shape
     fixed = math.prod(size for size in leading if isinstance(size, int))
