@@ -59,6 +59,18 @@ class Public:
         return {name.lstrip("*") for body in entries for name in _ENTRY.findall(body)}
 
     @property
+    def unknown(self) -> set[str]:
+        """Arguments that the docstring describes and that there are not; none where keywords are passed on."""
+        try:
+            kinds = {parameter.kind for parameter in inspect.signature(self.thing).parameters.values()}
+        except ValueError:
+            return set()
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            return set()
+        described = {name.lstrip("*") for name in _ENTRY.findall(self.sections.get("Args", ""))}
+        return described - set(self.parameters)
+
+    @property
     def parameters(self) -> list[str]:
         """The names of what it takes."""
         try:
@@ -105,6 +117,7 @@ class Public:
         if inspect.isclass(self.thing) and issubclass(self.thing, BaseException):
             return []
         lacks = [f"Args: {name}" for name in self.parameters if name not in self.described]
+        lacks += [f"an argument {name}" for name in sorted(self.unknown)]
         if self.returns and "Returns" not in self.sections and "Yields" not in self.sections:
             lacks.append("Returns")
         if self.raises and "Raises" not in self.sections:
