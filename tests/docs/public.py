@@ -24,7 +24,7 @@ MODULES = (
     "normfuse.plotting",
     "normfuse.sources",
 )
-_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Example|Examples):", re.MULTILINE)
+_SECTION = re.compile(r"^(Args|Attributes|Shape|Returns|Raises|Yields|Example|Examples):", re.MULTILINE)
 _ENTRY = re.compile(r"^    (\*{0,2}\w+)(?: \([^)]*\))?:", re.MULTILINE)
 
 
