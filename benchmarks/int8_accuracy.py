@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import date
@@ -171,13 +172,18 @@ def main() -> None:
     if options.page is not None:
         found = json.loads(options.out.read_text())
         about = f"onnxruntime {found['onnxruntime']}, torch {found['torch']}, {found['date']}"
-        records.between(
-            options.page, "int8", f"{table(found['results'])}\n\n`python benchmarks/int8_accuracy.py`, {about}."
-        )
+        command = found.get("command", "python benchmarks/int8_accuracy.py --seeds 5")
+        records.between(options.page, options.out.stem, f"{table(found['results'])}\n\n`{command}`, {about}.")
         return
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    about = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "date": str(date.today())}
+    command = " ".join(["python", "benchmarks/int8_accuracy.py", *sys.argv[1:]])
+    about = {
+        "command": command,
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "date": str(date.today()),
+    }
     results = _earlier(options, about)
     kinds = itertools.product(range(options.seeds), options.widths, options.spreads, (True, False))
     done = {(result["seed"], result["encoder"]) for result in results}

@@ -75,7 +75,7 @@ def table(group: Group, runs: Runs) -> str:
 
     for name in sorted(runs, key=rank):
         found, norm = runs[name], NORMS[name]
-        cells = [norm.title, "yes" if norm.static else "no"]
+        cells = [norm.title, norm.folds]
         cells += [f"{found[0]['training']['rate']:g}", str(len(found))]
         if alive[name]:
             cells += [shown([r["test"]["loss"] for r in alive[name]], 4), ratio(found, base)]
@@ -96,6 +96,10 @@ def title(group: Group, runs: Runs) -> str:
     task = TASKS[name]()
     size = f"{steps * task.tokens_per_step / 1e6:.1f} M tokens" if name.startswith("lm") else f"{steps} steps"
     return f"{task.title}, {placement}-norm, {size}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def where(runs: Runs) -> str:
@@ -122,9 +126,10 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
                 continue
             steps = [point[0] for point in curves[0]]
             means = [statistics.fmean(curve[i][2] for curve in curves) for i in range(len(steps))]
-            style = "-" if NORMS[name].static else "--"
+            style = "--" if NORMS[name].folds == "no" else "-"
             (seen[name],) = panel.plot(steps, means, style, color=COLOURS[name], linewidth=1.4, label=NORMS[name].title)
-        panel.set_title(title(group, runs), loc="left", fontsize=9)
+        name, rest = title(group, runs).split(", ", 1)
+        panel.set_title(f"{name},\n{rest}", loc="left", fontsize=9)
         panel.set(xlabel="step", ylabel="validation loss")
         low = min(point[2] for found in runs.values() for r in found if not r["diverged"] for point in r["curve"])
         panel.set_ylim(0.95 * low, None)
@@ -149,7 +154,7 @@ def main() -> None:
         parser.error(f"{options.results} has no full training yet; run benchmarks/quality.py")
     parts = []
     for group, runs in groups.items():
-        parts.append(f"### {title(group, runs).capitalize()}\n\n{table(group, runs)}\n\n{where(runs)}")
+        parts.append(f"### {_sentence(title(group, runs))}\n\n{table(group, runs)}\n\n{where(runs)}")
     draw(groups, options.chart)
     parts.append(f"![Validation loss over the training](images/{options.chart.name})")
     records.between(options.page, "quality", "\n\n".join(parts))

@@ -30,36 +30,38 @@ class Norm:
 
     Attributes:
         title: its name in tables.
-        static: whether it folds away after the training.
+        folds: whether it folds away after the training: "yes", "no", or "all but one".
         make: builds it for so many channels and so many training steps; None: LayerNorm stays.
         conversion: a way from LayerNorm to a static norm within the training.
     """
 
     title: str
-    static: bool
+    folds: str
     make: Callable[[int, int], nn.Module] | None = None
     conversion: str | None = None
 
 
 NORMS = {
-    "layer": Norm("LayerNorm", False),
-    "rms": Norm("RMSNorm", False, lambda dim, steps: nn.RMSNorm(dim, eps=1e-5)),
-    "unified": Norm("UnifiedNorm", True, lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps // 10)),
+    "layer": Norm("LayerNorm", "no"),
+    "rms": Norm("RMSNorm", "no", lambda dim, steps: nn.RMSNorm(dim, eps=1e-5)),
+    "unified": Norm("UnifiedNorm", "yes", lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps // 10)),
     "unified_batch": Norm(
-        "UnifiedNorm, statistics of the batch throughout", True, lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps)
+        "UnifiedNorm, statistics of the batch throughout",
+        "yes",
+        lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps),
     ),
     "power": Norm(
         "PowerNorm(group_num=None)",
-        True,
+        "yes",
         lambda dim, steps: PowerNorm(dim, group_num=None, warmup_iters=steps // 10),
     ),
-    "power_groups": Norm("PowerNorm", False, lambda dim, steps: PowerNorm(dim, warmup_iters=steps // 10)),
-    "batch": Norm("MaskedBatchNorm", True, lambda dim, steps: MaskedBatchNorm(dim)),
-    "regularized": Norm("RegularizedBatchNorm", True, lambda dim, steps: RegularizedBatchNorm(dim)),
-    "progressive": Norm("LayerNorm → RepBatchNorm", True, conversion="progressive"),
-    "tapered": Norm("LayerNorm tapered, the last one kept", True, conversion="tapered"),
-    "tapered_wholly": Norm("LayerNorm tapered, the last one too", True, conversion="tapered_wholly"),
-    "dyt": Norm("DyT", False, lambda dim, steps: DyT(dim)),
+    "power_groups": Norm("PowerNorm", "no", lambda dim, steps: PowerNorm(dim, warmup_iters=steps // 10)),
+    "batch": Norm("MaskedBatchNorm", "yes", lambda dim, steps: MaskedBatchNorm(dim)),
+    "regularized": Norm("RegularizedBatchNorm", "yes", lambda dim, steps: RegularizedBatchNorm(dim)),
+    "progressive": Norm("LayerNorm → RepBatchNorm", "yes", conversion="progressive"),
+    "tapered": Norm("LayerNorm tapered, the last one kept", "all but one", conversion="tapered"),
+    "tapered_wholly": Norm("LayerNorm tapered, the last one too", "yes", conversion="tapered_wholly"),
+    "dyt": Norm("DyT", "no", lambda dim, steps: DyT(dim)),
 }
 
 
