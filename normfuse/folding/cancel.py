@@ -97,7 +97,7 @@ def cancelling_norms(gauge: Gauge) -> tuple[dict[Node, list[Node]], dict[Node, s
         node
         for node in gauge.matches.dynamic
         if node.target is aten.rms_norm.default
-        or (node in gauge.centring.without_mean and not gauge.matches.rule_of[node].shift(node, gauge).any())
+        or (node in gauge.centring.without_mean and not gauge.matches.of[node].shift(gauge).any())
     ]
     program = gauge.program
     order = {node: position for position, node in enumerate(program.graph.nodes)}
@@ -205,7 +205,7 @@ class _Walk:
         target, rank = node.target, operand.meta["val"].dim()
         if target in _PERMUTED:
             probe = np.zeros(range(2, rank + 2))  # every axis is known by its size
-            sizes = Permute().arrange(node, probe, probe.shape, _no_collapse).shape
+            sizes = Permute(node).arrange(probe, torch.Size(probe.shape), _no_collapse).shape
             return factor._replace(tokens=tuple(sizes.index(axis + 2) for axis in factor.tokens))
         if target in _RESHAPED:
             return _reshaped(node, operand, factor)

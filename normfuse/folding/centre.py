@@ -43,8 +43,8 @@ def centre(gauge: Gauge) -> Gauge:
             or node in gauge.centring.with_mean
         ):
             continue
-        rest = gauge.matches.rule_of[node].shift(node, gauge) - gauge.shifts.of[node]
-        if len(axes := gauge.matches.rule_of[node].axes(node)) > 1:
+        rest = gauge.matches.of[node].shift(gauge) - gauge.shifts.of[node]
+        if len(axes := gauge.matches.of[node].axes()) > 1:
             gauge.centring.with_mean[node] = f"it normalises over {len(axes)} axes at once"
         elif rest.any():
             why = gauge.shifts.kept_shift.get(node)
@@ -97,7 +97,7 @@ class _Stream:
             for reader in value.users:
                 if reader.op == "output":
                     raise _Refused("the model's output is the stream itself, mean included")
-                if reader in self.gauge.matches.rule_of and self.gauge.reads_values(reader):
+                if reader in self.gauge.matches.of and self.gauge.reads_values(reader):
                     self._read(reader, value, self.groups[value])
 
     def _visit(self, value: Node, groups: np.ndarray) -> None:
@@ -113,19 +113,19 @@ class _Stream:
     # -- readers -----------------------------------------------------------------------------------------------
 
     def _read(self, reader: Node, value: Node, groups: np.ndarray) -> None:
-        gauge, rule = self.gauge, self.gauge.matches.rule_of[reader]
+        gauge, rule = self.gauge, self.gauge.matches.of[reader]
         if rule.mean is MeanRole.MEASURES and reader.target is aten.layer_norm.default:
-            if len(rule.axes(reader)) > 1:
+            if len(rule.axes()) > 1:
                 raise _Refused(f"{gauge.describe(reader)} normalises over other channels")
             if not _same_along(groups, groups.ndim - 1):
                 raise _Refused(f"{gauge.describe(reader)} normalises over other channels")
             full = np.broadcast_to(groups, (*groups.shape[:-1], int(reader.args[0].meta["val"].shape[-1])))
             whole = (full >= 0).all() and (np.unique(full, return_counts=True)[1] == full.shape[-1]).all()
-            if whole and not (rule.shift(reader, gauge) - gauge.shifts.of[reader]).any():
+            if whole and not (rule.shift(gauge) - gauge.shifts.of[reader]).any():
                 self.norms.append(reader)
             return
         if rule.moves:
-            if value is not rule.operand(reader):
+            if value is not rule.operand():
                 return  # only its shape is read
             if isinstance(gauge.matches.scale_of[reader], list):
                 for piece in reader.users:
@@ -142,7 +142,7 @@ class _Stream:
 
     def _arranged(self, reader: Node, operand: Node, numbers: np.ndarray) -> np.ndarray:
         """Numbers about an operand's channels, arranged as the result's; refused where channels are not alike."""
-        gauge, rule = self.gauge, self.gauge.matches.rule_of[reader]
+        gauge, rule = self.gauge, self.gauge.matches.of[reader]
         rank = reader.meta["val"].dim()
         if rule.mean is MeanRole.MAPS and reader in gauge.solution.kept:
             raise _Refused(f"{gauge.describe(reader)} stays and scales each channel differently")
@@ -154,7 +154,7 @@ class _Stream:
         if rule.mean is MeanRole.JOINS:
             return self._concatenated(reader, operand, numbers)
         if rule.mean is MeanRole.MOVES:
-            return rule.arranged(reader, operand, numbers, self._collapse(reader), gauge)
+            return rule.arranged(operand, numbers, self._collapse(reader), gauge)
         if rule.mean not in (MeanRole.MAPS, MeanRole.SCALES, MeanRole.ADDS):
             raise _Refused(f"{gauge.describe(reader)} reads it, mean included")
         return to_rank(numbers, rank)
@@ -188,10 +188,10 @@ class _Stream:
             raise _Refused(f"the constant {gauge.program.name(value)!r} is too large to be rewritten as a value")
         elif value.op == "placeholder":
             raise _Refused("the model's input is part of it")
-        elif (rule := gauge.matches.rule_of[value]).mean is MeanRole.WRITES:
-            if not set(varying(groups)) <= set(rule.output_axes(value)):
+        elif (rule := gauge.matches.of[value]).mean is MeanRole.WRITES:
+            if not set(varying(groups)) <= set(rule.output_axes()):
                 raise _Refused(f"the channels that are normalised together are not the output channels of {what}")
-            if not rule.can_centre(value, groups):
+            if not rule.can_centre(groups):
                 raise _Refused(f"{what} is grouped: each output channel sees other inputs")
             self.writers[value] = groups
         elif rule.mean is MeanRole.MEASURES:
@@ -204,13 +204,13 @@ class _Stream:
 
     def _summands(self, value: Node, groups: np.ndarray) -> list[Node]:
         """The operands of which a result is made, so that its mean is the sum of theirs."""
-        rule = self.gauge.matches.rule_of[value]
+        rule = self.gauge.matches.of[value]
         if rule.mean is MeanRole.MAPS and value not in self.gauge.solution.kept:
             return [self.gauge.matches.affine[value].operand]
         if rule.mean is MeanRole.ADDS:
             return [operand for operand in value.all_input_nodes if is_float(operand)]
         if rule.mean is MeanRole.MOVES:
-            return [rule.source(value, self.gauge)]
+            return [rule.source(self.gauge)]
         scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
         divides = value.target is aten.div.Tensor and scaled[:1] != [value.args[0]]
         if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not divides:

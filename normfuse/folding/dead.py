@@ -109,13 +109,13 @@ def weights_of(gauge: Gauge) -> list[Node]:
 
 
 def _is_plain_weight(node: Node, gauge: Gauge) -> bool:
-    rule = gauge.matches.rule_of.get(node)
-    return rule is not None and rule.writes_rows(node)
+    rule = gauge.matches.of.get(node)
+    return rule is not None and rule.writes_rows()
 
 
 def find_dead(writer: Node, gauge: Gauge) -> Dead | RemovedChannels | None:
     """The dead channels of one writer's result, a record of why constant ones stay, or None if there are none."""
-    rank, (axis,) = writer.meta["val"].dim(), gauge.matches.rule_of[writer].output_axes(writer)
+    rank, (axis,) = writer.meta["val"].dim(), gauge.matches.of[writer].output_axes()
     size = int(writer.meta["val"].shape[axis])
     if size == 1:
         return None  # and one stays
@@ -172,7 +172,7 @@ def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], gauge:
 
 def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Channels:
     """What an operation between two weights leaves of the channels."""
-    rule, (index, constant, number) = gauge.matches.rule_of.get(node), channels
+    rule, (index, constant, number) = gauge.matches.of.get(node), channels
     if node in gauge.matches.affine:
         _, a, b = gauge.matches.affine[node]
         if np.broadcast_shapes(index.shape, a.shape, b.shape) == index.shape and len(varying(index)) <= 1:
@@ -182,13 +182,11 @@ def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Chan
         value = torch.from_numpy(number)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
         return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
-    elif rule is not None and (rule.keeps_channels(node) or node.target in _WITHOUT_SIZES):
-        if rule.use(node, operand, number, gauge) is not Use.PASS:
+    elif rule is not None and (rule.keeps_channels() or node.target in _WITHOUT_SIZES):
+        if rule.use(operand, number, gauge) is not Use.PASS:
             constant = constant & (number == 0)
         try:
-            return Channels(
-                *(rule.carry(node, operand, part, collapse_equal, gauge) for part in (index, constant, number))
-            )
+            return Channels(*(rule.carry(operand, part, collapse_equal, gauge) for part in (index, constant, number)))
         except CannotCarry:
             pass
     raise _Stop(f"{gauge.describe(node)} is among its readers")
@@ -204,7 +202,7 @@ def _is_elementwise(node: Node) -> bool:
 
 def columns_of(reader: Node, inside: dict[Node, Channels], gauge: Gauge) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index, constancy and number of the channel that each column of a reader's weight reads."""
-    operand, (axis,) = argument(reader, "input"), gauge.matches.rule_of[reader].input_axes(reader)
+    operand, (axis,) = argument(reader, "input"), gauge.matches.of[reader].input_axes()
     size = int(operand.meta["val"].shape[axis])
     try:
         channel, constant, number = (keep_axis(part, axis, size, collapse_equal) for part in inside[operand])
@@ -215,9 +213,9 @@ def columns_of(reader: Node, inside: dict[Node, Channels], gauge: Gauge) -> tupl
 
 def _not_needed(reader: Node, inside: dict[Node, Channels], size: int, gauge: Gauge) -> np.ndarray:
     """Which channels one reader can do without."""
-    operand, rule = argument(reader, "input"), gauge.matches.rule_of[reader]
+    operand, rule = argument(reader, "input"), gauge.matches.of[reader]
     index, constant, number = columns_of(reader, inside, gauge)
-    if rule.use(reader, operand, inside[operand].number, gauge) is not Use.ABSORB:
+    if rule.use(operand, inside[operand].number, gauge) is not Use.ABSORB:
         constant = constant & (number == 0)
     needed = np.zeros(size, bool)
     needed[index[~constant]] = True
@@ -235,17 +233,17 @@ def _shrink(found: Dead, gauge: Gauge) -> list[str]:
 
     names = [program.name(argument(node, "weight")) for node in (writer, *readers)]
     for reader in readers:
-        rule, (index, _, number) = gauge.matches.rule_of[reader], columns_of(reader, inside, gauge)
-        _, weight, bias = rule.operands(reader)
-        (axis,) = rule.input_axes(reader)
+        rule, (index, _, number) = gauge.matches.of[reader], columns_of(reader, inside, gauge)
+        _, weight, bias = rule.operands()
+        (axis,) = rule.input_axes()
         shift = along_axis(np.where(dead[index], number, 0.0), axis, argument(reader, "input").meta["val"].dim())
         if shift.any():
-            constant = rule.through(reader, weight, shift, gauge)
+            constant = rule.through(weight, shift, gauge)
             if bias is not None:
-                constant = constant + rule.bias_of(reader, program.constant(bias).numpy())
-            rule.set_bias(reader, weight, bias, constant, WeightEdits(gauge))
+                constant = constant + rule.bias_of(program.constant(bias).numpy())
+            rule.set_bias(weight, bias, constant, WeightEdits(gauge))
         cut(reader, weight, 1, index)
-    for written in gauge.matches.rule_of[writer].operands(writer)[1:]:
+    for written in gauge.matches.of[writer].operands()[1:]:
         if written is not None:
             cut(writer, written, 0, inside[writer].channel.ravel())
     for node, channels in inside.items():

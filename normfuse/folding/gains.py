@@ -14,7 +14,7 @@ _NOT_FINITE = "it is not finite"
 def demand_gains(gauge: Gauge) -> None:
     """Ask for ``scale = gain`` behind every dynamic norm, after all other demands: a gain that stays costs nothing."""
     for node in gauge.matches.dynamic:
-        gain = gauge.matches.rule_of[node].gain(node, gauge)
+        gain = gauge.matches.of[node].gain(gauge)
         if not np.isfinite(gain).all():
             gauge.solution.kept_gain[node] = _NOT_FINITE
         elif gain.all():
@@ -27,19 +27,19 @@ def demand_gains(gauge: Gauge) -> None:
 
 def assign_zero_gain(node: Node, gauge: Gauge, goes: bool) -> None:
     """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
-    gain = gauge.matches.rule_of[node].gain(node, gauge)
+    gain = gauge.matches.of[node].gain(gauge)
     if not goes or not gauge.scales.rescale(gauge.scale(node), gain, gauge.scales_behind(node)):
         gauge.solution.kept_gain[node] = "it is zero in places, and not only weights read the result"
 
 
 def has_zero_gain(node: Node, gauge: Gauge) -> bool:
     """Whether a dynamic norm's gain, which may go, is zero in places."""
-    return node not in gauge.solution.kept_gain and not gauge.matches.rule_of[node].gain(node, gauge).all()
+    return node not in gauge.solution.kept_gain and not gauge.matches.of[node].gain(gauge).all()
 
 
 def choose_shifts(gauge: Gauge) -> None:
     """Let the shift of every dynamic norm travel if all weights that it reaches can take it without a new operation."""
-    shifts = {node: gauge.matches.rule_of[node].shift(node, gauge) for node in gauge.matches.dynamic}
+    shifts = {node: gauge.matches.of[node].shift(gauge) for node in gauge.matches.dynamic}
     shifts = {node: shift for node, shift in shifts.items() if shift.any() and node not in gauge.shifts.kept_shift}
     blockers = first_blockers(gauge) if shifts else {}
     for node, shift in shifts.items():
@@ -76,10 +76,10 @@ def _blocks(user: Node, node: Node, gauge: Gauge) -> str | None:
     """Why a reader cannot take any shift of a value; None where it passes it on."""
     if gauge.returns(user, node):
         return "the model's output cannot take a shift"
-    if user not in gauge.matches.rule_of or not gauge.reads_values(user):
+    if user not in gauge.matches.of or not gauge.reads_values(user):
         return ""
-    rule = gauge.matches.rule_of[user]
-    use = rule.use(user, node, gauge.any_shift(node), gauge)
+    rule = gauge.matches.of[user]
+    use = rule.use(node, gauge.any_shift(node), gauge)
     if use in (Use.STOP, Use.JOIN):
         return f"{gauge.describe(user)} cannot take a shift"
     if not rule.has_bias:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .arrays import CannotCarry, collapse_equal, same_size, take_first
-from .nodes import is_float, module_of, operation_name
+from .arrays import CannotCarry, collapse_equal
+from .nodes import module_of, operation_name
 from .program import Program
 from .results import Cancelling, Centring, Matches, Shifts, Solution
 from .scales import Outcome, Scales
@@ -23,12 +23,6 @@ _ABOUT_SIZES = {
     *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
-}
-# A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
-MAX_FREE_ENTRIES = 1 << 22
-# Dtypes with so few exponents that scales take them away from the values: one byte leaves none to spare.
-_FEW_EXPONENTS = {
-    *(torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
 }
 
 
@@ -52,15 +46,46 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Gauge:
+class Facts:
+    """A program and how it is folded: all that decides which rule matches an operation."""
+
+    program: Program
+    options: Options
+
+    def usable_weight(self, node: object) -> bool:
+        """Whether a weight is constant and may be replaced."""
+        return self.program.is_constant(node) and (self.options.copy_shared or not self.program.shared(node))
+
+    def reads_values(self, node: Node) -> bool:
+        """Whether a node looks at the values of tensors, not only at their sizes."""
+        return node.target not in _ABOUT_SIZES
+
+    def returns(self, reader: Node, value: Node) -> bool:
+        """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""
+        return reader.op == "output" or reader in self.program.shared_by_outputs.get(value, ())
+
+    def path(self, node: Node) -> str:
+        return module_of(node)[0] or node.name
+
+    def describe(self, node: Node) -> str:
+        name, path = operation_name(node), module_of(node)[0]
+        shared = [
+            self.program.name(c)
+            for c in node.all_input_nodes
+            if not self.options.copy_shared and self.program.is_constant(c) and self.program.shared(c)
+        ]
+        because = f", whose weight {shared[0]!r} is shared and may not be copied," if shared else ""
+        return (f"{name} in {path}" if path else name) + because
+
+
+@dataclass(frozen=True)
+class Gauge(Facts):
     """``original = scale * folded + shift`` for every value: what is known of it so far.
 
     Every step returns its result, and :meth:`knowing` makes a gauge that answers with it. A step's own result is still
     open while it asks the rules; afterwards nobody writes into it.
     """
 
-    program: Program
-    options: Options
     scales: Scales
     matches: Matches
     solution: Solution = field(default_factory=Solution)
@@ -73,67 +98,13 @@ class Gauge:
         """The same with the results of another step."""
         return replace(self, **results)
 
-    # -- scales ------------------------------------------------------------------------------------------------
-
     def scale(self, node: Node) -> Any:
-        """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
-        if node not in self.matches.scale_of:
-            value = node.meta["val"]
-            if self.program.is_constant(node) and value.numel() <= MAX_FREE_ENTRIES and self._is_finite(node):
-                self.matches.scale_of[node] = self.scales.fresh(tuple(value.shape))
-                self.matches.stored.append(self.matches.scale_of[node])
-                self.matches.free_constants.append(node)
-                self.bound(node)
-            else:
-                self.matches.scale_of[node] = self.scales.pinned((1,) * value.dim())
+        """The scale variables of a value (a list for several results)."""
         return self.matches.scale_of[node]
-
-    def _is_finite(self, constant: Node) -> bool:
-        """Whether a constant is made of numbers; one that holds infinities is a mask, which stays as it is."""
-        return bool(self.program.constant(constant).isfinite().all())
-
-    def pin(self, node: Node, reason: str) -> None:
-        """Fix a value's scale to one."""
-        if not is_float(node):
-            return
-        if node in self.matches.scale_of:
-            self.scales.pin(self.matches.scale_of[node], reason)
-        else:
-            self.matches.scale_of[node] = self.scales.fresh((1,) * node.meta["val"].dim())
-            self.scales.pin(self.matches.scale_of[node], reason)
 
     def is_fixed(self, node: Node) -> bool:
         """Whether a value's scale is one already."""
         return not self.program.is_constant(node) and self.scales.is_pinned(self.scale(node))
-
-    def require_equal(self, index: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-        """Require equal scales along `axes`."""
-        first = take_first(index, axes)
-        self.scales.equate(index, first)
-        return first
-
-    def free_axes(self, node: Node, axes: tuple[int, ...]) -> None:
-        """Give the result of a weight operation free scales along some axes."""
-        value = node.meta["val"]
-        shape = [int(size) if axis in axes else 1 for axis, size in enumerate(value.shape)]
-        self.matches.scale_of[node] = self.scales.fresh(tuple(shape))
-        self.matches.stored.append(self.matches.scale_of[node])
-
-    def usable_weight(self, node: object) -> bool:
-        """Whether a weight is constant and may be replaced."""
-        return self.program.is_constant(node) and (self.options.copy_shared or not self.program.shared(node))
-
-    def bound(self, node: Node) -> None:
-        """Keep the scales of values that are stored in few exponents close to one, whatever other values allow."""
-        scale, value = self.matches.scale_of.get(node), node.meta.get("val")
-        pieces = zip(scale, value, strict=True) if isinstance(scale, list) else [(scale, value)]
-        for index, part in pieces:
-            if index is None or not isinstance(part, torch.Tensor) or part.dtype not in _FEW_EXPONENTS:
-                continue
-            if part.itemsize == 1:
-                self.scales.pin(index, f"its dtype {str(part.dtype).removeprefix('torch.')}")
-            else:
-                self.scales.bound(index)
 
     # -- shifts ------------------------------------------------------------------------------------------------
 
@@ -158,10 +129,10 @@ class Gauge:
         trial = Shifts()
         empty = self.knowing(shifts=trial)
         for node in self.program.graph.nodes:
-            scale, rule = self.matches.scale_of.get(node), self.matches.rule_of.get(node)
+            scale, rule = self.matches.scale_of.get(node), self.matches.of.get(node)
             if scale is None:
                 continue
-            shift = self.no_shift(node) if rule is None else rule.settle(node, empty)
+            shift = self.no_shift(node) if rule is None else rule.settle(empty)
             if isinstance(scale, list):
                 pairs = zip(scale, shift, strict=True)
                 shapes[node] = [np.broadcast_shapes(*(a.shape for a in pair)) for pair in pairs]
@@ -185,14 +156,14 @@ class Gauge:
         """An operand's shift, arranged as the result's."""
         several = isinstance(self.matches.scale_of[operand], list)
         shift = self.shifts.of[operand] if several else self.incoming(node, operand)
-        return self.matches.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+        return self.matches.of[node].carry(operand, shift, collapse_equal, self)
 
     def can_carry(self, node: Node, operand: Node, shift: np.ndarray | None) -> bool:
         """Whether the operation can arrange this shift as its result's; an unknown one counts as possible."""
         if shift is None:
             return True
         try:
-            self.matches.rule_of[node].carry(node, operand, shift, collapse_equal, self)
+            self.matches.of[node].carry(operand, shift, collapse_equal, self)
         except CannotCarry:
             return False
         return True
@@ -206,37 +177,10 @@ class Gauge:
             found += [part.ravel() for part in (scale if isinstance(scale, list) else [scale])]
             for user in current.users:
                 mapped = user in self.matches.affine and user not in self.solution.kept
-                rule = self.matches.rule_of.get(user)
+                rule = self.matches.of.get(user)
                 if user in self.matches.scale_of and (mapped or (rule is not None and rule.moves)):
                     pending.append(user)
         return np.concatenate(found)
-
-    # -- words -------------------------------------------------------------------------------------------------
-
-    def reads_values(self, node: Node) -> bool:
-        """Whether a node looks at the values of tensors, not only at their sizes."""
-        return node.target not in _ABOUT_SIZES
-
-    def returns(self, reader: Node, value: Node) -> bool:
-        """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""
-        return reader.op == "output" or reader in self.program.shared_by_outputs.get(value, ())
-
-    def same_shape(self, a: Node, b: Node) -> bool:
-        shapes = (a.meta["val"].shape, b.meta["val"].shape)
-        return all(same_size(x, y) for x, y in zip(*shapes, strict=True))
-
-    def path(self, node: Node) -> str:
-        return module_of(node)[0] or node.name
-
-    def describe(self, node: Node) -> str:
-        name, path = operation_name(node), module_of(node)[0]
-        shared = [
-            self.program.name(c)
-            for c in node.all_input_nodes
-            if not self.options.copy_shared and self.program.is_constant(c) and self.program.shared(c)
-        ]
-        because = f", whose weight {shared[0]!r} is shared and may not be copied," if shared else ""
-        return (f"{name} in {path}" if path else name) + because
 
     def why_not(self, outcome: Outcome) -> str:
         """Why a demand was refused, apart from what fixes its two sides."""

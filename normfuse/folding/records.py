@@ -10,7 +10,6 @@ from .gauge import Gauge
 from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .report import DynamicNormRecord, NormRecord
-from .rules import OPAQUE
 from .settle import sources_of_shift
 
 _FAR = 64  # operations around a norm among which the weights that took it are looked for
@@ -55,9 +54,9 @@ def collect_dynamic(gauge: Gauge) -> list[tuple[DynamicNormRecord, list[Node]]]:
 
 
 def _record(node: Node, gauge: Gauge) -> DynamicNormRecord:
-    rule = gauge.matches.rule_of[node]
-    gain, shift = rule.gain(node, gauge), rule.shift(node, gauge)
-    gone = rule.gain_is_gone(node, gauge)
+    rule = gauge.matches.of[node]
+    gain, shift = rule.gain(gauge), rule.shift(gauge)
+    gone = rule.gain_is_gone(gauge)
     rest = (shift - gauge.shifts.of[node]).any()
     core = NORMALISING[node.target]
     name, kind = _name_and_kind(node)
@@ -134,8 +133,8 @@ def _operations_around(node: Node, gauge: Gauge, *, backward: bool = True) -> It
     while pending and len(found) < _FAR:
         current, forward, met = pending.pop()
         for neighbour in current.users if forward else current.all_input_nodes:
-            rule = gauge.matches.rule_of.get(neighbour)
-            if rule is None or rule is OPAQUE or neighbour in found:
+            rule = gauge.matches.of.get(neighbour)
+            if rule is None or rule.opaque or neighbour in found:
                 continue
             found[neighbour] = None
             several = sum(operand in gauge.matches.scale_of for operand in neighbour.all_input_nodes) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,33 +10,33 @@ import numpy as np
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from .rules import Rule
-    from .rules.affine import Coefficients
+    from .rules import Match
+    from .rules.base import Coefficients
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Which rule speaks for every operation, and the scale variables that they relate.
+    """What is known of every operation by itself, and the scale variables that are related.
 
     Attributes:
-        rule_of: the rule of every operation.
+        of: the match of every operation.
         scale_of: scale variables of every floating-point value (a list for operations with several results).
         affine: coefficients of every affine map with constant coefficients.
         demands: the affine maps that ask for a ratio.
         powers: the powers, whose scales are settled once all ratios are.
         dynamic: the norms that compute their statistics from each input.
         stored: scale variables that go into weights.
-        free_constants: constants that flow as values.
+        free_constants: constants that flow as values and may get any scale and shift.
     """
 
-    rule_of: dict[Node, Rule] = field(default_factory=dict)
-    scale_of: dict[Node, Any] = field(default_factory=dict)
-    affine: dict[Node, Coefficients] = field(default_factory=dict)
-    demands: list[Node] = field(default_factory=list)
-    powers: list[Node] = field(default_factory=list)
-    dynamic: list[Node] = field(default_factory=list)
-    stored: list[np.ndarray] = field(default_factory=list)
-    free_constants: list[Node] = field(default_factory=list)
+    of: Mapping[Node, Match]
+    scale_of: Mapping[Node, Any]
+    affine: Mapping[Node, Coefficients] = field(default_factory=dict)
+    demands: tuple[Node, ...] = ()
+    powers: tuple[Node, ...] = ()
+    dynamic: tuple[Node, ...] = ()
+    stored: tuple[np.ndarray, ...] = ()
+    free_constants: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ aten = torch.ops.aten
 def rewrite(gauge: Gauge) -> WeightEdits:
     """Rewrite the program's graph; returns what was changed."""
     edits, program, shifts = WeightEdits(gauge), gauge.program, gauge.shifts
-    for node, rule in list(gauge.matches.rule_of.items()):
+    for node, rule in list(gauge.matches.of.items()):
         if node in gauge.matches.scale_of:
-            rule.rewrite(node, edits)
+            rule.rewrite(edits)
     replaced = {constant: _rewrite_constant(constant, edits) for constant in gauge.matches.free_constants}
     for node, bias in edits.biases:
         added = program.insert(node.next, aten.add.Tensor, (node, bias), node)
@@ -52,7 +52,7 @@ def _rewrite_constant(constant: Node, edits: WeightEdits) -> Node:
         new = subtract_means(new, centre)
     node = gauge.program.add_parameter(gauge.program.name(constant), new, constant)
     for user in list(constant.users):
-        rule = gauge.matches.rule_of.get(user)
+        rule = gauge.matches.of.get(user)
         if rule is not None and not rule.owns_constants:
             user.replace_input_with(constant, node)
             edits.absorbed.setdefault(user, []).append(gauge.program.name(constant))

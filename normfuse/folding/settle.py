@@ -79,17 +79,17 @@ def settle(gauge: Gauge) -> Gauge:
 def _carry_shifts(gauge: Gauge) -> None:
     """One pass over the program, in its order."""
     order = {node: position for position, node in enumerate(gauge.program.graph.nodes)}
-    tolerant, rule_of = tolerant_values(gauge), gauge.matches.rule_of
+    tolerant, of = tolerant_values(gauge), gauge.matches.of
     constants: dict[Node, _Constants] = {}
     for constant in gauge.matches.free_constants:
         gauge.shifts.of[constant] = gauge.no_shift(constant)
     for node in order:
-        if node not in gauge.matches.rule_of or node not in gauge.matches.scale_of:
+        if node not in gauge.matches.of or node not in gauge.matches.scale_of:
             continue
         _join_shifts(node, order, tolerant, gauge)
         if node in tolerant and _lets_go(node, gauge):
-            gauge.shifts.chosen[node] = gauge.matches.rule_of[node].constant_part(node, gauge)
-        gauge.shifts.of[node] = gauge.matches.rule_of[node].settle(node, gauge)
+            gauge.shifts.chosen[node] = gauge.matches.of[node].constant_part(gauge)
+        gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
         if isinstance(gauge.shifts.of[node], list) or not gauge.shifts.of[node].any():
             continue
         # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply.
@@ -102,8 +102,8 @@ def _carry_shifts(gauge: Gauge) -> None:
             gauge.shifts.settled_early.append(node)
             continue
         if _stopping(node, gauge) and not _cancel(node, order, tolerant, gauge):
-            stopping = [(user, rule_of[user]) for user in _stopping(node, gauge) if user in rule_of]
-            gauge.shifts.bent.update(user for user, rule in stopping if rule.bends(user) and user in tolerant)
+            stopping = [(user, of[user]) for user in _stopping(node, gauge) if user in of]
+            gauge.shifts.bent.update(user for user, rule in stopping if rule.bends() and user in tolerant)
             if _stopping(node, gauge):
                 gauge.shifts.materialised_shifts[node] = _stopping(node, gauge)
 
@@ -123,7 +123,7 @@ def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], gauge:
 
 def _use_of_its_shift(user: Node, node: Node, gauge: Gauge) -> Use:
     shift = gauge.shifts.of[node] if node in gauge.shifts.of else gauge.no_shift(node)
-    return gauge.matches.rule_of[user].use(user, node, shift, gauge)
+    return gauge.matches.of[user].use(node, shift, gauge)
 
 
 def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> set[Node]:
@@ -131,7 +131,7 @@ def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> set[Node]:
     pending, seen, found = list(values), set[Node](), set[Node]()
     while pending:
         current = pending.pop()
-        if current in seen or current not in gauge.matches.rule_of:
+        if current in seen or current not in gauge.matches.of:
             continue
         seen.add(current)
         if current in gauge.shifts.chosen or (
@@ -186,7 +186,7 @@ def _constants(node: Node, constants: dict[Node, _Constants], gauge: Gauge) -> _
 
 def _rides(node: Node, gauge: Gauge) -> bool:
     """Whether a value goes into an addition, possibly rearranged."""
-    rules = [(user, gauge.matches.rule_of[user]) for user in node.users if user in gauge.matches.rule_of]
+    rules = [(user, gauge.matches.of[user]) for user in node.users if user in gauge.matches.of]
     return any(rule.adds or (rule.moves and _rides(user, gauge)) for user, rule in rules)
 
 
@@ -196,7 +196,7 @@ def _lets_go(node: Node, gauge: Gauge) -> bool:
     """
     if node in gauge.matches.affine:
         return node in gauge.solution.kept
-    rule = gauge.matches.rule_of[node]
+    rule = gauge.matches.of[node]
     return rule.weighs and (not rule.has_bias or (gauge.options.carry_biases and _adds_to_stream(node, gauge)))
 
 
@@ -204,7 +204,7 @@ def _adds_to_stream(node: Node, gauge: Gauge) -> bool:
     """Whether a weight operation's result goes into an addition and nowhere else."""
     while len(node.users) == 1:
         (node,) = node.users
-        rule = gauge.matches.rule_of.get(node)
+        rule = gauge.matches.of.get(node)
         if rule is not None and rule.adds:
             return True
         mapped = node in gauge.matches.affine and node not in gauge.solution.kept
@@ -216,9 +216,9 @@ def _adds_to_stream(node: Node, gauge: Gauge) -> bool:
 def _tolerates(user: Node, node: Node, tolerant: set[Node], gauge: Gauge) -> bool:
     if gauge.returns(user, node):
         return False
-    if user not in gauge.matches.rule_of or not gauge.reads_values(user):
+    if user not in gauge.matches.of or not gauge.reads_values(user):
         return True
-    use = gauge.matches.rule_of[user].use(user, node, gauge.any_shift(node), gauge)
+    use = gauge.matches.of[user].use(node, gauge.any_shift(node), gauge)
     return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
 
 
@@ -278,9 +278,9 @@ def _is_magnified(route: _Route, change: np.ndarray, gauge: Gauge) -> bool:
 
 def _moved(operand: Node, reader: Node, change: Any, gauge: Gauge) -> Any:
     """A change of an operand's shift, as it changes the result's."""
-    rule = gauge.matches.rule_of[reader]
-    moved = rule.carry(reader, operand, change, collapse_equal, gauge)
-    return moved if isinstance(moved, list) else moved * rule.factor(reader, operand, gauge)
+    rule = gauge.matches.of[reader]
+    moved = rule.carry(operand, change, collapse_equal, gauge)
+    return moved if isinstance(moved, list) else moved * rule.factor(operand, gauge)
 
 
 def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
@@ -294,14 +294,14 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
         if not pending:
             return
         current, steps = pending.popleft()
-        rule = gauge.matches.rule_of.get(current)
-        if current in gauge.matches.free_constants or (rule is not None and rule.chooses_shift(current, gauge)):
+        rule = gauge.matches.of.get(current)
+        if current in gauge.matches.free_constants or (rule is not None and rule.chooses_shift(gauge)):
             yield _Route(current, steps)
             continue
         if rule is None:
             continue
         for operand in current.all_input_nodes:
-            if operand not in gauge.matches.scale_of or rule.use(current, operand, None, gauge) is not Use.PASS:
+            if operand not in gauge.matches.scale_of or rule.use(operand, None, gauge) is not Use.PASS:
                 continue
             others = (user for user in operand.users if user is not current and not _reads_part(user, gauge))
             if operand not in gauge.matches.free_constants and not all(
@@ -314,7 +314,7 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
 
 
 def _reads_part(user: Node, gauge: Gauge) -> bool:
-    rule = gauge.matches.rule_of.get(user)
+    rule = gauge.matches.of.get(user)
     return rule is not None and rule.reads_part
 
 
@@ -334,7 +334,7 @@ def _minds(reader: Node, operand: Node, moved: Any, tolerant: set[Node], gauge: 
     if _tolerates(reader, operand, tolerant, gauge):
         return False
     try:
-        part = gauge.matches.rule_of[reader].carry(reader, operand, moved, collapse_equal, gauge)
+        part = gauge.matches.of[reader].carry(operand, moved, collapse_equal, gauge)
     except CannotCarry:
         return True
     if isinstance(part, list):
@@ -344,8 +344,8 @@ def _minds(reader: Node, operand: Node, moved: Any, tolerant: set[Node], gauge: 
 
 def _cost(source: Node, gauge: Gauge) -> int:
     """What a source pays for another shift; an added parameter is a table that is stored once more."""
-    rule = gauge.matches.rule_of.get(source)
-    return 2 if rule is None else rule.price(source)
+    rule = gauge.matches.of.get(source)
+    return 2 if rule is None else rule.price()
 
 
 def _needed_at_source(route: _Route, gauge: Gauge) -> np.ndarray | None:
@@ -355,10 +355,10 @@ def _needed_at_source(route: _Route, gauge: Gauge) -> np.ndarray | None:
     factor = np.ones(shape)
     try:
         for operand, reader in route.steps:
-            rule = gauge.matches.rule_of[reader]
-            entries, factor = (rule.carry(reader, operand, a, collapse_equal, gauge) for a in (entries, factor))
+            rule = gauge.matches.of[reader]
+            entries, factor = (rule.carry(operand, a, collapse_equal, gauge) for a in (entries, factor))
             if not isinstance(factor, list):
-                factor = factor * rule.factor(reader, operand, gauge)
+                factor = factor * rule.factor(operand, gauge)
                 entries = np.broadcast_to(entries, factor.shape)
     except CannotCarry:
         return None
@@ -378,11 +378,11 @@ def _resettle(source: Node, last: int, order: dict[Node, int], gauge: Gauge) -> 
     queue, queued = [(order[source], source)], {source}
     while queue:
         _position, node = heapq.heappop(queue)
-        if node in gauge.matches.rule_of:
-            gauge.shifts.of[node] = gauge.matches.rule_of[node].settle(node, gauge)
+        if node in gauge.matches.of:
+            gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
         for user in node.users:
             if user in queued or order[user] > last or user.op == "output" or not gauge.reads_values(user):
                 continue
-            if gauge.matches.rule_of[user].use(user, node, None, gauge) is Use.PASS:
+            if gauge.matches.of[user].use(node, None, gauge) is Use.PASS:
                 queued.add(user)
                 heapq.heappush(queue, (order[user], user))

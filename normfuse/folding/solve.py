@@ -15,7 +15,6 @@ from .nodes import module_of, operation_name
 from .operations import NORMALISING
 from .report import FoldError
 from .results import Solution
-from .rules.powers import settle_powers
 from .scales import Outcome
 from .settle import tolerant_values
 from .weight_edits import REFUSED
@@ -42,7 +41,7 @@ def solve(gauge: Gauge) -> Gauge:
     with_zeros = _meet_demands(gauge)
     if not options.keep_dynamic_norms:
         demand_gains(gauge)
-    if contradicting := settle_powers(gauge):
+    if contradicting := _settle_powers(gauge):
         raise Contradiction(contradicting)
     gauge.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in gauge.matches.stored)]))
     tolerant = tolerant_values(gauge) if options.fold_zeros else set()
@@ -116,3 +115,25 @@ def _what_fixes(node: Node, gauge: Gauge) -> str:
         "its result meets its own input again (in an addition) or is mixed over its channels: "
         "no weight between them can take the scale"
     )
+
+
+def _settle_powers(gauge: Gauge) -> set[Node]:
+    """Meet the equations of all powers, one after another; returns those that contradict what is known.
+
+    Where the scale of one side is fixed, the other follows. Where both are free, the operand's is chosen.
+    """
+    return {node for node in gauge.matches.powers if not _meet(node, gauge)}
+
+
+def _meet(node: Node, gauge: Gauge) -> bool:
+    exponent, x, y = gauge.matches.of[node].exponent, gauge.scale(node.args[0]), gauge.scale(node)
+    assert exponent is not None
+    behind = gauge.scales.known(y)
+    follows = np.isnan(gauge.scales.known(x)) & ~np.isnan(behind)
+    if exponent % 2 != 1 and (behind[follows] < 0).any():
+        return False
+    root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / exponent)
+    if not gauge.scales.demand(x[follows], np.zeros_like(x[follows]), root):
+        return False
+    gauge.scales.choose(x)
+    return bool(gauge.scales.demand(y, np.zeros_like(y), gauge.scales.known(x) ** exponent))

@@ -87,10 +87,10 @@ def any_gauge(seed: int) -> Iterator[None]:
         scales._values = scales._values * factors[roots]
 
     def is_weighted(node: Node, gauge: Gauge) -> bool:
-        return isinstance(gauge.matches.rule_of[node], Weighted)
+        return isinstance(gauge.matches.of[node], Weighted)
 
-    def any_shift(rule: Weighted, node: Node, gauge: Gauge) -> np.ndarray:
-        return generator.normal(size=gauge.scale(node).shape)
+    def any_shift(match: Weighted, gauge: Gauge) -> np.ndarray:
+        return generator.normal(size=gauge.scale(match.node).shape)
 
     with (
         patch.object(Scales, "solve", solve_anyhow),

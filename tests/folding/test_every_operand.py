@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from normfuse.folding import fold, relate
-from normfuse.folding.gauge import Gauge
-from normfuse.folding.rules import Rule
+from normfuse.folding.gauge import Facts
+from normfuse.folding.rules import Match, match
 from normfuse.folding.rules.base import _RULES
 
 from .checks import any_gauge, difference
@@ -116,20 +116,20 @@ def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch
     model = Uses(CASES[target]).double().eval()
     inputs = [[torch.randn(shape, dtype=torch.float64) for shape in use.case.shapes] for use in model.uses]
     program = torch.export.export(model, (inputs,))
-    rules, find_rule = set(), relate.find_rule
+    rules = set()
 
-    def find(node: Node, gauge: Gauge) -> Rule:
-        rule = find_rule(node, gauge)
-        if node.target is target:
-            rules.add(rule)
-        return rule
+    def matched(node: Node, facts: Facts) -> Match | None:
+        found = match(node, facts)
+        if node.target is target and found is not None:
+            rules.add(type(found))
+        return found
 
     def compare(**options: bool) -> None:
         expected, got = model(inputs), fold(program, **options)[0].module(check_guards=False)(inputs)
         for use, want, have in zip(model.uses, expected, got, strict=True):
             assert difference(want, have) <= 1e-11, (CASES[target].index(use.case), use.normed, use.norm.scale.shape)
 
-    monkeypatch.setattr(relate, "find_rule", find)
+    monkeypatch.setattr(relate, "match", matched)
     compare()
     assert rules >= set(_RULES[target]), "a rule for this operation takes none of its cases"
     with any_gauge(0):

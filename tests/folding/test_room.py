@@ -5,14 +5,22 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.export import export
 
 import normfuse.folding
 from normfuse.folding import fold
+from normfuse.folding.gauge import Facts, Options
+from normfuse.folding.program import Program
+from normfuse.folding.relate import match_all, relate
+from normfuse.folding.rules.affine import Affine
+from normfuse.folding.rules.order import Bend
+from normfuse.folding.rules.products import Linear
 
 ROOM = Path(normfuse.folding.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -45,7 +53,7 @@ def test_every_file_imports_from_lower_lines_only() -> None:
 
 def test_each_result_is_written_by_its_step_alone() -> None:
     owners = {
-        "matches": {"relate", "gauge", "rules"},  # while rules relate, through the gauge
+        "matches": set(),  # frozen from the start
         "solution": {"solve", "gains"},
         "shifts": {"settle", "gains"},
         "centring": {"centre"},
@@ -57,6 +65,22 @@ def test_each_result_is_written_by_its_step_alone() -> None:
         name = file.relative_to(ROOM).parts[0].removesuffix(".py")
         for result, *_ in changed.findall(file.read_text()):
             assert name in owners[result], f"{file.name} writes into {result}"
+
+
+def test_matches_are_frozen_and_depend_on_the_program_alone() -> None:
+    program = export(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()).eval(), (torch.randn(2, 3),))
+    facts = Facts(Program(program), Options())
+    before = [str(node.format_node()) for node in facts.program.graph.nodes]
+    first, second = match_all(facts), match_all(facts)
+    assert list(map(type, first.values())) == list(map(type, second.values())) == [Linear, Affine, Bend]
+    assert [str(node.format_node()) for node in facts.program.graph.nodes] == before
+    matches = relate(facts.program, facts.options).matches
+    for found in matches.of.values():
+        with pytest.raises(FrozenInstanceError):
+            found.node = None
+    for name in ("of", "scale_of", "affine"):
+        with pytest.raises(TypeError):
+            getattr(matches, name)[None] = None
 
 
 def test_the_worked_example_is_what_folding_computes() -> None:

@@ -5,6 +5,6 @@ gate, ``matmul`` by a weight a projection before it is a mixture.
 """
 
 from . import affine, carry, parts, averages, order, powers, dynamic, weights, products, combine, attention  # noqa: F401, I001
-from .base import OPAQUE, Rule, Use, find_rule
+from .base import Match, Opaque, Use, match
 
-__all__ = ["OPAQUE", "Rule", "Use", "find_rule"]
+__all__ = ["Match", "Opaque", "Use", "match"]

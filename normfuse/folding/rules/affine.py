@@ -8,22 +8,15 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import CannotCarry, Collapse, to_rank, varying
-from ..gauge import Gauge
+from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
+from ..gauge import Facts, Gauge
 from ..nodes import tensors_of
+from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import MeanRole, Rule, Use, argument, is_float, rule_for
+from .base import Coefficients, Match, MeanRole, Use, argument, is_float, rule_for
 
 aten = torch.ops.aten
 _LERP = (aten.lerp.Scalar, aten.lerp.Tensor)
-
-
-class Coefficients(NamedTuple):
-    """``original_out = a * original_in + b`` with arrays over the operand's channels (float64)."""
-
-    operand: Node
-    a: np.ndarray
-    b: np.ndarray
 
 
 @rule_for(
@@ -31,7 +24,7 @@ class Coefficients(NamedTuple):
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.rsub.Scalar),
     *_LERP,
 )
-class Affine(Rule):
+class Affine(Match):
     """``y = a * x + b`` with constants a and b per channel: y is to be the very same folded tensor as x.
 
     From ``x = s_x * f + t_x`` follows ``y = (a * s_x) * f + (a * t_x + b)``: demanded is the ratio
@@ -42,80 +35,87 @@ class Affine(Rule):
     owns_constants = True
     mean = MeanRole.MAPS
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return self._read(node, gauge) is not None
+    @classmethod
+    def of(cls, node: Node, facts: Facts) -> Affine | None:
+        coefficients = _read(node, facts)
+        return None if coefficients is None else cls(node, coefficients)
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        coefficients = self._read(node, gauge)
-        assert coefficients is not None
-        gauge.matches.affine[node] = operand, a, b = coefficients
-        inner = gauge.scale(operand)
+    @property
+    def map(self) -> Coefficients:
+        assert self.coefficients is not None
+        return self.coefficients
+
+    def relate(self, relations: Relations) -> np.ndarray:
+        operand, a, b = self.map
+        inner = relations.scale(operand)
         shape = np.broadcast_shapes(inner.shape, a.shape, b.shape)
-        if (a == 1).all():
-            gauge.matches.scale_of[node] = np.broadcast_to(inner, shape)
-            return
-        gauge.matches.scale_of[node] = gauge.scales.fresh(shape, stored=False)
-        gauge.matches.demands.append(node)
+        return relations.scales.fresh(shape, stored=False) if self.asks_ratio else np.broadcast_to(inner, shape)
 
-    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
-        return node in gauge.solution.kept
+    def chooses_shift(self, gauge: Gauge) -> bool:
+        return self.node in gauge.solution.kept
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.ABSORB if node in gauge.solution.kept else Use.PASS
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if self.node in gauge.solution.kept else Use.PASS
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        if node in gauge.solution.kept:
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        if self.node in gauge.solution.kept:
             raise CannotCarry
-        return np.broadcast_to(numbers, np.broadcast_shapes(numbers.shape, gauge.matches.affine[node].a.shape))
+        return np.broadcast_to(numbers, np.broadcast_shapes(numbers.shape, self.map.a.shape))
 
-    def factor(self, node: Node, operand: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.matches.affine[node].a
+    def factor(self, operand: Node, gauge: Gauge) -> np.ndarray:
+        return self.map.a
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.chosen_shift(node) if node in gauge.solution.kept else self.constant_part(node, gauge)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(self.node) if self.node in gauge.solution.kept else self.constant_part(gauge)
 
-    def constant_part(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def constant_part(self, gauge: Gauge) -> np.ndarray:
         """The shift that a map which stays gives to its result."""
-        operand, a, b = gauge.matches.affine[node]
-        return a * gauge.incoming(node, operand) + b
+        operand, a, b = self.map
+        return a * gauge.incoming(self.node, operand) + b
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         gauge = edits.gauge
-        operand, a, b = gauge.matches.affine[node]
-        if node not in gauge.solution.kept:
-            edits.replace(node, operand)
+        operand, a, b = self.map
+        if self.node not in gauge.solution.kept:
+            edits.replace(self.node, operand)
             return
-        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(node)]
-        t_x, t_y = gauge.incoming(node, operand), gauge.shifts.of[node]
+        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(self.node)]
+        t_x, t_y = gauge.incoming(self.node, operand), gauge.shifts.of[self.node]
         if (s_x == 1).all() and (s_y == 1).all() and not t_x.any() and not t_y.any():
             return
-        result = edits.multiply(operand, a, s_x / s_y, before=node)
-        edits.replace(node, edits.add(result, (a * t_x + b - t_y) / s_y, before=node))
+        result = edits.multiply(operand, a, s_x / s_y, before=self.node)
+        edits.replace(self.node, edits.add(result, (a * t_x + b - t_y) / s_y, before=self.node))
 
-    def _read(self, node: Node, gauge: Gauge) -> Coefficients | None:
-        """The coefficients, or None where one of them is no constant per channel."""
-        if not is_float(node):
+
+def _read(node: Node, facts: Facts) -> Coefficients | None:
+    """The coefficients, or None where one of them is no constant per channel."""
+    if not is_float(node):
+        return None
+    if node.target in (aten.batch_norm.default, aten.instance_norm.default):
+        return _batch_norm(node, facts)
+    products = _products(node)
+    factors = {x for product in products for x in product if isinstance(x, Node)}
+    computed = [x for x in factors if not facts.program.is_constant(x)]
+    if len(computed) != 1 or not is_float(computed[0]):
+        return None
+    (operand,), value, result = computed, computed[0].meta["val"], node.meta["val"]
+    if value.dim() != result.dim() or value.dtype != result.dtype or not same_shape(operand, node):
+        return None
+    a = b = np.zeros((1,) * value.dim())
+    for product in products:
+        constant = _product([x for x in product if x is not operand], value.dim(), facts)
+        if constant is None or product.count(operand) > 1:
             return None
-        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
-            return _batch_norm(node, gauge)
-        products = _products(node)
-        factors = {x for product in products for x in product if isinstance(x, Node)}
-        computed = [x for x in factors if not gauge.program.is_constant(x)]
-        if len(computed) != 1 or not is_float(computed[0]):
-            return None
-        (operand,), value, result = computed, computed[0].meta["val"], node.meta["val"]
-        if value.dim() != result.dim() or value.dtype != result.dtype or not gauge.same_shape(operand, node):
-            return None
-        a = b = np.zeros((1,) * value.dim())
-        for product in products:
-            constant = _product([x for x in product if x is not operand], value.dim(), gauge)
-            if constant is None or product.count(operand) > 1:
-                return None
-            a, b = (a + constant, b) if operand in product else (a, b + constant)
-        several = sum(operand in product for product in products) > 1 and node.target not in _LERP
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not np.isfinite(b).all():
-            return None  # a mask
-        return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
+        a, b = (a + constant, b) if operand in product else (a, b + constant)
+    several = sum(operand in product for product in products) > 1 and node.target not in _LERP
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and not np.isfinite(b).all():
+        return None  # a mask
+    return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    shapes = (a.meta["val"].shape, b.meta["val"].shape)
+    return all(same_size(x, y) for x, y in zip(*shapes, strict=True))
 
 
 class Inverse(NamedTuple):
@@ -145,12 +145,12 @@ def _products(node: Node) -> list[list[object]]:
     return [[first], [first, more[0], -1.0], [second, more[0]]]  # lerp: x + weight * (y - x)
 
 
-def _product(factors: list[object], rank: int, gauge: Gauge) -> np.ndarray | None:
+def _product(factors: list[object], rank: int, facts: Facts) -> np.ndarray | None:
     """The product of constants along one axis at most, as an array of the operand's rank; None where one is not."""
     result = np.ones((1,) * rank)
     for factor in factors:
         inverse = isinstance(factor, Inverse)
-        number = _per_channel(factor.value if isinstance(factor, Inverse) else factor, rank, gauge)
+        number = _per_channel(factor.value if isinstance(factor, Inverse) else factor, rank, facts)
         if number is None:
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -158,34 +158,34 @@ def _product(factors: list[object], rank: int, gauge: Gauge) -> np.ndarray | Non
     return result if len(varying(result)) <= 1 else None
 
 
-def _per_channel(coefficient: object, rank: int, gauge: Gauge) -> np.ndarray | None:
+def _per_channel(coefficient: object, rank: int, facts: Facts) -> np.ndarray | None:
     """A number or a constant tensor that varies along one axis at most, as an array of the operand's rank."""
     if isinstance(coefficient, int | float):
         return np.full((1,) * rank, float(coefficient))
-    if not gauge.program.is_constant(coefficient) or not tensors_of(coefficient):
+    if not facts.program.is_constant(coefficient) or not tensors_of(coefficient):
         return None
     if sum(size != 1 for size in coefficient.meta["val"].shape) > 1:
         return None
-    array = gauge.program.constant(coefficient).double().numpy()
+    array = facts.program.constant(coefficient).double().numpy()
     return to_rank(array, rank) if array.ndim <= rank and len(varying(array)) <= 1 else None
 
 
-def _batch_norm(node: Node, gauge: Gauge) -> Coefficients | None:
+def _batch_norm(node: Node, facts: Facts) -> Coefficients | None:
     """``a = weight / sqrt(var + eps)``, ``b = bias - a * mean``, along axis 1."""
     operand = node.args[0]
     weight, bias, mean, var = (argument(node, n) for n in ("weight", "bias", "running_mean", "running_var"))
     measures = argument(node, "training") or argument(node, "use_input_stats")
     if measures or mean is None or var is None:
         return None
-    if not is_float(operand) or not all(c is None or gauge.program.is_constant(c) for c in (weight, bias, mean, var)):
+    if not is_float(operand) or not all(c is None or facts.program.is_constant(c) for c in (weight, bias, mean, var)):
         return None
     with np.errstate(invalid="ignore"):
-        a = 1.0 / np.sqrt(gauge.program.constant(var).numpy() + argument(node, "eps"))
+        a = 1.0 / np.sqrt(facts.program.constant(var).numpy() + argument(node, "eps"))
     if weight is not None:
-        a = a * gauge.program.constant(weight).numpy()
-    b = -a * gauge.program.constant(mean).numpy()
+        a = a * facts.program.constant(weight).numpy()
+    b = -a * facts.program.constant(mean).numpy()
     if bias is not None:
-        b = b + gauge.program.constant(bias).numpy()
+        b = b + facts.program.constant(bias).numpy()
     rank = operand.meta["val"].dim()
     shape = (1, -1) + (1,) * (rank - 2)
     return Coefficients(operand, a.reshape(shape), b.reshape(shape))

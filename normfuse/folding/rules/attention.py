@@ -7,9 +7,10 @@ import torch
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
 from ..operations import CASTS, COPIES, DROPOUTS
-from .base import Rule, Use, argument, is_float, rule_for
+from ..relations import Relations
+from .base import Match, Use, argument, is_float, rule_for
 from .carry import varying_of
 from .contraction import contraction_of, factors_of, lay
 
@@ -20,51 +21,51 @@ _RESHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default)
-class Mixture(Rule):
+class Mixture(Match):
     """``y = P x`` with a computed P: the scale of x passes along the axes that stay, and P is fixed.
 
     A shift passes where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
     """
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return contraction_of(node) is not None and all(is_float(factor) for factor in factors_of(node))
+    def fits(self, facts: Facts) -> bool:
+        return contraction_of(self.node) is not None and all(is_float(factor) for factor in factors_of(self.node))
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        factors = factors_of(node)
-        fixed = [gauge.program.is_constant(x) or gauge.is_fixed(x) for x in factors]
-        at = self._averaged(node)
+    def relate(self, relations: Relations) -> np.ndarray:
+        factors = factors_of(self.node)
+        fixed = [relations.gauge.program.is_constant(x) or relations.is_fixed(x) for x in factors]
+        at = self._averaged()
         if at is None:
             at = 0 if fixed[1] and not fixed[0] else 1
-        gauge.pin(factors[1 - at], f"{gauge.describe(node)}, of which it is a factor")
-        gauge.matches.scale_of[node] = self._arrange(node, at, gauge.scale(factors[at]), gauge.require_equal)
+        relations.pin(factors[1 - at], f"{relations.gauge.describe(self.node)}, of which it is a factor")
+        return self._arrange(at, relations.scale(factors[at]), relations.require_equal)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        at, factors = self._averaged(node), factors_of(node)
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        at, factors = self._averaged(), factors_of(self.node)
         if at is None or operand is not factors[at] or factors[0] is factors[1]:
             return Use.STOP
-        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(self.node, operand, shift) else Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        at = self._averaged(node)
-        if at is None or operand is not factors_of(node)[at]:
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        at = self._averaged()
+        if at is None or operand is not factors_of(self.node)[at]:
             raise CannotCarry
-        return self._arrange(node, at, numbers, collapse)
+        return self._arrange(at, numbers, collapse)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        at = self._averaged(node)
-        return gauge.no_shift(node) if at is None else gauge.carried(node, factors_of(node)[at])
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        at = self._averaged()
+        return gauge.no_shift(self.node) if at is None else gauge.carried(self.node, factors_of(self.node)[at])
 
-    def _arrange(self, node: Node, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+    def _arrange(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
         """Numbers about one factor, arranged as the result's: equal along all axes that are summed over."""
-        found = contraction_of(node)
+        found = contraction_of(self.node)
         assert found is not None  # it matches
         axes = (found.left, found.right)[at]
         numbers = collapse(numbers, tuple(a for a in varying(numbers) if axes[a] not in found.result))
         return lay(numbers, axes, found.result)
 
-    def _averaged(self, node: Node) -> int | None:
+    def _averaged(self) -> int | None:
         """Which factor is averaged with the softmax that the other one is; None where neither is."""
-        found, factors = contraction_of(node), factors_of(node)
+        found, factors = contraction_of(self.node), factors_of(self.node)
         assert found is not None  # it matches
         summed = {*found.left, *found.right} - {*found.result, ""}
         for at, axes in enumerate((found.right, found.left)):
@@ -76,51 +77,51 @@ class Mixture(Rule):
 
 
 @rule_for(aten.scaled_dot_product_attention.default)
-class Attention(Rule):
+class Attention(Match):
     """Softmax-weighted sums of the values: the weights add up to one, so scale and shift of the values pass.
 
     With a mask a row can be masked entirely, where nothing adds up to one: then the shift stops, unless the mask is
     constant and has no such row. Queries, keys and the mask meet in the softmax and stay as they are.
     """
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return argument(node, "dropout_p") == 0 and all(is_float(x) for x in node.args[:3])
+    def fits(self, facts: Facts) -> bool:
+        return self.argument("dropout_p") == 0 and all(is_float(x) for x in self.args[:3])
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        query, key, value = node.args[:3]
-        reason = f"the comparison of queries with keys in {gauge.describe(node)}"
-        mask = argument(node, "attn_mask")
+    def relate(self, relations: Relations) -> np.ndarray:
+        query, key, value = self.args[:3]
+        reason = f"the comparison of queries with keys in {relations.gauge.describe(self.node)}"
+        mask = self.argument("attn_mask")
         for operand in (query, key, *([mask] if mask is not None and is_float(mask) else [])):
-            gauge.pin(operand, reason)
-        gauge.matches.scale_of[node] = self.carry(node, value, gauge.scale(value), gauge.require_equal, gauge)
+            relations.pin(operand, reason)
+        return self.carry(value, relations.scale(value), relations.require_equal, relations.gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        query, key, _value = node.args[:3]
-        if operand in (query, key, argument(node, "attn_mask")) or not self._rows_see_something(node, gauge):
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        query, key, _value = self.args[:3]
+        if operand in (query, key, self.argument("attn_mask")) or not self._rows_see_something(gauge):
             return Use.STOP
-        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(self.node, operand, shift) else Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        query, _, value = node.args[:3]
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        query, _, value = self.args[:3]
         if operand is not value:
             raise CannotCarry
         numbers = collapse(numbers, varying_of(numbers, (-2,)))
-        if argument(node, "enable_gqa") and numbers.ndim > 2 and numbers.shape[-3] != 1:
+        if self.argument("enable_gqa") and numbers.ndim > 2 and numbers.shape[-3] != 1:
             heads = query.meta["val"].shape[-3], value.meta["val"].shape[-3]
             if not all(isinstance(count, int) for count in heads):
                 numbers = collapse(numbers, varying_of(numbers, (-3,)))
             else:
                 numbers = np.repeat(numbers, heads[0] // heads[1], -3)
-        return to_rank(numbers, node.meta["val"].dim())
+        return to_rank(numbers, self.value.dim())
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        if not self._rows_see_something(node, gauge):
-            return gauge.no_shift(node)
-        return gauge.carried(node, node.args[2])
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        if not self._rows_see_something(gauge):
+            return gauge.no_shift(self.node)
+        return gauge.carried(self.node, self.args[2])
 
-    def _rows_see_something(self, node: Node, gauge: Gauge) -> bool:
+    def _rows_see_something(self, gauge: Gauge) -> bool:
         """Whether no row is masked altogether."""
-        mask = argument(node, "attn_mask")
+        mask = self.argument("attn_mask")
         if mask is None:
             return True
         if not gauge.program.is_constant(mask):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, varying
-from ..gauge import Gauge
-from .base import Use, argument, is_float, rule_for
+from ..gauge import Facts, Gauge
+from ..relations import Relations
+from .base import Use, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
 from .contraction import lay
 
@@ -21,23 +23,23 @@ aten = torch.ops.aten
 class AveragePool(Carry):
     """An average over a window passes a scale; a shift only where padding does not count as zeros."""
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         return True
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return super().matches(node, gauge) and argument(node, "divisor_override") is None
+    def fits(self, facts: Facts) -> bool:
+        return super().fits(facts) and self.argument("divisor_override") is None
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.STOP if self._counts_zeros(node) else super().use(node, operand, shift, gauge)
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if self._counts_zeros() else super().use(operand, shift, gauge)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node) if self._counts_zeros(node) else super().settle(node, gauge)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node) if self._counts_zeros() else super().settle(gauge)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, varying_of(numbers, range(-len(node.args[1]), 0)))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, range(-len(self.args[1]), 0)))
 
-    def _counts_zeros(self, node: Node) -> bool:
-        return any(argument(node, "padding")) and argument(node, "count_include_pad")
+    def _counts_zeros(self) -> bool:
+        return any(self.argument("padding")) and self.argument("count_include_pad")
 
 
 _ADAPTIVE = {
@@ -51,39 +53,39 @@ _ADAPTIVE = {
 class Mean(Carry):
     """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         return True
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        if node.target in _ADAPTIVE:
-            return collapse(numbers, varying_of(numbers, range(-_ADAPTIVE[node.target], 0)))
-        return reduce_axes(node, numbers, collapse)
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if self.target in _ADAPTIVE:
+            return collapse(numbers, varying_of(numbers, range(-_ADAPTIVE[self.target], 0)))
+        return reduce_axes(self.node, numbers, collapse)
 
 
 @rule_for(aten.sum.dim_IntList, aten.sum.default)
 class Total(Carry):
     """A sum over n positions: ``sum(scale * x + shift) = scale * sum(x) + n * shift``, where n is known."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return is_float(node) and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return is_float(self.node) and super().fits(facts)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.STOP if self._count(node) is None else super().use(node, operand, shift, gauge)
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if self._count() is None else super().use(operand, shift, gauge)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return reduce_axes(node, numbers, collapse)
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reduce_axes(self.node, numbers, collapse)
 
-    def factor(self, node: Node, operand: Node, gauge: Gauge) -> float:
-        return float(self._count(node) or 1)
+    def factor(self, operand: Node, gauge: Gauge) -> float:
+        return float(self._count() or 1)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        count = self._count(node)
-        return gauge.no_shift(node) if count is None else super().settle(node, gauge) * count
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        count = self._count()
+        return gauge.no_shift(self.node) if count is None else super().settle(gauge) * count
 
-    def _count(self, node: Node) -> int | None:
+    def _count(self) -> int | None:
         """How many positions are added up; None if that is not known."""
-        shape = node.args[0].meta["val"].shape
-        sizes = [shape[axis] for axis in argument(node, "dim") or range(len(shape))]
+        shape = self.args[0].meta["val"].shape
+        sizes = [shape[axis] for axis in self.argument("dim") or range(len(shape))]
         return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
@@ -91,26 +93,26 @@ class Total(Carry):
 class EinsumOfOne(Total):
     """An einsum with one operand: its axes in another order, added up where the result has not their letter."""
 
-    def operand(self, node: Node) -> Node:
-        return node.args[1][0]
+    def operand(self) -> Node:
+        return self.args[1][0]
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return len(node.args[1]) == 1 and self._letters(node) is not None and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return len(self.args[1]) == 1 and self._letters() is not None and super().fits(facts)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        before, after = self._letters(node) or ("", "")
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        before, after = self._letters() or ("", "")
         numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if before[axis] not in after))
         return lay(numbers, tuple(before), tuple(after))
 
-    def _count(self, node: Node) -> int | None:
-        before, after = self._letters(node) or ("", "")
-        sizes = zip(before, self.operand(node).meta["val"].shape, strict=True)
+    def _count(self) -> int | None:
+        before, after = self._letters() or ("", "")
+        sizes = zip(before, self.operand().meta["val"].shape, strict=True)
         summed = [size for letter, size in sizes if letter not in after]
         return math.prod(summed) if all(isinstance(size, int) for size in summed) else None
 
-    def _letters(self, node: Node) -> tuple[str, str] | None:
+    def _letters(self) -> tuple[str, str] | None:
         """The letters of the operand and of the result; None where they are not written out, or a diagonal is read."""
-        before, arrow, after = node.args[0].replace(" ", "").partition("->")
+        before, arrow, after = self.args[0].replace(" ", "").partition("->")
         plain = arrow and before.isalpha() and (after.isalpha() or not after) and len(set(before)) == len(before)
         return (before, after) if plain else None
 
@@ -119,17 +121,17 @@ class EinsumOfOne(Total):
 class RunningTotal(Carry):
     """Sums over all positions up to each: a scale passes, a shift would grow from position to position."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return is_float(node) and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return is_float(self.node) and super().fits(facts)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, varying_of(numbers, (node.args[1],)))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, (self.args[1],)))
 
 
 @rule_for(
@@ -141,7 +143,7 @@ class RunningTotal(Carry):
 class Interpolate(Carry):
     """Weighted averages of neighbouring positions, the weights adding up to one."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
 
 
@@ -149,20 +151,20 @@ class Interpolate(Carry):
 class GridSample(Carry):
     """Interpolation at computed places, which stay as they are; a border of zeros has no shift."""
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        gauge.pin(node.args[1], f"the places of {gauge.describe(node)}")
-        super().relate(node, gauge)
+    def relate(self, relations: Relations) -> Any:
+        relations.pin(self.args[1], f"the places of {relations.gauge.describe(self.node)}")
+        return super().relate(relations)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        if operand is not node.args[0] or operand is node.args[1] or self._zeros_around(node):
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        if operand is not self.args[0] or operand is self.args[1] or self._zeros_around():
             return Use.STOP
-        return super().use(node, operand, shift, gauge)
+        return super().use(operand, shift, gauge)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node) if self._zeros_around(node) else super().settle(node, gauge)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node) if self._zeros_around() else super().settle(gauge)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= 2))
 
-    def _zeros_around(self, node: Node) -> bool:
-        return argument(node, "padding_mode") == 0
+    def _zeros_around(self) -> bool:
+        return self.argument("padding_mode") == 0

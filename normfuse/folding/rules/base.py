@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
 from ..nodes import argument, is_float
+from ..relations import Relations
 from ..weight_edits import WeightEdits
 
 # Constants with more entries are not searched for zeros.
@@ -39,13 +41,31 @@ class MeanRole(enum.Enum):
     MOVES = "one operand, rearranged"
 
 
-class Rule:
-    """How scales and shifts behave around one kind of operation.
+class Coefficients(NamedTuple):
+    """``original_out = a * original_in + b`` with arrays over the operand's channels (float64)."""
 
-    Everywhere ``original = scale * folded + shift``. A rule states the algebra of its operation once, in the docstring
-    of its class, and answers four questions in the order in which folding asks them.
+    operand: Node
+    a: np.ndarray
+    b: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One operation, and how scales and shifts behave around it.
+
+    Everywhere ``original = scale * folded + shift``. A rule is a subclass, which states the algebra of its operations
+    once, in its docstring. Its matches answer what the steps of folding ask; they write only weights, at the end.
+
+    Attributes:
+        node: the operation.
+        coefficients: of an affine map with constant coefficients.
     """
 
+    node: Node
+    coefficients: Coefficients | None = None
+
+    #: Whether nothing is known of it: operands and results stay exactly as they were.
+    opaque = False
     #: Whether constant operands are coefficients of the operation, not values that flow through it.
     owns_constants = False
     #: What it does with a mean over channels.
@@ -59,151 +79,183 @@ class Rule:
     #: Whether it moves one operand's elements and computes nothing with them that depends on a channel's scale.
     moves = False
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        """Whether the rule covers this use of the operation; otherwise the operation is :class:`Opaque`."""
+    @property
+    def target(self) -> Any:
+        """The ATen operation."""
+        return self.node.target
+
+    @property
+    def args(self) -> Any:
+        """Its arguments by position, as they were given."""
+        return self.node.args
+
+    @property
+    def value(self) -> Any:
+        """Its result without numbers: shape and dtype (several of them for several results)."""
+        return self.node.meta["val"]
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operation's schema."""
+        return argument(self.node, name, default)
+
+    @classmethod
+    def of(cls, node: Node, facts: Facts) -> Match | None:
+        """The match of an operation that this rule is registered for; None where it does not cover this use of it."""
+        made = cls(node)
+        return made if made.fits(facts) else None
+
+    def fits(self, facts: Facts) -> bool:
+        """Whether the rule covers this use of the operation."""
         return True
 
-    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
+    def chooses_shift(self, gauge: Gauge) -> bool:
         """Whether the operation's own weights can give its result any shift."""
         return False
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        """Record the scale variables of the result in ``fold.scale_of`` and what they demand of the operands'."""
+    def relate(self, relations: Relations) -> Any:
+        """The scale variables of the result (a list for several results); says what they demand of the operands'."""
         raise NotImplementedError
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         """What becomes of an operand's shift; `shift` is None while it is not known yet."""
         return Use.STOP
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
         """Numbers about the operand's channels, arranged as the result's channels (for :attr:`Use.PASS`)."""
         raise CannotCarry
 
-    def factor(self, node: Node, operand: Node, gauge: Gauge) -> np.ndarray | float:
+    def factor(self, operand: Node, gauge: Gauge) -> np.ndarray | float:
         """The factor between an operand's shift and its part in the result's (for :attr:`Use.PASS`)."""
         return 1.0
 
-    def settle(self, node: Node, gauge: Gauge) -> Any:
+    def settle(self, gauge: Gauge) -> Any:
         """The shift of the result, all shifts of the operands being known."""
-        return gauge.no_shift(node)
+        return gauge.no_shift(self.node)
 
-    def constant_part(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def constant_part(self, gauge: Gauge) -> np.ndarray:
         """What the result holds whatever the input is (of weights, and of affine maps that stay)."""
         raise NotImplementedError
 
-    def bends(self, node: Node) -> bool:
+    def bends(self) -> bool:
         """Whether a bound of the operation can take a shift."""
         return False
 
-    def price(self, node: Node) -> int:
+    def price(self) -> int:
         """What another shift of its result costs: nothing, an addition (1), or a copy of a table (2)."""
         return 0
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         """Whether it works on each channel by itself, however many there are."""
         return False
 
-    def writes_rows(self, node: Node) -> bool:
+    def writes_rows(self) -> bool:
         """Whether each channel of the operand is one column of a weight, and each of the result one row."""
         return False
 
+    @property
+    def asks_ratio(self) -> bool:
+        """Whether it is an affine map that asks for a ratio of scales."""
+        return self.coefficients is not None and bool((self.coefficients.a != 1).any())
+
+    @property
+    def exponent(self) -> float | None:
+        """The power to which it raises the operand, whose scale follows when all ratios are known; None for others."""
+        return None
+
     # Answered by rules that write (MeanRole.WRITES), move (MOVES) and measure (MEASURES); nobody else is asked.
 
-    def output_axes(self, node: Node) -> tuple[int, ...]:
+    def output_axes(self) -> tuple[int, ...]:
         """The axes of the result that the weight writes."""
         raise NotImplementedError
 
-    def input_axes(self, node: Node) -> tuple[int, ...]:
+    def input_axes(self) -> tuple[int, ...]:
         """The axes of the input that the weight reads."""
         raise NotImplementedError
 
-    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
+    def can_centre(self, groups: np.ndarray) -> bool:
         """Whether the weight can produce its result less means over groups of its entries."""
         raise NotImplementedError
 
-    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
+    def operands(self) -> tuple[Node, Node, Node | None]:
         """Input, weight and bias."""
         raise NotImplementedError
 
-    def through(self, node: Node, weight: Node, shift: np.ndarray, gauge: Gauge) -> np.ndarray:
+    def through(self, weight: Node, shift: np.ndarray, gauge: Gauge) -> np.ndarray:
         """What a constant input contributes to the result, as an array over the result's channels."""
         raise NotImplementedError
 
-    def bias_of(self, node: Node, value: np.ndarray) -> np.ndarray:
+    def bias_of(self, value: np.ndarray) -> np.ndarray:
         """The operation's bias as an array over the result."""
         raise NotImplementedError
 
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
+    def set_bias(self, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
         """Let the operation add `value`, an array over the result's channels."""
         raise NotImplementedError
 
-    def operand(self, node: Node) -> Node:
+    def operand(self) -> Node:
         """The operand whose elements are moved; of others, only the shape is read."""
         raise NotImplementedError
 
-    def source(self, node: Node, gauge: Gauge) -> Node:
+    def source(self, gauge: Gauge) -> Node:
         """The value whose elements the result has."""
         raise NotImplementedError
 
-    def arranged(self, node: Node, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+    def arranged(self, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         """Numbers about the source's channels, arranged as the result's."""
         raise NotImplementedError
 
-    def gain(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def gain(self, gauge: Gauge) -> np.ndarray:
         """The gain along the result's channels; ones where there is none."""
         raise NotImplementedError
 
-    def shift(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def shift(self, gauge: Gauge) -> np.ndarray:
         """The shift along the result's channels; zeros where there is none."""
         raise NotImplementedError
 
-    def gain_is_gone(self, node: Node, gauge: Gauge) -> bool:
+    def gain_is_gone(self, gauge: Gauge) -> bool:
         """Whether the weights behind have all of the gain, but for rounding."""
         raise NotImplementedError
 
-    def axes(self, node: Node) -> tuple[int, ...]:
+    def axes(self) -> tuple[int, ...]:
         """The axes of gain and shift."""
         raise NotImplementedError
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         """Put scales and shifts into the weights."""
 
 
-class Opaque(Rule):
+class Opaque(Match):
     """Activations, softmax, anything unknown: operands and results stay exactly as they were."""
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        if not gauge.reads_values(node):
-            return
-        reason = gauge.describe(node)
-        for operand in node.all_input_nodes:
-            gauge.pin(operand, reason)
-        gauge.pin(node, reason)
+    opaque = True
+
+    def relate(self, relations: Relations) -> Any:
+        if not relations.gauge.reads_values(self.node):
+            return None
+        reason = relations.gauge.describe(self.node)
+        for operand in self.node.all_input_nodes:
+            relations.pin(operand, reason)
+        return relations.fixed(self.node, reason)
 
 
-__all__ = ["OPAQUE", "MeanRole", "Opaque", "Rule", "Use", "argument", "find_rule", "is_float", "rule_for"]
+__all__ = ["Match", "MeanRole", "Opaque", "Use", "argument", "is_float", "match", "rule_for"]
 
-_RULES: dict[object, list[Rule]] = {}
-OPAQUE = Opaque()
-R = TypeVar("R", bound=type[Rule])
+_RULES: dict[object, list[type[Match]]] = {}
+R = TypeVar("R", bound=type[Match])
 
 
 def rule_for(*targets: object) -> Any:
     """Register a rule for operations; where several match, the first registered wins."""
 
-    def register(cls: R) -> R:
-        rule = cls()
+    def register(rule: R) -> R:
         for target in targets:
             _RULES.setdefault(target, []).append(rule)
-        return cls
+        return rule
 
     return register
 
 
-def find_rule(node: Node, gauge: Gauge) -> Rule:
-    """The rule of an operation."""
-    if node.op == "call_function":
-        for rule in _RULES.get(node.target, ()):
-            if rule.matches(node, gauge):
-                return rule
-    return OPAQUE
+def match(node: Node, facts: Facts) -> Match | None:
+    """The match of an operation, by the first rule that covers it; None for what no rule knows."""
+    candidates = _RULES.get(node.target, ()) if node.op == "call_function" else ()
+    return next((found for rule in candidates if (found := rule.of(node, facts)) is not None), None)

@@ -15,51 +15,52 @@ import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, reshape, same_size, to_rank, varying
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
+from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import MeanRole, Rule, Use, argument, is_float, rule_for
+from .base import Match, MeanRole, Use, argument, is_float, match, rule_for
 
 aten = torch.ops.aten
 
 
-class Carry(Rule):
+class Carry(Match):
     """One operand's channels, rearranged by :meth:`arrange`."""
 
     mean = MeanRole.MOVES
     moves = True
 
-    def operand(self, node: Node) -> Node:
-        return node.args[0]
+    def operand(self) -> Node:
+        return self.args[0]
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return is_float(self.operand(node))
+    def fits(self, facts: Facts) -> bool:
+        return is_float(self.operand())
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        operand = self.operand(node)
-        gauge.matches.scale_of[node] = self.carry(node, operand, gauge.scale(operand), gauge.require_equal, gauge)
+    def relate(self, relations: Relations) -> Any:
+        operand = self.operand()
+        return self.carry(operand, relations.scale(operand), relations.require_equal, relations.gauge)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        if operand is not self.operand(node):
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        if operand is not self.operand():
             return Use.ABSORB  # only its shape is read
-        return Use.PASS if gauge.can_carry(node, operand, shift) else Use.STOP
+        return Use.PASS if gauge.can_carry(self.node, operand, shift) else Use.STOP
 
-    def source(self, node: Node, gauge: Gauge) -> Node:
+    def source(self, gauge: Gauge) -> Node:
         """The value whose elements the result has."""
-        return self.operand(node)
+        return self.operand()
 
-    def arranged(self, node: Node, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+    def arranged(self, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         """Numbers about the source's channels, arranged as the result's."""
-        return self.carry(node, source, numbers, collapse, gauge)
+        return self.carry(source, numbers, collapse, gauge)
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
-        return self.arrange(node, numbers, operand.meta["val"].shape, collapse)
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
+        return self.arrange(numbers, operand.meta["val"].shape, collapse)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> Any:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> Any:
         raise NotImplementedError
 
-    def settle(self, node: Node, gauge: Gauge) -> Any:
-        operand = self.operand(node)
-        return gauge.carried(node, operand)
+    def settle(self, gauge: Gauge) -> Any:
+        operand = self.operand()
+        return gauge.carried(self.node, operand)
 
 
 @rule_for(
@@ -84,22 +85,22 @@ class Identity(Carry):
     :data:`normfuse.folding.settle.GROWTH` asks costs no digits: both pass.
     """
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         return True
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        dropping = argument(node, "train", False)  # of the kinds of dropout only
-        return not dropping and is_float(node) and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        dropping = self.argument("train", False)  # of the kinds of dropout only
+        return not dropping and is_float(self.node) and super().fits(facts)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return numbers
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         # A copy can be what makes a later view possible; nothing else here changes a value of the same dtype.
-        copies = node.target in (aten.contiguous.default, aten.clone.default)
-        before, after = self.operand(node).meta["val"], node.meta["val"]
+        copies = self.target in (aten.contiguous.default, aten.clone.default)
+        before, after = self.operand().meta["val"], self.value
         if not copies and (before.dtype, before.device) == (after.dtype, after.device):
-            edits.replace(node, self.operand(node))
+            edits.replace(self.node, self.operand())
 
 
 @rule_for(
@@ -119,8 +120,8 @@ class Identity(Carry):
 class Reshape(Carry):
     """Elements in the same order under another shape; see :func:`normfuse.folding.arrays.reshape`."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return reshape(numbers, shape, node.meta["val"].shape, collapse)
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reshape(numbers, shape, self.value.shape, collapse)
 
 
 @rule_for(
@@ -137,15 +138,15 @@ class Reshape(Carry):
 class Permute(Carry):
     """The same axes in another order."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        if node.target is aten.permute.default:
-            return numbers.transpose(node.args[1])
-        if node.target is aten.transpose.int:
-            return numbers.swapaxes(*node.args[1:3])
-        if node.target in (aten.mT.default, aten.mH.default, aten.adjoint.default):
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if self.target is aten.permute.default:
+            return numbers.transpose(self.args[1])
+        if self.target is aten.transpose.int:
+            return numbers.swapaxes(*self.args[1:3])
+        if self.target in (aten.mT.default, aten.mH.default, aten.adjoint.default):
             return numbers.swapaxes(-1, -2)
-        if node.target in (aten.movedim.int, aten.movedim.intlist):
-            return np.moveaxis(numbers, *node.args[1:3])
+        if self.target in (aten.movedim.int, aten.movedim.intlist):
+            return np.moveaxis(numbers, *self.args[1:3])
         return numbers.T
 
 
@@ -153,16 +154,16 @@ class Permute(Carry):
 class Expand(Carry):
     """Repetition along axes of size one, where nothing varies."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return to_rank(numbers, node.meta["val"].dim())
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return to_rank(numbers, self.value.dim())
 
 
 @rule_for(aten.repeat.default)
 class Repeat(Carry):
     """Whole copies one after another: the numbers repeat where they vary, by a known count."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        repeats = node.args[1]
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        repeats = self.args[1]
         numbers = to_rank(numbers, len(repeats))
         unknown = tuple(axis for axis in varying(numbers) if not isinstance(repeats[axis], int))
         numbers = collapse(numbers, unknown)
@@ -175,9 +176,9 @@ class Slice(Carry):
 
     reads_part = True
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        axis = argument(node, "dim") % numbers.ndim
-        start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis = self.argument("dim") % numbers.ndim
+        start, end, step = (self.argument(name) for name in ("start", "end", "step"))
         if numbers.shape[axis] == 1:
             return numbers
         if not all(bound is None or isinstance(bound, int) for bound in (start, end, step)):
@@ -191,8 +192,8 @@ class Select(Carry):
 
     reads_part = True
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        axis, position = node.args[1] % numbers.ndim, node.args[2]
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis, position = self.args[1] % numbers.ndim, self.args[2]
         if numbers.shape[axis] != 1 and not isinstance(position, int):
             numbers = collapse(numbers, (axis,))
         return numbers.take(0 if numbers.shape[axis] == 1 else position, axis)
@@ -212,10 +213,10 @@ class Split(Carry):
 
     reads_part = True
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> list[np.ndarray]:
-        axis = argument(node, "dim") % numbers.ndim
-        pieces = node.meta["val"]
-        if node.target is aten.unbind.int:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> list[np.ndarray]:
+        axis = self.argument("dim") % numbers.ndim
+        pieces = self.value
+        if self.target is aten.unbind.int:
             whole = numbers.shape[axis] == 1
             return [numbers.take(0 if whole else position, axis) for position in range(len(pieces))]
         sizes = [piece.shape[axis] for piece in pieces]
@@ -232,30 +233,31 @@ class Piece(Carry):
 
     reads_part = True
 
-    def source(self, node: Node, gauge: Gauge) -> Node:
-        several = node.args[0]
-        return gauge.matches.rule_of[several].source(several, gauge)
+    def source(self, gauge: Gauge) -> Node:
+        several = self.args[0]
+        return gauge.matches.of[several].source(gauge)
 
-    def arranged(self, node: Node, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        several = node.args[0]
-        return gauge.matches.rule_of[several].carry(several, source, numbers, collapse, gauge)[node.args[1]]
+    def arranged(self, source: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        several = self.args[0]
+        return gauge.matches.of[several].carry(source, numbers, collapse, gauge)[self.args[1]]
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return isinstance(gauge.matches.scale_of.get(node.args[0]), list)
+    def fits(self, facts: Facts) -> bool:
+        several = self.args[0]
+        return isinstance(several.meta.get("val"), list | tuple) and match(several, facts) is not None
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.PASS
 
-    def carry(self, node: Node, operand: Node, numbers: Any, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        return numbers[node.args[1]]
+    def carry(self, operand: Node, numbers: Any, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        return numbers[self.args[1]]
 
 
 @rule_for(aten.roll.default)
 class Roll(Carry):
     """Entries along some axes in a rotated order."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        shifts, dims = node.args[1], argument(node, "dims")
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        shifts, dims = self.args[1], self.argument("dims")
         if not dims:  # rotates the flattened tensor
             return collapse(numbers, varying(numbers))
         moved = [(s, d) for s, d in zip(shifts, dims, strict=True) if numbers.shape[d] != 1]
@@ -268,11 +270,11 @@ class Roll(Carry):
 class PixelShuffle(Carry):
     """r² neighbouring channels become positions of one channel: their scales are equal."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= numbers.ndim - 2))
         if numbers.shape[-3] == 1:
             return numbers
-        grouped = numbers.reshape(*numbers.shape[:-3], -1, node.args[1] ** 2, 1, 1)
+        grouped = numbers.reshape(*numbers.shape[:-3], -1, self.args[1] ** 2, 1, 1)
         return collapse(grouped, (grouped.ndim - 3,)).squeeze(-3)
 
 
@@ -280,31 +282,31 @@ class PixelShuffle(Carry):
 class PixelUnshuffle(Carry):
     """The positions of one channel become r² neighbouring channels."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, tuple(axis for axis in varying(numbers) if axis >= numbers.ndim - 2))
-        return numbers if numbers.shape[-3] == 1 else np.repeat(numbers, node.args[1] ** 2, -3)
+        return numbers if numbers.shape[-3] == 1 else np.repeat(numbers, self.args[1] ** 2, -3)
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)
 class Pad(Carry):
     """Padding with zeros keeps scales but no shift (the border has none); copies of border values keep both."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return super().matches(node, gauge) and (self._copies(node) or not argument(node, "value"))
+    def fits(self, facts: Facts) -> bool:
+        return super().fits(facts) and (self._copies() or not self.argument("value"))
 
-    def _copies(self, node: Node) -> bool:
-        amounts = argument(node, "pad")
+    def _copies(self) -> bool:
+        amounts = self.argument("pad")
         nothing = all(isinstance(amount, int) and amount <= 0 for amount in amounts)
-        return nothing or (node.target is aten.pad.default and argument(node, "mode") != "constant")
+        return nothing or (self.target is aten.pad.default and self.argument("mode") != "constant")
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return super().use(node, operand, shift, gauge) if self._copies(node) else Use.STOP
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return super().use(operand, shift, gauge) if self._copies() else Use.STOP
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return super().settle(node, gauge) if self._copies(node) else gauge.no_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return super().settle(gauge) if self._copies() else gauge.no_shift(self.node)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        amounts = list(argument(node, "pad"))  # two for each axis, from the last one on
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        amounts = list(self.argument("pad"))  # two for each axis, from the last one on
         moved = {numbers.ndim - 1 - at // 2 for at, amount in enumerate(amounts) if not same_size(amount, 0)}
         return collapse(numbers, tuple(axis for axis in varying(numbers) if axis in moved))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
+from ..relations import Relations
 from ..scales import AGREEMENT
 from ..weight_edits import WeightEdits
-from .base import MeanRole, Rule, argument, is_float, rule_for
+from .base import Match, MeanRole, is_float, rule_for
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
     *(aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default),
     *(aten.instance_norm.default, aten.batch_norm.default),
 )
-class DynamicNorm(Rule):
+class DynamicNorm(Match):
     """``y = gain * core(x) + shift``, over the last axes (LayerNorm, RMSNorm) or axis 1 (GroupNorm, InstanceNorm, and
     BatchNorm that measures each batch).
 
@@ -36,82 +36,81 @@ class DynamicNorm(Rule):
     owns_constants = True
     mean = MeanRole.MEASURES
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        constants = (argument(node, "weight"), argument(node, "bias"))
-        measures = argument(node, "training", True) and argument(node, "use_input_stats", True)
-        return measures and is_float(node.args[0]) and all(c is None or gauge.usable_weight(c) for c in constants)
+    def fits(self, facts: Facts) -> bool:
+        constants = (self.argument("weight"), self.argument("bias"))
+        measures = self.argument("training", True) and self.argument("use_input_stats", True)
+        return measures and is_float(self.args[0]) and all(c is None or facts.usable_weight(c) for c in constants)
 
-    def axes(self, node: Node) -> tuple[int, ...]:
+    def axes(self) -> tuple[int, ...]:
         """The axes of gain and shift."""
-        shape = argument(node, "normalized_shape")
-        rank = node.meta["val"].dim()
+        shape = self.argument("normalized_shape")
+        rank = self.value.dim()
         return (1,) if shape is None else tuple(range(rank - len(shape), rank))
 
-    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
-        return node.target is not aten.rms_norm.default
+    def chooses_shift(self, gauge: Gauge) -> bool:
+        return self.target is not aten.rms_norm.default
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        gauge.pin(node.args[0], f"the statistics of {gauge.describe(node)}")
-        gauge.free_axes(node, self.axes(node))
-        gauge.matches.dynamic.append(node)
+    def relate(self, relations: Relations) -> np.ndarray:
+        relations.pin(self.args[0], f"the statistics of {relations.gauge.describe(self.node)}")
+        return relations.free(self.node, self.axes())
 
-    def gain(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def gain(self, gauge: Gauge) -> np.ndarray:
         """The gain along the result's channels; ones where there is none."""
-        return self._constant(node, "weight", 1.0, gauge)
+        return self._constant("weight", 1.0, gauge)
 
-    def shift(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def shift(self, gauge: Gauge) -> np.ndarray:
         """The shift along the result's channels; zeros where there is none."""
-        return self._constant(node, "bias", 0.0, gauge)
+        return self._constant("bias", 0.0, gauge)
 
-    def gain_is_gone(self, node: Node, gauge: Gauge) -> bool:
+    def gain_is_gone(self, gauge: Gauge) -> bool:
         """Whether the weights behind have all of the gain, but for rounding."""
-        gone = np.allclose(gauge.scales[gauge.scale(node)], self.gain(node, gauge), rtol=AGREEMENT, atol=0.0)
+        gone = np.allclose(gauge.scales[gauge.scale(self.node)], self.gain(gauge), rtol=AGREEMENT, atol=0.0)
         return bool(gone)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.chosen_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(self.node)
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         gauge = edits.gauge
-        gain, shift = self.gain(node, gauge), self.shift(node, gauge)
-        s_y, t_y = gauge.scales[gauge.scale(node)], gauge.shifts.of[node]
-        if node in gauge.cancelling.cancelled:
-            left = np.ones(()) if self.gain_is_gone(node, gauge) else gain / np.where(s_y == 0, 1.0, s_y)
-            edits.replace(node, edits.multiply(node.args[0], left, before=node))
+        gain, shift = self.gain(gauge), self.shift(gauge)
+        s_y, t_y = gauge.scales[gauge.scale(self.node)], gauge.shifts.of[self.node]
+        if self.node in gauge.cancelling.cancelled:
+            left = np.ones(()) if self.gain_is_gone(gauge) else gain / np.where(s_y == 0, 1.0, s_y)
+            edits.replace(self.node, edits.multiply(self.args[0], left, before=self.node))
             return
-        weight = argument(node, "weight")
-        if self.gain_is_gone(node, gauge):
+        weight = self.argument("weight")
+        if self.gain_is_gone(gauge):
             if weight is not None:
-                edits.set_argument(node, "weight", None)
+                edits.set_argument(self.node, "weight", None)
         elif weight is None:
-            edits.create_weight(node, "weight", self._stored(node, gain / s_y))
+            edits.create_weight(self.node, "weight", self._stored(gain / s_y))
         elif (s_y != 1).any():
             # Where the scale is zero, so is the gain, and whatever is stored counts for nothing.
-            edits.scale_weight(node, weight, 1.0 / self._stored(node, np.where(s_y == 0, 1.0, s_y)))
-        if self.chooses_shift(node, gauge) and (t_y.any() or (s_y != 1).any()):
+            edits.scale_weight(self.node, weight, 1.0 / self._stored(np.where(s_y == 0, 1.0, s_y)))
+        if self.chooses_shift(gauge) and (t_y.any() or (s_y != 1).any()):
             rest = shift - t_y
             assert not rest[np.broadcast_to(s_y == 0, rest.shape)].any(), (
                 "a scale is zero only where all weights take shifts"
             )
             rest = np.divide(rest, s_y, out=np.zeros_like(rest), where=s_y != 0)
-            bias = argument(node, "bias")
-            name = f"{gauge.path(node)}.bias"
-            edits.set_bias(node, "bias", bias, self._stored(node, rest), name=name, like=node.args[0])
-        if node in gauge.centring.without_mean:
-            shape, eps = argument(node, "normalized_shape"), argument(node, "eps")
-            args = (node.args[0], shape, argument(node, "weight"), eps)
-            node.target, node.args, node.kwargs = aten.rms_norm.default, args, {}
+            bias = self.argument("bias")
+            name = f"{gauge.path(self.node)}.bias"
+            edits.set_bias(self.node, "bias", bias, self._stored(rest), name=name, like=self.args[0])
+        if self.node in gauge.centring.without_mean:
+            shape, eps = self.argument("normalized_shape"), self.argument("eps")
+            args = (self.args[0], shape, self.argument("weight"), eps)
+            self.node.target, self.node.args, self.node.kwargs = aten.rms_norm.default, args, {}
 
-    def _stored(self, node: Node, numbers: np.ndarray) -> Tensor:
+    def _stored(self, numbers: np.ndarray) -> Tensor:
         """Numbers about the result's channels, as the operation holds them."""
-        axes = self.axes(node)
+        axes = self.axes()
         others = tuple(axis for axis in range(numbers.ndim) if axis not in axes)
-        return torch.from_numpy(np.broadcast_to(numbers.squeeze(others), self._shape(node)).copy())
+        return torch.from_numpy(np.broadcast_to(numbers.squeeze(others), self._shape()).copy())
 
-    def _shape(self, node: Node) -> tuple[int, ...]:
-        return tuple(int(node.meta["val"].shape[axis]) for axis in self.axes(node))
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(int(self.value.shape[axis]) for axis in self.axes())
 
-    def _constant(self, node: Node, name: str, default: float, gauge: Gauge) -> np.ndarray:
-        value, axes, shape = argument(node, name), self.axes(node), node.meta["val"].shape
-        numbers = np.full(self._shape(node), default) if value is None else gauge.program.constant(value).numpy()
+    def _constant(self, name: str, default: float, gauge: Gauge) -> np.ndarray:
+        value, axes, shape = self.argument(name), self.axes(), self.value.shape
+        numbers = np.full(self._shape(), default) if value is None else gauge.program.constant(value).numpy()
         return numbers.reshape([int(shape[axis]) if axis in axes else 1 for axis in range(len(shape))])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..arrays import Collapse
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
+from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import MAX_LOOKED_AT, MeanRole, Rule, Use, argument, is_float, rule_for
+from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
 
 aten = torch.ops.aten
@@ -35,11 +37,11 @@ class Rising(Carry):
 
     mean = MeanRole.READS
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        super().relate(node, gauge)
-        scales = gauge.matches.scale_of[node]
+    def relate(self, relations: Relations) -> Any:
+        scales = super().relate(relations)
         for scale in scales if isinstance(scales, list) else [scales]:
-            gauge.scales.require_positive(scale)
+            relations.scales.require_positive(scale)
+        return scales
 
 
 @rule_for(
@@ -50,15 +52,15 @@ class Rising(Carry):
 class Maximum(Rising):
     """``max(s * x + t) = s * max(x) + t`` for positive s, equal along the positions; padding counts as -infinity."""
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         return True
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        if node.target in _POOLS:
-            return collapse(numbers, varying_of(numbers, range(-_POOLS[node.target], 0)))
-        if node.target in _KEEPS_AXIS:
-            return collapse(numbers, varying_of(numbers, (argument(node, "dim"),)))
-        return reduce_axes(node, numbers, collapse)
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        if self.target in _POOLS:
+            return collapse(numbers, varying_of(numbers, range(-_POOLS[self.target], 0)))
+        if self.target in _KEEPS_AXIS:
+            return collapse(numbers, varying_of(numbers, (self.argument("dim"),)))
+        return reduce_axes(self.node, numbers, collapse)
 
 
 @rule_for(
@@ -71,15 +73,13 @@ class Maximum(Rising):
 class Ranked(Maximum):
     """Values chosen by their order, with the places where they were, which no scale or shift changes."""
 
-    def keeps_channels(self, node: Node) -> bool:
+    def keeps_channels(self) -> bool:
         return False
 
-    def carry(
-        self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge
-    ) -> list[np.ndarray]:
-        result = super().carry(node, operand, numbers, collapse, gauge)
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> list[np.ndarray]:
+        result = super().carry(operand, numbers, collapse, gauge)
         places = np.zeros((1,) * result.ndim, numbers.dtype)
-        return [result if value.is_floating_point() else places for value in node.meta["val"]]
+        return [result if value.is_floating_point() else places for value in self.value]
 
 
 class Homogeneous(Rising):
@@ -87,13 +87,13 @@ class Homogeneous(Rising):
 
     owns_constants = True
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return numbers
 
 
@@ -106,11 +106,11 @@ _BOUNDS = ("min", "max", "min_val", "max_val", "threshold", "value")
 class Slope(Homogeneous):
     """Two slopes that meet at zero, which are constant."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        slope = argument(node, "weight")
-        if not super().matches(node, gauge) or argument(node, "training"):
+    def fits(self, facts: Facts) -> bool:
+        slope = self.argument("weight")
+        if not super().fits(facts) or self.argument("training"):
             return False
-        return slope is None or gauge.program.is_constant(slope)
+        return slope is None or facts.program.is_constant(slope)
 
 
 @rule_for(
@@ -124,65 +124,65 @@ class Bend(Homogeneous):
     Where a shift has nowhere else to go, the bound takes it: ``max(s * x + t, 0) = s * max(x, -t / s) + t``.
     """
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        value, bounds = node.args[0], self._bounds(node)
-        if not is_float(value) or gauge.program.is_constant(value) or value.meta["val"].dtype != node.meta["val"].dtype:
+    def fits(self, facts: Facts) -> bool:
+        value, bounds = self.args[0], self._bounds()
+        if not is_float(value) or facts.program.is_constant(value) or value.meta["val"].dtype != self.value.dtype:
             return False
-        return value.meta["val"].dim() == node.meta["val"].dim() and all(is_bound(bound, gauge) for bound in bounds)
+        return value.meta["val"].dim() == self.value.dim() and all(is_bound(bound, facts) for bound in bounds)
 
-    def bends(self, node: Node) -> bool:
+    def bends(self) -> bool:
         """Whether there is one bound, zero everywhere."""
-        return self._side(node) is not None
+        return self._side() is not None
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.PASS if node in gauge.shifts.bent else Use.STOP
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.PASS if self.node in gauge.shifts.bent else Use.STOP
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.carried(node, node.args[0]) if node in gauge.shifts.bent else gauge.no_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.carried(self.node, self.args[0]) if self.node in gauge.shifts.bent else gauge.no_shift(self.node)
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         gauge = edits.gauge
-        if node in gauge.shifts.bent and gauge.shifts.of[node].any():
-            bound = -gauge.shifts.of[node] / gauge.scales[gauge.scale(node)]
-            edits.replace(node, edits.apply(self._side(node), node.args[0], bound, name="bound", before=node))
+        if self.node in gauge.shifts.bent and gauge.shifts.of[self.node].any():
+            bound = -gauge.shifts.of[self.node] / gauge.scales[gauge.scale(self.node)]
+            edits.replace(self.node, edits.apply(self._side(), self.args[0], bound, name="bound", before=self.node))
 
-    def _bounds(self, node: Node) -> list[object]:
-        if node.target in (aten.maximum.default, aten.minimum.default):
-            return [node.args[1]]
-        return [argument(node, name) for name in _BOUNDS]
+    def _bounds(self) -> list[object]:
+        if self.target in (aten.maximum.default, aten.minimum.default):
+            return [self.args[1]]
+        return [self.argument(name) for name in _BOUNDS]
 
-    def _side(self, node: Node) -> object:
+    def _side(self) -> object:
         """The operation with a bound of its own for every channel; None where there is none."""
-        if node.target in (aten.relu.default, aten.threshold.default):
+        if self.target in (aten.relu.default, aten.threshold.default):
             return aten.maximum.default
-        low, high = (argument(node, f"{side}_val", argument(node, side)) for side in ("min", "max"))
-        if node.target in (aten.maximum.default, aten.minimum.default):
-            low, high = (node.args[1], None) if node.target is aten.maximum.default else (None, node.args[1])
+        low, high = (self.argument(f"{side}_val", self.argument(side)) for side in ("min", "max"))
+        if self.target in (aten.maximum.default, aten.minimum.default):
+            low, high = (self.args[1], None) if self.target is aten.maximum.default else (None, self.args[1])
         if high in (None, math.inf) and _is_number_zero(low):
             return aten.maximum.default
         return aten.minimum.default if low in (None, -math.inf) and _is_number_zero(high) else None
 
 
 @rule_for(*_COMPARISONS)
-class Sign(Rule):
+class Sign(Match):
     """Which values are above zero: a positive scale does not matter, a shift does."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return is_float(node.args[0]) and node.args[1] == 0
+    def fits(self, facts: Facts) -> bool:
+        return is_float(self.args[0]) and self.args[1] == 0
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        gauge.scales.require_positive(gauge.scale(node.args[0]))
+    def relate(self, relations: Relations) -> None:
+        relations.scales.require_positive(relations.scale(self.args[0]))
 
 
-def is_bound(bound: object, gauge: Gauge) -> bool:
+def is_bound(bound: object, facts: Facts) -> bool:
     """Whether a bound is the same for every positive scale: none, zero or infinite, everywhere."""
     if bound is None:
         return True
     if isinstance(bound, int | float):
         return bound == 0 or math.isinf(bound)
-    if not gauge.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:
+    if not facts.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:
         return False
-    value = gauge.program.constant(bound)
+    value = facts.program.constant(bound)
     return bool(((value == 0) | value.isinf()).all())
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.fx import Node
 
 from ..arrays import Collapse, varying
-from ..gauge import Gauge
-from .base import Use, argument, is_float, rule_for
+from ..gauge import Facts, Gauge
+from .base import Use, is_float, rule_for
 from .carry import Carry, varying_of
 
 aten = torch.ops.aten
@@ -18,16 +18,16 @@ aten = torch.ops.aten
 class Flip(Carry):
     """Entries along some axes in reverse order."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return np.flip(numbers, tuple(dim % numbers.ndim for dim in node.args[1]))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return np.flip(numbers, tuple(dim % numbers.ndim for dim in self.args[1]))
 
 
 @rule_for(aten.narrow.default)
 class Narrow(Carry):
     """A range along one axis, given by its start and length."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        _, axis, start, length = node.args
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        _, axis, start, length = self.args
         axis %= numbers.ndim
         if numbers.shape[axis] == 1:
             return numbers
@@ -41,8 +41,8 @@ class Narrow(Carry):
 class RepeatEach(Carry):
     """Each entry along one axis several times, or each of the flattened tensor."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        repeats, axis = argument(node, "repeats"), argument(node, "dim")
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        repeats, axis = self.argument("repeats"), self.argument("dim")
         if axis is None:
             return collapse(numbers, varying(numbers)).reshape(1)
         axis %= numbers.ndim
@@ -55,8 +55,8 @@ class RepeatEach(Carry):
 class RepeatByCounts(Carry):
     """Each entry along one axis as often as a tensor says; where scales vary along it, the tensor is constant."""
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        repeats, axis = argument(node, "repeats"), argument(node, "dim")
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        repeats, axis = self.argument("repeats"), self.argument("dim")
         if axis is None:
             return collapse(numbers, varying(numbers)).reshape(1)
         axis %= numbers.ndim
@@ -71,31 +71,31 @@ class RepeatByCounts(Carry):
 class Difference(Carry):
     """Each entry along an axis less the one before: a scale passes, and of a shift nothing is left."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        ends = argument(node, "prepend"), argument(node, "append")
-        return ends == (None, None) and is_float(node) and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        ends = self.argument("prepend"), self.argument("append")
+        return ends == (None, None) and is_float(self.node) and super().fits(facts)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        axis = argument(node, "dim") % node.meta["val"].dim()
-        if argument(node, "n") > 0:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        axis = self.argument("dim") % self.value.dim()
+        if self.argument("n") > 0:
             return Use.ABSORB if shift is None or shift.shape[axis] == 1 else Use.STOP
-        return super().use(node, operand, shift, gauge)
+        return super().use(operand, shift, gauge)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node) if argument(node, "n") > 0 else super().settle(node, gauge)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node) if self.argument("n") > 0 else super().settle(gauge)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        return collapse(numbers, varying_of(numbers, (argument(node, "dim"),)))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return collapse(numbers, varying_of(numbers, (self.argument("dim"),)))
 
 
 @rule_for(aten.channel_shuffle.default)
 class ChannelShuffle(Carry):
     """Channels of g groups in turns."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         if numbers.shape[1] == 1:
             return numbers
-        grouped = numbers.reshape(numbers.shape[0], node.args[1], -1, *numbers.shape[2:])
+        grouped = numbers.reshape(numbers.shape[0], self.args[1], -1, *numbers.shape[2:])
         return np.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(numbers.shape)
 
 
@@ -103,8 +103,8 @@ class ChannelShuffle(Carry):
 class Windows(Carry):
     """Overlapping ranges along one axis, each of which becomes the last axis."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        _, axis, size, step = node.args
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        _, axis, size, step = self.args
         axis %= numbers.ndim
         if numbers.shape[axis] != 1 and not all(isinstance(number, int) for number in (size, step)):
             numbers = collapse(numbers, (axis,))
@@ -118,33 +118,31 @@ class Windows(Carry):
 class Patches(Carry):
     """Windows of an image: the entries of a window become neighbouring channels. Padding has no shift."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.STOP if any(argument(node, "padding")) else super().use(node, operand, shift, gauge)
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.STOP if any(self.argument("padding")) else super().use(operand, shift, gauge)
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node) if any(argument(node, "padding")) else super().settle(node, gauge)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node) if any(self.argument("padding")) else super().settle(gauge)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, varying_of(numbers, (-1, -2))).squeeze(-1)
-        return (
-            numbers if numbers.shape[-2] == 1 else np.repeat(numbers, int(np.prod(argument(node, "kernel_size"))), -2)
-        )
+        return numbers if numbers.shape[-2] == 1 else np.repeat(numbers, int(np.prod(self.argument("kernel_size"))), -2)
 
 
 @rule_for(aten.col2im.default)
 class Overlaps(Carry):
     """Windows added up where they overlap, which takes equal scales within a window and no shift."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.no_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node)
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         numbers = collapse(numbers, varying_of(numbers, (-1,)))
         if numbers.shape[-2] != 1:
-            window = int(np.prod(argument(node, "kernel_size")))
+            window = int(np.prod(self.argument("kernel_size")))
             numbers = numbers.reshape(*numbers.shape[:-2], -1, window, 1)
             numbers = collapse(numbers, varying_of(numbers, (-2,))).squeeze(-2)
         return numbers[..., None]
@@ -154,8 +152,8 @@ class Overlaps(Carry):
 class Diagonal(Carry):
     """The entries at which two axes have the same position, as the last axis."""
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        offset, *axes = (argument(node, name) for name in ("offset", "dim1", "dim2"))
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        offset, *axes = (self.argument(name) for name in ("offset", "dim1", "dim2"))
         axes = [axis % numbers.ndim for axis in axes]
         if not all(isinstance(shape[axis], int) for axis in axes):
             numbers = collapse(numbers, varying_of(numbers, axes))
@@ -168,9 +166,9 @@ class Diagonal(Carry):
 class Chosen(Carry):
     """Entries along some axes, chosen by tensors of indices. Where the scales differ, the choice must be constant."""
 
-    def carry(self, node: Node, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        chosen = self.indices(node, numbers.ndim)
-        axes = self.axes(chosen)
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        chosen = self.indices(numbers.ndim)
+        axes = self.indexed(chosen)
         constant = all(index is None or gauge.program.is_constant(index) for index in chosen)
         if not constant or any(not isinstance(operand.meta["val"].shape[axis], int) for axis in axes):
             numbers = collapse(numbers, varying_of(numbers, axes))
@@ -181,11 +179,11 @@ class Chosen(Carry):
         index = tuple(slice(None) if i is None else gauge.program.constant(i).numpy() for i in chosen)
         return np.broadcast_to(numbers, full)[index]
 
-    def indices(self, node: Node, rank: int) -> list[Node | None]:
+    def indices(self, rank: int) -> list[Node | None]:
         """What each axis in turn is indexed by; a mask stands for as many axes as it has."""
         raise NotImplementedError
 
-    def axes(self, chosen: list[Node | None]) -> tuple[int, ...]:
+    def indexed(self, chosen: list[Node | None]) -> tuple[int, ...]:
         """The axes that are indexed."""
         return tuple(axis for axis, index in enumerate(self._without_masks(chosen)) if index is not None)
 
@@ -208,35 +206,35 @@ class Chosen(Carry):
 class Index(Chosen):
     """``x[:, i, j]`` with tensors of indices."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return super().matches(node, gauge) and any(index is not None for index in node.args[1])
+    def fits(self, facts: Facts) -> bool:
+        return super().fits(facts) and any(index is not None for index in self.args[1])
 
-    def indices(self, node: Node, rank: int) -> list[Node | None]:
-        return list(node.args[1])
+    def indices(self, rank: int) -> list[Node | None]:
+        return list(self.args[1])
 
 
 @rule_for(aten.index_select.default)
 class IndexSelect(Chosen):
     """Chosen entries along one axis."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        one = node.args[2].meta["val"].dim() == 1 and is_float(node.args[0]) and node.args[0].meta["val"].dim() > 0
-        return one and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        one = self.args[2].meta["val"].dim() == 1 and is_float(self.args[0]) and self.args[0].meta["val"].dim() > 0
+        return one and super().fits(facts)
 
-    def indices(self, node: Node, rank: int) -> list[Node | None]:
-        return [None] * (node.args[1] % rank) + [node.args[2]]
+    def indices(self, rank: int) -> list[Node | None]:
+        return [None] * (self.args[1] % rank) + [self.args[2]]
 
 
 @rule_for(aten.gather.default, aten.take_along_dim.default)
 class Gather(Carry):
     """One entry along an axis, chosen at each position: the scales along it are equal."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        same_rank = is_float(node.args[0]) and 0 < node.args[0].meta["val"].dim() == node.meta["val"].dim()
-        return same_rank and argument(node, "dim") is not None
+    def fits(self, facts: Facts) -> bool:
+        same_rank = is_float(self.args[0]) and 0 < self.args[0].meta["val"].dim() == self.value.dim()
+        return same_rank and self.argument("dim") is not None
 
-    def arrange(self, node: Node, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
-        axis, result = argument(node, "dim") % numbers.ndim, node.meta["val"].shape
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        axis, result = self.argument("dim") % numbers.ndim, self.value.shape
         cut = [a for a in varying(numbers) if a != axis and not isinstance(result[a], int)]
         numbers = collapse(numbers, (*varying_of(numbers, (axis,)), *cut))
         return numbers[tuple(slice(None) if size == 1 else slice(result[a]) for a, size in enumerate(numbers.shape))]

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..arrays import to_rank, without_leading_ones
-from ..gauge import Gauge
-from .base import argument, rule_for
+from ..gauge import Facts
+from .base import rule_for
 from .contraction import Contraction, contraction_of, factors_of, lay
 from .weights import Weighted
 
@@ -22,45 +22,45 @@ class Product(Weighted):
     has_bias = False
     weight_at = 1
 
-    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
-        factors = factors_of(node)
+    def operands(self) -> tuple[Node, Node, Node | None]:
+        factors = factors_of(self.node)
         return factors[1 - self.weight_at], factors[self.weight_at], None
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        found = contraction_of(node)
-        if found is None or not super().matches(node, gauge):
+    def fits(self, facts: Facts) -> bool:
+        found = contraction_of(self.node)
+        if found is None or not super().fits(facts):
             return False
         x, weight, result = self._axes(found)
         # What is summed over belongs to both: a sum over positions or over a weight alone is no map along axes.
         return all(name in result or (name in x and name in weight) for name in {*x, *weight} - {""})
 
-    def input_axes(self, node: Node) -> tuple[int, ...]:
-        x, weight, _ = self._axes(contraction_of(node))
+    def input_axes(self) -> tuple[int, ...]:
+        x, weight, _ = self._axes(contraction_of(self.node))
         return tuple(axis for axis, name in enumerate(x) if name and name in weight)
 
-    def output_axes(self, node: Node) -> tuple[int, ...]:
-        _, weight, result = self._axes(contraction_of(node))
+    def output_axes(self) -> tuple[int, ...]:
+        _, weight, result = self._axes(contraction_of(self.node))
         return tuple(axis for axis, name in enumerate(result) if name and name in weight)
 
-    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
-        x, weight, _ = self._axes(contraction_of(node))
+    def columns(self, numbers: np.ndarray) -> Tensor:
+        x, weight, _ = self._axes(contraction_of(self.node))
         return torch.from_numpy(lay(numbers, x, weight))
 
-    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
-        _, weight, result = self._axes(contraction_of(node))
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        _, weight, result = self._axes(contraction_of(self.node))
         return torch.from_numpy(lay(numbers, result, weight))
 
-    def contracted(self, node: Node) -> tuple[int, ...]:
-        _, weight, result = self._axes(contraction_of(node))
+    def contracted(self) -> tuple[int, ...]:
+        _, weight, result = self._axes(contraction_of(self.node))
         return tuple(axis for axis, name in enumerate(weight) if name and name not in result)
 
-    def written(self, node: Node, total: Tensor) -> np.ndarray:
-        _, weight, result = self._axes(contraction_of(node))
+    def written(self, total: Tensor) -> np.ndarray:
+        _, weight, result = self._axes(contraction_of(self.node))
         return lay(total.numpy(), weight, result)
 
-    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
+    def can_centre(self, groups: np.ndarray) -> bool:
         """Where each entry along an axis has a map of its own, it reads other inputs: no mean goes across them."""
-        x, _, result = self._axes(contraction_of(node))
+        x, _, result = self._axes(contraction_of(self.node))
         for axis in (a for a, name in enumerate(result) if groups.shape[a] != 1 and name in x):
             slices = [np.unique(part[part >= 0]) for part in np.split(groups, groups.shape[axis], axis)]
             if sum(map(len, slices)) != len(np.unique(groups[groups >= 0])):
@@ -80,14 +80,14 @@ class Linear(Product):
 
     has_bias = True
 
-    def writes_rows(self, node: Node) -> bool:
+    def writes_rows(self) -> bool:
         return True
 
-    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
-        return Weighted.operands(self, node)
+    def operands(self) -> tuple[Node, Node, Node | None]:
+        return Weighted.operands(self)
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return argument(node, "weight").meta["val"].dim() == 2 and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return self.argument("weight").meta["val"].dim() == 2 and super().fits(facts)
 
 
 @rule_for(
@@ -112,8 +112,8 @@ class LeftProduct(Product):
 class LinearToOne(Product):
     """``y = x w`` with a vector w; a bias that folding creates follows as an Add."""
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return argument(node, "bias") is None and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return self.argument("bias") is None and super().fits(facts)
 
 
 class BiasedProduct(Product):
@@ -122,25 +122,25 @@ class BiasedProduct(Product):
     has_bias = True
     bias_name = "self"
 
-    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
-        return *super().operands(node)[:2], argument(node, self.bias_name)
+    def operands(self) -> tuple[Node, Node, Node | None]:
+        return *super().operands()[:2], self.argument(self.bias_name)
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return argument(node, "beta") != 0 and super().matches(node, gauge)
+    def fits(self, facts: Facts) -> bool:
+        return self.argument("beta") != 0 and super().fits(facts)
 
-    def bias_fits(self, node: Node, shape: torch.Size) -> bool:
+    def bias_fits(self, shape: torch.Size) -> bool:
         return True
 
-    def factor_of_product(self, node: Node) -> float:
-        return argument(node, "alpha")
+    def factor_of_product(self) -> float:
+        return self.argument("alpha")
 
-    def factor_of_bias(self, node: Node) -> float:
-        return argument(node, "beta")
+    def factor_of_bias(self) -> float:
+        return self.argument("beta")
 
-    def bias_of(self, node: Node, value: np.ndarray) -> np.ndarray:
-        return to_rank(value, node.meta["val"].dim())
+    def bias_of(self, value: np.ndarray) -> np.ndarray:
+        return to_rank(value, self.value.dim())
 
-    def bias_layout(self, node: Node, value: np.ndarray) -> np.ndarray:
+    def bias_layout(self, value: np.ndarray) -> np.ndarray:
         return without_leading_ones(value)
 
 

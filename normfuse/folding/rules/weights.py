@@ -8,15 +8,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, take_first, varying, without_leading_ones
-from ..gauge import Gauge
+from ..gauge import Facts, Gauge
 from ..program import piece
+from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import MeanRole, Rule, Use, argument, is_float, rule_for
+from .base import Match, MeanRole, Use, is_float, rule_for
 
 aten = torch.ops.aten
 
 
-class Weighted(Rule):
+class Weighted(Match):
     """``y = W x + bias``, a linear map with a constant weight.
 
     With ``x = s_x * f_x + t_x`` and ``y = s_y * f_y + t_y``:
@@ -37,147 +38,151 @@ class Weighted(Rule):
     #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
     has_bias = True
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        operand, weight, bias = self.operands(node)
-        if not is_float(operand) or gauge.program.is_constant(operand):
+    def fits(self, facts: Facts) -> bool:
+        operand, weight, bias = self.operands()
+        if not is_float(operand) or facts.program.is_constant(operand):
             return False
-        if not gauge.usable_weight(weight) or not is_float(weight):
+        if not facts.usable_weight(weight) or not is_float(weight):
             return False
-        return bias is None or (gauge.program.is_constant(bias) and self.bias_fits(node, bias.meta["val"].shape))
+        return bias is None or (facts.program.is_constant(bias) and self.bias_fits(bias.meta["val"].shape))
 
-    def bias_fits(self, node: Node, shape: torch.Size) -> bool:
+    def bias_fits(self, shape: torch.Size) -> bool:
         """Whether a bias of this shape is added to the output channels; others broadcast."""
-        (axis,) = self.output_axes(node)
-        return tuple(shape) == (node.meta["val"].shape[axis],)
+        (axis,) = self.output_axes()
+        return tuple(shape) == (self.value.shape[axis],)
 
-    def operands(self, node: Node) -> tuple[Node, Node, Node | None]:
-        return tuple(argument(node, name) for name in ("input", "weight", self.bias_name))
+    def operands(self) -> tuple[Node, Node, Node | None]:
+        return tuple(self.argument(name) for name in ("input", "weight", self.bias_name))
 
-    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
+    def chooses_shift(self, gauge: Gauge) -> bool:
         return True
 
-    def price(self, node: Node) -> int:
-        return 0 if self.operands(node)[2] is not None else 1
+    def price(self) -> int:
+        return 0 if self.operands()[2] is not None else 1
 
-    def input_axes(self, node: Node) -> tuple[int, ...]:
+    def input_axes(self) -> tuple[int, ...]:
         """The axes of the input that the weight reads."""
         raise NotImplementedError
 
-    def output_axes(self, node: Node) -> tuple[int, ...]:
+    def output_axes(self) -> tuple[int, ...]:
         """The axes of the result that the weight writes."""
         raise NotImplementedError
 
-    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
+    def columns(self, numbers: np.ndarray) -> Tensor:
         """Numbers about the input, which vary along the axes that the weight reads, laid against the weight."""
         raise NotImplementedError
 
-    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
+    def rows(self, numbers: np.ndarray) -> Tensor:
         """Numbers about the result, which vary along the axes that the weight writes, laid against the weight."""
         raise NotImplementedError
 
-    def contracted(self, node: Node) -> tuple[int, ...]:
+    def contracted(self) -> tuple[int, ...]:
         """The axes of the weight that the product sums over."""
         raise NotImplementedError
 
-    def written(self, node: Node, total: Tensor) -> np.ndarray:
+    def written(self, total: Tensor) -> np.ndarray:
         """Sums over the weight's contracted axes, which are kept with size one, as an array over the result."""
         raise NotImplementedError
 
-    def factor_of_product(self, node: Node) -> float:
+    def factor_of_product(self) -> float:
         """What the product is multiplied by."""
         return 1.0
 
-    def factor_of_bias(self, node: Node) -> float:
+    def factor_of_bias(self) -> float:
         """What the bias is multiplied by."""
         return 1.0
 
-    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
+    def can_centre(self, groups: np.ndarray) -> bool:
         """Whether the weight can produce its result less means over groups of its entries."""
         return True
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        operand, _, _ = self.operands(node)
-        inner = gauge.scale(operand)
-        gauge.require_equal(inner, self._others(node, inner))
-        gauge.matches.stored.append(inner)
-        gauge.free_axes(node, self.output_axes(node))
+    def relate(self, relations: Relations) -> np.ndarray:
+        operand, _, _ = self.operands()
+        inner = relations.scale(operand)
+        relations.require_equal(inner, self._others(inner))
+        relations.stored.append(inner)
+        return relations.free(self.node, self.output_axes())
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         if shift is None:
             return Use.ABSORB
         try:
-            collapse_equal(shift, self._others(node, shift))
+            collapse_equal(shift, self._others(shift))
         except CannotCarry:
             return Use.STOP
         return Use.ABSORB
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.chosen_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(self.node)
 
-    def constant_part(self, node: Node, gauge: Gauge) -> np.ndarray:
+    def constant_part(self, gauge: Gauge) -> np.ndarray:
         """``bias + W t_x``, what the result holds whatever the input is; nothing where it differs between positions."""
-        constant = self._constant(node, gauge)
-        positions = tuple(axis for axis in varying(constant) if axis not in self.output_axes(node))
-        return gauge.no_shift(node) if positions else np.broadcast_to(constant, gauge.matches.scale_of[node].shape)
+        constant = self._constant(gauge)
+        positions = tuple(axis for axis in varying(constant) if axis not in self.output_axes())
+        return (
+            gauge.no_shift(self.node)
+            if positions
+            else np.broadcast_to(constant, gauge.matches.scale_of[self.node].shape)
+        )
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         gauge = edits.gauge
-        operand, weight, bias = self.operands(node)
-        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(node)]
-        t_x, t_y = gauge.incoming(node, operand), gauge.shifts.of[node]
+        operand, weight, bias = self.operands()
+        s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(self.node)]
+        t_x, t_y = gauge.incoming(self.node, operand), gauge.shifts.of[self.node]
         rescaled = bool((s_x != 1).any() or (s_y != 1).any())
-        centre = gauge.centring.centred.get(node)
+        centre = gauge.centring.centred.get(self.node)
         if gauge.program.computed(weight) and not rescaled and centre is None:
-            edits.scale_weight(node, weight)  # a reparametrised weight is stored as what it has become
+            edits.scale_weight(self.node, weight)  # a reparametrised weight is stored as what it has become
         if not rescaled and not t_x.any() and not t_y.any() and centre is None:
             return
-        constant = (self._constant(node, gauge) - t_y) / s_y
+        constant = (self._constant(gauge) - t_y) / s_y
         if centre is not None:
             constant = subtract_means(torch.from_numpy(constant), centre).numpy()
         if rescaled or centre is not None:
-            s_x = take_first(s_x, self._others(node, s_x))
-            factors = (self.rows(node, 1.0 / s_y), self.columns(node, s_x)) if rescaled else ()
-            centre = None if centre is None else self.rows(node, centre).numpy()
-            edits.scale_weight(node, weight, *factors, centre=centre)
-        self.set_bias(node, weight, bias, constant / self.factor_of_bias(node), edits)
+            s_x = take_first(s_x, self._others(s_x))
+            factors = (self.rows(1.0 / s_y), self.columns(s_x)) if rescaled else ()
+            centre = None if centre is None else self.rows(centre).numpy()
+            edits.scale_weight(self.node, weight, *factors, centre=centre)
+        self.set_bias(weight, bias, constant / self.factor_of_bias(), edits)
 
-    def set_bias(self, node: Node, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
+    def set_bias(self, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
         """Let the operation add `value`, an array over the result's channels."""
         name = _bias_name(edits.program.name(weight))
         if self.has_bias:
-            stored = torch.from_numpy(np.array(self.bias_layout(node, value)))
-            edits.set_bias(node, self.bias_name, bias, stored, name=name, like=weight)
+            stored = torch.from_numpy(np.array(self.bias_layout(value)))
+            edits.set_bias(self.node, self.bias_name, bias, stored, name=name, like=weight)
         elif value.any():
-            edits.append_add(node, without_leading_ones(value), name=name, like=weight)
+            edits.append_add(self.node, without_leading_ones(value), name=name, like=weight)
 
-    def bias_of(self, node: Node, value: np.ndarray) -> np.ndarray:
+    def bias_of(self, value: np.ndarray) -> np.ndarray:
         """The operation's bias as an array over the result."""
-        (axis,) = self.output_axes(node)
-        return along_axis(value, axis, node.meta["val"].dim())
+        (axis,) = self.output_axes()
+        return along_axis(value, axis, self.value.dim())
 
-    def bias_layout(self, node: Node, value: np.ndarray) -> np.ndarray:
+    def bias_layout(self, value: np.ndarray) -> np.ndarray:
         """An array over the result's channels, as the operation's bias holds it."""
-        (axis,) = self.output_axes(node)
-        return np.broadcast_to(value.ravel(), (int(node.meta["val"].shape[axis]),))
+        (axis,) = self.output_axes()
+        return np.broadcast_to(value.ravel(), (int(self.value.shape[axis]),))
 
-    def through(self, node: Node, weight: Node, shift: np.ndarray, gauge: Gauge) -> np.ndarray:
+    def through(self, weight: Node, shift: np.ndarray, gauge: Gauge) -> np.ndarray:
         """What a constant input contributes to the result: ``W shift``, as an array over the result's channels."""
-        laid, contracted = self.columns(node, collapse_equal(shift, self._others(node, shift))), self.contracted(node)
+        laid, contracted = self.columns(collapse_equal(shift, self._others(shift))), self.contracted()
         parts = [block * piece(laid, rows) for rows, block in gauge.program.blocks(weight)]
         parts = [part.sum(contracted, keepdim=True) for part in parts] if contracted else parts
-        return self.written(node, sum(parts) if 0 in contracted else torch.cat(parts)) * self.factor_of_product(node)
+        return self.written(sum(parts) if 0 in contracted else torch.cat(parts)) * self.factor_of_product()
 
-    def _constant(self, node: Node, gauge: Gauge) -> np.ndarray:
-        operand, weight, bias = self.operands(node)
-        constant = gauge.no_shift(node)
+    def _constant(self, gauge: Gauge) -> np.ndarray:
+        operand, weight, bias = self.operands()
+        constant = gauge.no_shift(self.node)
         if bias is not None:
-            constant = self.bias_of(node, gauge.program.constant(bias).numpy()) * self.factor_of_bias(node)
-        t_x = gauge.incoming(node, operand)
-        return constant + self.through(node, weight, t_x, gauge) if t_x.any() else constant
+            constant = self.bias_of(gauge.program.constant(bias).numpy()) * self.factor_of_bias()
+        t_x = gauge.incoming(self.node, operand)
+        return constant + self.through(weight, t_x, gauge) if t_x.any() else constant
 
-    def _others(self, node: Node, numbers: np.ndarray) -> tuple[int, ...]:
+    def _others(self, numbers: np.ndarray) -> tuple[int, ...]:
         """The axes along which numbers about the input vary, though the weight does not read them."""
-        read = self.input_axes(node)
+        read = self.input_axes()
         return tuple(axis for axis in varying(numbers) if axis not in read)
 
 
@@ -195,52 +200,52 @@ class Convolution(Weighted):
     ``W t_x`` sums over the kernel, which holds only where no zero padding enters: with padding, a shift stops.
     """
 
-    def input_axes(self, node: Node) -> tuple[int, ...]:
-        return (1 - self._missing(node),)
+    def input_axes(self) -> tuple[int, ...]:
+        return (1 - self._missing(),)
 
-    def output_axes(self, node: Node) -> tuple[int, ...]:
-        return (1 - self._missing(node),)
+    def output_axes(self) -> tuple[int, ...]:
+        return (1 - self._missing(),)
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        padding = argument(node, "padding")
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        padding = self.argument("padding")
         padding = [padding] if isinstance(padding, str | int) else padding
         if any(amount not in (0, "valid") for amount in padding):
             return Use.STOP
-        return super().use(node, operand, shift, gauge)
+        return super().use(operand, shift, gauge)
 
-    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._over_kernel(node, self._batched(node, numbers))
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        return self._over_kernel(self._batched(numbers))
 
-    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._per_group(node, self._batched(node, numbers))
+    def columns(self, numbers: np.ndarray) -> Tensor:
+        return self._per_group(self._batched(numbers))
 
-    def contracted(self, node: Node) -> tuple[int, ...]:
-        return tuple(range(1, argument(node, "weight").meta["val"].dim()))
+    def contracted(self) -> tuple[int, ...]:
+        return tuple(range(1, self.argument("weight").meta["val"].dim()))
 
-    def written(self, node: Node, total: Tensor) -> np.ndarray:
+    def written(self, total: Tensor) -> np.ndarray:
         written = total.transpose(0, 1).numpy()
-        return written[0] if self._missing(node) else written
+        return written[0] if self._missing() else written
 
-    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
-        return argument(node, "groups") == 1  # other groups of the convolution read other inputs
+    def can_centre(self, groups: np.ndarray) -> bool:
+        return self.argument("groups") == 1  # other groups of the convolution read other inputs
 
-    def writes_rows(self, node: Node) -> bool:
-        return argument(node, "groups") == 1
+    def writes_rows(self) -> bool:
+        return self.argument("groups") == 1
 
-    def _missing(self, node: Node) -> int:
+    def _missing(self) -> int:
         """How many leading axes the input lacks: one where there is no batch."""
-        return argument(node, "weight").meta["val"].dim() - node.meta["val"].dim()
+        return self.argument("weight").meta["val"].dim() - self.value.dim()
 
-    def _batched(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(numbers[None] if self._missing(node) else numbers))
+    def _batched(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(numbers[None] if self._missing() else numbers))
 
-    def _over_kernel(self, node: Node, numbers: Tensor) -> Tensor:
+    def _over_kernel(self, numbers: Tensor) -> Tensor:
         """Numbers along the weight's first axis."""
         return numbers.transpose(0, 1)
 
-    def _per_group(self, node: Node, numbers: Tensor) -> Tensor:
+    def _per_group(self, numbers: Tensor) -> Tensor:
         """Numbers along the weight's second axis, which holds the channels of one group."""
-        groups, first = argument(node, "groups"), argument(node, "weight").meta["val"].shape[0]
+        groups, first = self.argument("groups"), self.argument("weight").meta["val"].shape[0]
         if groups == 1 or numbers.numel() == 1:
             return numbers
         grouped = numbers.reshape(groups, -1).repeat_interleave(first // groups, dim=0)
@@ -251,57 +256,57 @@ class Convolution(Weighted):
 class TransposedConvolution(Convolution):
     """W[in, out / groups, *kernel]: scales pass, a shift never does (the borders see fewer kernel taps)."""
 
-    def use(self, node: Node, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.STOP
 
-    def writes_rows(self, node: Node) -> bool:
+    def writes_rows(self) -> bool:
         return False
 
-    def rows(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._per_group(node, self._batched(node, numbers))
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        return self._per_group(self._batched(numbers))
 
-    def columns(self, node: Node, numbers: np.ndarray) -> Tensor:
-        return self._over_kernel(node, self._batched(node, numbers))
+    def columns(self, numbers: np.ndarray) -> Tensor:
+        return self._over_kernel(self._batched(numbers))
 
 
 @rule_for(aten.embedding.default)
-class Embedding(Rule):
+class Embedding(Match):
     """``y = E[index]``: ``E' = (E - t_y) / s_y``."""
 
     owns_constants = True
     mean = MeanRole.WRITES
 
-    def output_axes(self, node: Node) -> tuple[int, ...]:
-        return (node.meta["val"].dim() - 1,)
+    def output_axes(self) -> tuple[int, ...]:
+        return (self.value.dim() - 1,)
 
-    def can_centre(self, node: Node, groups: np.ndarray) -> bool:
+    def can_centre(self, groups: np.ndarray) -> bool:
         return True
 
-    def price(self, node: Node) -> int:
+    def price(self) -> int:
         return 2
 
-    def matches(self, node: Node, gauge: Gauge) -> bool:
-        return gauge.usable_weight(node.args[0]) and not gauge.program.is_constant(node.args[1])
+    def fits(self, facts: Facts) -> bool:
+        return facts.usable_weight(self.args[0]) and not facts.program.is_constant(self.args[1])
 
-    def chooses_shift(self, node: Node, gauge: Gauge) -> bool:
+    def chooses_shift(self, gauge: Gauge) -> bool:
         return True
 
-    def relate(self, node: Node, gauge: Gauge) -> None:
-        gauge.free_axes(node, (node.meta["val"].dim() - 1,))
+    def relate(self, relations: Relations) -> np.ndarray:
+        return relations.free(self.node, (self.value.dim() - 1,))
 
-    def settle(self, node: Node, gauge: Gauge) -> np.ndarray:
-        return gauge.chosen_shift(node)
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(self.node)
 
-    def rewrite(self, node: Node, edits: WeightEdits) -> None:
+    def rewrite(self, edits: WeightEdits) -> None:
         gauge = edits.gauge
-        weight = node.args[0]
-        size = int(node.meta["val"].shape[-1])
-        s_y = edits.vector(gauge.scales[gauge.scale(node)], -1, size)
-        t_y = edits.vector(gauge.shifts.of[node], -1, size)
-        centre = gauge.centring.centred.get(node)
+        weight = self.args[0]
+        size = int(self.value.shape[-1])
+        s_y = edits.vector(gauge.scales[gauge.scale(self.node)], -1, size)
+        t_y = edits.vector(gauge.shifts.of[self.node], -1, size)
+        centre = gauge.centring.centred.get(self.node)
         if (s_y != 1).any() or t_y.any() or centre is not None:
             centre = None if centre is None else centre.reshape(1, -1)
-            edits.scale_weight(node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
+            edits.scale_weight(self.node, weight, 1.0 / s_y[None, :], minus=t_y[None, :], centre=centre)
 
 
 def _bias_name(weight_name: str) -> str:
