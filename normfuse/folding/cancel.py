@@ -20,7 +20,24 @@ from torch.fx import Node
 from .arrays import axis_groups, same_size
 from .gauge import Gauge
 from .nodes import argument, is_float, module_of, operation_name
-from .operations import CASTS, COPIES, DROPOUTS
+from .operations import (
+    BIASES,
+    BOUNDS,
+    CASTS,
+    COMPARISONS,
+    COPIES,
+    DROPOUTS,
+    EXPANSIONS,
+    EXPONENTS,
+    FACTORS,
+    HANDED_ON,
+    PERMUTATIONS,
+    RESHAPES,
+    SHAPED_LIKE,
+    SPLITS,
+    SQUEEZES,
+    SUMS,
+)
 from .rules.carry import Permute
 from .rules.contraction import contraction_of, factors_of
 
@@ -48,41 +65,19 @@ class Stops(Exception):
 Carried = Factor | None | list[Factor | None]
 _SAME = {
     *(aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default, aten.rrelu.default),
-    *(aten.contiguous.default, aten.alias.default, aten.detach.default, aten.triu.default, aten.tril.default),
+    *(aten.triu.default, aten.tril.default),
     *COPIES,
     *DROPOUTS,
-}
-_BOUNDED = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default}
-_PERMUTED = {
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
-    *(aten.movedim.int, aten.movedim.intlist),
-}
-_RESHAPED = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
-    *(aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.reshape_as.default, aten.view_as.default),
+    *HANDED_ON,
 }
 _REARRANGED = {  # along one axis, or several
     *(aten.slice.Tensor, aten.narrow.default, aten.flip.default, aten.roll.default, aten.index_select.default),
     *(aten.repeat_interleave.self_int, aten.cumsum.default),
 }
-_SHAPED_LIKE = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
-_DIVIDED = {
-    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
-    *(aten.tensor_split.sections, aten.tensor_split.indices),
-}
 _REDUCED = {
     *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
 }
-_PRODUCTS = {
-    *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default),
-    *(aten.einsum.default, aten.tensordot.default, aten.inner.default),
-    *(aten.addmm.default, aten.baddbmm.default),
-}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-_SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.lerp.Scalar}
-_COMPARISONS = {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.eq.Scalar, aten.ne.Scalar}
-_POWERS = {aten.square.default: 2.0, aten.sqrt.default: 0.5, aten.rsqrt.default: -0.5, aten.reciprocal.default: -1.0}
 # A bound under a length is an eps of the same kind as a norm's.
 _LARGEST_EPS = 1e-4
 
@@ -160,7 +155,7 @@ class _Walk:
         target, first = node.target, node.args[0] if node.args else None
         having = [operand for operand in node.all_input_nodes if self._of(operand) is not None]
         factor = self._of(first)
-        if target in _SHAPED_LIKE:  # which reads no values of its second operand
+        if target in SHAPED_LIKE:  # which reads no values of its second operand
             having = [operand for operand in having if operand is first]
         if not having:
             return None
@@ -168,11 +163,11 @@ class _Walk:
             return factor[node.args[1]] if isinstance(factor, list) else factor
         if target in (aten.cat.default, aten.stack.default):
             return self._joined(node)
-        if target in _PRODUCTS:
+        if target in FACTORS:
             return self._product(node)
         if target in (aten.mul.Tensor, aten.div.Tensor):
             return self._scaled(node)
-        if target in _SUMS:
+        if target in SUMS:
             return self._sum(node)
         if target in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther):
             return self._chosen(node)
@@ -189,13 +184,13 @@ class _Walk:
             return factor
         if target in CASTS and is_float(node):
             return factor
-        if target in _BOUNDED or target is aten.threshold.default:
+        if target in BOUNDS:
             return self._bounded(node, factor)
         if target is aten.prelu.default and self._program.is_constant(node.args[1]):
             return factor
-        if target is aten.pow.Tensor_Scalar or target in _POWERS:
-            return factor._replace(degree=factor.degree * _POWERS.get(target, node.args[-1]))
-        if target in _COMPARISONS and node.args[1] == 0:
+        if target is aten.pow.Tensor_Scalar or target in EXPONENTS:
+            return factor._replace(degree=factor.degree * EXPONENTS.get(target, node.args[-1]))
+        if target in COMPARISONS | {aten.eq.Scalar, aten.ne.Scalar} and node.args[1] == 0:
             return None
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and self._is_zero(node.args[2]):
             return _behind_broadcast(node, first, factor)
@@ -203,13 +198,13 @@ class _Walk:
 
     def _moved(self, node: Node, operand: Node, factor: Factor) -> Carried:
         target, rank = node.target, operand.meta["val"].dim()
-        if target in _PERMUTED:
+        if target in PERMUTATIONS:
             probe = np.zeros(range(2, rank + 2))  # every axis is known by its size
             sizes = Permute(node).arrange(probe, torch.Size(probe.shape), _no_collapse).shape
             return factor._replace(tokens=tuple(sizes.index(axis + 2) for axis in factor.tokens))
-        if target in _RESHAPED:
+        if target in RESHAPES | SQUEEZES:
             return _reshaped(node, operand, factor)
-        if target in (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default):
+        if target in EXPANSIONS:
             return _behind_broadcast(node, operand, factor)
         if target in _REARRANGED:
             dims = argument(node, "dims", argument(node, "dim"))
@@ -219,7 +214,7 @@ class _Walk:
             if target is aten.cumsum.default and axes & set(factor.tokens):
                 raise self._stops(node, "mixes tokens")
             return factor._replace(order=(*factor.order, node)) if axes & set(factor.tokens) else factor
-        if target in _DIVIDED:
+        if target in SPLITS:
             axis = argument(node, "dim") % rank
             pieces: list[Factor | None] = [
                 factor._replace(order=(*factor.order, (node, i))) if axis in factor.tokens else factor
@@ -244,14 +239,10 @@ class _Walk:
 
     def _product(self, node: Node) -> Factor:
         """A product with one factor that has none, not summed over tokens."""
-        bias = argument(node, "bias" if node.target is aten.linear.default else "self")
-        has_bias = node.target in (aten.linear.default, aten.addmm.default, aten.baddbmm.default)
-        if has_bias and bias is not None and not self._is_zero(bias):
+        bias = argument(node, BIASES[node.target]) if node.target in BIASES else None
+        if bias is not None and not self._is_zero(bias):
             raise Stops(f"{self._describe(node)} adds a bias")
-        found, factors = (
-            contraction_of(node),
-            factors_of(node) if node.target is not aten.einsum.default else node.args[1],
-        )
+        found, factors = contraction_of(node), factors_of(node)
         carried = [self._of(factor) for factor in factors]
         if found is None or sum(c is not None for c in carried) != 1:
             raise self._stops(node)

@@ -23,8 +23,6 @@ from .gauge import Gauge
 from .results import Centring
 from .rules.base import MeanRole, argument, is_float
 
-aten = torch.ops.aten
-
 
 class _Refused(Exception):
     """The mean of a stream is read, or cannot be subtracted: the reason in words."""
@@ -38,7 +36,7 @@ def centre(gauge: Gauge) -> Gauge:
     refused: list[tuple[dict[Node, np.ndarray], str]] = []
     for node in gauge.matches.dynamic:
         if (
-            node.target is not aten.layer_norm.default
+            not gauge.matches.of[node].subtracts_mean
             or node in gauge.centring.without_mean
             or node in gauge.centring.with_mean
         ):
@@ -114,7 +112,7 @@ class _Stream:
 
     def _read(self, reader: Node, value: Node, groups: np.ndarray) -> None:
         gauge, rule = self.gauge, self.gauge.matches.of[reader]
-        if rule.mean is MeanRole.MEASURES and reader.target is aten.layer_norm.default:
+        if rule.subtracts_mean:
             if len(rule.axes()) > 1:
                 raise _Refused(f"{gauge.describe(reader)} normalises over other channels")
             if not _same_along(groups, groups.ndim - 1):
@@ -148,8 +146,7 @@ class _Stream:
             raise _Refused(f"{gauge.describe(reader)} stays and scales each channel differently")
         if rule.mean is MeanRole.SCALES:
             gates = (x for x in reader.all_input_nodes if x is not operand)
-            divided_by = reader.target is aten.div.Tensor and operand is reader.args[1]
-            if divided_by or not all(_uniform(gate, to_rank(numbers, rank)) for gate in gates):
+            if rule.divides_by(operand) or not all(_uniform(gate, to_rank(numbers, rank)) for gate in gates):
                 raise _Refused(f"{gauge.describe(reader)} scales each channel differently")
         if rule.mean is MeanRole.JOINS:
             return self._concatenated(reader, operand, numbers)
@@ -212,8 +209,7 @@ class _Stream:
         if rule.mean is MeanRole.MOVES:
             return [rule.source(self.gauge)]
         scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
-        divides = value.target is aten.div.Tensor and scaled[:1] != [value.args[0]]
-        if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not divides:
+        if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not rule.divides_by(scaled[0]):
             return scaled
         raise _Refused(f"{self.gauge.describe(value)} writes it and has no weight that could subtract the mean")
 

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from .arrays import CannotCarry, along_axis, collapse_equal, keep_axis, varying
 from .gauge import Gauge, Options
+from .operations import NORMALISING, PERMUTATIONS, SQUEEZES
 from .program import Program
 from .relate import relate
 from .report import RemovedChannels
@@ -25,12 +26,6 @@ from .rules.base import Use, argument, is_float
 from .weight_edits import WeightEdits
 
 aten = torch.ops.aten
-# Rearrangements that name no sizes: these would no longer be right.
-_WITHOUT_SIZES = {
-    *(aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
-    *(aten.movedim.int, aten.movedim.intlist),
-}
 
 
 class Channels(NamedTuple):
@@ -182,7 +177,7 @@ def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Chan
         value = torch.from_numpy(number)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
         return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
-    elif rule is not None and (rule.keeps_channels() or node.target in _WITHOUT_SIZES):
+    elif rule is not None and (rule.keeps_channels() or node.target in PERMUTATIONS | SQUEEZES):
         if rule.use(operand, number, gauge) is not Use.PASS:
             constant = constant & (number == 0)
         try:
@@ -249,7 +244,7 @@ def _shrink(found: Dead, gauge: Gauge) -> list[str]:
     for node, channels in inside.items():
         (along,) = varying(channels.channel)
         for constant in () if node is writer else node.all_input_nodes:
-            first = node.target is aten.batch_norm.default  # its vectors are not laid out as the input is
+            first = node.target in NORMALISING  # whose vectors are not laid out as the input is
             axis = 0 if first else constant.meta["val"].dim() - channels.channel.ndim + along
             if program.is_constant(constant) and axis >= 0 and constant.meta["val"].shape[axis] != 1:
                 cut(node, constant, axis, channels.channel.ravel())

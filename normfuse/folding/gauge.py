@@ -7,23 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal
 from .nodes import module_of, operation_name
+from .operations import ABOUT_SIZES
 from .program import Program
 from .results import Cancelling, Centring, Matches, Shifts, Solution
 from .scales import Outcome, Scales
-
-aten = torch.ops.aten
-
-_ABOUT_SIZES = {
-    *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
-    *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
-    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Facts:
 
     def reads_values(self, node: Node) -> bool:
         """Whether a node looks at the values of tensors, not only at their sizes."""
-        return node.target not in _ABOUT_SIZES
+        return node.target not in ABOUT_SIZES
 
     def returns(self, reader: Node, value: Node) -> bool:
         """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""

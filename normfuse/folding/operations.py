@@ -23,6 +23,74 @@ CASTS = {
 COPIES = {aten.clone.default, aten.lift_fresh_copy.default, aten.detach_.default}
 #: Dropout, which in evaluation returns its operand.
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+#: Other ways to hand the same values on.
+HANDED_ON = {aten.contiguous.default, aten.alias.default, aten.detach.default}
+#: The same axes in another order.
+PERMUTATIONS = {
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
+    *(aten.adjoint.default, aten.mH.default, aten.movedim.int, aten.movedim.intlist),
+}
+#: Another shape for the same elements in the same order, with new sizes that are named.
+RESHAPES = {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.reshape_as.default),
+    *(aten.view_as.default, aten.unflatten.int, aten.ravel.default),
+}
+#: The same, with sizes that follow from those before.
+SQUEEZES = {
+    *(aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+}
+#: Repetition along axes of size one.
+EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
+#: Consecutive pieces along an axis.
+SPLITS = {
+    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+    *(aten.tensor_split.sections, aten.tensor_split.indices),
+}
+#: Operations that read only the shape of their second operand.
+SHAPED_LIKE = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
+#: Sums of two values, each times a number.
+SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.lerp.Scalar}
+#: Products of matrices, with the names of their factors, and of those that have one, of the bias.
+FACTORS = {
+    aten.linear.default: ("input", "weight"),
+    aten.mm.default: ("self", "mat2"),
+    aten.bmm.default: ("self", "mat2"),
+    aten.mv.default: ("self", "vec"),
+    aten.outer.default: ("self", "vec2"),
+    aten.addmm.default: ("mat1", "mat2"),
+    aten.addmv.default: ("mat", "vec"),
+    aten.baddbmm.default: ("batch1", "batch2"),
+    aten.addbmm.default: ("batch1", "batch2"),
+    aten.matmul.default: ("self", "other"),
+    aten.inner.default: ("self", "other"),
+    aten.tensordot.default: ("self", "other"),
+    aten.einsum.default: ("tensors",),
+}
+BIASES = {
+    aten.linear.default: "bias",
+    **dict.fromkeys((aten.addmm.default, aten.addmv.default, aten.baddbmm.default, aten.addbmm.default), "self"),
+}
+#: Which values are above, below or at a number.
+COMPARISONS = {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar}
+#: Bounds of values, by numbers.
+BOUNDS = {
+    *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default),
+    aten.threshold.default,
+}
+#: The powers to which operations raise a value; that of ``pow`` is an argument.
+EXPONENTS = {
+    aten.square.default: 2.0,
+    aten.sqrt.default: 0.5,
+    aten.rsqrt.default: -0.5,
+    aten.reciprocal.default: -1.0,
+}
+#: Operations that look at the shape of a tensor, not at its numbers.
+ABOUT_SIZES = {
+    *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
+    *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+}
 #: Operations that normalise, and what they are called.
 NORMALISING = {
     aten.layer_norm.default: "LayerNorm",

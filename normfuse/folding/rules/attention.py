@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
 from ..gauge import Facts, Gauge
-from ..operations import CASTS, COPIES, DROPOUTS
+from ..operations import CASTS, COPIES, DROPOUTS, HANDED_ON, RESHAPES
 from ..relations import Relations
 from .base import Match, Use, argument, is_float, rule_for
 from .carry import varying_of
@@ -16,8 +16,7 @@ from .contraction import contraction_of, factors_of, lay
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_SAME = CASTS | COPIES | DROPOUTS | {aten.contiguous.default, aten.detach.default, aten.alias.default}
-_RESHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_SAME = CASTS | COPIES | DROPOUTS | HANDED_ON
 
 
 @rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default)
@@ -152,7 +151,7 @@ def _adds_up_to_one(node: Node, axis: int) -> bool:
             axis -= axis > new
         elif node.target is aten.permute.default:
             axis = node.args[1][axis] % node.meta["val"].dim()
-        elif node.target in _RESHAPED:
+        elif node.target in RESHAPES:
             before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
             if axis != len(after) - 1 or not same_size(before[-1], after[-1]):
                 return False

@@ -153,6 +153,11 @@ class Match:
         return False
 
     @property
+    def subtracts_mean(self) -> bool:
+        """Whether it is a norm that subtracts its input's mean over the last axes."""
+        return False
+
+    @property
     def asks_ratio(self) -> bool:
         """Whether it is an affine map that asks for a ratio of scales."""
         return self.coefficients is not None and bool((self.coefficients.a != 1).any())
@@ -191,6 +196,10 @@ class Match:
     def set_bias(self, weight: Node, bias: Node | None, value: np.ndarray, edits: WeightEdits) -> None:
         """Let the operation add `value`, an array over the result's channels."""
         raise NotImplementedError
+
+    def divides_by(self, operand: Node) -> bool:
+        """Whether it divides by an operand."""
+        return False
 
     def operand(self) -> Node:
         """The operand whose elements are moved; of others, only the shape is read."""

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ..arrays import Collapse, reshape, same_size, to_rank, varying
 from ..gauge import Facts, Gauge
+from ..operations import EXPANSIONS, PERMUTATIONS, RESHAPES, SPLITS, SQUEEZES
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import Match, MeanRole, Use, argument, is_float, match, rule_for
@@ -103,20 +104,7 @@ class Identity(Carry):
             edits.replace(self.node, self.operand())
 
 
-@rule_for(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.reshape_as.default,
-    aten.view_as.default,
-    aten.flatten.using_ints,
-    aten.ravel.default,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-)
+@rule_for(*RESHAPES, *SQUEEZES)
 class Reshape(Carry):
     """Elements in the same order under another shape; see :func:`normfuse.folding.arrays.reshape`."""
 
@@ -124,17 +112,7 @@ class Reshape(Carry):
         return reshape(numbers, shape, self.value.shape, collapse)
 
 
-@rule_for(
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.adjoint.default,
-    aten.mH.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-)
+@rule_for(*PERMUTATIONS)
 class Permute(Carry):
     """The same axes in another order."""
 
@@ -150,7 +128,7 @@ class Permute(Carry):
         return numbers.T
 
 
-@rule_for(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+@rule_for(*EXPANSIONS)
 class Expand(Carry):
     """Repetition along axes of size one, where nothing varies."""
 
@@ -199,15 +177,7 @@ class Select(Carry):
         return numbers.take(0 if numbers.shape[axis] == 1 else position, axis)
 
 
-@rule_for(
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-)
+@rule_for(*SPLITS)
 class Split(Carry):
     """Consecutive pieces along one axis; `unbind` also drops the axis."""
 

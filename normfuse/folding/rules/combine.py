@@ -10,13 +10,14 @@ from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse, same_size, take_first, to_rank, varying
 from ..gauge import Facts, Gauge
+from ..operations import SUMS
 from ..relations import Relations
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
 
 aten = torch.ops.aten
 
 
-@rule_for(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.lerp.Scalar)
+@rule_for(*SUMS)
 class Sum(Match):
     """``y = c1 * x1 + c2 * x2``: both operands and the result share one scale; ``t_y = c1 * t_1 + c2 * t_2``."""
 
@@ -244,6 +245,9 @@ class Gate(Match):
 
     def fits(self, facts: Facts) -> bool:
         return all(is_float(x) and x.meta["val"].dtype == self.value.dtype for x in self.args[:2])
+
+    def divides_by(self, operand: Node) -> bool:
+        return self.target is aten.div.Tensor and operand is self.args[1]
 
     def relate(self, relations: Relations) -> np.ndarray:
         first, second = self.args[:2]

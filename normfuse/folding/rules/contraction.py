@@ -10,21 +10,11 @@ import torch
 from torch.fx import Node
 
 from ..arrays import Size, same_size
+from ..operations import FACTORS
 from .base import argument
 
 aten = torch.ops.aten
 Axes = tuple[str, ...]
-_FACTORS = {
-    aten.linear.default: ("input", "weight"),
-    aten.mm.default: ("self", "mat2"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.mv.default: ("self", "vec"),
-    aten.outer.default: ("self", "vec2"),
-    aten.addmm.default: ("mat1", "mat2"),
-    aten.addmv.default: ("mat", "vec"),
-    aten.baddbmm.default: ("batch1", "batch2"),
-    aten.addbmm.default: ("batch1", "batch2"),
-}
 _EINSUM = re.compile(r"(?P<left>[a-zA-Z]*(\.\.\.)?[a-zA-Z]*),(?P<right>[a-zA-Z]*(\.\.\.)?[a-zA-Z]*)(->(?P<result>.*))?")
 
 
@@ -43,8 +33,7 @@ def factors_of(node: Node) -> tuple[Node, Node]:
     """The two factors of a product."""
     if node.target is aten.einsum.default:
         return tuple(node.args[1])
-    names = _FACTORS.get(node.target, ("self", "other"))
-    return tuple(argument(node, name) for name in names)
+    return tuple(argument(node, name) for name in FACTORS[node.target])
 
 
 def contraction_of(node: Node) -> Contraction | None:

@@ -36,6 +36,10 @@ class DynamicNorm(Match):
     owns_constants = True
     mean = MeanRole.MEASURES
 
+    @property
+    def subtracts_mean(self) -> bool:
+        return self.target is aten.layer_norm.default
+
     def fits(self, facts: Facts) -> bool:
         constants = (self.argument("weight"), self.argument("bias"))
         measures = self.argument("training", True) and self.argument("use_input_stats", True)

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..arrays import Collapse
 from ..gauge import Facts, Gauge
+from ..operations import BOUNDS, COMPARISONS
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
@@ -29,7 +30,6 @@ _POOLS = {  # how many of the last axes they reduce
     aten.adaptive_max_pool3d.default: 3,
 }
 _KEEPS_AXIS = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.cummax.default, aten.cummin.default)
-_COMPARISONS = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
 
 
 class Rising(Carry):
@@ -114,9 +114,9 @@ class Slope(Homogeneous):
 
 
 @rule_for(
-    *(aten.relu.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
-    *(aten.hardtanh.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
-    *(aten.threshold.default, aten.maximum.default, aten.minimum.default),
+    *BOUNDS,
+    *(aten.relu.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
+    *(aten.maximum.default, aten.minimum.default),
 )
 class Bend(Homogeneous):
     """ReLU and its like, with bounds that are zero or infinite.
@@ -163,7 +163,7 @@ class Bend(Homogeneous):
         return aten.minimum.default if low in (None, -math.inf) and _is_number_zero(high) else None
 
 
-@rule_for(*_COMPARISONS)
+@rule_for(*COMPARISONS)
 class Sign(Match):
     """Which values are above zero: a positive scale does not matter, a shift does."""
 

@@ -6,17 +6,12 @@ import numpy as np
 import torch
 
 from ..gauge import Facts
+from ..operations import EXPONENTS
 from ..relations import Relations
 from .base import Match, is_float, rule_for
 
 aten = torch.ops.aten
-_EXPONENTS = {
-    aten.square.default: 2.0,
-    aten.sqrt.default: 0.5,
-    aten.rsqrt.default: -0.5,
-    aten.reciprocal.default: -1.0,
-    aten.mul.Tensor: 2.0,
-}
+_EXPONENTS = {**EXPONENTS, aten.mul.Tensor: 2.0}  # of a value by itself
 
 
 @rule_for(aten.pow.Tensor_Scalar, *_EXPONENTS)
