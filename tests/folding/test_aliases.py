@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from normfuse.folding import fold
 
 from .checks import difference
-from .test_rules import MapNorm
+from .maps import MapNorm
 
 C = 4
 

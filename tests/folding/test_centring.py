@@ -15,9 +15,9 @@ from normfuse.folding import FoldReport
 from normfuse.folding.arrays import subtract_means
 
 from .checks import folded, operations
+from .maps import C, MapNorm, sequence
 from .networks import PLACEMENTS, Transformer, look_trained
 from .test_dynamic_norms import trained
-from .test_rules import C, MapNorm, sequence
 
 DYNAMIC = ({0: Dim("batch"), 1: Dim("sequence", max=30)},)
 

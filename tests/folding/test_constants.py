@@ -15,7 +15,7 @@ from normfuse.folding import FoldError, constants, fold
 from normfuse.folding.program import Program
 
 from .checks import difference, folded, operations
-from .test_rules import MapNorm
+from .maps import MapNorm
 
 C = 4
 # Each is near an edge in float32 for some of the weights, and further from it in float64.

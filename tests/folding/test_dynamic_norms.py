@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from normfuse.folding import DynamicNormRecord, fold, fuse
 
 from .checks import difference, folded, operations
+from .maps import C, MapNorm, sequence, status
 from .networks import PLACEMENTS, Transformer, look_trained
-from .test_rules import C, MapNorm, sequence, status
 
 aten = torch.ops.aten
 DYNAMIC = ({0: Dim("batch"), 1: Dim("sequence", max=30)},)

@@ -18,8 +18,8 @@ from normfuse.folding.gauge import Facts
 from normfuse.folding.rules import Match, match
 from normfuse.folding.rules.base import _RULES
 
+from .cases import CASES, Case
 from .checks import any_gauge, difference
-from .operations import CASES, Case
 
 
 class AlongNorm(nn.Module):

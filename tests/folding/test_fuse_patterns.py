@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from normfuse.folding import fold
 
 from .checks import folded, operations
-from .test_rules import C, sequence
+from .maps import C, sequence
 
 EPS = 1e-5
 

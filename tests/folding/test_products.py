@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import any_gauge, assert_nothing_left, folded, operations
+from .maps import C, MapNorm, sequence, status
 from .networks import look_trained
-from .test_rules import C, MapNorm, sequence, status
 
 
 class Weights(nn.Module):

@@ -14,8 +14,8 @@ import normfuse.nn
 from normfuse.folding import FoldError, fold
 
 from .checks import folded, operations
+from .maps import C, MapNorm, sequence, status
 from .networks import Transformer, look_trained
-from .test_rules import C, MapNorm, sequence, status
 
 
 def test_training_mode_is_refused() -> None:

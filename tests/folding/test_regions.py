@@ -14,7 +14,7 @@ from normfuse.folding import fold
 from normfuse.folding.regions import open_regions
 
 from .checks import difference, operations
-from .test_rules import MapNorm
+from .maps import MapNorm
 
 C = 4
 

@@ -9,52 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normfuse.folding import FoldReport
-
 from .checks import folded, operations
-
-C = 6
-
-
-class Map(nn.Module):
-    """A static norm written as arithmetic, its class named so that the report counts it as one."""
-
-    def __init__(self, channels: int = C, axis: int = -1, *, shift: bool = True, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        shape = (channels,) + (1,) * (-axis - 1)
-        self.scale = nn.Parameter(torch.rand(shape, generator=generator) + 0.5)
-        self.scale.data[0] *= -1
-        self.shift = nn.Parameter(torch.rand(shape, generator=generator) if shift else torch.zeros(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
-
-
-class MapNorm(Map):
-    """See :class:`Map`."""
-
-
-class Sandwich(nn.Module):
-    """linear - norm - the operation under test - linear."""
-
-    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(C, C), nn.Linear(C, 4)
-        self.norm, self.operation = MapNorm(), operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.operation(self.norm(self.first(x))))
-
-
-def sequence(batch: int = 3, length: int = 5) -> tuple[Tensor]:
-    return (torch.randn(batch, length, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
-
-
-def status(report: FoldReport) -> list[str]:
-    return [record.status for record in report.norms]
-
+from .maps import BehindAnInput, C, Map, MapNorm, Sandwich, sequence, status
 
 CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -243,18 +199,6 @@ def test_what_does_not_pass_goes_into_the_weight_in_front(name: str) -> None:
     assert "first.bias" in report.norms[0].absorbed_by
 
 
-class BehindAnInput(nn.Module):
-    """norm - operation - linear on the model's input: nothing in front of the norm can take anything."""
-
-    def __init__(self, operation: Callable[[Tensor], Tensor], *, shift: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.last, self.operation = MapNorm(shift=shift), nn.Linear(C, 4), operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.operation(self.norm(x)))
-
-
 # Those that also compute what is fixed from the same value.
 FIXES = {
     *("averages in a product from the right", "averages with one head", "three operands", "gated operands"),
@@ -311,110 +255,6 @@ def test_a_norm_between_fixed_points_stays_with_the_reason(name: str) -> None:
     assert "no weight between" in report.norms[0].reason
     assert ("the model's input" in report.norms[0].reason) is (name != "roll flat")
     assert "aten.mul.Tensor" in operations(program)
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv1d(C, C, 3),
-        nn.Conv1d(C, C, 3, bias=False),
-        nn.Conv1d(C, C, 3, groups=3),
-        nn.Conv1d(C, C, 3, groups=C),
-        nn.Conv1d(C, C, 2, stride=2, dilation=2),
-        nn.Conv1d(C, C, 3, padding="valid"),
-    ],
-    ids=str,
-)
-def test_convolution_without_padding_takes_scale_and_shift(conv: nn.Module) -> None:
-    model = BehindAnInput(lambda x: conv(x.mT).mT, shift=True)
-    model.conv = conv
-    _, report = folded(model, sequence())
-    assert status(report) == ["folded"]
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv1d(C, C, 3, padding=1),
-        nn.Conv1d(C, C, 3, padding="same"),
-        nn.ConvTranspose1d(C, C, 3),
-        nn.ConvTranspose1d(C, C, 3, groups=2),
-    ],
-    ids=str,
-)
-def test_padded_and_transposed_convolutions_take_the_scale_only(conv: nn.Module) -> None:
-    for shift, expected in ((False, "folded"), (True, "partly folded")):
-        model = BehindAnInput(lambda x: conv(x.mT).mT, shift=shift)
-        model.conv = conv
-        _, report = folded(model, sequence())
-        assert status(report) == [expected]
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_convolutions_of_more_dimensions_write_their_norm(dims: int) -> None:
-    conv, batch_norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
-    norm = batch_norm(8)
-    norm.running_mean.uniform_(-1, 1)
-    norm.running_var.uniform_(0.5, 2)
-    model = nn.Sequential(conv(4, 8, 3, padding=1, groups=2), norm, nn.ReLU())
-    _, report = folded(model, (torch.randn(2, 4, *(5,) * dims, dtype=torch.float64),))
-    assert status(report) == ["folded"] and report.norms[0].absorbed_by == ["0.weight", "0.bias"]
-
-
-@pytest.mark.parametrize(
-    "product",
-    [
-        lambda x, w, b: x @ w,
-        lambda x, w, b: torch.addmm(b, x.reshape(-1, C), w),
-        lambda x, w, b: torch.mm(x.reshape(-1, C), w),
-        lambda x, w, b: F.linear(x, w.t(), b),
-        lambda x, w, b: F.linear(x, w.t()),
-        lambda x, w, b: torch.matmul(x, w) + b,
-        lambda x, w, b: (w.t() @ x.mT).mT + b,
-        lambda x, w, b: torch.einsum("bsi,io->bso", x, w),
-        lambda x, w, b: torch.einsum("...i,oi->...o", x, w.t()),
-        lambda x, w, b: torch.einsum("bsi,io,op->bsp", x, w, w.t() @ w),
-        lambda x, w, b: torch.linalg.multi_dot([x.reshape(-1, C), w, w.t() @ w]),
-    ],
-)
-def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None:
-    class Projection(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.norm, self.w, self.b = MapNorm(), nn.Parameter(torch.randn(C, 4)), nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return product(self.norm(x), self.w, self.b)
-
-    _, report = folded(Projection(), sequence())
-    assert status(report) == ["folded"] and "w" in report.norms[0].absorbed_by
-
-
-def test_a_product_that_needs_its_bias_keeps_it_when_it_is_zero() -> None:
-    class Addmm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.w, self.b = (
-                MapNorm(shift=False),
-                nn.Parameter(torch.randn(C, 4)),
-                nn.Parameter(torch.zeros(4)),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.b, self.norm(x), self.w)
-
-    _, report = folded(Addmm(), (torch.randn(3, C, dtype=torch.float64),))
-    assert status(report) == ["folded"]
-
-
-@pytest.mark.parametrize("equation", ["bsi,bo->bso", "bsi,oi->bsi"])
-def test_other_contractions_are_left_alone(equation: str) -> None:
-    weight = nn.Parameter(torch.randn(3 if "bsi,bo" in equation else C, C, dtype=torch.float64))
-    model = BehindAnInput(lambda x: torch.einsum(equation, x, weight), shift=True)
-    model.last, model.weight = nn.Identity(), weight
-    _, report = folded(model, sequence())
-    assert status(report) == ["kept"]
 
 
 @pytest.mark.parametrize("operation", [F.relu, lambda x: F.leaky_relu(x, 0.1), torch.abs, lambda x: x.amax(1)])
@@ -475,61 +315,3 @@ def test_vectors_are_stacked_as_rows() -> None:
 def test_product_with_two_computed_factors_fixes_both() -> None:
     _, report = folded(BehindAnInput(lambda x: x @ x.mT @ x, shift=True), sequence())
     assert status(report) == ["kept"]
-
-
-def test_embedding_takes_scale_and_shift() -> None:
-    model = nn.Sequential(nn.Embedding(7, C, padding_idx=0), MapNorm(), nn.GELU())
-    _, report = folded(model, (torch.randint(0, 7, (3, 5)),))
-    assert report.norms[0].absorbed_by == ["0.weight"]
-
-
-def test_flattened_maps_reach_a_linear() -> None:
-    """Each channel's numbers repeat over the positions that are flattened with it."""
-    norm = nn.BatchNorm2d(3)
-    norm.running_mean.uniform_(-1, 1)
-    norm.running_var.uniform_(0.5, 2)
-    model = nn.Sequential(nn.MaxPool2d(2), norm, nn.Flatten(), nn.Linear(12, 4))
-    _, report = folded(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
-    assert status(report) == ["folded"] and report.norms[0].absorbed_by == ["3.weight", "3.bias"]
-
-
-def test_layer_norm_takes_a_scale_and_a_shift_behind_it() -> None:
-    model = nn.Sequential(nn.LayerNorm(C), MapNorm(), nn.GELU())
-    _, report = folded(model, sequence())
-    assert "folded" in status(report) and {"0.weight", "0.bias"} <= set(report.norms[0].absorbed_by)
-
-
-def test_layer_norm_without_affine_gets_one() -> None:
-    model = nn.Sequential(nn.LayerNorm(C, elementwise_affine=False), MapNorm(), nn.GELU())
-    program, report = folded(model, sequence())
-    assert status(report) == ["folded"] and "aten.mul.Tensor" not in operations(program)
-
-
-def test_batch_norm_without_affine() -> None:
-    norm = nn.BatchNorm1d(C, affine=False)
-    norm.running_mean.uniform_(-1, 1)
-    norm.running_var.uniform_(0.5, 2)
-    _, report = folded(nn.Sequential(norm, nn.Linear(C, 3)), (torch.randn(4, C, dtype=torch.float64),))
-    assert status(report) == ["folded"]
-
-
-def test_position_and_class_token_go_along() -> None:
-    class Stem(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.norm = nn.Embedding(9, C), MapNorm()
-            self.position, self.token = nn.Parameter(torch.randn(1, 6, C)), nn.Parameter(torch.randn(1, 1, C))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], 1)
-            return F.gelu(self.norm(x + self.position))
-
-    _program, report = folded(Stem(), (torch.randint(0, 9, (3, 5)),))
-    assert status(report) == ["folded"]
-    assert {"position", "token"} <= set(report.norms[0].absorbed_by)
-
-
-def test_bias_add_disappears_into_the_next_weight() -> None:
-    program, _ = folded(BehindAnInput(lambda x: x + 1.5, shift=True), sequence())
-    assert operations(program) == ["aten.linear.default"]
