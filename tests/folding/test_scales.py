@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -301,3 +302,34 @@ def test_long_chains_take_no_longer_each() -> None:
     for scales, size in ((at_once, count), (singly, 3000)):
         scales.solve(np.arange(size))
         assert (scales[np.arange(size)] == (-1.0) ** np.arange(size)).all()
+
+
+PAIRS = st.tuples(*(st.integers(0, VARIABLES - 1),) * 2)
+ASKED = st.one_of(
+    st.tuples(st.just("equal"), st.lists(PAIRS, min_size=1, max_size=3)),
+    st.tuples(st.sampled_from(["positive", "bound", "pin"]), st.lists(st.integers(1, VARIABLES - 1), min_size=1)),
+)
+
+
+@given(
+    st.lists(ASKED, max_size=8), st.randoms(use_true_random=False), st.lists(st.lists(EDGES, min_size=1), max_size=4)
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_asked_before_all_demands_may_come_in_any_order(
+    asked: list[tuple[str, list]], source: random.Random, demands: list[list[Edge]]
+) -> None:
+    """Rules say what is equal, positive, bounded and fixed in the order of the program, in between each other."""
+
+    def outcomes(order: list[tuple[str, list]]) -> list[Outcome]:
+        scales = Scales(RANGE, NARROW)
+        scales.fresh((VARIABLES - 1,))
+        for what, members in order:
+            if what == "equal":
+                scales.equate(*(np.array(side) for side in zip(*members, strict=True)))
+            else:
+                index = np.array(members)
+                ask = {"positive": scales.require_positive, "bound": scales.bound}
+                ask[what](index) if what in ask else scales.pin(index, "a test")
+        return [scales.demand(*(np.array(side) for side in zip(*edges, strict=True))) for edges in demands]
+
+    assert outcomes(source.sample(asked, len(asked))) == outcomes(asked)
