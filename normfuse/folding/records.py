@@ -17,7 +17,10 @@ _FAR = 64  # operations around a norm among which the weights that took it are l
 
 def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
-    materialising = sources_of_shift(gauge.shifts.materialised_shifts, gauge)
+    materialising = {
+        source: _what_stops(value, gauge)
+        for source, value in sources_of_shift(gauge.shifts.materialised_shifts, gauge).items()
+    }
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
     for node, (_, a, _) in gauge.matches.affine.items():
         path, kind = module_of(node)
@@ -31,7 +34,9 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
             record.status, record.reason = "kept", gauge.solution.kept[node]
         elif node in materialising and record.status == "folded":
             record.status = "partly folded"
-            record.reason = "its shift meets an operation that cannot take one, and no weight before it can cancel it"
+            record.reason = (
+                f"its shift meets {materialising[node]}, which cannot take one, and no weight before it can cancel it"
+            )
         around += _operations_around(node, gauge)
     return list(records.values())
 
@@ -120,6 +125,12 @@ def _name_and_kind(node: Node) -> tuple[str, str]:
 
 def _fate(present: bool, gone: bool) -> str:
     return "kept" if not gone else "folded" if present else "none"
+
+
+def _what_stops(value: Node, gauge: Gauge) -> str:
+    """The reader for which the shift of a value is written out, in words."""
+    reader = gauge.shifts.materialised_shifts[value][0]
+    return "the model's output" if gauge.returns(reader, value) else gauge.describe(reader)
 
 
 def _operations_around(node: Node, gauge: Gauge, *, backward: bool = True) -> Iterable[Node]:

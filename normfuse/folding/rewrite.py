@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from .arrays import subtract_means
 from .gauge import Gauge
-from .weight_edits import WeightEdits
+from .weight_edits import WRITTEN_OUT, WeightEdits, note
 
 aten = torch.ops.aten
 
@@ -29,6 +29,8 @@ def rewrite(gauge: Gauge) -> WeightEdits:
         if node in gauge.centring.centred:
             shift = subtract_means(torch.from_numpy(shift), gauge.centring.centred[node]).numpy()
         added = edits.add(value, shift, after=value)
+        if added is not value:
+            note(added, WRITTEN_OUT, 1.0)
         for user in users:
             program.redirect(value, added, [user])
     # Nodes are replaced only after every rule has read the graph as it was.

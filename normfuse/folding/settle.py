@@ -24,6 +24,7 @@ from .nodes import coarseness
 from .results import Shifts
 from .rules import Use
 from .rules.base import is_float
+from .weight_edits import WRITTEN_OUT, noted
 
 # A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
 # binary digits. Beyond, norms have amplified it; if the model's own values did not grow alike, it is subtracted later.
@@ -64,7 +65,7 @@ def settle(gauge: Gauge) -> Gauge:
         travelling = set(shifts.chosen)
         _carry_shifts(gauge)
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
-        back = travelling & sources_of_shift(shifts.materialised_shifts, gauge)
+        back = travelling & sources_of_shift(shifts.materialised_shifts, gauge).keys()
         if not back:
             if all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts):
                 return gauge
@@ -126,19 +127,22 @@ def _use_of_its_shift(user: Node, node: Node, gauge: Gauge) -> Use:
     return gauge.matches.of[user].use(node, shift, gauge)
 
 
-def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> set[Node]:
-    """The operations from which the shifts of values may have come: affine maps, and what chooses a shift."""
-    pending, seen, found = list(values), set[Node](), set[Node]()
+def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> dict[Node, Node]:
+    """The operations from which the shifts of values may have come, each with one such value.
+
+    They are affine maps, and what chooses a shift.
+    """
+    pending, seen, found = [(value, value) for value in values], set[Node](), dict[Node, Node]()
     while pending:
-        current = pending.pop()
+        current, value = pending.pop()
         if current in seen or current not in gauge.matches.of:
             continue
         seen.add(current)
         if current in gauge.shifts.chosen or (
             current in gauge.matches.affine and gauge.matches.affine[current].b.any()
         ):
-            found.add(current)
-        pending += [o for o in current.all_input_nodes if is_float(o) and np.any(gauge.shifts.of.get(o, 0))]
+            found[current] = value
+        pending += [(o, value) for o in current.all_input_nodes if is_float(o) and np.any(gauge.shifts.of.get(o, 0))]
     return found
 
 
@@ -233,6 +237,8 @@ def _stopping(node: Node, gauge: Gauge) -> list[Node]:
 
 def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> bool:
     """Choose a source's shift such that `node` gets none."""
+    if noted(node, WRITTEN_OUT):
+        return False
     for route in sorted(_routes(node, tolerant, gauge), key=lambda r: _cost(r.source, gauge)):
         change = _needed_at_source(route, gauge)
         if change is None or _reaches_others(route, change, tolerant, gauge) or _is_magnified(route, change, gauge):

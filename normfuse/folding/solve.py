@@ -17,7 +17,7 @@ from .report import FoldError
 from .results import Solution
 from .scales import Outcome
 from .settle import tolerant_values
-from .weight_edits import REFUSED
+from .weight_edits import REFUSED, noted
 
 aten = torch.ops.aten
 KEPT_FOR_INTEGERS = "its scales would cost int8 products more accuracy than the norm takes time"
@@ -84,7 +84,7 @@ def _meet_demands(gauge: Gauge) -> set[Node]:
 
 def _demand(node: Node, gauge: Gauge) -> Outcome:
     # What an earlier fold kept for its range it would not keep again: all scales begin at one once more.
-    if node.meta.get("custom", {}).get(REFUSED, 0.0) >= gauge.options.max_scale_range:
+    if noted(node, REFUSED) >= gauge.options.max_scale_range:
         return Outcome.RANGE
     operand, a, _ = gauge.matches.affine[node]
     return gauge.scales.demand(gauge.scale(node), gauge.scale(operand), a)

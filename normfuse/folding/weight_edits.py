@@ -16,7 +16,9 @@ from .program import largest_entry, piece
 aten = torch.ops.aten
 
 _FLOAT16 = torch.finfo(torch.float16)
-REFUSED = "normfuse_refused_range"  # under this name, what stays for its range says for which
+# Notes in the program, by which another fold leaves what this one has left.
+REFUSED = "normfuse_refused_range"  # of maps that stay for the range of scales: which was allowed
+WRITTEN_OUT = "normfuse_written_out"  # of shifts that stand as an Add
 
 
 class WeightEdits:
@@ -116,10 +118,7 @@ class WeightEdits:
         for factor in [product] if together else factors:
             operand = self.apply(aten.mul.Tensor, operand, factor, name="scale", before=before)
             if before in self.gauge.solution.refused_range:
-                operand.meta["custom"] = {
-                    **operand.meta.get("custom", {}),
-                    REFUSED: self.gauge.solution.refused_range[before],
-                }
+                note(operand, REFUSED, self.gauge.solution.refused_range[before])
         return operand
 
     def apply(self, target: object, operand: Node, numbers: np.ndarray, *, name: str, before: Node) -> Node:
@@ -153,6 +152,16 @@ class WeightEdits:
         args += [entry.default_value for entry in entries[len(args) : position + 1]]
         args[position] = value
         node.args = tuple(args)
+
+
+def note(node: Node, name: str, value: float) -> None:
+    """Leave a note at an operation."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), name: value}
+
+
+def noted(node: Node, name: str) -> float:
+    """What an earlier fold has noted at an operation; 0 if nothing."""
+    return node.meta.get("custom", {}).get(name, 0.0)
 
 
 def _fits_float16(numbers: np.ndarray) -> bool:
