@@ -231,7 +231,9 @@ class Steps(nn.Module):
         return F.relu(x).square() if n % 2 else F.relu(x).clamp(max=2.0) ** 1.5
 
     def do_quantile(self, x: Tensor, n: int) -> Tensor:
-        return x.quantile(0.3, 1, keepdim=True).expand_as(x) if n % 2 else x.repeat_interleave(torch.tensor(COUNTS), 1)
+        if n % 2:
+            return x.quantile(0.3, 1, keepdim=True).expand_as(x)
+        return x.repeat_interleave(torch.tensor(COUNTS), 1, output_size=self.LENGTH)
 
     def do_channel_mask(self, x: Tensor, n: int) -> Tensor:
         return x * (self.constant > 0) if n % 2 else x * torch.floor(self.constant * 3)
