@@ -99,7 +99,7 @@ def _read(node: Node, facts: Facts) -> Coefficients | None:
     if len(computed) != 1 or not is_float(computed[0]):
         return None
     (operand,), value, result = computed, computed[0].meta["val"], node.meta["val"]
-    if value.dim() != result.dim() or value.dtype != result.dtype or not same_shape(operand, node):
+    if value.dim() != result.dim() or value.dtype != result.dtype or not _same_shape(operand, node):
         return None
     a = b = np.zeros((1,) * value.dim())
     for product in products:
@@ -113,7 +113,7 @@ def _read(node: Node, facts: Facts) -> Coefficients | None:
     return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
 
 
-def same_shape(a: Node, b: Node) -> bool:
+def _same_shape(a: Node, b: Node) -> bool:
     shapes = (a.meta["val"].shape, b.meta["val"].shape)
     return all(same_size(x, y) for x, y in zip(*shapes, strict=True))
 
