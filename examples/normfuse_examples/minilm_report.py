@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 COLOURS = {"general": "#0b6e4f", "documentation": "#d1495b", "original": "#5c677d"}
 TITLES = {"general": "everyday sentences", "documentation": "documentation"}
 LENGTHS = (16, 64)
-INT8_SCALE_RANGE = 2.0**5
 Quality = Callable[[Callable[[Batch], torch.Tensor]], dict[str, dict[str, float]]]
 
 
@@ -48,8 +47,8 @@ def serve(
     static = torch.export.export(converted, (), dict(example), dynamic_shapes=shapes)
     folded, _ = normfuse.fold(static)
     # All channels of a tensor share the steps of an integer: stored at very different scales, small ones are lost.
-    bounded, report = normfuse.fold(static, max_scale_range=INT8_SCALE_RANGE)
-    for_int8 = {"converted": bounded, "converted, all folded": folded}
+    balanced, report = normfuse.fold(static, balance="int8")
+    for_int8 = {"converted": balanced, "converted, scales not chosen": folded}
     for name, folded_program in for_int8.items():
         normfuse.onnx.write(folded_program, folder / _for_int8(name), opset=23)
     config = original.bert.config

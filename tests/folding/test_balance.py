@@ -150,6 +150,34 @@ def test_what_it_refuses(options, error, message):
         normfuse.fold(program, **options)
 
 
+class Masked(nn.Module):
+    """Attention with a mask that is given by name, integers among the inputs, and an integer output."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(20, WIDTH), UnifiedNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids, attention_mask):
+        x = self.norm(self.embed(ids))
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.bool()[:, None, None])
+        y = x + self.out(mixed[:, 0])
+        return {"states": y, "best": y.argmax(-1)}
+
+
+def test_arguments_by_name_masks_and_integers():
+    torch.manual_seed(0)
+    model = Masked().eval()
+    model.norm.weight.data = torch.logspace(-1, 1, WIDTH)
+    given = {"ids": torch.randint(20, (4, 6)), "attention_mask": (torch.arange(6) < 4).long().expand(4, 6).contiguous()}
+    program = torch.export.export(model, (), given)
+    folded, report = normfuse.fold(program, balance="int8")
+    expected, got = model(**given), folded.module()(**given)
+    torch.testing.assert_close(got["states"], expected["states"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(got["best"], expected["best"]) and report.int8_error > 0
+
+
 def test_without_products_or_examples_it_says_so():
     program = torch.export.export(nn.Sequential(UnifiedNorm(8)).eval(), (inputs(0),))
     with pytest.raises(normfuse.FoldError, match="balance needs products with constant weights; the program has none"):
