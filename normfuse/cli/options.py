@@ -81,18 +81,19 @@ class Loading(Inputs):
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="Builds the model; looked for in this folder as well. timm:NAME and torchvision:NAME need no --input.",
+            help="What builds the model; the current folder is searched too. timm:NAME and torchvision:NAME need no "
+            "--input.",
         ),
     ] = None
     model_args: Annotated[
         list[str],
-        typer.Option("--model-arg", metavar="NAME=VALUE", help="Argument for it (JSON or text); repeatable."),
+        typer.Option("--model-arg", metavar="NAME=VALUE", help="Argument for --model (JSON or text); repeatable."),
     ] = field(default_factory=list)
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Which weights to take, where a file holds two groups [the trained ones, not their average].",
+            help="Which weights to take if the file holds several groups [the trained ones, not their average].",
         ),
     ] = None
     task: Annotated[
@@ -124,7 +125,8 @@ class Loading(Inputs):
         bool,
         typer.Option(
             "--trust",
-            help="Read pickled modules, build classes that files name, run a folder's own code: all can do anything.",
+            help="Read pickled modules, build classes that files name, run a folder's own code. All of these can run "
+            "any code.",
         ),
     ] = False
 
@@ -170,7 +172,7 @@ class Folding:
         typer.Option(
             "--copy-shared/--no-copy-shared",
             " /--no-copy",
-            help="Store a shared weight twice where its places need different values; otherwise norms around it stay.",
+            help="Store a shared weight twice if its uses need different values; otherwise the norms around it stay.",
         ),
     ] = True
     keep_dynamic_norms: Annotated[
@@ -232,8 +234,8 @@ class ModelFolding(Folding):
         bool,
         typer.Option(
             "--cancel-norms",
-            help="Drop norms whose division later norms undo, as queries, keys and values that are normalised do. Only "
-            "eps counts for less or more then; the report says by how much.",
+            help="Remove norms whose division later norms undo, for example in front of normalised queries, keys and "
+            "values. Only the effect of eps changes; the report says by how much.",
         ),
     ] = False
 
@@ -251,8 +253,8 @@ class Choosing:
         Path | None,
         typer.Option(
             metavar="FILE.npz",
-            help="For int8: typical inputs, arrays with the inputs' names, to choose scales and constant steps of "
-            "activations by [the example inputs, and steps measured in every run].",
+            help="For int8: typical inputs, one array for each input's name. Scales and fixed steps of activations are "
+            "chosen from them [the example inputs, and steps measured in every run].",
         ),
     ] = None
     sizes: Annotated[
@@ -279,8 +281,8 @@ class FileFolding(Folding):
         bool | None,
         typer.Option(
             "--fold-defaults/--keep-defaults",
-            help="Take initialisers that are listed among the inputs, which callers may set, as constants [where every "
-            "weight is listed].",
+            help="Treat initialisers that are inputs as well, which callers may set, as constants [if every weight is "
+            "listed as an input].",
         ),
     ] = None
 
@@ -297,7 +299,7 @@ class Tolerance:
             "output's size, both as roots of summed squares [0.2].",
         ),
     ] = None
-    atol: Annotated[float, typer.Option(min=0, help="Allowed difference on top of that.")] = 0.0
+    atol: Annotated[float, typer.Option(min=0, help="Allowed absolute difference on top of that.")] = 0.0
 
     def check(self) -> None:
         """Typer has checked the bounds."""
@@ -308,7 +310,7 @@ class Writing:
     """Where the result goes."""
 
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.")]
-    report: Annotated[Path | None, typer.Option(help="Also write everything that is known as JSON.")] = None
+    report: Annotated[Path | None, typer.Option(help="Also write a full report as JSON.")] = None
 
     def check(self) -> None:
         self.check_targets()
@@ -340,9 +342,9 @@ class ModelWriting(Writing):
 class Printing:
     """What is printed, and where."""
 
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and asked-for numbers.")] = (
-        False
-    )
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only errors, and numbers that were asked for.")
+    ] = False
     json: Annotated[
         bool, typer.Option("--json", help="The result as JSON on standard output; progress goes to standard error.")
     ] = False

@@ -53,11 +53,3 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     for example in document.examples():
         with contextlib.suppress(SkipTest):  # of this block only
             example.evaluate()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_says_its_language(page: Path) -> None:
-    lines = page.read_text().splitlines()
-    fences = [line for line in lines if line.startswith("```")]
-    assert all(fence in ("```python", "```sh", "```json", "```text") for fence in fences[::2]), fences[::2]
-    assert all(fence == "```" for fence in fences[1::2])
