@@ -132,7 +132,7 @@ def test_evaluation_and_recomputation_are_not_recorded(make):
         ("UnifiedNorm", "aot_eager"),
         ("UnifiedNorm", "inductor"),
         ("PowerNorm(group_num=None)", "inductor"),
-        ("batch", "inductor"),
+        ("MaskedBatchNorm", "inductor"),
         ("MovingAverageBatchNorm", "aot_eager"),
     ],
 )
