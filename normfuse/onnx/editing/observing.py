@@ -15,7 +15,7 @@ from normfuse.onnx.graph import GraphError
 from .onnx_file import OnnxFile, torch_dtype
 from .trial import Trial, plain_session, run_session
 
-_SMALL = 1 << 20  # entries of a constant that is computed for what can be seen then
+_SMALL = 1 << 22  # entries of a constant that is computed for what can be seen then
 _LARGEST_VALUE = 1 << 28  # entries, where the file fixes the sizes
 _KINDS = {
     "float": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "string": 8, "bool": 9,
