@@ -267,7 +267,7 @@ class RunningOptions(ChannelOptions, total=False):
 
 
 class RunningNorm(ChannelNorm):
-    """Base of Unified and Power Norm: residuals, ghost batches, passes that are taken back."""
+    """Base of Unified and Power Norm: residuals, ghost batches, steps that are rolled back."""
 
     def __init__(self, num_features: int, *, skip_nonfinite: bool = False, **options: Unpack[ChannelOptions]) -> None:
         super().__init__(num_features, **options)

@@ -132,7 +132,7 @@ def export(
             mean, see :func:`normfuse.fold`.
         cancel_norms: whether norms go whose division later norms undo, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
-            what `dtype` bears.
+            the largest that is safe for `dtype`.
         calibrate: for ``int8``, typical inputs, each a sequence of tensors like the example inputs, or an .npz file
             with arrays of the inputs' names. Scales are chosen by them, and the steps of activations become constants
             (static quantisation). None: by the example inputs, and steps are measured in every run (dynamic).

@@ -50,7 +50,7 @@ class PowerNormState(NamedTuple):
         running_phi: [C], running quadratic mean of the (group-scaled) input; starts at 1.
         ema_gz: [C], running sum that estimates the mean of gradient times output; starts at 0.
         iters: [1], number of training steps so far.
-        skipped_forwards: None, or [1], number of forward passes taken back as a whole because something was not
+        skipped_forwards: None, or [1], number of forward passes rolled back because something was not
             finite. Where None, such passes move the channels that are finite.
         skipped_backwards: None, or [1], number of backward passes, likewise.
     """

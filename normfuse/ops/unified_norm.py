@@ -54,7 +54,7 @@ class UnifiedNormState(NamedTuple):
         buffer_gz: [Wb, C], window of backward statistics; starts at 0.
         iters: [1], number of training steps so far.
         skip_counter: [1], number of steps whose forward statistic was filtered out as an outlier.
-        skipped_forwards: None, or [1], number of forward passes taken back as a whole because something was not
+        skipped_forwards: None, or [1], number of forward passes rolled back because something was not
             finite. Where None, such passes move the channels that are finite.
         skipped_backwards: None, or [1], number of backward passes, likewise.
     """

@@ -255,7 +255,7 @@ class GraphReader:
     def _shape(self, claim: schema.TensorMeta, name: str) -> tuple[torch.dtype, list[int], list[int]]:
         """Dtype, sizes and strides that the file claims, at the sizes of the example."""
         if claim.dtype not in DTYPES or claim.layout != schema.Layout.Strided or len(claim.strides) != len(claim.sizes):
-            raise CheckpointError(f"{one_line(name, 60)} is no dense tensor of a dtype that can be read")
+            raise CheckpointError(f"{one_line(name, 60)} is not a dense tensor of a dtype that can be read")
         numbers: list[Any] = [self._at_example(size) for size in (*claim.sizes, *claim.strides)]
         for number in numbers:
             if type(number) is not int or not 0 <= number <= LARGEST_SIZE:

@@ -77,8 +77,8 @@ def fold_file(
         atol: allowed difference on top.
         copy_shared: whether a weight that several operations read may be stored more than once.
         keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
-        max_scale_range: the largest ratio between the scales of one channel in different places; None is what the
-            file's type bears.
+        max_scale_range: the largest ratio between the scales of one channel in different places; None is the
+            largest that is safe for the file's type.
         fold_defaults: whether initialisers that are listed among the inputs (of files of IR version 4 or newer, where
             callers may set them) are taken as constants. None: where every weight is listed, as exporters long did
             by habit. Those whose values were used leave the inputs, so that setting one is an error from then on.
@@ -95,7 +95,7 @@ def fold_file(
     Raises:
         GraphError: it is no ONNX file, contradicts itself, or runs at no size that was tried.
         ExportError: an option is wrong, or the result cannot be written there.
-        WriteError, VerificationError: a weight, or a result, does not bear float16.
+        WriteError, VerificationError: float16 cannot hold a weight, or changes the results too much.
 
     Example:
         >>> import normfuse
