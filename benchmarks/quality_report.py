@@ -110,6 +110,15 @@ def where(runs: Runs) -> str:
     return f"{machines}, torch {found[0]['torch']}, {span}."
 
 
+def text(groups: dict[Group, Runs]) -> str:
+    """Everything between the marks of the page."""
+    parts = [
+        f"### {_sentence(title(group, runs))}\n\n{table(group, runs)}\n\n{where(runs)}"
+        for group, runs in groups.items()
+    ]
+    return "\n\n".join([*parts, "![Validation loss over the training](images/quality.png)"])
+
+
 def draw(groups: dict[Group, Runs], file: Path) -> None:
     """Validation loss over the steps, a panel for each group; a line is a mean over seeds."""
     columns = 2
@@ -152,12 +161,8 @@ def main() -> None:
     groups = read(options.results)
     if not groups:
         parser.error(f"{options.results} has no full training yet; run benchmarks/quality.py")
-    parts = []
-    for group, runs in groups.items():
-        parts.append(f"### {_sentence(title(group, runs))}\n\n{table(group, runs)}\n\n{where(runs)}")
     draw(groups, options.chart)
-    parts.append(f"![Validation loss over the training](images/{options.chart.name})")
-    records.between(options.page, "quality", "\n\n".join(parts))
+    records.between(options.page, "quality", text(groups))
     print(f"written: {options.page}, {options.chart}")
 
 

@@ -39,6 +39,7 @@ def without_time(record):
 
 
 def test_a_killed_training_goes_on_bit_for_bit(quality, training, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "CALIBRATING_BATCHES", 1)
     task = quality.TASKS["cnn"]()
     whole = quality.Trainer(training, task, tmp_path).run()
     monkeypatch.setattr(quality, "STORE_EVERY", -1.0)
@@ -109,3 +110,24 @@ def test_no_text_that_is_judged_on_is_trained_on(quality):
     assert len({len(part) for part in text.values()}) == 3
     for split, others in (("validation", ("training", "test")), ("test", ("training", "validation"))):
         assert not any(text[split][at : at + 2000] in text[other] for at in (0, 100_000) for other in others)
+
+
+def test_the_page_is_what_the_results_say(quality):
+    import quality_report
+
+    page = (BENCHMARKS.parent / "docs" / "quality.md").read_text()
+    shown = page.partition("<!-- quality: begin -->\n")[2].partition("\n<!-- quality: end -->")[0]
+    groups = quality_report.read(BENCHMARKS / "results" / "quality.jsonl")
+    assert shown == quality_report.text(groups), "run benchmarks/quality_report.py"
+
+
+def test_a_ratio_is_over_common_seeds_and_leaves_out_what_diverged(quality):
+    import quality_report
+
+    def run(seed, loss, diverged=False):
+        return {"training": {"seed": seed}, "test": {"loss": loss}, "diverged": diverged}
+
+    base = [run(0, 1.0), run(1, 2.0), run(2, 100.0)]
+    assert quality_report.ratio([run(0, 1.1), run(1, 2.2), run(3, 50.0)], base) == "1.100"
+    assert quality_report.ratio([run(0, 1.1), run(1, None, diverged=True)], base) == "1.100"
+    assert quality_report.ratio([run(5, 1.0)], base) == "–"
