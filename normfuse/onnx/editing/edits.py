@@ -197,7 +197,9 @@ class _Editor:
             kinds = [piece.target for piece in pieces]
             if self._nodes[position].op_type == "BatchNormalization" and kinds == [aten.mul.Tensor, aten.add.Tensor]:
                 product, addition = pieces
-                if list(product.users) == [addition]:
+                channels = self._reading.file.array(self._nodes[position].input[3]).size
+                single = all(self._stored(piece.args[1]).numel() in (1, channels) for piece in pieces)
+                if single and list(product.users) == [addition]:
                     found[product], found[addition] = None, (position, product, addition)
         return found
 

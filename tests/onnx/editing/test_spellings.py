@@ -144,3 +144,19 @@ def test_dequantised_constants_stay(tmp_path):
     constants = {"w": draw(4, 4), "scale": np.float32(0.1), "b": np.ones(4, np.uint8), "gain": draw(4)}
     _, after = folded(model("float[batch, 4] x", "float y", body, 17, **constants), tmp_path)
     assert kinds(after) == ["MatMul", "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "Add", "MatMul"]
+
+
+def test_a_norm_that_would_need_a_number_for_each_position_stays(tmp_path):
+    """Two norms around a DepthToSpace that makes positions of channels: the inner shift is none of the outer norm."""
+    body = (
+        "t = Transpose <perm: ints = [0, 2, 3, 1]> (x) m = MatMul (t, w) a = Add (m, b) "
+        "u = Transpose <perm: ints = [0, 3, 1, 2]> (a) q = GroupNormalization <num_groups: int = 2> (u, g, s) "
+        "n = BatchNormalization (u, g, s, s, v) d = DepthToSpace <blocksize: int = 2> (n) c = Conv (n, k) "
+        "o = BatchNormalization (d, g1, g1, g1, v1) y = Clip (o, zero) z = Tanh (c)"
+    )
+    constants = {"w": draw(4, 4), "b": draw(4), "k": CONSTANTS["k"], "g": draw(4), "s": draw(4), "v": np.ones(4)}
+    constants |= {"g1": draw(1), "v1": np.ones(1), "zero": np.zeros(())}
+    constants = {name: value.astype(np.float32) for name, value in constants.items()}
+    result, _ = folded(model(IMAGE, "float y, float z", body, 21, **constants), tmp_path)
+    assert not any("Error" in note for note in result.notes)
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
