@@ -33,7 +33,6 @@ from torch.nn import functional as F
 import normfuse
 from normfuse import onnx as to_onnx
 from normfuse.nn import UnifiedNorm
-from normfuse.onnx import graph_passes
 from normfuse.options import TARGETS
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +125,7 @@ def write_files(folder: Path, width: int, depth: int) -> dict[str, Path]:
             forms |= {f"shaped, {target}": (carried, TARGETS[target]) for target in SHAPED}
         for name, (form, passes) in forms.items():
             files[name] = folder / f"{name.replace(', ', '-')}.onnx"
-            shape = partial(graph_passes.run_passes, names=passes) if passes else None
-            to_onnx.write(form, files[name], opset=23, shape=shape)
+            to_onnx.write(form, files[name], opset=23, passes=passes)
     return files
 
 

@@ -50,7 +50,7 @@ def test_masked_rows_are_right_in_every_form(tmp_path, see, opset):
 
 def test_a_form_that_is_wrong_for_masked_rows_gives_way_to_another(tmp_path, monkeypatch):
     """As torch.onnx writes them: opset 23 is wrong for additive masks, 20 and 18 for boolean ones."""
-    monkeypatch.setattr(writer, "mask_as_torch", lambda *_: 0)
+    monkeypatch.setattr(writer, "mask_as_torch", lambda *_, **__: 0)
     model = Attention(additive).eval()
     result = export(model, tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS)
     assert result.opset == 20 and "mask mask with" in result.rejected[23]
