@@ -18,7 +18,7 @@ from normfuse.errors import one_line
 # What a model may have beside what is in its file: parameters that it replaces while it is built, masks that are not
 # saved, modules without a state.
 _MORE_NUMBERS, _OTHER_NUMBERS = 4, 2**22
-_MORE_MODULES, _OTHER_MODULES = 50, 1000
+_MORE_PARTS, _OTHER_PARTS = 50, 1000
 _WORD = re.compile(r"[\w.+-]{0,100}")
 
 
@@ -51,26 +51,19 @@ def _texts(value: Any) -> Iterator[str]:
 def no_larger_than(state: Mapping[str, Tensor], source: str) -> Iterator[None]:
     """Meanwhile, building a model that is far larger than the weights of a file is given up with a CheckpointError."""
     most_numbers = _MORE_NUMBERS * sum(tensor.numel() for tensor in state.values()) + _OTHER_NUMBERS
-    most_modules = _MORE_MODULES * len(state) + _OTHER_MODULES
-    numbers = modules = 0
+    most_parts = _MORE_PARTS * len(state) + _OTHER_PARTS
+    numbers = parts = 0
 
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal numbers
-        numbers += tensor.numel() if isinstance(tensor, Tensor) else 0
-        if numbers > most_numbers:
+    def count(module: nn.Module, name: str, part: Tensor | nn.Module | None) -> None:
+        nonlocal numbers, parts
+        parts += 1
+        numbers += part.numel() if isinstance(part, Tensor) else 0
+        if numbers > most_numbers or parts > most_parts:
             raise CheckpointError(f"with the arguments that {source} records, the model is far larger than the file")
-
-    def count_module(module: nn.Module, name: str, part: nn.Module | None) -> None:
-        nonlocal modules
-        modules += 1
-        if modules > most_modules:
-            raise CheckpointError(
-                f"with the arguments that {source} records, the model has far more parts than the file"
-            )
 
     hooks = [
         registration.register_module_parameter_registration_hook(count),
-        registration.register_module_module_registration_hook(count_module),
+        registration.register_module_module_registration_hook(count),
     ]
     try:
         yield
