@@ -31,7 +31,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Tools that pip installs (cmake, ninja, clang-format) come before the machine's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-quick sanitize test-wheel test-ecosystem compat wheel lint cpp-test py-test docs docs-test bench format clean
+.PHONY: demo test test-quick sanitize sanitize-operations sanitize-kernels test-wheel test-ecosystem compat wheel lint cpp-test py-test docs docs-test bench format clean
 
 demo: $(STAMPS)/built
 	$(BIN)/python examples/demo.py
@@ -72,17 +72,21 @@ docs: docs-test
 docs-test: $(STAMPS)/docs
 	$(BIN)/python -m pytest -q tests/docs/blocks.py tests/docs/docstrings.py
 
+sanitize: sanitize-operations sanitize-kernels
+
 # A build of its own, loaded into a Python that knows nothing of sanitizers: their library comes first, then that of C++,
 # whose exceptions it watches. Python's leaks are its own, and an allocation that fails is an error of the operation.
 # No kernel runs in more than one process, and compiled programs would have to be sanitized as well. The checkout, where
 # the usual library lies, is no place to import from.
-sanitize: $(STAMPS)/requirements
+sanitize-operations: $(STAMPS)/requirements
 	NORMFUSE_CUDA=0 NORMFUSE_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$(abspath build/sanitize/lib)" OMP_NUM_THREADS=2 \
 	  sh -c '$(BIN)/python -c "import normfuse; assert \"sanitize\" in normfuse.__file__, normfuse.__file__" && \
 	    $(BIN)/python -m pytest -q $(SANITIZE_TESTS)'
+
+sanitize-kernels: $(STAMPS)/requirements
 	NORMFUSE_SANITIZE=1 $(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py
 
 # libtorch and libc10 are those of the torch that is installed; nothing of them may go into the wheel.
