@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import records
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,7 +91,7 @@ def main() -> None:
     result = {"command": "python benchmarks/fold_growth.py", "rows": rows, "machine": platform.processor()}
     result |= {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        records.write(options.out, result)
 
 
 if __name__ == "__main__":
