@@ -61,8 +61,9 @@ class Candidate:
     def prepare(self) -> None:
         """Puts this candidate's forward and backward behind the operation, and autograd in Python around references."""
         if self.operation is not None:
-            self.operation._forward, self.operation._backward = self.implementation
-            kernels = isinstance(self.implementation[0], torch._ops.OpOverload)
+            forward, backward = self.implementation
+            self.operation._NORM = replace(self.operation._NORM, forward=forward, backward=backward)
+            kernels = isinstance(forward, torch._ops.OpOverload)
             _native.autograd = AUTOGRAD if kernels else None
 
 
