@@ -165,30 +165,17 @@ def export(
         >>> result.graph.norms, result.verification.worst("ONNX file") < 1e-4
         ([], True)
     """
-    asked = plan(
-        dtype=dtype,
-        opset=opset,
-        rtol=rtol,
-        atol=atol,
-        max_scale_range=max_scale_range,
-        target="portable" if target == AUTO else target,
-        disable_passes=disable_passes,
-        calibrate=calibrate,
-        copy_shared=copy_shared,
-        remove_dead=remove_dead,
-        keep_dynamic_norms=keep_dynamic_norms,
-        cancel_norms=cancel_norms,
-    )
+    options: dict[str, Any] = {
+        "opset": opset, "dtype": dtype, "rtol": rtol, "atol": atol, "copy_shared": copy_shared,
+        "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
+        "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
+    }  # fmt: skip
+    asked = plan(target="portable" if target == AUTO else target, **options)
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
     if target == AUTO:
         program = traced(model, example_inputs, dynamic_shapes, progress)
-        options: dict[str, Any] = {
-            "opset": opset, "dtype": dtype, "rtol": rtol, "atol": atol, "copy_shared": copy_shared,
-            "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
-            "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
-        }  # fmt: skip
         run = partial(export, program, **options)
         return export_fastest(run, Path(path), sizes or {}, threads, progress, before_publish)
     if sizes or threads != 1:

@@ -158,14 +158,14 @@ def fold_norms(references: References, asked: Plan, typical: Inputs, progress: P
             the folded program computes something else.
     """
     model, own, notes = references.model, None, []
-    folding = {**asked.folding, **balancing(typical), "verify": False}
+    folding = {**asked.folding, **balancing(typical)}
     if asked.stored in LARGEST:
         progress(f"run the example inputs to see whether values fit {asked.stored}")
         own = largest_values(model.program, model)
     progress("fold the norms")
     try:
         (program, report), scale_range, grown, note = fold_in_range(
-            lambda bound: fold(model.program, max_scale_range=bound, **folding),
+            lambda bound: fold(model.program, max_scale_range=bound, verify=False, **folding),
             own,
             model,
             asked.stored,
@@ -205,8 +205,7 @@ def _with_carried_biases(
 ) -> tuple[Candidate, str]:
     """The candidate with travelling biases if it is as good, else the plain one; and why, in one line."""
     model = references.model
-    options = {name: value for name, value in folding.items() if name != "verify"}
-    (program, report), note = carry_biases(model.program, (plain.program, plain.report), references, **options)
+    (program, report), note = carry_biases(model.program, (plain.program, plain.report), references, **folding)
     if program is plain.program:
         return plain, note
     grown = None if own is None else growth(program, own, model, LARGEST[asked.stored])

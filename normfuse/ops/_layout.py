@@ -98,13 +98,6 @@ def to_rows(x: Tensor, channel_dim: int) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def from_rows(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """Inverse of :func:`to_rows`, for a matrix with the rows and channels of ``like``."""
-    if channel_dim % like.dim() == like.dim() - 1:
-        return rows.view(like.shape)
-    return rows.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
-
-
 def channels_last(x: Tensor, channel_dim: int) -> Tensor:
     """Contiguous ``x`` with its channels in the last dimension; itself where it is that already."""
     return (x if channel_dim in (-1, x.dim() - 1) else x.movedim(channel_dim, -1)).contiguous()
@@ -186,11 +179,6 @@ def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """View of a [C] vector that broadcasts against ``x`` along ``channel_dim``."""
     trailing = x.dim() - 1 - channel_dim % x.dim()
     return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
-
-
-def other_dims(x: Tensor, channel_dim: int) -> list[int]:
-    """Every dimension of ``x`` but that of the channels."""
-    return [dim for dim in range(x.dim()) if dim != channel_dim % x.dim()]
 
 
 def masked(values: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor | int]:

@@ -13,6 +13,7 @@ from torch.export import Dim
 
 from normfuse.checkpoint import parse_input
 from normfuse.onnx import WriteError, summarize, write
+from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,16 @@ def test_attention_without_heads(tmp_path, axes, mask, opset):
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     feeds = dict(zip((i.name for i in session.get_inputs()), (x.numpy(), *(m.numpy() for m in hidden)), strict=True))
     torch.testing.assert_close(torch.from_numpy(session.run(None, feeds)[0]), Attends()(x, *hidden))
+
+
+def test_an_input_that_is_called_as_a_builtin_keeps_its_name(tmp_path):
+    class Flat(nn.Module):
+        def forward(self, input):
+            return input.reshape(-1) * 2
+
+    program = torch.export.export(Flat(), (torch.ones(2, 3),))
+    (path,) = write(program, tmp_path / "m.onnx")
+    assert [entry.name for entry in onnx.load(path).graph.input] == ["input"]
+    with translatable(program):
+        names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+        assert tuple(names) == program.graph_signature.user_inputs

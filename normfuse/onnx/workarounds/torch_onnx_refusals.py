@@ -9,6 +9,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from normfuse.folding.exported import copy_graph
+
 aten = torch.ops.aten
 
 
@@ -16,10 +18,7 @@ aten = torch.ops.aten
 def translatable(program: ExportedProgram) -> Iterator[None]:
     """Meanwhile the program has a graph of its own for torch.onnx; afterwards it has the one it had."""
     module, own = program.graph_module, program.graph
-    graph = Graph()
-    graph.output(graph.graph_copy(own, {}))
-    graph.output_node().meta = dict(own.output_node().meta)
-    module.graph = graph
+    graph = module.graph = copy_graph(own)
     try:
         _make_contiguous(graph)
         _add_heads(graph)
