@@ -1,25 +1,17 @@
 """The decoding benchmark times files that do what they say: a step with a cache is a step of the whole sequence."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WIDTH, DEPTH = 16, 1
 
 
 @pytest.fixture(scope="module")
 def decode():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import decode
+    import decode
 
-        yield decode
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return decode
 
 
 def test_every_file_computes_its_step(decode, tmp_path, monkeypatch):

@@ -14,15 +14,13 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def inference(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def inference():
     import inference
 
     return inference
 
 
-def test_results_have_one_record_on_a_line(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_results_have_one_record_on_a_line(tmp_path):
     import records
 
     content = {
@@ -38,8 +36,7 @@ def test_results_have_one_record_on_a_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.name)
-def test_stored_results_are_compact(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_stored_results_are_compact(path):
     import records
 
     text = path.read_text()
@@ -136,9 +133,8 @@ def test_a_run_goes_on_where_it_was_cut_short(inference, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_peak_memory_grows_with_the_tensors_inside(monkeypatch, tmp_path):
+def test_peak_memory_grows_with_the_tensors_inside(tmp_path):
     """A table of 4 kB, and its rows for all tokens, twice: 2 x 8 MB, which must show; the process itself must not."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import peak_memory
 
     text = "<ir_version: 10, opset_import: ['' : 20]> graph (int64[b, s] t) => (float[b, s, 64] y)".replace("'", '"')
@@ -151,8 +147,7 @@ def test_peak_memory_grows_with_the_tensors_inside(monkeypatch, tmp_path):
     assert 0 < small < 64 and 12 < large - small < 40
 
 
-def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_a_chart_has_a_panel_for_each_kind_of_setting(tmp_path):
     import inference_chart
 
     quartiles = {name: [0.8, 0.9, 1.0] for name in ("static", "folded", "folded and shaped", "layer")}
@@ -170,8 +165,7 @@ def test_a_chart_has_a_panel_for_each_kind_of_setting(monkeypatch, tmp_path):
     assert (tmp_path / "images" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_table_leaves_out_what_was_disturbed(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_a_table_leaves_out_what_was_disturbed():
     import inference_chart
 
     def setting(width, ratio, again):

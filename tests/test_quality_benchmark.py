@@ -1,7 +1,6 @@
 """The study of training: it goes on after a kill, repeats nothing, and judges on a split that chose nothing."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def quality():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import quality
+    import quality
 
-        yield quality
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return quality
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from tiny_models import MaskedAttention
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,17 +14,6 @@ from normfuse.programs import Runner, own_rounding, relative_difference
 
 LOWEST = torch.finfo(torch.float32).min
 ROWS = ({0: "batch"}, {0: "batch"})
-
-
-class Attention(nn.Module):
-    def __init__(self, see):
-        super().__init__()
-        self.see, self.qkv, self.out = see, nn.Linear(8, 24), nn.Linear(8, 3)
-
-    def forward(self, x, mask):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.see(mask))
-        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def additive(mask):
@@ -44,20 +34,22 @@ def inputs():
 @pytest.mark.parametrize("opset", [23, 18])
 @pytest.mark.parametrize("see", [additive, boolean])
 def test_masked_rows_are_right_in_every_form(tmp_path, see, opset):
-    result = export(Attention(see), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=opset)
+    result = export(
+        MaskedAttention(see), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=opset
+    )
     assert any("mask mask with a row 0" in label for label in result.verification.shapes)
 
 
 def test_a_form_that_is_wrong_for_masked_rows_gives_way_to_another(tmp_path, monkeypatch):
     """As torch.onnx writes them: opset 23 is wrong for additive masks, 20 and 18 for boolean ones."""
     monkeypatch.setattr(writer, "mask_as_torch", lambda *_, **__: 0)
-    model = Attention(additive).eval()
+    model = MaskedAttention(additive).eval()
     result = export(model, tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS)
     assert result.opset == 20 and "mask mask with" in result.rejected[23]
     with pytest.raises(VerificationError, match=r"mask mask with .* 0 "):
         export(model, tmp_path / "n.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23)
     with pytest.raises(VerificationError, match=r"mask mask with .* 0 "):
-        export(Attention(boolean), tmp_path / "n.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18)
+        export(MaskedAttention(boolean), tmp_path / "n.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -65,7 +57,7 @@ def test_masks_with_a_number_that_float16_lacks_are_tried_in_float16(tmp_path):
     x, _ = inputs()
     mask = torch.zeros(2, 1, 5, 5)
     mask[0, ..., 3:] = LOWEST
-    model = Attention(lambda mask: mask)
+    model = MaskedAttention(lambda mask: mask)
     result = export(
         model, tmp_path / "m.onnx", example_inputs=(x, mask), dynamic_shapes=ROWS, dtype="float16", opset=23
     )
@@ -74,9 +66,13 @@ def test_masks_with_a_number_that_float16_lacks_are_tried_in_float16(tmp_path):
 
 
 def test_an_empty_batch_that_the_file_refuses_is_said(tmp_path):
-    result = export(Attention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23)
+    result = export(
+        MaskedAttention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23
+    )
     assert any("an empty batch" in note for note in result.notes)
-    result = export(Attention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18)
+    result = export(
+        MaskedAttention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18
+    )
     assert result.notes == [] and any("an empty batch" in label for label in result.verification.shapes)
 
 

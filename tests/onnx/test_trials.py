@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import MaskedAttention
 from torch import nn
-from torch.nn import functional as F
 
 from normfuse.checkpoint import ExportableModel, InputSpec, parse_input
 from normfuse.onnx import trials
@@ -11,19 +11,6 @@ from normfuse.onnx.roles import roles
 from normfuse.onnx.trials import EDGE, EXAMPLE, RANDOM, SOFT
 
 LOWEST, INFINITY = torch.finfo(torch.float32).min, float("-inf")
-
-
-class Attention(nn.Module):
-    """Heads of four channels; `see` makes what attention takes of the mask that is given."""
-
-    def __init__(self, see=lambda mask: mask):
-        super().__init__()
-        self.see, self.qkv, self.out = see, nn.Linear(8, 24), nn.Linear(8, 3)
-
-    def forward(self, x, mask):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.see(mask))
-        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def captured(model, *example, shapes=None):
@@ -56,7 +43,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_masks_of_attention_are_found(form):
     see, mask = FORMS[form]
-    x, found = roles(captured(Attention(see), X, mask).program)
+    x, found = roles(captured(MaskedAttention(see), X, mask).program)
     assert x.data and not x.mask
     assert found.mask and not found.data
 
@@ -85,7 +72,7 @@ def test_masks_that_are_added_to_scores_by_hand_are_found_and_scores_are_none():
 
 
 def test_what_also_takes_part_in_arithmetic_is_no_mask():
-    class Net(Attention):
+    class Net(MaskedAttention):
         def forward(self, x, mask):
             return super().forward(x, mask) + self.qkv.weight.sum() * torch.relu(mask).sum()
 
@@ -96,7 +83,7 @@ def test_tables_and_numbers_that_integers_are_compared_with():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.attention = nn.Embedding(20, 8), Attention()
+            self.table, self.attention = nn.Embedding(20, 8), MaskedAttention()
 
         def forward(self, tokens):
             return self.attention(self.table(tokens), (tokens != 7)[:, None, None])
@@ -116,7 +103,7 @@ def test_tables_and_numbers_that_integers_are_compared_with():
 def test_every_mask_shows_all_and_hides_rows_and_everything():
     example = torch.zeros(2, 1, 5, 5)
     example[0, 0, :, 4] = -1e9
-    checkpoint = captured(Attention(), X, example, shapes=ROWS)
+    checkpoint = captured(MaskedAttention(), X, example, shapes=ROWS)
     tried = [trial.tensors[1] for trial in edges(checkpoint) if trial.label.startswith("mask mask")]
     for value in (0.0, -1e9, LOWEST, INFINITY):
         wholes = [mask for mask in tried if bool((mask == value).all())]
@@ -129,7 +116,7 @@ def test_every_mask_shows_all_and_hides_rows_and_everything():
 
 
 def test_zeros_ones_and_large_numbers_leave_masks_alone():
-    checkpoint = captured(Attention(), X, torch.zeros(2, 1, 5, 5), shapes=ROWS)
+    checkpoint = captured(MaskedAttention(), X, torch.zeros(2, 1, 5, 5), shapes=ROWS)
     found = {trial.label.partition(" [")[0]: trial.tensors for trial in edges(checkpoint)}
     assert not found["zeros"][0].any() and bool((found["ones"][0] == 1).all())
     assert found["large numbers"][0].abs().max() > 50 and not found["large numbers"][1].any()
