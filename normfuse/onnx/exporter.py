@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from normfuse.checkpoint import ExportableModel
 from normfuse.deprecation import deprecated_arguments, deprecated_attribute
 from normfuse.files import Output
 from normfuse.folding import FoldReport
-from normfuse.onnx.fastest import export_fastest
+from normfuse.onnx.fastest import TIMED, fastest
 from normfuse.onnx.graph import GraphSummary
 from normfuse.onnx.publish import publish
 from normfuse.onnx.quantize import typical_inputs
 from normfuse.onnx.ranges import Growth
 from normfuse.onnx.references import References
-from normfuse.onnx.steps import fold_norms, plan, quantised, traced, write_verified
+from normfuse.onnx.steps import Inputs, Plan, Progress, fold_norms, plan, quantised, traced, write_verified
 from normfuse.onnx.verifier import VerificationReport
 from normfuse.options import AUTO, ExportError
 from normfuse.sources import huggingface
@@ -170,40 +169,52 @@ def export(
         "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
         "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
     }  # fmt: skip
-    asked = plan(target="portable" if target == AUTO else target, **options)
+    targets = TIMED if target == AUTO else (target,)
+    plans = {name: plan(target=name, **options) for name in targets}
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs to be exported")
-    if target == AUTO:
-        program = traced(model, example_inputs, dynamic_shapes, progress)
-        run = partial(export, program, **options)
-        return export_fastest(run, Path(path), sizes or {}, threads, progress, before_publish)
-    if sizes or threads != 1:
+    if target != AUTO and (sizes or threads != 1):
         raise ExportError(f"sizes and threads are what target 'auto' times with, not {target!r}; leave them out")
     reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
         program = traced(model, example_inputs, dynamic_shapes, progress)
-        typical = typical_inputs(program, dtype, calibrate)
-        references = References(program)
-        folded = fold_norms(references, asked, typical, progress)
-        written = write_verified(references, folded, asked, output, progress)
-        written = quantised(program, written, asked, typical, calibrate is not None, output, progress)
-        result = ExportResult(
-            path=Path(path),
-            opset=written.opset,
-            rejected=written.rejected,
-            dtype=dtype,
-            report=written.candidate.report,
-            verification=written.verification,
-            graph=written.graph,
-            target=target,
-            passes=written.applied,
-            notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
-            growth=written.candidate.growth,
-        )
+        typical, references = typical_inputs(program, dtype, calibrate), References(program)
+
+        def staged(name: str, file: Path, progress: Progress) -> ExportResult:
+            return _staged(references, plans[name], typical, calibrate is not None, file, progress)
+
+        if target == AUTO:
+            result = fastest(staged, output, sizes or {}, threads, progress)
+        else:
+            result = staged(target, output.staged, progress)
+        result = replace(result, path=Path(path))
         before_publish(result)
         publish(output)
     return result
+
+
+def _staged(
+    references: References, asked: Plan, typical: Inputs, static: bool, path: Path, progress: Progress
+) -> ExportResult:
+    """The line from a program to a verified file that nobody looks at yet."""
+    program = references.model
+    folded = fold_norms(references, asked, typical, progress)
+    written = write_verified(references, folded, asked, path, progress)
+    written = quantised(program, written, asked, typical, static, path, progress)
+    return ExportResult(
+        path=path,
+        opset=written.opset,
+        rejected=written.rejected,
+        dtype=asked.dtype,
+        report=written.candidate.report,
+        verification=written.verification,
+        graph=written.graph,
+        target=asked.target,
+        passes=written.applied,
+        notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
+        growth=written.candidate.growth,
+    )
 
 
 @dataclass(frozen=True)

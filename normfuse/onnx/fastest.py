@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from normfuse.files import check_target
+from normfuse.files import Output
 from normfuse.onnx.benchmark import Timing, bench
+from normfuse.onnx.publish import data_beside
 from normfuse.options import TARGETS
 
 ROUNDS = 60
-_ON_A_GPU = ("cuda",)  # cannot be timed here
+TIMED = tuple(target for target in TARGETS if target != "cuda")  # a GPU cannot be timed here
 
 
-def export_fastest(
-    export: Callable[..., Any],
-    path: Path,
+def fastest(
+    export: Callable[[str, Path, Callable[[str], None]], Any],
+    output: Output,
     sizes: Mapping[str, int],
     threads: int,
     progress: Callable[[str], None],
-    before_publish: Callable[[Any], None],
 ) -> Any:
-    """Export for every target into a folder of our own, time the files in turns, and export for the fastest.
+    """Stages the file for every target, times them in turns, and leaves the fastest in the place to publish from.
 
     Args:
-        export: takes a path, a target and ``progress``.
-        path, sizes, threads, progress, before_publish: see :func:`normfuse.onnx.export`.
+        export: writes the file for a target; takes the target, a path and ``progress``.
+        output: what will be published.
+        sizes, threads, progress: see :func:`normfuse.onnx.export`.
+
+    Returns:
+        What `export` gave for the fastest, with the times in its notes.
     """
-    check_target(path)
-    targets = [target for target in TARGETS if target not in _ON_A_GPU]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{target}.onnx" for target in targets]
-        for target, file in zip(targets, files, strict=True):
-            export(file, target=target, progress=lambda stage, target=target: progress(f"{target}: {stage}"))
-        progress("time the files in ONNX Runtime")
-        timing = bench(files, sizes=sizes, rounds=ROUNDS, threads=threads)
+    results, files = [], []
+    for target in TIMED:
+        folder = output.folder / target
+        folder.mkdir()
+        files.append(folder / output.target.name)
+        results.append(export(target, files[-1], partial(_prefixed, progress, target)))
+    progress("time the files in ONNX Runtime")
+    timing = bench(files, sizes=sizes, rounds=ROUNDS, threads=threads)
     chosen = choose(timing)
+    for name in (*data_beside(files[chosen]), output.target.name):
+        os.replace(files[chosen].with_name(name), output.folder / name)
+    result = results[chosen]
+    return dataclasses.replace(result, notes=[*result.notes, _told(timing, chosen), *timing.notes])
 
-    def told(result: Any) -> Any:
-        return dataclasses.replace(result, notes=[*result.notes, _told(timing, targets, chosen), *timing.notes])
 
-    return told(
-        export(
-            path,
-            target=targets[chosen],
-            progress=progress,
-            before_publish=lambda result: before_publish(told(result)),
-        )
-    )
+def _prefixed(progress: Callable[[str], None], target: str, stage: str) -> None:
+    progress(f"{target}: {stage}")
 
 
 def choose(timing: Timing) -> int:
@@ -60,7 +61,7 @@ def choose(timing: Timing) -> int:
     return best if ratios[best][2] < 1 else 0
 
 
-def _told(timing: Timing, targets: list[str], chosen: int) -> str:
+def _told(timing: Timing, chosen: int) -> str:
     shapes = ", ".join(f"{name} {shape}" for name, shape in timing.shapes.items())
-    times = ", ".join(f"{target} {timing.quartiles(number)[1]:.3f} ms" for number, target in enumerate(targets))
-    return f"target {targets[chosen]} was chosen for {shapes} and {timing.threads} thread(s): {times}"
+    times = ", ".join(f"{target} {timing.quartiles(number)[1]:.3f} ms" for number, target in enumerate(TIMED))
+    return f"target {TIMED[chosen]} was chosen for {shapes} and {timing.threads} thread(s): {times}"

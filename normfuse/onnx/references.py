@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +45,7 @@ class References:
         self._kept: dict[bool, list[tuple[Trial, list[Tensor] | None]]] = {}
         self._notes: dict[bool, list[str]] = {}
         self._bytes = 0
+        self._pace = math.inf
 
     def on(self, half: bool = False) -> Iterator[tuple[Trial, list[Tensor]]]:
         """The trials for a form that computes in float16, or for others. The second time, nothing is computed.
@@ -69,22 +72,22 @@ class References:
     def _compute(self, half: bool) -> Iterator[tuple[Trial, list[Tensor]]]:
         rounds, seed, edges = self._options
         trial = trials.example(self.model)
-        yield trial, _live(self.model, trial)
+        yield trial, _live(self.model, trial, self._run(trial))
         generator = torch.Generator().manual_seed(seed)
         for number in range(rounds):
             for _ in range(_DRAWS):
                 trial = trials.random(self.model, number, generator)
                 try:
-                    outputs = self.model.run(trial.tensors)
+                    outputs = self._run(trial)
                 except Exception as error:  # a program is free to fail in its own way
                     raise VerificationError(f"the module itself fails on {trial.label}: {one_line(error)}") from error
                 if not _has_nan(outputs):
                     yield trial, outputs
                     break
         unknown: list[str] = []
-        for trial in trials.edges(self.model, generator, half) if edges else ():
+        for trial in trials.edges(self.model, generator, half, self._pace) if edges else ():
             try:
-                outputs = self.model.run(trial.tensors)
+                outputs = self._run(trial)
             except Exception:  # it takes no such inputs, so neither need the other forms
                 continue
             if _has_nan(outputs):
@@ -93,10 +96,17 @@ class References:
         if unknown:
             self._notes[half].append(f"where the model gives NaN nothing is compared: {some_of(unknown)}")
 
+    def _run(self, trial: Trial) -> list[Tensor]:
+        """The model's outputs; notes how long a run takes for its size, after whatever the first run has to set up."""
+        start = time.perf_counter()
+        outputs = self.model.run(trial.tensors)
+        entries = sum(tensor.numel() for tensor in trial.tensors)
+        self._pace = min(self._pace, (time.perf_counter() - start) / max(entries, 1) ** 2)
+        return outputs
 
-def _live(model: ExportableModel, trial: Trial) -> list[Tensor]:
+
+def _live(model: ExportableModel, trial: Trial, traced: list[Tensor]) -> list[Tensor]:
     """What the live model gave on the examples, after the traced program was seen to give the same."""
-    traced = model.run(trial.tensors)
     live = model.expected_outputs or traced  # a program from elsewhere is the model itself
     if _has_nan(live):
         raise VerificationError("the module itself gives NaN on its example inputs; no export of it can be verified")

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,13 @@ from torch import nn
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import some_of
-from normfuse.files import Output
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphSummary, summarize
 from normfuse.onnx.graph_passes.biases import carry_biases
 from normfuse.onnx.quantize import balancing, quantized
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.references import References, VerificationError
-from normfuse.onnx.verifier import RTOL, VerificationReport, verify
+from normfuse.onnx.verifier import RTOL, VerificationReport, compare_forms
 from normfuse.onnx.writer import WriteError, write_staged
 from normfuse.options import (
     MODEL_DTYPES,
@@ -190,10 +190,7 @@ def fold_norms(references: References, asked: Plan, typical: Inputs, progress: P
 
 
 def _verified(references: References, program: torch.export.ExportedProgram, asked: Plan) -> VerificationReport:
-    tolerance = asked.program
-    return verify(
-        references.model, None, program=program, rtol=tolerance.rtol, atol=tolerance.atol, references=references
-    )
+    return compare_forms(references, None, program, rtol=asked.program.rtol, atol=asked.program.atol)
 
 
 def _with_carried_biases(
@@ -242,8 +239,12 @@ class Written:
     notes: tuple[str, ...]
 
 
-def write_verified(references: References, folded: Folded, asked: Plan, output: Output, progress: Progress) -> Written:
+def write_verified(references: References, folded: Folded, asked: Plan, path: Path, progress: Progress) -> Written:
     """Write the first candidate that passes, in the newest operator set in which one does.
+
+    Args:
+        references, folded, asked, progress: what came before.
+        path: where to write, in a folder that nobody looks into.
 
     Raises:
         WriteError, VerificationError: none passes.
@@ -256,7 +257,7 @@ def write_verified(references: References, folded: Folded, asked: Plan, output: 
                 progress(f"write ONNX, {what}")
                 applied = write_staged(
                     candidate.program,
-                    output.staged,
+                    path,
                     opset=opset,
                     dtype=asked.stored,
                     inputs=model.inputs,
@@ -264,11 +265,11 @@ def write_verified(references: References, folded: Folded, asked: Plan, output: 
                     passes=candidate.passes,
                 )
                 progress(f"verify in ONNX Runtime, {what}")
-                verification = verify(
-                    model, output.staged, rtol=asked.file.rtol, atol=asked.file.atol, references=references
-                )
+                graph = summarize(path)
+                half = graph.dtype == "float16"
+                verification = compare_forms(references, path, half=half, rtol=asked.file.rtol, atol=asked.file.atol)
             except (WriteError, VerificationError) as error:
-                why = str(error).replace(str(output.folder) + os.sep, "")
+                why = str(error).replace(str(path.parent) + os.sep, "")
                 if candidate.passes:
                     notes.append(f"{what}, was given up: {why}")
                 elif asked.opset is not None:
@@ -277,7 +278,6 @@ def write_verified(references: References, folded: Folded, asked: Plan, output: 
                     rejected[opset] = why
                 continue
             whole = _together(candidate.verification, verification)
-            graph = summarize(output.staged)
             return Written(candidate, opset, applied, whole, graph, rejected, tuple(notes))
     raise VerificationError("no opset passes: " + "; ".join(f"{number}: {why}" for number, why in rejected.items()))
 
@@ -292,7 +292,7 @@ def quantised(
     asked: Plan,
     typical: Inputs,
     static: bool,
-    output: Output,
+    path: Path,
     progress: Progress,
 ) -> Written:
     """Make the products of the written file int8, and bound what that changes; other types are returned as they are.
@@ -303,8 +303,8 @@ def quantised(
     if asked.dtype != "int8":
         return written
     progress("quantise to int8")
-    cases = quantized(model, output.staged, typical, static=static, rtol=asked.int8_rtol)
-    after = summarize(output.staged)
+    cases = quantized(model, path, typical, static=static, rtol=asked.int8_rtol)
+    after = summarize(path)
     return replace(
         written,
         verification=replace(written.verification, cases=written.verification.cases + cases),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,13 +56,14 @@ def random(model: ExportableModel, number: int, generator: torch.Generator) -> T
     return Trial(f"random inputs {shapes(tensors)}", tensors, RANDOM)
 
 
-def edges(model: ExportableModel, generator: torch.Generator, half: bool = False) -> Iterator[Trial]:
+def edges(model: ExportableModel, generator: torch.Generator, half: bool = False, pace: float = 0.0) -> Iterator[Trial]:
     """Inputs that look for trouble: masks, integers, sizes and numbers at their ends.
 
     Args:
         model: the model.
         generator: of what is random in them.
         half: whether the form to try computes in float16, whose numbers end early.
+        pace: seconds that a run takes ÷ the square of the entries of its inputs.
     """
     now = specs.consistent_sizes(model.inputs, model.example_inputs)
     dims = specs.dimensions(model.inputs)
@@ -77,7 +77,7 @@ def edges(model: ExportableModel, generator: torch.Generator, half: bool = False
     for name in alone:
         tensors = _drawn(model, several | {name: _smallest(dims[name])}, generator)
         yield Trial(f"inputs with the smallest {name} {shapes(tensors)}", tensors, EDGE)
-    largest = _largest(model, now)
+    largest = _largest(model, now, pace)
     if largest != now:
         tensors = _drawn(model, largest, generator)
         yield Trial(f"inputs of the largest sizes {shapes(tensors)}", tensors, EDGE)
@@ -181,18 +181,15 @@ def _floats(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tenso
         yield Trial(f"{what} {shapes(tensors)}", tensors, EDGE)
 
 
-def _largest(model: ExportableModel, now: dict[str, int]) -> dict[str, int]:
+def _largest(model: ExportableModel, now: dict[str, int], pace: float) -> dict[str, int]:
     """Every dynamic dimension at its largest, or a multiple of the example's, within what a run may take."""
     dims = specs.dimensions(model.inputs)
     sizes = {n: dim.maximum or specs.clamp(_GROWTH * max(now[n], 1), dim) for n, dim in dims.items()}
     entries = _entries(model.inputs, now)
-    start = time.perf_counter()
-    model.run(model.example_inputs)
-    seconds = time.perf_counter() - start
     while sizes != now:
         grown = _entries(model.inputs, sizes)
         # Attention takes the square of the length: at most that of what the inputs grow by.
-        if grown <= max(_MOST_ENTRIES, entries) and seconds * (grown / max(entries, 1)) ** 2 <= _MOST_SECONDS:
+        if grown <= max(_MOST_ENTRIES, entries) and pace * grown**2 <= _MOST_SECONDS:
             break
         sizes = {name: max(now[name], size // 2) for name, size in sizes.items()}
     return sizes

@@ -132,19 +132,34 @@ def verify(
         >>> all(case.passed for case in normfuse.onnx.verify(model, "model.onnx").cases)
         True
     """
+    references = references or References(model, rounds=rounds, seed=seed, edges=edges)
+    return compare_forms(references, None if path is None else Path(path), program, rtol=rtol, atol=atol)
+
+
+def compare_forms(
+    references: References,
+    path: Path | None,
+    program: torch.export.ExportedProgram | None = None,
+    *,
+    rtol: float | None,
+    atol: float,
+    half: bool | None = None,
+) -> VerificationReport:
+    """What :func:`verify` does; `half` is whether the file holds float16, if that is known."""
+    model = references.model
     forms: dict[str, Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]] = {}
     if program is not None:
         runner = Runner(program)
         forms["folded program"] = lambda tensors: runner(*tensors)
     if path is not None:
-        forms["ONNX file"] = onnx_runner(Path(path), model)
-    half = path is not None and summarize(path).dtype == "float16"
+        forms["ONNX file"] = onnx_runner(path, model)
+    if half is None:
+        half = path is not None and summarize(path).dtype == "float16"
     if rtol is None:
         rtol = RTOL["float16" if half else "float32"]
     cases: list[Case] = []
     notes: list[str] = []
     granted: list[float] = []
-    references = references or References(model, rounds=rounds, seed=seed, edges=edges)
     for trial, expected in references.on(half):
         rounding: list[float] | None = None
         scales = [_scale(want) for want in expected]

@@ -1,15 +1,20 @@
 """target auto: the fastest of the files for all targets, and never one that is slower than portable."""
 
-import onnx
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import normfuse
 import normfuse.onnx
+from normfuse.checkpoint import ExportableModel
+from normfuse.files import Output
 from normfuse.nn import UnifiedNorm
 from normfuse.onnx import fastest
 from normfuse.onnx.benchmark import Timing
+from normfuse.onnx.publish import publish
+from normfuse.onnx.verifier import session
 from normfuse.options import AUTO
 
 
@@ -30,16 +35,18 @@ def test_the_fastest_is_chosen_if_it_is_faster_in_most_rounds(times, chosen):
     assert fastest.choose(timing(*times)) == chosen
 
 
-def operations(path):
-    return [node.op_type for node in onnx.load(path).graph.node]
+def test_the_file_is_the_one_that_was_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastest, "TIMED", ("portable", "cpu-single"))
+    run, runs, timed = ExportableModel.run, [], []
 
+    def counted(model, tensors):
+        runs.append(tuple((tensor.shape, tensor.numpy().tobytes()) for tensor in tensors))
+        return run(model, tensors)
 
-def test_the_file_is_that_of_the_chosen_target(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastest, "TARGETS", {"portable": (), "cpu-single": ()})
-    timed = []
+    monkeypatch.setattr(ExportableModel, "run", counted)
 
     def bench(paths, *, sizes, rounds, threads):
-        timed.append([operations(path) for path in paths])
+        timed.extend(path.read_bytes() for path in paths)
         assert (sizes, threads) == ({"batch": 7}, 2)
         return timing(*([1.0 + (number != 1)] * 4 for number in range(2)))
 
@@ -55,8 +62,33 @@ def test_the_file_is_that_of_the_chosen_target(tmp_path, monkeypatch):
         result.target == "cpu-single"
         and "target cpu-single was chosen for x [1, 4] and 1 thread(s)" in result.notes[-1]
     )
-    assert operations(path) == timed[0][1] and timed[0][0] != timed[0][1]
+    assert path.read_bytes() == timed[1] != timed[0] and result.path == path
     assert list(tmp_path.iterdir()) == [path]
+    assert len(runs) == len(set(runs)), "the model ran twice on the same inputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    target: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def test_weights_beside_the_fastest_come_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastest, "TIMED", ("portable", "cpu"))
+    monkeypatch.setattr(fastest, "bench", lambda paths, **options: timing([2.0] * 4, [1.0] * 4))
+    programs = {name: torch.export.export(nn.Linear(32, 8), (torch.randn(3, 32),)) for name in fastest.TIMED}
+
+    def export(target, path, progress):
+        normfuse.onnx.write(programs[target], path, one_file_limit=0)
+        return Result(target)
+
+    with Output(tmp_path / "m.onnx") as output:
+        chosen = fastest.fastest(export, output, {}, 1, print)
+        publish(output)
+    x = torch.randn(3, 32)
+    (got,) = session(tmp_path / "m.onnx").run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), programs["cpu"].module()(x))
+    assert chosen.target == "cpu" and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("options", [{"sizes": {"batch": 2}}, {"threads": 2}])
