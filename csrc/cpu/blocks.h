@@ -9,6 +9,7 @@
 
 #include "../host_types.h"
 #include "../kernels.h"
+#include "phases.h"
 #include "rows.h"
 
 namespace normfuse::cpu {
@@ -21,34 +22,38 @@ struct RowBlocks {
   int64_t size;
   int64_t count;
 
-  // Few blocks, so that their sums take little memory, of at most so many rows that sums in float32 stay accurate.
+  // Few blocks, so that their sums take little memory, of at most so many rows that sums in float32 stay accurate: four
+  // times an odd number, because a tile's rows are a quarter apart. At a distance of pages they would share a few lines of
+  // the first cache with each other and their results.
   explicit RowBlocks(const Matrix& shape)
       : rows(shape.rows),
         channels(shape.channels),
-        size(std::clamp<int64_t>(std::max((shape.rows + 127) / 128, 8192 / shape.channels), 32, 1024)),
+        size(std::clamp<int64_t>(std::max((shape.rows + 127) / 128, 8192 / shape.channels), 32, 1020) / 8 * 8 + 4),
         count((shape.rows + size - 1) / size) {}
 
   int64_t first(int64_t block) const { return block * size; }
   int64_t length(int64_t block) const { return std::min(size, rows - first(block)); }
 
-  // Calls body(block) for every block. A thread takes consecutive blocks.
+  // Calls body(block) for every block.
   template <class Body>
-  void each(Parallel parallel, const Body& body) const {
-    parallel(count, grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) body(b);
-    });
+  Phase each(const Body& body) const {
+    return {tasks(), [this, body](int64_t task) {
+              for (int64_t b = task * grain(); b < std::min(count, (task + 1) * grain()); ++b) body(b);
+            }};
   }
 
-  // The same, with a thread's last block first: it finds in its cache what each() has just read.
+  // The same with the last block first.
   template <class Body>
-  void each_backwards(Parallel parallel, const Body& body) const {
-    parallel(count, grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = end - 1; b >= begin; --b) body(b);
-    });
+  Phase each_backwards(const Body& body) const {
+    const auto run = [this, body](int64_t task) {
+      for (int64_t b = std::min(count, (task + 1) * grain()) - 1; b >= task * grain(); --b) body(b);
+    };
+    return {tasks(), run, true};
   }
 
   // As many blocks as are worth waking a thread for.
   int64_t grain() const { return std::max<int64_t>(1, kThreadElements / (size * channels)); }
+  int64_t tasks() const { return (count + grain() - 1) / grain(); }
 };
 
 // sums += the same channels of every block
@@ -73,15 +78,16 @@ class ColumnSums {
     return sums;
   }
 
-  std::vector<Acc> total(Parallel parallel) const {
-    std::vector<Acc> result(channels_);
-    parallel(channels_, std::max<int64_t>(64, kThreadElements / std::max<int64_t>(blocks_, 1)),
-             [&](int64_t begin, int64_t end) {
-               std::vector<double> sums(end - begin, 0.0);
-               add_blocks(&partials_[begin], blocks_, channels_, sums.data(), end - begin);
-               for (int64_t c = begin; c < end; ++c) result[c] = Acc(sums[c - begin]);
-             });
-    return result;
+  // Adds the blocks.
+  Phase total(std::vector<Acc>& result) const {
+    result.resize(channels_);
+    const int64_t range = std::max<int64_t>(64, kThreadElements / std::max<int64_t>(blocks_, 1));
+    return {(channels_ + range - 1) / range, [this, range, &result](int64_t task) {
+              const int64_t begin = task * range, end = std::min(channels_, begin + range);
+              std::vector<double> sums(end - begin, 0.0);
+              add_blocks(&partials_[begin], blocks_, channels_, sums.data(), end - begin);
+              std::copy(sums.begin(), sums.end(), result.begin() + begin);
+            }};
   }
 
  private:

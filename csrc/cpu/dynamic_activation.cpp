@@ -84,7 +84,7 @@ void forward(const DynamicActivationForward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
-  blocks.each(parallel, [&](int64_t b) {
+  const auto pass = [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
     std::vector<Acc> copies(3 * n);
     const Rows<T> rows{rows_of<T>(a.x, first),
@@ -97,7 +97,8 @@ void forward(const DynamicActivationForward& a, Parallel parallel) {
                        nullptr,
                        copies.data()};
     forward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.y, first), n, stream});
-  });
+  };
+  run_phases(parallel, {blocks.each(pass)});
 }
 
 template <Curve kCurve, class T>
@@ -106,10 +107,12 @@ void backward(const DynamicActivationBackward& a, Parallel parallel) {
   const RowBlocks blocks(a.shape);
   const int64_t n = a.shape.channels;
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
-  ColumnSums<Acc> sums_dyf(blocks, n), sums_dy(blocks, n);
+  ColumnSums<Acc> sums(blocks, 2 * n);  // of dy f, then of dy
+  std::vector<Acc> total;
   std::vector<Totals> totals(blocks.count);
-  blocks.each(parallel, [&](int64_t b) {
+  const auto pass = [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
+    Acc* of_block = sums.start(b);
     std::vector<Acc> copies(3 * n);
     const Rows<T> rows{rows_of<T>(a.x, first),
                        rows_of<T>(a.grad_y, first),
@@ -117,14 +120,14 @@ void backward(const DynamicActivationBackward& a, Parallel parallel) {
                        number<Acc>(a.shift),
                        static_cast<const Acc*>(a.weight),
                        nullptr,
-                       sums_dyf.start(b),
-                       sums_dy.start(b),
+                       of_block,
+                       of_block + n,
                        copies.data()};
     totals[b] = backward_rows<kCurve, T>(rows, blocks.length(b), n, {rows_of<T>(a.grad_x, first), n, stream});
-  });
-  const std::vector<Acc> sum_dyf = sums_dyf.total(parallel), sum_dy = sums_dy.total(parallel);
-  std::copy(sum_dyf.begin(), sum_dyf.end(), static_cast<Acc*>(a.grad_weight));
-  std::copy(sum_dy.begin(), sum_dy.end(), static_cast<Acc*>(a.grad_bias));
+  };
+  run_phases(parallel, {blocks.each(pass), sums.total(total)});
+  std::copy_n(total.begin(), n, static_cast<Acc*>(a.grad_weight));
+  std::copy_n(total.begin() + n, n, static_cast<Acc*>(a.grad_bias));
   Totals sum;
   for (const Totals& block : totals) {
     sum.gx += block.gx;

@@ -133,9 +133,10 @@ void forward(const PowerForward& a, Parallel parallel) {
   std::vector<Acc> scale(n);
   for (int64_t c = 0; c < n; ++c) scale[c] = weight[c] * inverse_sqrt(phi[c] + Acc(a.eps));
 
-  ColumnSums<Acc> all(blocks, n), valid(blocks, a.pad_mask ? n : 0);
-  blocks.each(parallel, [&](int64_t b) {
-    Acc *sums_all = all.start(b), *sums_valid = a.pad_mask ? valid.start(b) : nullptr;
+  ColumnSums<Acc> sums(blocks, a.pad_mask ? 2 * n : n);  // over all rows, then over those that are not padding
+  std::vector<Acc> total;
+  const auto sum = [&](int64_t b) {
+    Acc *sums_all = sums.start(b), *sums_valid = sums_all + n;
     each_piece<T>(a, blocks.first(b), blocks.length(b), [&](int64_t r, int64_t rows) {
       const T* from = x + r * n;
       Acc* s = row_scale + r * a.group_num;
@@ -148,26 +149,29 @@ void forward(const PowerForward& a, Parallel parallel) {
       }
       if (a.pad_mask) sum_squares(from, a.pad_mask + r, rows, n, groups, s, sums_valid);
     });
-  });
-
-  const std::vector<Acc> sum_all = all.total(parallel), sum_valid = a.pad_mask ? valid.total(parallel) : sum_all;
-  const int64_t count = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
-  Acc *inv_used = static_cast<Acc*>(a.stats), *inv_batch = inv_used + n, *mean_all = inv_batch + n;
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc q = mean_or(sum_valid[c], count, phi[c]);
-    inv_batch[c] = inverse_sqrt(q + Acc(a.eps));
-    inv_used[c] = warm ? inverse_sqrt(phi[c] + Acc(a.eps)) : inv_batch[c];
-    mean_all[c] = count > 0 ? sum_all[c] / Acc(a.shape.rows) : Acc(NAN);
-    if (count > 0) phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
-    scale[c] = weight[c] * inv_used[c];
-  }
-  if (count > 0) *a.iters = t;
-  if (warm) return;
-  blocks.each_backwards(parallel, [&](int64_t b) {
+  };
+  const auto move_statistics = [&] {
+    const Acc *sum_all = total.data(), *sum_valid = a.pad_mask ? sum_all + n : sum_all;
+    const int64_t count = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
+    Acc *inv_used = static_cast<Acc*>(a.stats), *inv_batch = inv_used + n, *mean_all = inv_batch + n;
+    for (int64_t c = 0; c < n; ++c) {
+      const Acc q = mean_or(sum_valid[c], count, phi[c]);
+      inv_batch[c] = inverse_sqrt(q + Acc(a.eps));
+      inv_used[c] = warm ? inverse_sqrt(phi[c] + Acc(a.eps)) : inv_batch[c];
+      mean_all[c] = count > 0 ? sum_all[c] / Acc(a.shape.rows) : Acc(NAN);
+      if (count > 0) phi[c] = power_moved_phi(t, a.warmup_iters, q, phi[c], Acc(a.alpha_fwd));
+      scale[c] = weight[c] * inv_used[c];
+    }
+    if (count > 0) *a.iters = t;
+  };
+  const auto apply = [&](int64_t b) {
     const int64_t r = blocks.first(b);
     apply_affine<false, T>(x + r * n, blocks.length(b), n, groups, Acc(a.group_eps), row_scale + r * a.group_num,
                            scale.data(), bias, nullptr, {y + r * n, n, stream});
-  });
+  };
+  std::vector<Phase> phases{blocks.each(sum), sums.total(total), once(move_statistics)};
+  if (!warm) phases.push_back(blocks.each_backwards(apply));
+  run_phases(parallel, phases);
 }
 
 template <class T>
@@ -189,15 +193,18 @@ void backward(const PowerBackward& a, Parallel parallel) {
     pull[c] = k.pull;
   }
 
-  ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
-  blocks.each(parallel, [&](int64_t b) {
+  ColumnSums<Acc> sums(blocks, 2 * n);  // of dy, then of dy xs
+  std::vector<Acc> total;
+  const auto pass = [&](int64_t b) {
     const int64_t r = blocks.first(b);
+    Acc* of_block = sums.start(b);
     backward_rows<T>(dy + r * n, x + r * n, blocks.length(b), n, groups, row_scale + r * a.group_num, slope.data(),
-                     pull.data(), sums_dy.start(b), sums_dyx.start(b),
+                     pull.data(), of_block, of_block + n,
                      {static_cast<T*>(a.grad_x) + r * n, n, stream, rows_of<T>(a.grad_s, r * n)});
-  });
+  };
+  run_phases(parallel, {blocks.each(pass), sums.total(total)});
 
-  const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);
+  const Acc *sum_dy = total.data(), *sum_dyx = sum_dy + n;
   for (int64_t c = 0; c < n; ++c) {
     const Acc mean_dyx = mean_or(sum_dyx[c], a.shape.rows, Acc(0));
     ema[c] = power_moved_ema(weight[c], ema[c], inv_used[c], mean_dyx, mean_x2[c], Acc(a.alpha_bkw));

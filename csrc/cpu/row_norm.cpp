@@ -132,16 +132,15 @@ void forward(const RowNormForward& a, Parallel parallel) {
   const int64_t n = a.shape.channels;
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const VectorOr<Acc> weight(a.weight, n, Acc(1)), bias(a.bias, n, Acc(0));
-  parallel(blocks.count, blocks.grain(), [&](int64_t begin, int64_t end) {
+  const auto pass = [&](int64_t b) {
     std::vector<Acc> copy(std::is_same_v<T, Acc> ? 0 : n);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t r = blocks.first(b), at = r * n;
-      const ForwardRows<T> rows{
-          rows_of<T>(a.x, at), rows_of<T>(a.residual, at), weight.data(),           bias.data(), a.kind, Acc(a.eps),
-          rows_of<T>(a.s, at), rows_of<Acc>(a.inv_std, r), rows_of<Acc>(a.mean, r), copy.data()};
-      forward_rows<T>(rows, blocks.length(b), n, {rows_of<T>(a.y, at), n, stream});
-    }
-  });
+    const int64_t r = blocks.first(b), at = r * n;
+    const ForwardRows<T> rows{
+        rows_of<T>(a.x, at), rows_of<T>(a.residual, at), weight.data(),           bias.data(), a.kind, Acc(a.eps),
+        rows_of<T>(a.s, at), rows_of<Acc>(a.inv_std, r), rows_of<Acc>(a.mean, r), copy.data()};
+    forward_rows<T>(rows, blocks.length(b), n, {rows_of<T>(a.y, at), n, stream});
+  };
+  run_phases(parallel, {blocks.each(pass)});
 }
 
 template <class T>
@@ -151,28 +150,28 @@ void backward(const RowNormBackward& a, Parallel parallel) {
   const int64_t n = a.shape.channels;
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const VectorOr<Acc> weight(a.weight, n, Acc(1));
-  ColumnSums<Acc> sums_dyz(blocks, n), sums_dy(blocks, n);
-  parallel(blocks.count, blocks.grain(), [&](int64_t begin, int64_t end) {
+  ColumnSums<Acc> sums(blocks, 2 * n);  // of dy z, then of dy
+  std::vector<Acc> total;
+  const auto pass = [&](int64_t b) {
     std::vector<Acc> copies(std::is_same_v<T, Acc> ? 0 : 2 * n);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t r = blocks.first(b), at = r * n;
-      const BackwardRows<T> rows{rows_of<T>(a.grad_y, at),
-                                 rows_of<T>(a.grad_s, at),
-                                 rows_of<T>(a.s, at),
-                                 weight.data(),
-                                 a.kind,
-                                 rows_of<Acc>(a.inv_std, r),
-                                 rows_of<Acc>(a.mean, r),
-                                 sums_dyz.start(b),
-                                 sums_dy.start(b),
-                                 copies.data(),
-                                 copies.data() + (copies.empty() ? 0 : n)};
-      backward_rows<T>(rows, blocks.length(b), n, {rows_of<T>(a.grad_x, at), n, stream});
-    }
-  });
-  const std::vector<Acc> sum_dyz = sums_dyz.total(parallel), sum_dy = sums_dy.total(parallel);
-  std::copy(sum_dyz.begin(), sum_dyz.end(), static_cast<Acc*>(a.grad_weight));
-  std::copy(sum_dy.begin(), sum_dy.end(), static_cast<Acc*>(a.grad_bias));
+    Acc* of_block = sums.start(b);
+    const int64_t r = blocks.first(b), at = r * n;
+    const BackwardRows<T> rows{rows_of<T>(a.grad_y, at),
+                               rows_of<T>(a.grad_s, at),
+                               rows_of<T>(a.s, at),
+                               weight.data(),
+                               a.kind,
+                               rows_of<Acc>(a.inv_std, r),
+                               rows_of<Acc>(a.mean, r),
+                               of_block,
+                               of_block + n,
+                               copies.data(),
+                               copies.data() + (copies.empty() ? 0 : n)};
+    backward_rows<T>(rows, blocks.length(b), n, {rows_of<T>(a.grad_x, at), n, stream});
+  };
+  run_phases(parallel, {blocks.each(pass), sums.total(total)});
+  std::copy_n(total.begin(), n, static_cast<Acc*>(a.grad_weight));
+  std::copy_n(total.begin() + n, n, static_cast<Acc*>(a.grad_bias));
 }
 
 }  // namespace

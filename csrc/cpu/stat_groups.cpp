@@ -106,10 +106,10 @@ void StatGroupPasses<T>::each_stat_group_range(const Body& body) const {
 template <class T>
 void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions, blocks = int64_t(blocks_.size());
-  const std::unique_ptr<Acc[]> means(new Acc[blocks * sets * n]), deviations(new Acc[blocks * sets * n]);
+  const std::unique_ptr<Acc[]> partial(new Acc[2 * blocks * sets * n]);  // of a block the means, then the deviations
   std::vector<int64_t> counts(blocks * sets);
   each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
-    Acc *block_mean = &means[b * sets * n], *block_squares = &deviations[b * sets * n];
+    Acc *block_mean = &partial[2 * b * sets * n], *block_squares = block_mean + sets * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
       for (int64_t c = begin; c < end; ++c) {
@@ -143,11 +143,12 @@ void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* c
       std::fill(total_squares.begin(), total_squares.end(), 0.0);
       int64_t total = 0;
       for (int64_t b = first_block_[g]; b < first_block_[g + 1]; ++b) {
-        const int64_t more = counts[b * sets + s], from = (b * sets + s) * n + begin;
+        const int64_t more = counts[b * sets + s];
+        const Acc* from = &partial[(2 * b * sets + s) * n + begin];
         if (more == 0) continue;
         const double share = double(more) / double(total + more);
-        add_moments(&means[from], &deviations[from], share, double(total) * share, total_mean.data(),
-                    total_squares.data(), end - begin);
+        add_moments(from, from + sets * n, share, double(total) * share, total_mean.data(), total_squares.data(),
+                    end - begin);
         total += more;
       }
       if (begin == 0) count[g * sets + s] = total;
@@ -200,11 +201,10 @@ void StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T
 
 template <class T>
 void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const {
-  const int64_t n = stat_groups.channels, positions = stat_groups.positions, parts = this->parts(),
-                stride = int64_t(blocks_.size()) * parts * n;
-  const std::unique_ptr<Acc[]> partial(new Acc[2 * stride]);
+  const int64_t n = stat_groups.channels, positions = stat_groups.positions, parts = this->parts();
+  const std::unique_ptr<Acc[]> partial(new Acc[2 * int64_t(blocks_.size()) * parts * n]);
   each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
-    Acc *plain = &partial[b * parts * n], *along = plain + stride;
+    Acc *plain = &partial[2 * b * parts * n], *along = plain + parts * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
       for (int64_t c = begin; c < end; ++c) {
@@ -231,13 +231,13 @@ void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean,
     }
   });
   each_stat_group_range([&](int64_t g, int64_t begin, int64_t end) {
-    const std::pair<const Acc*, Acc*> wanted[] = {{partial.get(), sums_dy}, {partial.get() + stride, sums_dyd}};
+    const std::pair<const Acc*, Acc*> wanted[] = {{partial.get(), sums_dy}, {partial.get() + parts * n, sums_dyd}};
     for (const auto& [from, to] : wanted)
       for (int64_t s = 0; s < sets; ++s) {
         std::vector<double> total(end - begin);
         for (int64_t b = first_block_[g]; b < first_block_[g + 1]; ++b)
           for (int64_t part = s; part < parts; part += sets)  // where padding has no set of its own, both parts
-            add_sums(from + (b * parts + part) * n + begin, total.data(), end - begin);
+            add_sums(from + (2 * b * parts + part) * n + begin, total.data(), end - begin);
         std::copy(total.begin(), total.end(), to + at(g, s) + begin);
       }
   });

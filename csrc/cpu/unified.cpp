@@ -89,36 +89,38 @@ void forward(const UnifiedForward& a, Parallel parallel) {
   const T* x = summed<T>(a);
 
   ColumnSums<Acc> squares(blocks, n);
-  blocks.each(parallel, [&](int64_t b) {
+  std::vector<Acc> q, scale(n);
+  const auto sum = [&](int64_t b) {
     Acc* sums = squares.start(b);
     each_piece<T>(a, blocks.first(b), blocks.length(b), [&](int64_t r, int64_t rows) {
       sum_squares(x + r * n, a.pad_mask ? a.pad_mask + r : nullptr, rows, n, sums);
     });
-  });
-  const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
-  std::vector<Acc> q = squares.total(parallel), scale(n), shift(n);
-  Acc* running = static_cast<Acc*>(a.running_var);
-  for (int64_t c = 0; c < n; ++c) q[c] = mean_or(q[c], valid, running[c]);
+  };
+  const auto move_statistics = [&] {
+    const int64_t valid = a.pad_mask ? std::count(a.pad_mask, a.pad_mask + a.shape.rows, false) : a.shape.rows;
+    Acc* running = static_cast<Acc*>(a.running_var);
+    for (int64_t c = 0; c < n; ++c) q[c] = mean_or(q[c], valid, running[c]);
 
-  const int64_t t = valid > 0 ? next_step(*a.iters) : 0;
-  if (valid > 0) *a.iters = t;
-  const UnifiedStep step{t, enter_window(a, t, q), a.window, a.warmup_iters};
-  a.step[0] = t;
-  a.step[1] = step.skip;
-  Acc *inv_std = static_cast<Acc*>(a.stats), *ratio = inv_std + n;
-  for (int64_t c = 0; c < n; ++c) {
-    const auto stats = unified_forward_channel(step, q[c], static_cast<Acc*>(a.buffer_x2) + c, n, Acc(a.eps),
-                                               Acc(a.momentum), running + c);
-    inv_std[c] = stats.inv_std;
-    ratio[c] = stats.r;
-    scale[c] = static_cast<const Acc*>(a.weight)[c] * stats.inv_std;
-  }
-
-  blocks.each_backwards(parallel, [&](int64_t b) {
+    const int64_t t = valid > 0 ? next_step(*a.iters) : 0;
+    if (valid > 0) *a.iters = t;
+    const UnifiedStep step{t, enter_window(a, t, q), a.window, a.warmup_iters};
+    a.step[0] = t;
+    a.step[1] = step.skip;
+    Acc *inv_std = static_cast<Acc*>(a.stats), *ratio = inv_std + n;
+    for (int64_t c = 0; c < n; ++c) {
+      const auto stats = unified_forward_channel(step, q[c], static_cast<Acc*>(a.buffer_x2) + c, n, Acc(a.eps),
+                                                 Acc(a.momentum), running + c);
+      inv_std[c] = stats.inv_std;
+      ratio[c] = stats.r;
+      scale[c] = static_cast<const Acc*>(a.weight)[c] * stats.inv_std;
+    }
+  };
+  const auto apply = [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
     apply_affine<T>(x + first, scale.data(), static_cast<const Acc*>(a.bias), blocks.length(b), n,
                     {static_cast<T*>(a.y) + first, n, stream});
-  });
+  };
+  run_phases(parallel, {blocks.each(sum), squares.total(q), once(move_statistics), blocks.each_backwards(apply)});
 }
 
 template <class T>
@@ -129,33 +131,35 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
   const bool stream = worth_streaming(a.shape.rows * n * sizeof(T));
   const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.grad_y);
 
-  ColumnSums<Acc> sums_dy(blocks, n), sums_dyx(blocks, n);
-  blocks.each(parallel, [&](int64_t b) {
+  ColumnSums<Acc> sums(blocks, 2 * n);  // of dy, then of dy x
+  std::vector<Acc> total, slope(n), pull(n);
+  const auto sum = [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
-    sum_gradients(dy + first, x + first, blocks.length(b), n, sums_dy.start(b), sums_dyx.start(b));
-  });
-  const std::vector<Acc> sum_dy = sums_dy.total(parallel), sum_dyx = sums_dyx.total(parallel);
-  std::vector<Acc> slope(n), pull(n);
-  const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
-  const Acc *weight = static_cast<const Acc*>(a.weight), *inv_std = static_cast<const Acc*>(a.stats),
-            *ratio = inv_std + n;
-  for (int64_t c = 0; c < n; ++c) {
-    const Acc weight_gradient = ratio[c] * inv_std[c] * sum_dyx[c];
-    const Acc m = mean_or(weight[c] * weight_gradient, a.shape.rows, Acc(0));
-    const auto k =
-        unified_backward_channel(step, m, weight[c], {inv_std[c], ratio[c]}, static_cast<Acc*>(a.buffer_gz) + c, n,
-                                 Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
-    slope[c] = k.slope;
-    pull[c] = k.pull;
-    static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
-    static_cast<Acc*>(a.grad_bias)[c] = sum_dy[c];
-  }
-
-  blocks.each_backwards(parallel, [&](int64_t b) {
+    Acc* of_block = sums.start(b);
+    sum_gradients(dy + first, x + first, blocks.length(b), n, of_block, of_block + n);
+  };
+  const auto move_statistics = [&] {
+    const UnifiedStep step{a.step[0], a.step[1] != 0, a.window, a.warmup_iters};
+    const Acc *weight = static_cast<const Acc*>(a.weight), *inv_std = static_cast<const Acc*>(a.stats),
+              *ratio = inv_std + n, *sum_dy = total.data(), *sum_dyx = sum_dy + n;
+    for (int64_t c = 0; c < n; ++c) {
+      const Acc weight_gradient = ratio[c] * inv_std[c] * sum_dyx[c];
+      const Acc m = mean_or(weight[c] * weight_gradient, a.shape.rows, Acc(0));
+      const auto k =
+          unified_backward_channel(step, m, weight[c], {inv_std[c], ratio[c]}, static_cast<Acc*>(a.buffer_gz) + c, n,
+                                   Acc(a.momentum), static_cast<Acc*>(a.ema_gz) + c);
+      slope[c] = k.slope;
+      pull[c] = k.pull;
+      static_cast<Acc*>(a.grad_weight)[c] = weight_gradient;
+      static_cast<Acc*>(a.grad_bias)[c] = sum_dy[c];
+    }
+  };
+  const auto apply = [&](int64_t b) {
     const int64_t first = blocks.first(b) * n;
     apply_gradient<T>(dy + first, x + first, slope.data(), pull.data(), blocks.length(b), n,
                       {static_cast<T*>(a.grad_x) + first, n, stream, rows_of<T>(a.grad_s, first)});
-  });
+  };
+  run_phases(parallel, {blocks.each(sum), sums.total(total), once(move_statistics), blocks.each_backwards(apply)});
 }
 
 }  // namespace
