@@ -62,7 +62,7 @@ class Shifts:
         of: shifts of the values (a list for operations with several results).
         chosen: shifts that weights, norms and added parameters were asked for.
         materialised_shifts: values whose shift is written out, and the readers that get it.
-        bent: ReLUs and their like whose bound takes a shift, which their result carries on.
+        bent: operations that are written otherwise to take a shift: ReLUs with another bound, squares of differences.
         settled_early: norms whose shift had grown too large to travel further.
         kept_shift: norms that measure their input whose shift stays in them, with the reason.
     """

@@ -24,6 +24,7 @@ from .nodes import coarseness
 from .results import Shifts
 from .rules import Use
 from .rules.base import is_float
+from .tolerance import to_bend, tolerant_values, tolerates
 from .weight_edits import WRITTEN_OUT, noted
 
 # A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
@@ -80,7 +81,7 @@ def settle(gauge: Gauge) -> Gauge:
 def _carry_shifts(gauge: Gauge) -> None:
     """One pass over the program, in its order."""
     order = {node: position for position, node in enumerate(gauge.program.graph.nodes)}
-    tolerant, of = tolerant_values(gauge), gauge.matches.of
+    tolerant, flexible = tolerant_values(gauge), tolerant_values(gauge, bending=True)
     constants: dict[Node, _Constants] = {}
     for constant in gauge.matches.free_constants:
         gauge.shifts.of[constant] = gauge.no_shift(constant)
@@ -88,8 +89,12 @@ def _carry_shifts(gauge: Gauge) -> None:
         if node not in gauge.matches.of or node not in gauge.matches.scale_of:
             continue
         _join_shifts(node, order, tolerant, gauge)
-        if node in tolerant and _lets_go(node, gauge):
+        if node in flexible and _lets_go(node, gauge):
             gauge.shifts.chosen[node] = gauge.matches.of[node].constant_part(gauge)
+            if gauge.shifts.chosen[node].any() or node in gauge.matches.affine:  # behind a factor may come a summand
+                readers, values = to_bend(node, tolerant, gauge)
+                gauge.shifts.bent.update(readers)
+                tolerant |= values
         gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
         if isinstance(gauge.shifts.of[node], list) or not gauge.shifts.of[node].any():
             continue
@@ -103,8 +108,9 @@ def _carry_shifts(gauge: Gauge) -> None:
             gauge.shifts.settled_early.append(node)
             continue
         if _stopping(node, gauge) and not _cancel(node, order, tolerant, gauge):
-            stopping = [(user, of[user]) for user in _stopping(node, gauge) if user in of]
-            gauge.shifts.bent.update(user for user, rule in stopping if rule.bends() and user in tolerant)
+            for user in _stopping(node, gauge):
+                if tolerates(user, node, flexible, gauge, bending=True):
+                    gauge.shifts.bent.add(user)
             if _stopping(node, gauge):
                 gauge.shifts.materialised_shifts[node] = _stopping(node, gauge)
 
@@ -144,15 +150,6 @@ def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> dict[Node, Node]:
             found[current] = value
         pending += [(o, value) for o in current.all_input_nodes if is_float(o) and np.any(gauge.shifts.of.get(o, 0))]
     return found
-
-
-def tolerant_values(gauge: Gauge) -> set[Node]:
-    """Values whose every reader has weights that take any shift along channels, or carries it on to such readers."""
-    tolerant: set[Node] = set()
-    for node in reversed(gauge.program.graph.nodes):
-        if node in gauge.matches.scale_of and all(_tolerates(user, node, tolerant, gauge) for user in node.users):
-            tolerant.add(node)
-    return tolerant
 
 
 def _size(shift: np.ndarray) -> float:
@@ -215,15 +212,6 @@ def _adds_to_stream(node: Node, gauge: Gauge) -> bool:
         if rule is None or not (rule.moves or mapped):
             return False
     return False
-
-
-def _tolerates(user: Node, node: Node, tolerant: set[Node], gauge: Gauge) -> bool:
-    if gauge.returns(user, node):
-        return False
-    if user not in gauge.matches.of or not gauge.reads_values(user):
-        return True
-    use = gauge.matches.of[user].use(node, gauge.any_shift(node), gauge)
-    return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
 
 
 def _stopping(node: Node, gauge: Gauge) -> list[Node]:
@@ -311,7 +299,7 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
                 continue
             others = (user for user in operand.users if user is not current and not _reads_part(user, gauge))
             if operand not in gauge.matches.free_constants and not all(
-                _tolerates(u, operand, tolerant, gauge) for u in others
+                tolerates(u, operand, tolerant, gauge) for u in others
             ):
                 continue
             if operand in gauge.matches.free_constants and len(operand.users) > 1:
@@ -337,7 +325,7 @@ def _reaches_others(route: _Route, change: np.ndarray, tolerant: set[Node], gaug
 
 def _minds(reader: Node, operand: Node, moved: Any, tolerant: set[Node], gauge: Gauge) -> bool:
     """Whether a reader of a part gets something of a change that it, or one behind it, cannot take."""
-    if _tolerates(reader, operand, tolerant, gauge):
+    if tolerates(reader, operand, tolerant, gauge):
         return False
     try:
         part = gauge.matches.of[reader].carry(operand, moved, collapse_equal, gauge)

@@ -16,7 +16,7 @@ from .operations import NORMALISING
 from .report import FoldError
 from .results import Solution
 from .scales import Outcome
-from .settle import tolerant_values
+from .tolerance import tolerant_values
 from .weight_edits import REFUSED, noted
 
 aten = torch.ops.aten

@@ -50,6 +50,16 @@ def _cast_like(node: Node) -> None:
         node.target, node.args = aten.to.dtype, (node.args[0], other.dtype)
 
 
+def _square(node: Node) -> None:
+    """A product of a value by itself, which the model computes twice."""
+    first, second = node.args
+    computed = all(isinstance(x, Node) and isinstance(x.target, torch._ops.OpOverload) for x in (first, second))
+    if not computed or torch.Tag.nondeterministic_seeded in first.target.tags:
+        return
+    if (first.target, first.args, first.kwargs) == (second.target, second.args, second.kwargs):
+        node.args = (first, first)
+
+
 def _without_empty(node: Node) -> None:
     """An empty tensor with one axis is left out of a concatenation of tensors with several."""
     dtype = node.meta["val"].dtype
@@ -171,6 +181,7 @@ def _before(node: Node, target: Any, *args: Any) -> Node:
 
 _FORMS: dict[object, Callable[[Node], None]] = {
     aten.type_as.default: _cast_like,
+    aten.mul.Tensor: _square,
     aten.where.self: _where,
     aten.where.ScalarSelf: _where,
     aten.where.ScalarOther: _where,

@@ -121,10 +121,10 @@ class WeightEdits:
                 note(operand, REFUSED, self.gauge.solution.refused_range[before])
         return operand
 
-    def apply(self, target: object, operand: Node, numbers: np.ndarray, *, name: str, before: Node) -> Node:
-        """An operation with the operand and constant numbers."""
+    def apply(self, target: object, operand: Node, numbers: np.ndarray, *more: int, name: str, before: Node) -> Node:
+        """An operation with the operand, constant numbers and further arguments."""
         constant = self._constant(f"{self.gauge.path(before)}.{name}", numbers, operand)
-        return self.program.insert(before, target, (operand, constant), before)
+        return self.program.insert(before, target, (operand, constant, *more), before)
 
     def add(self, operand: Node, shift: np.ndarray, *, before: Node | None = None, after: Node | None = None) -> Node:
         """``operand + shift``, or the operand itself for a shift of zero."""

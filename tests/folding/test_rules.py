@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normfuse.folding import fold
+
 from .checks import folded, operations
 from .maps import BehindAnInput, C, Map, MapNorm, Sandwich, sequence, status
 
@@ -294,6 +296,54 @@ def test_the_bound_of_a_relu_takes_a_shift_that_nothing_else_takes(relu: Callabl
     program, report = folded(model, sequence())
     assert status(report) == ["folded"]
     assert operations(program) == ["aten.maximum.default", "aten.linear.default"]
+
+
+SQUARES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "square": (torch.square, ["mse_loss"]),
+    "power": (lambda x: x**2, ["mse_loss"]),
+    "of a difference": (lambda x: (x - 3.0) * (x - 3.0), ["mse_loss"]),
+    "of a square": (lambda x: x.square().square(), ["mse_loss", "square"]),
+    "of a square and a number": (lambda x: (x.square() - 1.0).square(), ["mse_loss", "mse_loss"]),
+    "of a relu": (lambda x: F.relu(x).square(), ["maximum", "mse_loss"]),
+    "of a relu, computed twice": (lambda x: F.relu(x) * F.relu(x), ["maximum", "mse_loss"]),
+    "of a part": (lambda x: F.relu(x[:, :3]) ** 2, ["slice", "maximum", "mse_loss"]),
+    "of heads": (
+        lambda x: x.view(3, 5, 2, 3).clamp(min=0).pow(2.0).flatten(2),
+        ["view", "maximum", "mse_loss", "flatten"],
+    ),
+    "averaged": (lambda x: F.relu(x).square().mean(1), ["maximum", "mse_loss", "mean"]),
+}
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("name", SQUARES)
+def test_a_square_takes_a_shift_that_nothing_else_takes(name: str, negative: bool) -> None:
+    """A negative scale keeps the factor in front of a ReLU, but not the summand."""
+    square, left = SQUARES[name]
+    model = BehindAnInput(square, shift=True)
+    if not negative:
+        model.norm.scale.data.abs_()
+    program, report = folded(model, sequence())
+    kept = negative and "maximum" in left
+    assert status(report) == ["kept" if kept else "folded"]
+    found = [operation.split(".")[1].replace("reshape", "view") for operation in operations(program)]
+    assert found == ["mul"] * kept + left + ["linear"]
+    assert operations(fold(program)[0]) == operations(program)
+
+
+def test_a_square_of_what_a_weight_writes_stays() -> None:
+    program, report = folded(Sandwich(lambda x: F.relu(x).square()), sequence())
+    assert status(report) == ["folded"]
+    assert operations(program) == [f"aten.{o}.default" for o in ("linear", "relu", "square", "linear")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_square_takes_a_shift_in_few_digits(dtype: torch.dtype) -> None:
+    model = BehindAnInput(lambda x: F.relu(x).square(), shift=True).to(dtype).eval()
+    model.norm.scale.data.abs_()
+    program, report = fold(torch.export.export(model, (sequence()[0].to(dtype),)))  # compares with the model's rounding
+    assert report.verified is not None and "aten.add.Tensor" not in operations(program)
+    assert all(v.dtype == dtype for v in program.state_dict.values())
 
 
 def test_a_power_that_cannot_have_its_scale_is_fixed() -> None:

@@ -136,9 +136,13 @@ class Match:
         """What the result holds whatever the input is (of weights, and of affine maps that stay)."""
         raise NotImplementedError
 
-    def bends(self) -> bool:
-        """Whether a bound of the operation can take a shift."""
-        return False
+    def last_resort(self) -> Use:
+        """What becomes of a shift that nothing else takes, where the operation can be written such that it takes one.
+
+        :attr:`Use.PASS` where the result carries it on (ReLU), :attr:`Use.ABSORB` where it does not (squares). It costs
+        no operation, but the usual one.
+        """
+        return Use.STOP
 
     def price(self) -> int:
         """What another shift of its result costs: nothing, an addition (1), or a copy of a table (2)."""

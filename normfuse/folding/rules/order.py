@@ -130,9 +130,8 @@ class Bend(Homogeneous):
             return False
         return value.meta["val"].dim() == self.value.dim() and all(is_bound(bound, facts) for bound in bounds)
 
-    def bends(self) -> bool:
-        """Whether there is one bound, zero everywhere."""
-        return self._side() is not None
+    def last_resort(self) -> Use:
+        return Use.PASS if self._side() is not None else Use.STOP
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.PASS if self.node in gauge.shifts.bent else Use.STOP

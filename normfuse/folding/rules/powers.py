@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.fx import Node
 
-from ..gauge import Facts
+from ..arrays import to_rank
+from ..gauge import Facts, Gauge
 from ..operations import EXPONENTS
 from ..relations import Relations
-from .base import Match, is_float, rule_for
+from ..weight_edits import WeightEdits
+from .base import Match, Use, is_float, rule_for
 
 aten = torch.ops.aten
-_EXPONENTS = {**EXPONENTS, aten.mul.Tensor: 2.0}  # of a value by itself
+_EXPONENTS = {**EXPONENTS, aten.mul.Tensor: 2.0}  # a product of a value by itself
+_EACH = 0  # how mse_loss says that squares are neither averaged nor added up
 
 
 @rule_for(aten.pow.Tensor_Scalar, *_EXPONENTS)
 class Power(Match):
-    """``(s * x)^p = s^p * x^p``; for a p that is no integer the scale is positive. A shift stops.
+    """``(s * x)^p = s^p * x^p``; for a p that is no integer the scale is positive.
 
-    The equation is no ratio. It is met when the ratios are: see :mod:`normfuse.folding.solve`.
+    The equation is no ratio. It is met when the ratios are: see :mod:`normfuse.folding.solve`. Where a shift has
+    nowhere else to go, a square subtracts it: ``(s * x + t)^2 = s^2 * (x - (-t / s))^2``, which is one operation.
     """
+
+    def operand(self) -> Node:
+        """The value that is raised."""
+        return self.args[0]
 
     def fits(self, facts: Facts) -> bool:
         if self.node in facts.options.fixed_powers or not is_float(self.node) or not is_float(self.args[0]):
@@ -31,12 +40,52 @@ class Power(Match):
     @property
     def exponent(self) -> float:
         """The power to which the operand is raised."""
-        return self.args[1] if self.target is aten.pow.Tensor_Scalar else _EXPONENTS[self.target]
+        return self.args[1] if self.target is aten.pow.Tensor_Scalar else _EXPONENTS.get(self.target, 2.0)
 
     def relate(self, relations: Relations) -> np.ndarray:
-        scale = relations.scale(self.args[0])
+        scale = relations.scale(self.operand())
         result = relations.scales.fresh(scale.shape)
         if self.exponent % 1:
             relations.scales.require_positive(scale)
             relations.scales.require_positive(result)
         return result
+
+    def last_resort(self) -> Use:
+        return Use.ABSORB if self.exponent == 2 else Use.STOP
+
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if self.node in gauge.shifts.bent else Use.STOP
+
+    def rewrite(self, edits: WeightEdits) -> None:
+        gauge, operand = edits.gauge, self.operand()
+        before = self.subtracted(gauge)
+        after = (before - gauge.incoming(self.node, operand)) / gauge.scales[gauge.scale(operand)]
+        if (after != before).any():
+            new = edits.apply(aten.mse_loss.default, operand, after, _EACH, name="subtracted", before=self.node)
+            edits.replace(self.node, new)
+
+    def subtracted(self, gauge: Gauge) -> np.ndarray:
+        """What is subtracted before the power is taken, as an array over the operand."""
+        return gauge.no_shift(self.operand())
+
+
+@rule_for(aten.mse_loss.default)
+class SquaredDifference(Power):
+    """``(x - c)^2`` with constants c, which take a shift: ``(s * x + t - c)^2 = s^2 * (x - (c - t) / s)^2``."""
+
+    owns_constants = True
+
+    def fits(self, facts: Facts) -> bool:
+        value, constant = self.args[:2]
+        if self.argument("reduction") != _EACH or not super().fits(facts) or facts.program.is_constant(value):
+            return False
+        return facts.program.is_constant(constant) and constant.meta["val"].dim() <= value.meta["val"].dim()
+
+    def last_resort(self) -> Use:
+        return Use.STOP
+
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if operand is self.operand() else Use.STOP
+
+    def subtracted(self, gauge: Gauge) -> np.ndarray:
+        return to_rank(gauge.program.constant(self.args[1]).numpy(), self.value.dim())

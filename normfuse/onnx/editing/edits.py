@@ -24,6 +24,7 @@ _ADDED = {
     aten.add.Tensor: "Add",
     aten.maximum.default: "Max",
     aten.minimum.default: "Min",
+    aten.mse_loss.default: "Sub",  # and a product of the difference by itself
 }
 _STORED_FOR = re.compile(r"(.*)\.(?:scale|shift)(?:_folded(?:_\d+)?)*")  # what folding calls the numbers of a map
 _SUFFIX = re.compile(r"(_folded(_\d+)?)+$")
@@ -227,7 +228,7 @@ class _Editor:
         return self._folded.state_dict[self._targets[node.name]].detach()
 
     def _insert(self, node: Node) -> None:
-        """A Mul, an Add or a bound that was not there before."""
+        """A Mul, an Add, a bound or a squared difference that was not there before."""
         if node.target not in _ADDED:
             raise EditError(f"{node.target} was added")
         operands = [argument for argument in node.args[:2] if isinstance(argument, Node)]
@@ -238,7 +239,11 @@ class _Editor:
         self._names[node.name] = result
         self._places[node.name] = place
         inputs = [self._name(operand) for operand in operands]
-        self._behind.setdefault(place, []).append(helper.make_node(_ADDED[node.target], inputs, [result], name=result))
+        behind = self._behind.setdefault(place, [])
+        behind.append(helper.make_node(_ADDED[node.target], inputs, [result], name=result))
+        if node.target is aten.mse_loss.default:
+            self._names[node.name] = square = self._free(f"{self._base(operands[0])}_square")
+            behind.append(helper.make_node("Mul", [result, result], [square], name=square))
 
     def _source(self, node: Node) -> Node:
         """The operation that writes a value, where that is one of several."""

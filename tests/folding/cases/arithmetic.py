@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import BROADCAST, IMAGE, MASK, SEQUENCE, Case, binary, unary
+from .base import BROADCAST, CONSTANTS, IMAGE, MASK, SEQUENCE, Case, binary, unary
 
 aten = torch.ops.aten
 
@@ -183,6 +183,14 @@ CASES: dict[object, list[Case]] = {
     ],
     aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,)),
     aten.square.default: unary(aten.square.default),
+    aten.mse_loss.default: [
+        *(Case(lambda x, c: aten.mse_loss.default(x, c, 0), (SEQUENCE,), (shape,)) for shape in CONSTANTS),
+        *(Case(lambda x, c: aten.mse_loss.default(x, c, 0), (shape,), ((6,),)) for shape in ((2, 1, 6), (6,))),
+        Case(lambda x, c: aten.mse_loss.default(c, x, 0), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.mse_loss.default(x.relu(), c, 0).square(), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.mse_loss.default(x, c, 1), (SEQUENCE,), ((6,),)),
+        Case(lambda x, y: aten.mse_loss.default(x, y, 0), (SEQUENCE, SEQUENCE)),
+    ],
     aten.sqrt.default: unary(lambda x: aten.sqrt.default(x.abs())),
     aten.rsqrt.default: unary(lambda x: aten.rsqrt.default(x.abs())),
     aten.reciprocal.default: unary(aten.reciprocal.default),

@@ -55,6 +55,14 @@ def test_the_bound_of_a_relu_takes_a_shift_that_nothing_else_takes(tmp_path):
     assert_equal(tmp_path, {"x": draw(2, 4)})
 
 
+def test_a_square_takes_a_shift_that_nothing_else_takes(tmp_path):
+    body = "t = Tanh (x) a = Mul (t, gain) b = Add (a, shift) r = Relu (b) s = Mul (r, r) y = MatMul (s, head)"
+    constants = {"gain": np.abs(draw(4)) + 0.5, "shift": draw(4), "head": draw(4, 3)}
+    _, after = folded(model("float[batch, 4] x", "float[batch, 3] y", body, **constants), tmp_path)
+    assert kinds(after) == ["Tanh", "Max", "Sub", "Mul", "MatMul"]
+    assert_equal(tmp_path, {"x": draw(2, 4)})
+
+
 def test_gains_of_layer_norms_take_what_stands_behind_them(tmp_path):
     body = (
         "n = LayerNormalization (x, gain, shift) a = Mul (n, scale) b = Add (a, shift) p = MatMul (b, up) g = Gelu (p) "

@@ -1,0 +1,55 @@
+"""Which values may have any shift, because all that reads them can take it."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .gauge import Gauge
+from .rules import Use
+
+
+def tolerant_values(gauge: Gauge, *, bending: bool = False) -> set[Node]:
+    """Values whose every reader has weights that take any shift along channels, or carries it on to such readers.
+
+    With `bending`, also those whose readers take one if they are written otherwise (:meth:`.Match.last_resort`).
+    """
+    tolerant: set[Node] = set()
+    for node in reversed(gauge.program.graph.nodes):
+        readers = (tolerates(user, node, tolerant, gauge, bending=bending) for user in node.users)
+        if node in gauge.matches.scale_of and all(readers):
+            tolerant.add(node)
+    return tolerant
+
+
+def tolerates(user: Node, node: Node, tolerant: set[Node], gauge: Gauge, *, bending: bool = False) -> bool:
+    """Whether a reader takes any shift of a value, or carries it on to a tolerant one."""
+    if gauge.returns(user, node):
+        return False
+    if user not in gauge.matches.of or not gauge.reads_values(user):
+        return True
+    rule = gauge.matches.of[user]
+    use = rule.use(node, gauge.any_shift(node), gauge)
+    if use is Use.STOP and bending:
+        use = rule.last_resort()
+    return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
+
+
+def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], set[Node]]:
+    """The readers that have to be written otherwise for a value to be tolerant, and the values that are so then."""
+    readers, values, pending = set[Node](), set[Node](), [node]
+    while pending:
+        current = pending.pop()
+        if current in tolerant or current in values:
+            continue
+        values.add(current)
+        for user in current.users:
+            if user not in gauge.matches.of or not gauge.reads_values(user):
+                continue
+            rule = gauge.matches.of[user]
+            use = rule.use(current, gauge.any_shift(current), gauge)
+            if use is Use.STOP:
+                readers.add(user)
+                use = rule.last_resort()
+            if use is Use.PASS:
+                pending.append(user)
+    return readers, values
