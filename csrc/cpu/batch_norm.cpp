@@ -25,10 +25,9 @@ void each_stat_group(const StatGroupPasses<T>& passes, const Use& use) {
 template <class T>
 void forward(const BatchNormForward& a, Parallel parallel) {
   using Acc = AccOf<T>;
-  const StatGroupPasses<T> passes(a.stat_groups, parallel);
+  const StatGroupPasses<T> passes(a.stat_groups);
   const T* x = static_cast<const T*>(a.x);
   Acc *mean = static_cast<Acc*>(a.stats), *var = mean + passes.size, *inv_std = var + passes.size;
-  passes.moments(x, mean, var, a.count);
 
   AffineOfStatGroups<Acc> by{mean, {}, {}};
   if (a.weight.data) {
@@ -37,7 +36,7 @@ void forward(const BatchNormForward& a, Parallel parallel) {
   }
   Acc *running_mean = static_cast<Acc*>(a.running_mean), *running_var = static_cast<Acc*>(a.running_var);
   const Acc shortcut = a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0);
-  each_stat_group(passes, [&](int64_t g, int64_t s, int64_t c, int64_t i) {
+  const auto use_moments = [&](int64_t g, int64_t s, int64_t c, int64_t i) {
     const int64_t count = a.count[g * passes.sets + s];
     if (running_mean && count > 0 && s == 0 && c == 0) *a.num_batches_tracked = next_step(*a.num_batches_tracked);
     const Acc rate = running_mean ? moving_rate<Acc>(a.momentum, *a.num_batches_tracked) : Acc(0);
@@ -53,24 +52,26 @@ void forward(const BatchNormForward& a, Parallel parallel) {
         affine_of_stat_group(stats, number_of<Acc>(a.weight, g, s, c), number_of<Acc>(a.bias, g, s, c), shortcut);
     by.scale[i] = affine.scale;
     by.shift[i] = affine.shift;
-  });
-  if (a.weight.data) passes.affine(x, by, static_cast<T*>(a.y));
+  };
+  std::vector<Phase> phases = passes.moments(x, mean, var, a.count);
+  phases.push_back(once([&] { each_stat_group(passes, use_moments); }));
+  if (a.weight.data) phases.push_back(passes.affine(x, by, static_cast<T*>(a.y)));
+  run_phases(parallel, phases);
 }
 
 template <class T>
 void backward(const BatchNormBackward& a, Parallel parallel) {
   using Acc = AccOf<T>;
-  const StatGroupPasses<T> passes(a.stat_groups, parallel);
+  const StatGroupPasses<T> passes(a.stat_groups);
   const T *dy = static_cast<const T*>(a.grad_y), *x = static_cast<const T*>(a.x);
   const Acc *mean = static_cast<const Acc*>(a.stats), *var = mean + passes.size, *inv_std = var + passes.size;
   Acc *sum_dy = static_cast<Acc*>(a.grad_bias), *sum_dyd = static_cast<Acc*>(a.grad_weight);
-  passes.gradient_sums(dy, x, mean, sum_dy, sum_dyd);
 
   GradientOfStatGroups<Acc> by{mean, StatGroupVector<Acc>(passes.size), StatGroupVector<Acc>(passes.size),
                                StatGroupVector<Acc>(passes.size)};
   const Acc shortcut = a.shortcut ? *static_cast<const Acc*>(a.shortcut) : Acc(0);
   const auto of = [](const void* vectors, int64_t i) { return vectors ? static_cast<const Acc*>(vectors)[i] : Acc(0); };
-  each_stat_group(passes, [&](int64_t g, int64_t s, int64_t c, int64_t i) {
+  const auto use_sums = [&](int64_t g, int64_t s, int64_t c, int64_t i) {
     const auto k =
         gradient_of_stat_group<Acc>({mean[i], var[i], inv_std[i]}, number_of<Acc>(a.weight, g, s, c), shortcut,
                                     sum_dy[i], sum_dyd[i], of(a.grad_mean, i), of(a.grad_var, i),
@@ -79,8 +80,11 @@ void backward(const BatchNormBackward& a, Parallel parallel) {
     by.pull[i] = k.pull;
     by.offset[i] = k.offset;
     sum_dyd[i] *= inv_std[i];
-  });
-  passes.gradient(dy, x, by, static_cast<T*>(a.grad_x));
+  };
+  std::vector<Phase> phases = passes.gradient_sums(dy, x, mean, sum_dy, sum_dyd);
+  phases.push_back(once([&] { each_stat_group(passes, use_sums); }));
+  phases.push_back(passes.gradient(dy, x, by, static_cast<T*>(a.grad_x)));
+  run_phases(parallel, phases);
 }
 
 }  // namespace

@@ -37,23 +37,15 @@ struct RowBlocks {
   // Calls body(block) for every block.
   template <class Body>
   Phase each(const Body& body) const {
-    return {tasks(), [this, body](int64_t task) {
-              for (int64_t b = task * grain(); b < std::min(count, (task + 1) * grain()); ++b) body(b);
-            }};
+    return neighbours(count, grain(), body);
   }
-
-  // The same with the last block first.
   template <class Body>
   Phase each_backwards(const Body& body) const {
-    const auto run = [this, body](int64_t task) {
-      for (int64_t b = std::min(count, (task + 1) * grain()) - 1; b >= task * grain(); --b) body(b);
-    };
-    return {tasks(), run, true};
+    return neighbours_backwards(count, grain(), body);
   }
 
   // As many blocks as are worth waking a thread for.
   int64_t grain() const { return std::max<int64_t>(1, kThreadElements / (size * channels)); }
-  int64_t tasks() const { return (count + grain() - 1) / grain(); }
 };
 
 // sums += the same channels of every block

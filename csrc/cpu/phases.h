@@ -18,8 +18,25 @@ namespace normfuse::cpu {
 struct Phase {
   int64_t tasks;
   std::function<void(int64_t task)> run;
-  bool backwards = false;  // a thread's last task first: it finds in its cache what the phase before has just read
+  bool backwards = false;  // a thread's last task first
 };
+
+// run(i) for 0 <= i < count, in tasks of `grain` neighbours.
+template <class Run>
+Phase neighbours(int64_t count, int64_t grain, const Run& run) {
+  return {(count + grain - 1) / grain, [=](int64_t task) {
+            for (int64_t i = task * grain; i < std::min(count, (task + 1) * grain); ++i) run(i);
+          }};
+}
+
+// The same with the last one first: a thread finds in its cache what the phase before has just read.
+template <class Run>
+Phase neighbours_backwards(int64_t count, int64_t grain, const Run& run) {
+  const auto last_first = [=](int64_t task) {
+    for (int64_t i = std::min(count, (task + 1) * grain) - 1; i >= task * grain; --i) run(i);
+  };
+  return {(count + grain - 1) / grain, last_first, true};
+}
 
 // What is computed once, by one thread.
 inline Phase once(std::function<void()> run) {

@@ -43,9 +43,8 @@ Pair<Acc> pair(const Acc* first, const Acc* second, int64_t c) {
 }  // namespace
 
 template <class T>
-StatGroupPasses<T>::StatGroupPasses(const StatGroups& stat_groups, Parallel parallel)
+StatGroupPasses<T>::StatGroupPasses(const StatGroups& stat_groups)
     : stat_groups(stat_groups),
-      parallel(parallel),
       groups(stat_groups.groups()),
       sets(stat_groups.sets()),
       size(groups * sets * stat_groups.channels),
@@ -66,49 +65,33 @@ StatGroupPasses<T>::StatGroupPasses(const StatGroups& stat_groups, Parallel para
   grain_ = std::max<int64_t>(1, kThreadElements / (most * range_ * std::max<int64_t>(stat_groups.positions, 1)));
 }
 
-// body(block number, block, first channel, end)
+// As a function of the task: body(block number, block, first channel, end).
 template <class T>
 template <class Body>
-void StatGroupPasses<T>::run(int64_t task, const Body& body) const {
-  const int64_t b = task / ranges_, c = task % ranges_ * range_;
-  body(b, blocks_[b], c, std::min(c + range_, stat_groups.channels));
-}
-
-template <class T>
-template <class Body>
-void StatGroupPasses<T>::each(const Body& body) const {
-  parallel(tasks_, grain_, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task, body);
-  });
-}
-
-// A thread's last task first: it finds in its cache what each() has just read.
-template <class T>
-template <class Body>
-void StatGroupPasses<T>::each_backwards(const Body& body) const {
-  parallel(tasks_, grain_, [&](int64_t begin, int64_t end) {
-    for (int64_t task = end - 1; task >= begin; --task) run(task, body);
-  });
+auto StatGroupPasses<T>::of_block(const Body& body) const {
+  return [this, body](int64_t task) {
+    const int64_t b = task / ranges_, c = task % ranges_ * range_;
+    body(b, blocks_[b], c, std::min(c + range_, stat_groups.channels));
+  };
 }
 
 // body(group, first channel, end): what adds over the blocks of a group.
 template <class T>
 template <class Body>
-void StatGroupPasses<T>::each_stat_group_range(const Body& body) const {
+Phase StatGroupPasses<T>::each_stat_group_range(const Body& body) const {
   constexpr int64_t kRange = 64;
   const int64_t n = stat_groups.channels, ranges = (n + kRange - 1) / kRange;
   const int64_t blocks = int64_t(blocks_.size()) / groups + 1;
-  parallel(groups * ranges, std::max<int64_t>(1, kThreadElements / (kRange * blocks)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i / ranges, i % ranges * kRange, std::min(n, (i % ranges + 1) * kRange));
-  });
+  return neighbours(groups * ranges, std::max<int64_t>(1, kThreadElements / (kRange * blocks)),
+                    [=](int64_t i) { body(i / ranges, i % ranges * kRange, std::min(n, (i % ranges + 1) * kRange)); });
 }
 
 template <class T>
-void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const {
+std::vector<Phase> StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions, blocks = int64_t(blocks_.size());
-  const std::unique_ptr<Acc[]> partial(new Acc[2 * blocks * sets * n]);  // of a block the means, then the deviations
-  std::vector<int64_t> counts(blocks * sets);
-  each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
+  const std::shared_ptr<Acc[]> partial(new Acc[2 * blocks * sets * n]);  // of a block the means, then the deviations
+  const std::shared_ptr<int64_t[]> counts(new int64_t[blocks * sets]);
+  const auto moments_of_block = [=](int64_t b, const Block& block, int64_t begin, int64_t end) {
     Acc *block_mean = &partial[2 * b * sets * n], *block_squares = block_mean + sets * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
@@ -122,7 +105,7 @@ void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* c
         for (int64_t s = 0; s < sets; ++s) {
           block_mean[s * n + c] = Acc(found[s].mean);
           block_squares[s * n + c] = Acc(found[s].squares);
-          if (c == begin) counts[b * sets + s] = found[s].count;
+          if (c == 0) counts[b * sets + s] = found[s].count;
         }
       }
     } else {
@@ -135,8 +118,8 @@ void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* c
                       block_squares + s * n);
       }
     }
-  });
-  each_stat_group_range([&](int64_t g, int64_t begin, int64_t end) {
+  };
+  const auto merge = [=](int64_t g, int64_t begin, int64_t end) {
     std::vector<double> total_mean(end - begin), total_squares(end - begin);
     for (int64_t s = 0; s < sets; ++s) {
       std::fill(total_mean.begin(), total_mean.end(), 0.0);
@@ -155,7 +138,8 @@ void StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squares, int64_t* c
       std::copy(total_mean.begin(), total_mean.end(), mean + at(g, s) + begin);
       std::copy(total_squares.begin(), total_squares.end(), squares + at(g, s) + begin);
     }
-  });
+  };
+  return {neighbours(tasks_, grain_, of_block(moments_of_block)), each_stat_group_range(merge)};
 }
 
 template <class T>
@@ -170,10 +154,10 @@ NORMFUSE_CLONES static void affine_rows(const T* x, const bool* mask, int64_t ro
 }
 
 template <class T>
-void StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const {
+Phase StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions;
   const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
-  each_backwards([&](int64_t, const Block& block, int64_t begin, int64_t end) {
+  const auto pass = [=, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *scale[2], *shift[2];
     for (int64_t part = 0; part < 2; ++part) {
       mean[part] = vector(by.mean, block, part);
@@ -196,14 +180,16 @@ void StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T
       affine_rows<T>(x + block.first * n, mask(block.first), block.count, n, mean, scale, shift,
                      {y + block.first * n, n, stream});
     }
-  });
+  };
+  return neighbours_backwards(tasks_, grain_, of_block(pass));
 }
 
 template <class T>
-void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const {
+std::vector<Phase> StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy,
+                                                     Acc* sums_dyd) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions, parts = this->parts();
-  const std::unique_ptr<Acc[]> partial(new Acc[2 * int64_t(blocks_.size()) * parts * n]);
-  each([&](int64_t b, const Block& block, int64_t begin, int64_t end) {
+  const std::shared_ptr<Acc[]> partial(new Acc[2 * int64_t(blocks_.size()) * parts * n]);
+  const auto sums_of_block = [=](int64_t b, const Block& block, int64_t begin, int64_t end) {
     Acc *plain = &partial[2 * b * parts * n], *along = plain + parts * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
@@ -229,8 +215,8 @@ void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean,
                           vector(mean, block, part), plain + part * n, along + part * n);
       }
     }
-  });
-  each_stat_group_range([&](int64_t g, int64_t begin, int64_t end) {
+  };
+  const auto add = [=](int64_t g, int64_t begin, int64_t end) {
     const std::pair<const Acc*, Acc*> wanted[] = {{partial.get(), sums_dy}, {partial.get() + parts * n, sums_dyd}};
     for (const auto& [from, to] : wanted)
       for (int64_t s = 0; s < sets; ++s) {
@@ -240,7 +226,8 @@ void StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, const Acc* mean,
             add_sums(from + (2 * b * parts + part) * n + begin, total.data(), end - begin);
         std::copy(total.begin(), total.end(), to + at(g, s) + begin);
       }
-  });
+  };
+  return {neighbours(tasks_, grain_, of_block(sums_of_block)), each_stat_group_range(add)};
 }
 
 template <class T>
@@ -255,11 +242,11 @@ NORMFUSE_CLONES static void gradient_rows(const T* dy, const T* x, const bool* m
 }
 
 template <class T>
-void StatGroupPasses<T>::gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const {
+Phase StatGroupPasses<T>::gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions;
   const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
   const std::vector<Acc> nothing(masked() && sets == 1 ? n : 0);
-  each_backwards([&](int64_t, const Block& block, int64_t begin, int64_t end) {
+  const auto pass = [=, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *slope[2], *pull[2], *offset[2];
     for (int64_t part = 0; part < 2; ++part) {
       const bool padding = part == 1 && !nothing.empty();
@@ -285,7 +272,8 @@ void StatGroupPasses<T>::gradient(const T* dy, const T* x, const GradientOfStatG
       gradient_rows<T>(dy + block.first * n, x + block.first * n, mask(block.first), block.count, n, mean, slope, pull,
                        offset, {dx + block.first * n, n, stream});
     }
-  });
+  };
+  return neighbours_backwards(tasks_, grain_, of_block(pass));
 }
 
 template class StatGroupPasses<float>;

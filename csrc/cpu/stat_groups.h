@@ -35,33 +35,29 @@ class StatGroupPasses {
  public:
   using Acc = AccOf<T>;
 
-  StatGroupPasses(const StatGroups& stat_groups, Parallel parallel);
+  explicit StatGroupPasses(const StatGroups& stat_groups);
 
   const StatGroups stat_groups;
-  const Parallel parallel;
   const int64_t groups, sets, size;  // size: of a StatGroupVector
 
   int64_t at(int64_t group, int64_t set) const { return (group * sets + set) * stat_groups.channels; }
 
+  // The passes as phases, which read `by` when they run.
   // Mean, sum of squared deviations and, [groups, sets], number of what the statistics groups count.
-  void moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const;
-  void affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const;
+  std::vector<Phase> moments(const T* x, Acc* mean, Acc* squares, int64_t* count) const;
+  Phase affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const;
   // Sums of dy and of dy (x - mean) over all that the statistics groups normalise, padding included.
-  void gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const;
-  void gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const;
+  std::vector<Phase> gradient_sums(const T* dy, const T* x, const Acc* mean, Acc* sums_dy, Acc* sums_dyd) const;
+  Phase gradient(const T* dy, const T* x, const GradientOfStatGroups<Acc>& by, T* dx) const;
 
  private:
   struct Block {
     int64_t group, first, count;  // of samples, of which a plane layout has one
   };
   template <class Body>
-  void each(const Body& body) const;
+  auto of_block(const Body& body) const;
   template <class Body>
-  void each_backwards(const Body& body) const;
-  template <class Body>
-  void each_stat_group_range(const Body& body) const;
-  template <class Body>
-  void run(int64_t task, const Body& body) const;
+  Phase each_stat_group_range(const Body& body) const;
 
   bool masked() const { return stat_groups.mask != nullptr; }
   int64_t parts() const { return masked() ? 2 : 1; }  // what the mask parts a block into
