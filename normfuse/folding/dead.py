@@ -95,7 +95,7 @@ def remove_dead_channels(program: ExportedProgram) -> tuple[ExportedProgram, lis
 
 def open_for_removal(program: ExportedProgram) -> Gauge:
     """The program with the rules of its operations."""
-    return relate(Program(program), Options(max_scale_range=np.inf))
+    return relate(Program(program), Options(max_scale_range=np.inf, zero_rows=False))
 
 
 def weights_of(gauge: Gauge) -> list[Node]:

@@ -22,6 +22,7 @@ class Options:
     """How a program is folded, see :func:`normfuse.fold`; the last three change where a first attempt falls short.
 
     Attributes:
+        zero_rows: whether gains of zero go into the weights in front, where nothing else reads what these write.
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
         fixed_powers: powers whose scales are fixed before all demands.
         kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
@@ -31,6 +32,7 @@ class Options:
     carry_biases: bool = False
     max_scale_range: float = 2.0**40
     keep_dynamic_norms: bool = False
+    zero_rows: bool = True
     fold_zeros: bool = True
     fixed_powers: frozenset[Node] = frozenset()
     kept_maps: frozenset[Node] = frozenset()

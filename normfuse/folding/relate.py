@@ -15,6 +15,7 @@ from .results import Matches
 from .rules import Match, Opaque, match
 from .rules.base import MeanRole
 from .scales import Scales
+from .zeros import zero_rows
 
 
 def match_all(facts: Facts) -> Mapping[Node, Match]:
@@ -32,8 +33,10 @@ def relate(program: Program, options: Options) -> Gauge:
     """Match every operation, and let the matches say which scales are equal, positive or fixed."""
     matches = match_all(Facts(program, options))
     scale_of: dict[Node, Any] = {}
-    found = Matches(matches, MappingProxyType(scale_of))
-    gauge = Gauge(program, options, Scales(options.max_scale_range), found)
+    gauge = Gauge(program, options, Scales(options.max_scale_range), Matches(matches, MappingProxyType(scale_of)))
+    if options.zero_rows:
+        matches = zero_rows(gauge)
+        gauge = gauge.knowing(matches=Matches(matches, MappingProxyType(scale_of)))
     relations = Relations(gauge, scale_of)
     for node in program.graph.nodes:
         if node in matches:

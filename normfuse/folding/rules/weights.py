@@ -27,12 +27,14 @@ class Weighted(Match):
 
     Scales and shifts may vary along the axes of the input that the weight reads and along the axes of the result that
     it writes; where an axis of the weight is both (experts, heads), each entry has a map of its own. A missing bias is
-    created where it is needed; one that has become zero is dropped.
+    created where it is needed; one that has become zero is dropped. Rows of W and entries of the bias that are to write
+    zeros become zero before anything else.
     """
 
     owns_constants = True
     mean = MeanRole.WRITES
     weighs = True
+    writes_zeros = True
     #: Name of the bias in the operation's schema.
     bias_name = "bias"
     #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
@@ -130,7 +132,7 @@ class Weighted(Match):
         operand, weight, bias = self.operands()
         s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(self.node)]
         t_x, t_y = gauge.incoming(self.node, operand), gauge.shifts.of[self.node]
-        rescaled = bool((s_x != 1).any() or (s_y != 1).any())
+        rescaled = bool((s_x != 1).any() or (s_y != 1).any()) or self.zeroed is not None
         centre = gauge.centring.centred.get(self.node)
         if gauge.program.computed(weight) and not rescaled and centre is None:
             edits.scale_weight(self.node, weight)  # a reparametrised weight is stored as what it has become
@@ -141,7 +143,8 @@ class Weighted(Match):
             constant = subtract_means(torch.from_numpy(constant), centre).numpy()
         if rescaled or centre is not None:
             s_x = take_first(s_x, self._others(s_x))
-            factors = (self.rows(1.0 / s_y), self.columns(s_x)) if rescaled else ()
+            rows = 1.0 / s_y if self.zeroed is None else np.where(self.zeroed, 0.0, 1.0 / s_y)
+            factors = (self.rows(rows), self.columns(s_x)) if rescaled else ()
             centre = None if centre is None else self.rows(centre).numpy()
             edits.scale_weight(self.node, weight, *factors, centre=centre)
         self.set_bias(weight, bias, constant / self.factor_of_bias(), edits)
@@ -178,7 +181,8 @@ class Weighted(Match):
         if bias is not None:
             constant = self.bias_of(gauge.program.constant(bias).numpy()) * self.factor_of_bias()
         t_x = gauge.incoming(self.node, operand)
-        return constant + self.through(weight, t_x, gauge) if t_x.any() else constant
+        constant = constant + self.through(weight, t_x, gauge) if t_x.any() else constant
+        return constant if self.zeroed is None else np.where(self.zeroed, 0.0, constant)
 
     def _others(self, numbers: np.ndarray) -> tuple[int, ...]:
         """The axes along which numbers about the input vary, though the weight does not read them."""
