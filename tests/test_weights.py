@@ -145,6 +145,19 @@ def test_equally_likely_groups_must_be_chosen(state):
         weights.take(content, Net(), "c.pt", "third")
 
 
+def test_a_small_file_cannot_make_the_search_long(state):
+    """A mapping that stands in very many places, one that holds itself, and very many names that end alike."""
+    places: dict = state
+    for _ in range(3):
+        places = dict.fromkeys((f"k{i}" for i in range(200)), places)
+    circle = {"state_dict": state}
+    circle["again"] = circle
+    parts = state | {f"layer{i}.{name}": value for i in range(1000) for name, value in state.items()}
+    for content in (places, circle, parts):
+        taken, _ = weights.take(content, Net(), "c.pt")
+        assert taken["table.weight"] is state["table.weight"]
+
+
 def test_an_optimizer_that_keeps_names_is_no_group_of_weights(state):
     taken, notes = weights.take({"net": state, "optimizer": {"exp_avg": changed(state)}}, Net(), "c.pt")
     assert torch.equal(taken["table.weight"], state["table.weight"])

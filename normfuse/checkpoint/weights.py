@@ -69,18 +69,29 @@ class _Fit:
     Attributes:
         group: where the tensors lie in the file (``a.b``); empty for the file itself.
         prefix: what was left out in front of names, ``model.``.
-        tensors: by the module's names.
+        held: the group's tensors, where wrappers are left out of their names.
+        names: those of the tensors that the module takes, by the module's names.
         missing: names that the module needs.
         misshapen: how many tensors have another shape than the module's.
-        left: the group's other tensors.
     """
 
     group: str
     prefix: str
-    tensors: dict[str, torch.Tensor]
+    held: Mapping[str, torch.Tensor]
+    names: Mapping[str, str]
     missing: list[str]
     misshapen: int
-    left: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the module takes, by its names."""
+        return {own: self.held[name] for own, name in self.names.items()}
+
+    @property
+    def left(self) -> dict[str, torch.Tensor]:
+        """The group's other tensors."""
+        taken = set(self.names.values())
+        return {name: tensor for name, tensor in self.held.items() if name not in taken}
 
     @property
     def name(self) -> str:
@@ -129,16 +140,17 @@ def take(
             raise CheckpointError(f"{source} holds no weights {wanted!r}; it has {_listed(fits)}")
         fits = named
     chosen, others = _choose(fits, type(module).__name__, source)
+    tensors = chosen.tensors
     for name, ties in needs.ties.items():
-        for tie in ties & chosen.tensors.keys() if name in chosen.tensors else ():
-            if not torch.equal(chosen.tensors[name], chosen.tensors[tie]):
+        for tie in ties & tensors.keys() if name in tensors else ():
+            if not torch.equal(tensors[name], tensors[tie]):
                 raise CheckpointError(
                     f"{source}: {name} and {tie} are one tensor in {type(module).__name__} and two different ones in "
                     "the file; build the module without tying them"
                 )
     unknown, outside = _sorted_out(chosen)
     notes = _notes(chosen, others, outside, source)
-    return {**chosen.tensors, **unknown}, notes
+    return {**tensors, **unknown}, notes
 
 
 def missing_from(given: Container[str], module: nn.Module) -> list[str]:
@@ -159,32 +171,34 @@ def _place(name: str, tensor: torch.Tensor) -> Any:
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
 
 
-def _groups(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Every mapping that holds tensors by name, with its place in the file (``a.b``)."""
-    if not isinstance(content, Mapping) or len(path) > _DEPTH:
+def _groups(
+    content: Any, path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every mapping that holds tensors by name, with its first place in the file (``a.b``): one may have many."""
+    seen = set() if seen is None else seen
+    if not isinstance(content, Mapping) or len(path) > _DEPTH or id(content) in seen:
         return
+    seen.add(id(content))
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if tensors:
         yield ".".join(path), tensors
     for key, value in content.items():
         if isinstance(key, str) and "." not in key:
-            yield from _groups(value, (*path, key))
+            yield from _groups(value, (*path, key), seen)
 
 
 def _fits(group: str, tensors: Mapping[str, torch.Tensor], needs: _Needs) -> list[_Fit]:
     """The ways in which a group's names become the module's: those that are whole, else the one that lacks least."""
     fits: list[_Fit] = []
     for rename in (str, _without_wrappers):
-        keys = {rename(name): name for name in tensors}
-        if len(keys) < len(tensors) or (fits and keys.keys() == tensors.keys()):
+        held = {rename(name): tensor for name, tensor in tensors.items()}
+        if len(held) < len(tensors) or (fits and held.keys() == tensors.keys()):
             continue
-        for prefix, added in _prefixes(keys, needs):
-            names = {own: keys.get(prefix + own.removeprefix(added)) for own in needs.shapes if own.startswith(added)}
-            taken = {own: tensors[key] for own, key in names.items() if key is not None}
-            used = set(names.values())
-            left = {name: tensors[key] for name, key in keys.items() if key not in used}
-            misshapen = sum(needs.shapes[own] != value.shape for own, value in taken.items())
-            fits.append(_Fit(group, prefix, taken, needs.missing(taken), misshapen, left))
+        for prefix, added in _prefixes(held, needs):
+            named = {own: prefix + own.removeprefix(added) for own in needs.shapes if own.startswith(added)}
+            names = {own: name for own, name in named.items() if name in held}
+            misshapen = sum(needs.shapes[own] != held[name].shape for own, name in names.items())
+            fits.append(_Fit(group, prefix, held, names, needs.missing(names), misshapen))
         if any(not fit.missing for fit in fits):
             break
     return [fit for fit in fits if not fit.missing] or sorted(fits, key=lambda fit: len(fit.missing))[:1]
@@ -194,7 +208,7 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _prefixes(keys: Mapping[str, str], needs: _Needs) -> list[tuple[str, str]]:
+def _prefixes(keys: Iterable[str], needs: _Needs) -> list[tuple[str, str]]:
     """Pairs to try: what the file's names have in front, and what the module's have."""
     pairs = [("", "")]
     # A few of the longest names find every prefix; one alone might be missing from the file.
@@ -228,10 +242,11 @@ def _sorted_out(fit: _Fit) -> tuple[dict[str, torch.Tensor], list[str]]:
     names it would know them by; and names of those that belong to other parts of what was saved.
     """
     unknown, outside = {}, []
+    taken = fit.tensors.values()
     for name, tensor in fit.left.items():
         own = name.removeprefix(fit.prefix)
         mask = _CAUSAL_MASK.search(name) and (tensor.dim() == 4 or tensor.dtype in (torch.bool, torch.uint8))
-        if name.rpartition(".")[2] in _INCIDENTAL or mask or _is_copy(tensor, fit.tensors.values()):
+        if name.rpartition(".")[2] in _INCIDENTAL or mask or _is_copy(tensor, taken):
             continue
         if fit.prefix and not name.startswith(fit.prefix) and not fit.missing:
             outside.append(name)
