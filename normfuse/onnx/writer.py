@@ -28,6 +28,7 @@ from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.onnx.workarounds.ort_broadcasting import expand_attention_masks, expand_rotary_caches
+from normfuse.onnx.workarounds.ort_float16 import lift_weights
 from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
 from normfuse.options import DTYPES, OPSETS
 from normfuse.quiet import quiet
@@ -292,7 +293,9 @@ def as_float16(path: Path) -> ir.Model:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # By path, because the converter's shape inference on a model in memory ends at 2 GiB.
-    model = ir.from_proto(convert_float_to_float16(str(path), keep_io_types=True))
+    converted = convert_float_to_float16(str(path), keep_io_types=True)
+    lift_weights(converted)
+    model = ir.from_proto(converted)
     TopologicalSortPass()(model)  # the converter appends its casts at the end
     return model
 

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.workarounds.ort_float16 import lift_weights
 from normfuse.quiet import quiet
 
 from .calls import aten
 from .edits import Edited, EditError, edit, rewritten_maps
 from .observing import Observed
-from .onnx_file import OnnxFile
+from .onnx_file import OnnxFile, tensors_of
 from .optimising import operations, optimised_operations
 from .reading import Reader, Reading
 
@@ -140,6 +142,8 @@ def _settled(
             break
         pinned |= moved
     assert best is not None
+    if any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(best.edited.proto)):
+        lift_weights(best.edited.proto)
     return replace(best, run=optimised_operations(best.edited.proto, file, folder))
 
 

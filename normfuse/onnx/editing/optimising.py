@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 from onnx import ModelProto, TensorProto
 
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.workarounds.ort_float16 import crashes
 
 from .onnx_file import OnnxFile, tensors_of
 from .trial import plain_session
-
-# What `plain_session` does, in a process that may crash.
-_APART = """
-import sys
-import onnxruntime
-source, folder, optimised = sys.argv[1:]
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 4
-options.optimized_model_filepath = optimised
-options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-onnxruntime.InferenceSession(open(source, "rb").read(), options, providers=["CPUExecutionProvider"])
-"""
 
 
 def operations(model: ModelProto) -> int:
@@ -46,7 +33,7 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
     """
     path, weights = folder / "optimised.onnx", str(file.path.parent.resolve())
     try:
-        # ONNX Runtime 1.32 crashes on some float16 models with recurrent layers, and their edited forms.
+        # ONNX Runtime crashes on some float16 models, which may come as they are.
         if not any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(model)):
             plain_session(model.SerializeToString(), weights, optimised=str(path))
         elif _crashes(model.SerializeToString(), weights, path):
@@ -63,5 +50,4 @@ def _crashes(model: bytes, weights: str, path: Path) -> bool:
     """Let another process optimise a model; whether it ends with a signal."""
     source = path.with_name("optimised.onnx.source")
     source.write_bytes(model)
-    command = [sys.executable, "-c", _APART, str(source), weights, str(path)]
-    return subprocess.run(command, capture_output=True, check=False).returncode < 0
+    return crashes(source, weights=weights, optimised=str(path))

@@ -1,0 +1,107 @@
+"""float16 files on which ONNX Runtime crashes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+_TYPES = ("Cast", "Identity")
+# What the child does, which may end with a signal.
+_OPTIMISE = """
+import sys
+import onnxruntime
+source, folder, optimised = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+if optimised:
+    options.optimized_model_filepath = optimised
+if folder:
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+given = open(source, "rb").read() if folder else source
+onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+"""
+
+
+def crashes(path: Path, *, weights: str = "", optimised: str = "") -> bool:
+    """Whether ONNX Runtime ends the process that loads and optimises a file; it runs in another one.
+
+    Args:
+        path: the file.
+        weights: the folder of its weights, where that is not the file's own.
+        optimised: where to write what it makes of the file; nowhere if empty.
+    """
+    command = [sys.executable, "-c", _OPTIMISE, str(path), weights, optimised]
+    return subprocess.run(command, capture_output=True, check=False).returncode < 0
+
+
+def lift_weights(model: ModelProto) -> int:
+    """Give weights leading axes of size one where ONNX Runtime 1.32 would crash; how many products that changes.
+
+    ONNX Runtime takes a transposition into the MatMul behind it. One that moves the first axis its fused product can
+    only take if both operands have as many axes; it does not look, and crashes where conversions from and to float16
+    stand around. Numbers stay as they are, wherever they are stored.
+    """
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    listed = {value.name for value in graph.input}
+    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in listed}
+    reads = Counter(name for node in _nodes(graph) for name in node.input)
+    reads.update(value.name for value in graph.output)
+    lifted: dict[tuple[str, int], str] = {}
+    count = 0
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        for place, name in enumerate(node.input):
+            rank = _moved_rank(makers.get(node.input[1 - place]), makers)
+            weight = weights.get(name)
+            if weight is None or not 2 <= len(weight.dims) < rank:
+                continue
+            if (name, rank) not in lifted:
+                lifted[name, rank] = _lift(graph, weight, rank, alone=reads[name] == 1)
+            node.input[place] = lifted[name, rank]
+            count += 1
+    return count
+
+
+def _moved_rank(node: NodeProto | None, makers: dict[str, NodeProto]) -> int:
+    """How many axes a value has whose first one a Transpose in front has moved; 0 if none has."""
+    while node is not None and node.op_type in ("Transpose", *_TYPES):
+        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+        if node.op_type == "Transpose" and len(perm) > 2 and perm[0] != 0:
+            return len(perm)
+        node = makers.get(node.input[0])
+    return 0
+
+
+def _lift(graph: GraphProto, weight: TensorProto, rank: int, *, alone: bool) -> str:
+    """The name of a weight with so many axes: itself if nothing else reads it, otherwise a second one."""
+    dims = [1] * (rank - len(weight.dims)) + list(weight.dims)
+    if not alone:
+        taken = {tensor.name for tensor in graph.initializer} | {n for node in graph.node for n in node.output}
+        copy = graph.initializer.add()
+        copy.CopyFrom(weight)
+        while copy.name in taken:
+            copy.name += f"_{rank}d"
+        weight = copy
+    del weight.dims[:]
+    weight.dims.extend(dims)
+    kept = [value for value in graph.value_info if value.name != weight.name]
+    if len(kept) < len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    return weight.name
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The operations of a graph, and of those inside of them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
