@@ -191,12 +191,11 @@ def test_zero_gains_in_front_of_a_maximum_keep_their_signs() -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
+            self.norm, self.head = batch_norm(nn.BatchNorm1d, 6), nn.Linear(6, 4)
             self.norm.weight.data[:2] = torch.tensor([0.0, -1.0])
-            self.head = nn.Linear(6, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.norm(self.linear(x).mT).amax(-1))
+            return self.head(self.norm(x.tanh().mT).amax(-1))
 
     model = Pooled()
     x = torch.randn(3, 5, 6, dtype=torch.float64)

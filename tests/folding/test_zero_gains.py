@@ -74,7 +74,7 @@ WEIGHTS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     ),
     "a part": lambda: (Residual(nn.Linear(C, 2 * C), MapNorm(), lambda x: x.chunk(2, -1)[1]), *sequence()),
     "pooled": lambda: (
-        Residual(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), lambda x: F.avg_pool2d(x, 3, 1, 1)),
+        Residual(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
         IMAGE,
     ),
     "behind another norm": lambda: (
