@@ -20,13 +20,14 @@ MODEL_DTYPES = (*DTYPES, "int8")  # of files that are made from a model
 # Gelu by itself, so there only the additions of travelling biases are saved: a conclusion, not a measurement.
 TARGETS: dict[str, tuple[str, ...]] = {
     "portable": (),
-    "cpu": ("carry_biases", "attention3d"),
-    "cpu-single": ("carry_biases", "attention3d", "gemm2d"),
-    "cpu-long": ("carry_biases", "attention3d", "blockwise_attention"),
+    "cpu": ("carry_biases", "attention3d", "single_token"),
+    "cpu-single": ("carry_biases", "attention3d", "single_token", "gemm2d"),
+    "cpu-long": ("carry_biases", "attention3d", "blockwise_attention", "single_token"),
     "cuda": ("carry_biases",),
 }
 AUTO = "auto"  # a target of models: the fastest of these on this machine
-PASS_NAMES = ("carry_biases", "attention3d", "blockwise_attention", "gemm2d")  # in the order in which they are applied
+# In the order in which they are applied.
+PASS_NAMES = ("carry_biases", "attention3d", "blockwise_attention", "single_token", "gemm2d")
 
 # The names that optimum and the hub use, and which of transformers' automatic classes builds the head.
 TASKS = {

@@ -1,6 +1,7 @@
 """The decoding benchmark times files that do what they say: a step with a cache is a step of the whole sequence."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -28,6 +29,8 @@ def test_every_file_computes_its_step(decode, tmp_path, monkeypatch):
         for value, want in zip(got, expected, strict=True):
             np.testing.assert_allclose(value, want.numpy(), atol=1e-4 * want.abs().max().item(), err_msg=name)
     assert list(files) == ["folded", "shaped, cpu"]
+    moved = [sum(node.op_type == "Transpose" for node in onnx.load(path).graph.node) for path in files.values()]
+    assert moved == [2, 0]
 
 
 def test_a_step_with_its_cache_is_the_end_of_a_sequence(decode):

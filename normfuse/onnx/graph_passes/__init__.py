@@ -15,11 +15,13 @@ from .attention import attention3d
 from .blockwise import blockwise_attention
 from .flatten import gemm2d
 from .running import run_counted
+from .single_token import single_token
 
 # In this order: heads must be split by Attention before streams become matrices.
 PASSES: dict[str, Callable[[ir.Model], int]] = {
     "attention3d": attention3d,
     "blockwise_attention": blockwise_attention,
+    "single_token": single_token,
     "gemm2d": gemm2d,
 }
 
@@ -49,4 +51,5 @@ __all__ = [
     "gemm2d",
     "passes_for",
     "run_passes",
+    "single_token",
 ]

@@ -35,11 +35,11 @@ def _rewrite(node: ir.Node, editor: Editor, thirds: dict[ir.Value, ir.Node]) -> 
     if node.domain or "q_num_heads" in node.attributes or len(node.inputs) > 4 or len(node.outputs) > 1:
         return False
     heads = [dims(value) for value in node.inputs[:3]]
-    sources = [_unsplit(value) for value in node.inputs[:3]]
-    merged = _merged(node.outputs[0])
+    sources = [unsplit(value) for value in node.inputs[:3]]
+    merged = merged_heads(node.outputs[0])
     if merged is None or not all(sources) or not all(isinstance(h[1], int) for h in heads if h):
         return False
-    flat = [_take(source, editor, thirds) for source in sources if source]
+    flat = [take(source, editor, thirds) for source in sources if source]
     for old, new in zip(node.inputs[:3], flat, strict=True):
         _redirect_lengths(old, new, editor)
     attributes = dict(node.attributes.items())
@@ -54,7 +54,7 @@ def _rewrite(node: ir.Node, editor: Editor, thirds: dict[ir.Value, ir.Node]) -> 
     return True
 
 
-def _unsplit(value: ir.Value) -> tuple[ir.Value, int | None] | None:
+def unsplit(value: ir.Value) -> tuple[ir.Value, int | None] | None:
     """The [B, S, H·D] that heads were split from, or [B, S, 3·H·D] and which third of it."""
     shape = dims(value)
     if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in (shape[1], shape[3])):
@@ -111,7 +111,7 @@ def _part(value: ir.Value, axis: int) -> tuple[int | None, ir.Value | None]:
     return (int(start[0]), cut.inputs[0]) if 0 <= start[0] < _PACKED and end[0] == start[0] + 1 else (None, None)
 
 
-def _merged(value: ir.Value) -> ir.Value | None:
+def merged_heads(value: ir.Value) -> ir.Value | None:
     """The [B, S, H·D] to which the heads of a result are put together."""
     transpose = only_user(value, "Transpose")
     reshape = only_user(transpose.outputs[0], "Reshape") if is_permutation(transpose, 0, 2, 1, 3) else None
@@ -124,7 +124,8 @@ def _merged(value: ir.Value) -> ir.Value | None:
     return reshape.outputs[0] if together == (*apart[:2], width) else None
 
 
-def _take(source: tuple[ir.Value, int | None], editor: Editor, thirds: dict[ir.Value, ir.Node]) -> ir.Value:
+def take(source: tuple[ir.Value, int | None], editor: Editor, thirds: dict[ir.Value, ir.Node]) -> ir.Value:
+    """What :func:`unsplit` gave as one value: itself, or that third of it, from one ``Split`` for all in ``thirds``."""
     value, part = source
     if part is None:
         return value
