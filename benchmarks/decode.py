@@ -6,7 +6,8 @@
 
 The same decoder with LayerNorm, RMSNorm, static norms folded away, folded and shaped, and with its norms deleted (the
 floor). Every round runs each once, in an order of its own, as in benchmarks/inference.py; ratios of a round are
-reported. Results go to benchmarks/results/decode-<label>.json; `--page docs/benchmarks.md` writes their table.
+reported, over sessions that are opened several times. Results go to benchmarks/results/decode-<label>.json;
+`--page docs/benchmarks.md` writes their table.
 """
 
 from __future__ import annotations
@@ -130,19 +131,15 @@ def write_files(folder: Path, width: int, depth: int) -> dict[str, Path]:
 
 
 def measure(args: argparse.Namespace, files: dict[str, Path], where: dict[str, int]) -> dict[str, Any]:
-    """Quartiles of the ratios to the floor, and of folded to the norms that it replaces."""
-    names = [*files, AGAIN]
-    np.random.default_rng(0).shuffle(names)  # the first session of a process is slower than an equal second one
-    first = open_file(files["floor"], args.threads, args.runtime)
-    sessions = {name: open_file(files[name.removesuffix(" again")], args.threads, args.runtime) for name in names}
-    arrays = [t.numpy() for t in example(where["width"], args.depth, where["batch"], where["past"])]
-    inputs = {
-        name: dict(zip((entry.name for entry in loaded.get_inputs()), arrays, strict=True))
-        for name, loaded in sessions.items()
-    }
-    first.run(None, inputs["floor"])
-    times = run_in_turns(sessions, inputs, args.seconds, args.rounds)
-    times = {name: times[name] for name in (*files, AGAIN)}
+    """Quartiles of the ratios to the floor, and of folded to the norms that it replaces.
+
+    Where the weights of a session lie in memory can make it a tenth slower than an equal one for as long as it lives.
+    So all sessions are opened several times, in an order of its own each time.
+    """
+    times: dict[str, list[float]] = {name: [] for name in (*files, AGAIN)}
+    for opening in range(args.openings):
+        for name, some in _time_opened(args, files, where, opening).items():
+            times[name] += some
     ours = min((name for name in files if name.startswith(("folded", "shaped"))), key=lambda n: np.median(times[n]))
     return {
         "load": round(os.getloadavg()[0], 2),
@@ -154,6 +151,23 @@ def measure(args: argparse.Namespace, files: dict[str, Path], where: dict[str, i
         "folded_to_rms": ratios(times["folded"], times["rms"]),
         "fastest_to_layer": ratios(times[ours], times["layer"]),
     }
+
+
+def _time_opened(
+    args: argparse.Namespace, files: dict[str, Path], where: dict[str, int], opening: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every file and of the floor again, by round, in sessions that are opened here."""
+    names = [*files, AGAIN]
+    np.random.default_rng(opening).shuffle(names)
+    first = open_file(files["floor"], args.threads, args.runtime)  # slower than an equal second one, so not timed
+    sessions = {name: open_file(files[name.removesuffix(" again")], args.threads, args.runtime) for name in names}
+    arrays = [t.numpy() for t in example(where["width"], args.depth, where["batch"], where["past"])]
+    inputs = {
+        name: dict(zip((entry.name for entry in loaded.get_inputs()), arrays, strict=True))
+        for name, loaded in sessions.items()
+    }
+    first.run(None, inputs["floor"])
+    return run_in_turns(sessions, inputs, args.seconds / args.openings, args.rounds)
 
 
 def table(run: dict[str, Any]) -> str:
@@ -186,7 +200,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")
     parser.add_argument("--seconds", type=float, default=5.0, help="per setting, for all variants together [5]")
-    parser.add_argument("--rounds", type=int, default=9, help="the fewest per setting [9]")
+    parser.add_argument("--openings", type=int, default=8, help="how often all sessions are opened anew [8]")
+    parser.add_argument("--rounds", type=int, default=9, help="the fewest for each opening [9]")
     parser.add_argument("--resume", action="store_true", help="keep what the file of results has, measure the rest")
     parser.add_argument("--quick", action="store_true", help="one width and cache, fp32")
     parser.add_argument("--label", help="part of the result's name [cpu, or the runtime]")
