@@ -82,6 +82,12 @@ struct TileCounters {
   unsigned unused;
 };
 
+// Every part of a launch sequence's memory begins at a multiple of this.
+constexpr size_t kAlign = 256;
+
+inline size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+inline size_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
+
 // Where one launch sequence keeps its intermediate values.
 struct Workspace {
   TileCounters* tiles;
@@ -261,6 +267,19 @@ __device__ __forceinline__ int64_t finished_channel(int64_t channels) {
   return thread < kLanes * V && channel < channels ? channel : channels;
 }
 
+// True in one block of those that call, for all its threads: in the last. Sees what the others wrote before.
+__device__ __forceinline__ bool is_last(unsigned* counter, unsigned callers) {
+  NF_SHARED(int, last, 1);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0) *last = atomicAdd(counter, 1u) == callers - 1;
+  __syncthreads();
+  const bool result = *last;
+  if (result) __threadfence();
+  __syncthreads();
+  return result;
+}
+
 // Completes column sums over all blocks of the tile. In the last of its blocks finish(channel, sums) is
 // called once per channel; the others return.
 template <int kSums, int V, class Acc, class Finish>
@@ -268,7 +287,6 @@ __device__ __forceinline__ void finish_columns(const Acc (&values)[kSums][V], in
                                                TileCounters* tiles, const Finish& finish) {
   static_assert(kSums <= kMostColumnSums, "the workspace has no room for their partial sums");
   NF_SHARED(Acc, shared, kThreads * V);
-  NF_SHARED(int, is_last, 1);
   const int64_t channel = finished_channel<V>(channels);
   const int64_t size = int64_t(gridDim.y) * channels;
 #pragma unroll
@@ -276,13 +294,7 @@ __device__ __forceinline__ void finish_columns(const Acc (&values)[kSums][V], in
     const Acc sum = add_thread_rows(values[s], shared);
     if (channel < channels) partial[s * size + int64_t(blockIdx.y) * channels + channel] = sum;
   }
-
-  __threadfence();  // the partial sums are visible before the block counts itself
-  __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0) *is_last = atomicAdd(&tiles[blockIdx.x].blocks_done, 1u) == gridDim.y - 1;
-  __syncthreads();
-  if (!*is_last) return;
-  __threadfence();
+  if (!is_last(&tiles[blockIdx.x].blocks_done, gridDim.y)) return;
 
   const int64_t column = (int64_t(blockIdx.x) * kLanes + threadIdx.x) * V;
   Acc sums[kSums];

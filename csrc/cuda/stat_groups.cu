@@ -5,12 +5,6 @@ namespace normfuse {
 namespace cuda {
 namespace {
 
-constexpr size_t kAlign = 256;
-
-size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-size_t acc_bytes(const StatGroups& stat_groups) {
-  return stat_groups.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-}
 size_t vectors_of(const StatGroups& stat_groups) {
   return size_t(stat_groups.groups()) * stat_groups.sets() * stat_groups.channels;
 }
@@ -29,7 +23,7 @@ size_t counter_bytes(const StatGroups& stat_groups) {
 }
 size_t partial_bytes(const StatGroups& stat_groups) {
   return aligned(vectors_of(stat_groups) * most(stat_groups, &StatGroupGrid::splits) *
-                 (sizeof(int64_t) + 2 * acc_bytes(stat_groups)));
+                 (sizeof(int64_t) + 2 * acc_bytes(stat_groups.dtype)));
 }
 
 }  // namespace
@@ -67,7 +61,7 @@ int clear_counters(const StatGroupWorkspace& workspace, const StatGroups& stat_g
 size_t cuda_workspace_bytes(const StatGroups& stat_groups) {
   using namespace cuda;
   return counter_bytes(stat_groups) + partial_bytes(stat_groups) +
-         aligned(4 * vectors_of(stat_groups) * acc_bytes(stat_groups));
+         aligned(4 * vectors_of(stat_groups) * acc_bytes(stat_groups.dtype));
 }
 
 }  // namespace normfuse

@@ -45,6 +45,14 @@ struct StatGroupWorkspace {
 StatGroupWorkspace lay_out_workspace(void* memory, const StatGroups& stat_groups);
 int clear_counters(const StatGroupWorkspace& workspace, const StatGroups& stat_groups, void* stream);
 
+// The four vectors under the names that a pass gives them.
+template <template <class> class Vectors, class Acc>
+__device__ __forceinline__ Vectors<Acc> vectors_in(const StatGroupWorkspace& workspace, const StatGroups& stat_groups) {
+  const int64_t size = stat_groups.groups() * stat_groups.sets() * stat_groups.channels;
+  Acc* const first = static_cast<Acc*>(workspace.vectors);
+  return {first, first + size, first + 2 * size, first + 3 * size};
+}
+
 template <class Acc>
 __device__ __forceinline__ Acc number_of(const PerStatGroup& vectors, int64_t group, int64_t set, int64_t channel) {
   return static_cast<const Acc*>(vectors.data)[group * vectors.group_stride + set * vectors.set_stride + channel];
@@ -70,6 +78,24 @@ template <Mask kMask>
 using MaskIs = std::integral_constant<Mask, kMask>;
 
 constexpr __host__ __device__ int sets_of(Mask mask) { return mask == Mask::kRegions ? 2 : 1; }
+
+// Calls run(mask) for a kernel that needs to know regions only.
+template <class Run>
+void with_sets(const StatGroups& stat_groups, const Run& run) {
+  if (stat_groups.sets() == 2)
+    run(MaskIs<Mask::kRegions>());
+  else
+    run(MaskIs<Mask::kNone>());
+}
+
+// Calls run(mask) for a kernel that padding matters to as well.
+template <class Run>
+void with_mask(const StatGroups& stat_groups, const Run& run) {
+  if (stat_groups.mask && !stat_groups.regions)
+    run(MaskIs<Mask::kPadding>());
+  else
+    with_sets(stat_groups, run);
+}
 
 // Numbers that a thread has loaded together: `at` of the first matrix element, negative where there is none, and bit i of
 // `parts` the mask of pack element i. What is kept for the channels of wide packs, for doubles, for the mask and for a
@@ -220,19 +246,6 @@ __device__ __forceinline__ Value add_members(const Place& place, const Value (&v
     }
   }
   return sum;
-}
-
-// True in one block of those that call, for all its threads: in the last. Sees what the others wrote before.
-__device__ __forceinline__ bool is_last(unsigned* counter, unsigned callers) {
-  NF_SHARED(int, last, 1);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0) *last = atomicAdd(counter, 1u) == callers - 1;
-  __syncthreads();
-  const bool result = *last;
-  if (result) __threadfence();
-  __syncthreads();
-  return result;
 }
 
 // Completes what is added over statistics groups. In the last block of the tile and group finish(channel, sums) is

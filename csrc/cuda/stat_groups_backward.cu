@@ -10,18 +10,10 @@ namespace normfuse {
 namespace cuda {
 namespace {
 
-// What stat_group_gradient_sums reads, and leaves for stat_group_gradient, [groups, sets, channels] each.
+// What stat_group_gradient_sums reads, and leaves for stat_group_gradient.
 template <class Acc>
 struct BackwardVectors {
   Acc *mean, *slope, *pull, *offset;
-
-  __device__ BackwardVectors(const StatGroupWorkspace& workspace, const StatGroups& stat_groups) {
-    const int64_t size = stat_groups.groups() * stat_groups.sets() * stat_groups.channels;
-    mean = static_cast<Acc*>(workspace.vectors);
-    slope = mean + size;
-    pull = slope + size;
-    offset = pull + size;
-  }
 };
 
 // Of batch normalisation, or where `a.x` is null of the moving average, whose mean is 0.
@@ -46,7 +38,7 @@ struct BackwardFinish {
                                                a.estimated ? 0 : a.count[stat_group], a.correction, Acc(a.floor));
     static_cast<Acc*>(a.grad_weight)[i] = sums.dyd * own.inv_std;
     static_cast<Acc*>(a.grad_bias)[i] = sums.dy;
-    const BackwardVectors<Acc> vectors(workspace, a.stat_groups);
+    const auto vectors = vectors_in<BackwardVectors, Acc>(workspace, a.stat_groups);
     vectors.mean[i] = own.mean;
     vectors.slope[i] = k.slope;
     vectors.pull[i] = k.pull;
@@ -63,7 +55,7 @@ struct BackwardFinish {
                                                    static_cast<Acc*>(moving.buffer_gz) + c, n);
     static_cast<Acc*>(moving.grad_weight)[c] = weight_gradient;
     static_cast<Acc*>(moving.grad_bias)[c] = sums.dy;
-    const BackwardVectors<Acc> vectors(workspace, moving.stat_groups);
+    const auto vectors = vectors_in<BackwardVectors, Acc>(workspace, moving.stat_groups);
     vectors.mean[c] = vectors.offset[c] = 0;
     vectors.slope[c] = k.slope;
     vectors.pull[c] = -k.pull;
@@ -119,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
   const int64_t groups = stat_groups.groups();
-  const BackwardVectors<Acc> vectors(workspace, stat_groups);
+  const auto vectors = vectors_in<BackwardVectors, Acc>(workspace, stat_groups);
   StatGroupPlace<T, V, kPlanes> place(stat_groups, team, width);
   for (int64_t g = blockIdx.z; g < groups; g += gridDim.z) {
     place.enter(g);
@@ -168,24 +160,14 @@ int launch(const StatGroups& stat_groups, const void* grad_y, const void* given,
     const T *dy = static_cast<const T*>(grad_y), *x = static_cast<const T*>(given);
     T* dx = static_cast<T*>(grad_x);
     if (const int error = clear_counters(finish.workspace, stat_groups, stream)) return error;
-    const auto sums = [&](auto mask) {
+    with_sets(stat_groups, [&](auto mask) {
       NF_LAUNCH((stat_group_gradient_sums<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, dy, x,
                 finish, grid.team, grid.width);
-    };
-    if (stat_groups.sets() == 2)
-      sums(MaskIs<Mask::kRegions>());
-    else
-      sums(MaskIs<Mask::kNone>());
-    const auto gradient = [&](auto mask) {
+    });
+    with_mask(stat_groups, [&](auto mask) {
       NF_LAUNCH((stat_group_gradient<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, dy, x, dx,
                 finish.workspace, grid.team, grid.width);
-    };
-    if (!stat_groups.mask)
-      gradient(MaskIs<Mask::kNone>());
-    else if (stat_groups.regions)
-      gradient(MaskIs<Mask::kRegions>());
-    else
-      gradient(MaskIs<Mask::kPadding>());
+    });
     return int(cudaGetLastError());
   });
 }

@@ -10,18 +10,10 @@ namespace normfuse {
 namespace cuda {
 namespace {
 
-// What stat_group_moments leaves for stat_group_affine and for itself, [groups, sets, channels] each.
+// What stat_group_moments leaves for stat_group_affine and for itself.
 template <class Acc>
 struct ForwardVectors {
   Acc *mean, *scale, *shift, *unbiased;
-
-  __device__ ForwardVectors(const StatGroupWorkspace& workspace, const StatGroups& stat_groups) {
-    const int64_t size = stat_groups.groups() * stat_groups.sets() * stat_groups.channels;
-    mean = static_cast<Acc*>(workspace.vectors);
-    scale = mean + size;
-    shift = scale + size;
-    unbiased = shift + size;
-  }
 };
 
 // The statistics of a group and what follows from them: of batch normalisation, or where `a.x` is null of the moving
@@ -36,7 +28,7 @@ struct ForwardFinish {
     if (!a.x) return move_average(c, found);
     const int64_t sets = a.stat_groups.sets(), n = a.stat_groups.channels, size = a.stat_groups.groups() * sets * n;
     const int64_t stat_group = group * sets + set, i = stat_group * n + c;
-    const ForwardVectors<Acc> vectors(workspace, a.stat_groups);
+    const auto vectors = vectors_in<ForwardVectors, Acc>(workspace, a.stat_groups);
     const StatGroupStats<Acc> own =
         a.estimated ? estimated_stats(a, found.mean, found.squares, found.count,
                                       moving_rate<Acc>(a.momentum, next_step(*a.num_batches_tracked)),
@@ -67,7 +59,7 @@ struct ForwardFinish {
                                                     Acc(moving.momentum), running_var);
     stats[0] = own.inv_std;
     stats[n] = own.r;
-    const ForwardVectors<Acc> vectors(workspace, moving.stat_groups);
+    const auto vectors = vectors_in<ForwardVectors, Acc>(workspace, moving.stat_groups);
     vectors.mean[c] = 0;
     vectors.scale[c] = static_cast<const Acc*>(moving.weight)[c] * own.r * own.inv_std;
     vectors.shift[c] = static_cast<const Acc*>(moving.bias)[c];
@@ -77,7 +69,7 @@ struct ForwardFinish {
   __device__ bool follows_groups() const { return a.running_mean && !a.estimated; }
   __device__ void after_groups(int64_t c) const {
     const int64_t n = a.stat_groups.channels;
-    const ForwardVectors<Acc> vectors(workspace, a.stat_groups);
+    const auto vectors = vectors_in<ForwardVectors, Acc>(workspace, a.stat_groups);
     Acc *mean = static_cast<Acc*>(a.running_mean) + c, *var = static_cast<Acc*>(a.running_var) + c;
     int64_t step = *a.num_batches_tracked;
     for (int64_t g = 0; g < a.stat_groups.groups(); ++g) {
@@ -179,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   using Acc = AccOf<T>;
   constexpr int kSets = sets_of(kMask);
   const int64_t groups = stat_groups.groups();
-  const ForwardVectors<Acc> vectors(workspace, stat_groups);
+  const auto vectors = vectors_in<ForwardVectors, Acc>(workspace, stat_groups);
   StatGroupPlace<T, V, kPlanes> place(stat_groups, team, width);
   if (counter.value && place.thread == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
     for (int64_t g = 0; g < counter.groups; ++g)
@@ -227,24 +219,15 @@ int launch(const StatGroups& stat_groups, const void* x, void* y, const ForwardF
     const dim3 block = ColumnGrid::block();
     const T* from = static_cast<const T*>(x);
     if (const int error = clear_counters(finish.workspace, stat_groups, stream)) return error;
-    const auto moments = [&](auto mask) {
+    with_mask(stat_groups, [&](auto mask) {
       NF_LAUNCH((stat_group_moments<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, from, finish,
                 grid.team, grid.width);
-    };
-    if (!stat_groups.mask)
-      moments(MaskIs<Mask::kNone>());
-    else if (stat_groups.regions)
-      moments(MaskIs<Mask::kRegions>());
-    else
-      moments(MaskIs<Mask::kPadding>());
-    const auto affine = [&](auto mask) {
+    });
+    if (!y) return int(cudaGetLastError());
+    with_sets(stat_groups, [&](auto mask) {
       NF_LAUNCH((stat_group_affine<T, V, kPlanes, mask.value>), grid.grid(), block, stream, stat_groups, from,
                 static_cast<T*>(y), finish.workspace, counter, grid.team, grid.width);
-    };
-    if (y && stat_groups.sets() == 2)
-      affine(MaskIs<Mask::kRegions>());
-    else if (y)
-      affine(MaskIs<Mask::kNone>());
+    });
     return int(cudaGetLastError());
   });
 }

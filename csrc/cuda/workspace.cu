@@ -5,10 +5,6 @@ namespace normfuse {
 namespace cuda {
 namespace {
 
-constexpr size_t kAlign = 256;
-
-size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
 // Blocks per multiprocessor that leave column sums; the smallest blocks, of four warps, are the most.
 constexpr int kMostBlocksWithSums = kWarpsWithSums / 4;
 static_assert(2 * kMostBlocksWithSums >= kMostColumnSums * kBlocksPerMultiprocessor);
@@ -17,12 +13,13 @@ static_assert(2 * kMostBlocksWithSums >= kMostColumnSums * kBlocksPerMultiproces
 size_t counter_bytes(const Matrix& shape) {
   return aligned((shape.channels + kLanes - 1) / kLanes * sizeof(TileCounters));
 }
-size_t acc_bytes(const Matrix& shape) { return shape.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
-size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * acc_bytes(shape)); }
+size_t vector_bytes(const Matrix& shape) { return aligned(2 * shape.channels * acc_bytes(shape.dtype)); }
 size_t partial_bytes(const Matrix& shape) {
-  return aligned(2 * size_t(kMostBlocksWithSums * multiprocessors()) * shape.channels * acc_bytes(shape));
+  return aligned(2 * size_t(kMostBlocksWithSums * multiprocessors()) * shape.channels * acc_bytes(shape.dtype));
 }
-size_t row_bytes(const Matrix& shape, int64_t group_num) { return aligned(shape.rows * group_num * acc_bytes(shape)); }
+size_t row_bytes(const Matrix& shape, int64_t group_num) {
+  return aligned(shape.rows * group_num * acc_bytes(shape.dtype));
+}
 
 }  // namespace
 

@@ -12,6 +12,9 @@ import numpy as np
 import pybind11
 import pytest
 import torch
+from steps import host
+
+from normfuse import _native
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +104,31 @@ def _emulator_module(build_emulator):
 def emulator(_emulator_module):
     _emulator_module.configure()
     return Emulator(_emulator_module)
+
+
+@pytest.fixture
+def on_threads():
+    """``on_threads(counts, run)``: the named results of run(), which have the same bits on any number of threads."""
+
+    def same_on(counts, run):
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+        for other in results[1:]:
+            assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+        return results[0]
+
+    before = torch.get_num_threads()
+    yield same_on
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["emulated", "host"])
+def implementation(request):
+    """The operations by the emulated CUDA kernels, and by those of the host."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulator")
+    if not _native.available:
+        pytest.skip(f"no host kernels: {_native.unavailable_reason}")
+    return host

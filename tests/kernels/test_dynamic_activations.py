@@ -4,15 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from steps import assert_same_results
+from steps import assert_same_results, host, needs_host_kernels, reference
 
-from normfuse import _native
-from normfuse.ops.dynamic_activation import (
-    ERF,
-    TANH,
-    dynamic_activation_backward_reference,
-    dynamic_activation_forward_reference,
-)
+from normfuse.ops.dynamic_activation import ERF, TANH
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CURVES = {"tanh": TANH, "erf": ERF}
@@ -73,24 +67,6 @@ class Activation:
     def terms(self):
         """How much larger the terms of the sums over everything are, together, than their sum may be: they cancel."""
         return max((self.dy.double() * self.weight.double() * self.x.double().clamp(min=1)).abs().sum().item(), 1.0)
-
-
-def reference(operation, *arguments):
-    forward = operation == "dynamic_activation_forward"
-    return (dynamic_activation_forward_reference if forward else dynamic_activation_backward_reference)(*arguments)
-
-
-def host(operation, *arguments):
-    return getattr(torch.ops.normfuse, operation)(*arguments)
-
-
-@pytest.fixture(params=["emulated", "host"])
-def implementation(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulator")
-    if not _native.available:
-        pytest.skip(f"no host kernels: {_native.unavailable_reason}")
-    return host
 
 
 def every(stride, limit=32.0):
@@ -166,23 +142,17 @@ def test_one_unaligned_operand(emulator, name):
     step.check(emulator)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+@needs_host_kernels
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
-def test_many_rows_on_the_host(curve):
+def test_many_rows_on_the_host(on_threads, curve):
     """Results larger than what is cached; the same bits for any number of threads."""
-    step, before, results = Activation.random(curve, 140_000, 32), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(step.run(host))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
+    step = Activation.random(curve, 140_000, 32)
+    results = on_threads((1, 3), lambda: step.run(host))
     expected = step.expected()
     for name, scale in (("grad_alpha", 2e-7), ("grad_shift", 2e-7)):  # per-row sums in float32, added in float64
-        assert (results[0][name] - expected[name]).abs() <= scale * step.terms(), name
-        expected[name] = results[0][name].double()
+        assert (results[name] - expected[name]).abs() <= scale * step.terms(), name
+        expected[name] = results[name].double()
     for name in ("grad_weight", "grad_bias"):  # sums over rows, whose terms cancel
-        assert (results[0][name] - expected[name]).abs().max() <= 1e-6 * step.dy.abs().sum(0).max(), name
-        expected[name] = results[0][name].double()
-    assert_same_results(results[0], expected, FLOAT32_TOLERANCE)
+        assert (results[name] - expected[name]).abs().max() <= 1e-6 * step.dy.abs().sum(0).max(), name
+        expected[name] = results[name].double()
+    assert_same_results(results, expected, FLOAT32_TOLERANCE)

@@ -7,19 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from normfuse import _native
-
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 TOLERANCE = 1e-5  # float32 on both sides, over trajectories of at most 24 steps
-
-
-@pytest.fixture(params=["emulated", "host"])
-def implementation(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulator")
-    if not _native.available:
-        pytest.skip(f"no host kernels: {_native.unavailable_reason}")
-    return lambda operation, *arguments: getattr(torch.ops.normfuse, operation)(*arguments)
 
 
 def run_unified(call, kw, x, dy, pad, state):

@@ -2,27 +2,14 @@
 
 import pytest
 import torch
-from steps import Step, assert_same_results, reference
+from steps import Step, assert_same_results, host, needs_host_kernels, reference
 
-from normfuse import _native
-
-pytestmark = pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+pytestmark = needs_host_kernels
 
 CASES = [("unified", {}), ("power", {}), ("power", {"warmup_iters": 100}), ("power", {"group_num": 2})]
 
 
 FLOAT32_TOLERANCE = 40 * 2**-24  # some 40 roundings
-
-
-def host(operation, *arguments):
-    return getattr(torch.ops.normfuse, operation)(*arguments)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
@@ -57,10 +44,5 @@ def test_residual(kind, options, dtype):
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_threads(threads, kind, options, dtype):
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(Step.random(kind, 1000, 40, dtype, masked=True, residual=True).run(host, **options))
-    for other in results[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+def test_bits_do_not_depend_on_the_threads(on_threads, kind, options, dtype):
+    on_threads((1, 2, 3), lambda: Step.random(kind, 1000, 40, dtype, masked=True, residual=True).run(host, **options))

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from steps import assert_same_results
+from steps import assert_same_results, host, needs_host_kernels, reference
 
-from normfuse import _native
-from normfuse.ops.row_norm import CRMS, LAYER, RMS, row_norm_backward_reference, row_norm_forward_reference
+from normfuse.ops.row_norm import CRMS, LAYER, RMS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = {"layer": LAYER, "rms": RMS, "crms": CRMS}
@@ -53,8 +52,8 @@ class Rows:
         """In float64, from s as it is after rounding to x's dtype."""
         s = self.x if self.residual is None else self.x + self.residual
         weight, bias, ds = (None if v is None else v.double() for v in (self.weight, self.bias, self.ds))
-        y, _, stats = row_norm_forward_reference(s.double(), None, weight, bias, self.kind, EPS)
-        grads = row_norm_backward_reference(self.dy.double(), ds, s.double(), weight, stats, self.kind)
+        y, _, stats = reference("row_norm_forward", s.double(), None, weight, bias, self.kind, EPS)
+        grads = reference("row_norm_backward", self.dy.double(), ds, s.double(), weight, stats, self.kind)
         results = {"y": y, "stats": stats, "grad_x": grads[0], "grad_weight": grads[1], "grad_bias": grads[2]}
         return results | {"s": s.double() if self.residual is not None else s.new_empty(0).double()}
 
@@ -67,19 +66,6 @@ class Rows:
             assert_same_results({n: results[n] for n in names}, {n: expected[n] for n in names}, bound)
         if self.residual is not None:
             assert torch.equal(results["s"], self.x + self.residual)
-
-
-def host(operation, *arguments):
-    return getattr(torch.ops.normfuse, operation)(*arguments)
-
-
-@pytest.fixture(params=["emulated", "host"])
-def implementation(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulator")
-    if not _native.available:
-        pytest.skip(f"no host kernels: {_native.unavailable_reason}")
-    return host
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
@@ -126,20 +112,14 @@ def test_a_mean_far_from_zero(implementation):
     rows.check(implementation, 1000 * FLOAT32_TOLERANCE)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+@needs_host_kernels
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_many_rows_on_the_host(kind):
+def test_many_rows_on_the_host(on_threads, kind):
     """Results larger than what is cached; the same bits for any number of threads."""
-    rows, before, results = Rows.random(kind, 70_000, 32, residual=True), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(rows.run(host))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
+    rows = Rows.random(kind, 70_000, 32, residual=True)
+    results = on_threads((1, 3), lambda: rows.run(host))
     expected = rows.expected()
     for name in ("grad_weight", "grad_bias"):  # sums over rows, whose terms cancel
-        assert (results[0][name] - expected[name]).abs().max() <= 1e-6 * 2 * rows.dy.abs().sum(0).max(), name
-        expected[name] = results[0][name].double()
-    assert_same_results(results[0], expected, FLOAT32_TOLERANCE)
+        assert (results[name] - expected[name]).abs().max() <= 1e-6 * 2 * rows.dy.abs().sum(0).max(), name
+        expected[name] = results[name].double()
+    assert_same_results(results, expected, FLOAT32_TOLERANCE)

@@ -4,18 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from steps import assert_same_results
-
-from normfuse import _native
-from normfuse.ops._stat_groups import (
-    batch_norm_backward_reference,
-    batch_norm_forward_reference,
-    stat_group_norm_forward_reference,
-)
-from normfuse.ops.moving_average_norm import (
-    moving_average_norm_backward_reference,
-    moving_average_norm_forward_reference,
-)
+from steps import assert_same_results, host, needs_host_kernels, reference
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -38,30 +27,6 @@ SHAPES = [
     (2, 2, 9000, 0),
 ]
 SCHEDULES = [{"order": "reverse"}, {"order": "random", "seed": 3}, {"order": "random", "seed": 4, "workers": 2}]
-REFERENCES = {
-    "batch_norm_forward": batch_norm_forward_reference,
-    "stat_group_norm_forward": stat_group_norm_forward_reference,
-    "batch_norm_backward": batch_norm_backward_reference,
-    "moving_average_norm_forward": moving_average_norm_forward_reference,
-    "moving_average_norm_backward": moving_average_norm_backward_reference,
-}
-
-
-def host(operation, *arguments):
-    return getattr(torch.ops.normfuse, operation)(*arguments)
-
-
-def reference(operation, *arguments):
-    return REFERENCES[operation](*arguments)
-
-
-@pytest.fixture(params=["emulated", "host"])
-def implementation(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulator")
-    if not _native.available:
-        pytest.skip(f"no host kernels: {_native.unavailable_reason}")
-    return host
 
 
 @dataclass
@@ -261,32 +226,27 @@ def test_what_is_not_finite_stays_on_its_side_of_the_mask(implementation, kind, 
     torch.testing.assert_close(results["y"][keep], clean["y"].float()[keep], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+@needs_host_kernels
 @pytest.mark.parametrize("kind", ["batch", "regions", "moving"])
 @pytest.mark.parametrize("shape", [(70_000, 32, 1, 20_000), (9, 32, 8192, 2)], ids=["rows", "planes"])
-def test_many_numbers_on_the_host(kind, shape):
+def test_many_numbers_on_the_host(on_threads, kind, shape):
     """Results larger than what is cached; the same bits for any number of threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            torch.manual_seed(0)
-            step = Step.random(kind, shape)
-            start = step.in_float64()
-            results.append(step.run(host))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
-    expected = start.run(reference)
+
+    def start():
+        torch.manual_seed(0)
+        return Step.random(kind, shape)
+
+    results, step = on_threads((1, 3), lambda: start().run(host)), start()
+    expected = step.in_float64().run(reference)
     for name in ("grad_weight", "grad_bias"):  # sums over statistics groups, whose terms cancel
         scale = 2 * step.dy.abs().sum((0, 2)).max()
-        assert (results[0][name] - expected[name]).abs().max() <= 1e-6 * scale, name
-        expected[name] = results[0][name].double()
-    for name, value in results[0].items():
+        assert (results[name] - expected[name]).abs().max() <= 1e-6 * scale, name
+        expected[name] = results[name].double()
+    for name, value in results.items():
         assert_same_results({name: value}, {name: expected[name]}, FLOAT32_TOLERANCE)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
+@needs_host_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
     [
