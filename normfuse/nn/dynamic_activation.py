@@ -13,7 +13,14 @@ from ._traced_as_one import Proxy, traced_as_one
 
 
 class _DynamicActivation(nn.Module):
-    def __init__(self, num_features: int, alpha: float, device: object, dtype: object) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        alpha: float = 0.5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_count("num_features", num_features, 1)
         if not math.isfinite(alpha):
@@ -61,16 +68,6 @@ class DyT(_DynamicActivation):
         tensor(True)
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        alpha: float = 0.5,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, alpha, device, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x)
@@ -110,7 +107,7 @@ class Derf(_DynamicActivation):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, alpha, device, dtype)
+        super().__init__(num_features, alpha, device=device, dtype=dtype)
         self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

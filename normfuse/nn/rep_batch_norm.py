@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops._layout import cast, check_input, gain_and_shift, per_channel
+from ..ops._layout import affine_map, cast, check_input, gain_and_shift
 from ._running_norm import ChannelOptions
 from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
@@ -72,10 +72,4 @@ class RepBatchNorm(MaskedBatchNorm):
         weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
         scale = weight * torch.rsqrt(self.running_var + self.eps)
         shift = bias - self.running_mean * scale
-        scale = scale + cast(self.alpha, scale.dtype)
-        y = torch.addcmul(
-            per_channel(shift, x, self.channel_dim),
-            cast(x, scale.dtype),
-            per_channel(scale, x, self.channel_dim),
-        )
-        return cast(y, x.dtype)
+        return affine_map(x, scale + cast(self.alpha, scale.dtype), shift, self.channel_dim)

@@ -41,13 +41,18 @@ class _RowNorm:
         if self.unit_offset and self.weight is not None:
             nn.init.zeros_(self.weight)
 
-    def _options(self, x: Tensor, residual: Tensor | None) -> dict[str, Any]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x, residual)
         if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0]:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} must have {self.normalized_shape[0]} channels in its last dimension: "
                 "check normalized_shape, or move the channels with x.movedim(1, -1)"
             )
-        return {"residual": residual, "eps": self.eps, "unit_offset": self.unit_offset, "fused": self.training}
+        return self._normalise(x, residual=residual, eps=self.eps, unit_offset=self.unit_offset, fused=self.training)
+
+    def _normalise(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         described = super().extra_repr()  # type: ignore[misc]  # torch's
@@ -98,10 +103,8 @@ class LayerNorm(_RowNorm, nn.LayerNorm):
         super().__init__(_channels(normalized_shape), eps, elementwise_affine, bias, device, dtype)
         self._use_unit_offset(unit_offset)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if isinstance(x, Proxy):
-            return traced_as_one(self, x, residual)
-        return layer_norm(x, self.weight, self.bias, **self._options(x, residual))
+    def _normalise(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm(x, self.weight, self.bias, **options)
 
 
 class RMSNorm(_RowNorm, nn.RMSNorm):
@@ -146,10 +149,8 @@ class RMSNorm(_RowNorm, nn.RMSNorm):
         super().__init__(_channels(normalized_shape), eps, elementwise_affine, device, dtype)
         self._use_unit_offset(unit_offset)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if isinstance(x, Proxy):
-            return traced_as_one(self, x, residual)
-        return rms_norm(x, self.weight, **self._options(x, residual))
+    def _normalise(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, **options)
 
 
 class CRMSNorm(RMSNorm):
@@ -188,7 +189,5 @@ class CRMSNorm(RMSNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, unit_offset=unit_offset, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if isinstance(x, Proxy):
-            return traced_as_one(self, x, residual)
-        return crms_norm(x, self.weight, **self._options(x, residual))
+    def _normalise(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return crms_norm(x, self.weight, **options)

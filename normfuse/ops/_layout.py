@@ -181,6 +181,12 @@ def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return vector if trailing == 0 else vector.reshape(-1, *[1] * trailing)
 
 
+def affine_map(x: Tensor, scale: Tensor, shift: Tensor, channel_dim: int) -> Tensor:
+    """``scale * x + shift`` by [C] vectors, in their dtype, and back in that of ``x``: two operations that fold."""
+    y = torch.addcmul(per_channel(shift, x, channel_dim), cast(x, scale.dtype), per_channel(scale, x, channel_dim))
+    return cast(y, x.dtype)
+
+
 def masked(values: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[Tensor, Tensor | int]:
     """``values`` with zeros in place of padding, and the number of valid rows.
 

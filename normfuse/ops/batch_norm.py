@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._group import moments_in_group
-from ._layout import cast, check_input, gain_and_shift, per_channel, to_rows
+from ._layout import affine_map, cast, check_input, gain_and_shift, to_rows
 from ._recompute import statistics_of_this_run
 from ._stat_groups import move_running_statistics, normalise_stat_groups
 
@@ -56,9 +56,7 @@ def affine_by_statistics(
     ``floor``: divide by ``sqrt(max(var, eps))`` instead.
     """
     scale = weight * torch.rsqrt(var.clamp(min=eps) if floor else var + eps)
-    shift = bias - mean * scale
-    y = torch.addcmul(per_channel(shift, x, channel_dim), cast(x, scale.dtype), per_channel(scale, x, channel_dim))
-    return cast(y, x.dtype)
+    return affine_map(x, scale, bias - mean * scale, channel_dim)
 
 
 def batch_norm(

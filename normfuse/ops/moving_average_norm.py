@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._group import sum_in_group
-from ._layout import ThreeAxes, as_they_are, cast, check_input, gain_and_shift, masked, mean_or, per_channel
+from ._layout import ThreeAxes, affine_map, as_they_are, check_input, gain_and_shift, masked, mean_or
 from ._recompute import state_of_this_run
 from ._running import register_running_norm, training_step
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
@@ -205,8 +205,7 @@ def moving_average_norm(
     check_input(x, state.running_var.shape[0], channel_dim, pad_mask, state.running_var)
     weight, bias = gain_and_shift(weight, bias, state.running_var)
     if not training:
-        scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
-        return cast(torch.addcmul(per_channel(bias, x, channel_dim), cast(x, bias.dtype), scale), x.dtype)
+        return affine_map(x, weight * torch.rsqrt(state.running_var + eps), bias, channel_dim)
     state = state_of_this_run(state, _NORM.statistics)
     options = warmup_iters, eps, momentum
     return training_step(

@@ -23,15 +23,14 @@ from ._group import mean_square_in_group
 from ._layout import (
     ChannelsLast,
     add_into,
+    affine_map,
     as_they_are,
-    cast,
     check_input,
     check_residual,
     gain_and_shift,
     like_input,
     mean_or,
     mean_square,
-    per_channel,
     rows_of,
 )
 from ._recompute import state_of_this_run
@@ -296,12 +295,10 @@ def unified_norm(
     fused = training and process_group is None
     if residual is not None and not fused:
         x = x + residual
-    acc = state.running_var.dtype
     weight, bias = gain_and_shift(weight, bias, state.running_var)
     if not training:
-        scale = per_channel(weight * torch.rsqrt(state.running_var + eps), x, channel_dim)
-        y = torch.addcmul(per_channel(bias, x, channel_dim), cast(x, acc), scale)
-        return cast(y, x.dtype) if residual is None else (cast(y, x.dtype), x)
+        y = affine_map(x, weight * torch.rsqrt(state.running_var + eps), bias, channel_dim)
+        return y if residual is None else (y, x)
     state = state_of_this_run(state, _NORM.statistics)
     if fused and can_run_cpp_autograd(x, channel_dim, state.skipped_forwards):
         result = _native.autograd.unified_norm(

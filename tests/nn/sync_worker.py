@@ -10,9 +10,7 @@ from torch import nn
 from normfuse.nn import (
     BatchChannelNorm,
     DomainSplitNorm,
-    EstimatedBatchNorm,
     MaskedBatchNorm,
-    MovingAverageBatchNorm,
     PowerNorm,
     ProgressiveNorm,
     RegularizedBatchNorm,
@@ -22,22 +20,24 @@ from normfuse.nn import (
     calibrate,
     convert_sync,
 )
+from tests.norms import with_statistics
 
 C = 6
+# Every norm with statistics of its own, but for parts of a batch, which ranks would cut elsewhere; then options.
 NORMS = {
-    "unified": lambda **options: UnifiedNorm(C, warmup_iters=2, window_size=2, **options),
+    name: make
+    for name, make in with_statistics(C, channel_dim=-1, warmup_iters=2, window_size=2).items()
+    if make().ghost_size is None
+}
+NORMS |= {
     "unified, filtered": lambda **options: UnifiedNorm(
         C, warmup_iters=2, window_size=3, outlier_filtration=True, **options
     ),
-    "power": lambda **options: PowerNorm(C, warmup_iters=3, group_num=2, **options),
+    "power, groups": lambda **options: PowerNorm(C, warmup_iters=3, group_num=2, **options),
     "power, paper": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper", **options),
-    "batch": lambda: MaskedBatchNorm(C),
     "batch, average of all": lambda: MaskedBatchNorm(C, momentum=None),
     "regularized": lambda: RegularizedBatchNorm(C, 0.3, 0.2),
-    "rep batch": lambda: RepBatchNorm(C),
     "progressive": lambda: ProgressiveNorm(nn.LayerNorm(C), RepBatchNorm(C), end=4),
-    "estimated": lambda: EstimatedBatchNorm(C),
-    "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1, window_size=2, warmup_iters=3),
     "batch-channel": lambda: BatchChannelNorm(C, 3),
     "batch-channel, estimated": lambda: BatchChannelNorm(C, 3, estimated=True),
 }
@@ -167,8 +167,8 @@ def subgroups():
     """Two groups that share statistics among themselves only."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     half = RANK // 2
-    alone = NORMS["unified"]().double()
-    shared = convert_sync(NORMS["unified"]().double(), groups[half])
+    alone = NORMS["UnifiedNorm"]().double()
+    shared = convert_sync(NORMS["UnifiedNorm"]().double(), groups[half])
     for step in range(4):
         x, dy = random(10 * half + step, 2, 8, C)
         y = alone(x)
@@ -212,13 +212,13 @@ def domains():
 def calibrated():
     """One batch each, of different sizes: the statistics of all rows of all ranks."""
     rows = 3 + random(0, ROWS, C)
-    for name in ("unified", "batch"):
+    for name in ("UnifiedNorm", "MaskedBatchNorm"):
         norm = convert_sync(NORMS[name]().double())
         for sizes in SPLITS[RANKS]:
             norm.reset_running_stats()
             own = rows.split(sizes)[RANK]
             assert calibrate(norm, [own] if len(own) else [], progress=False) == (len(own) > 0)
-            if name == "batch":
+            if name == "MaskedBatchNorm":
                 near(norm.running_mean, rows.mean(0), "calibrated mean")
                 near(norm.running_var, rows.var(0), "calibrated variance")
             else:
@@ -238,16 +238,16 @@ def main():
     domains()
     if RANKS == 4:
         subgroups()
-        trains_like_one("unified", in_ddp)
+        trains_like_one("UnifiedNorm", in_ddp)
     else:
-        ranks_like_one("unified", masked=False)
-        for name in ("unified", "power"):
+        ranks_like_one("UnifiedNorm", masked=False)
+        for name in ("UnifiedNorm", "power, groups"):
             ranks_like_one(name, bad_step=4)
             ranks_like_one(name, compiled=True)
             checkpointed(name)
             for wrap in (in_ddp, compiled_in_ddp, sharded):
                 trains_like_one(name, wrap)
-        for name in ("regularized", "moving average"):
+        for name in ("regularized", "MovingAverageBatchNorm"):
             ranks_like_one(name, compiled=True)
             checkpointed(name)
             trains_like_one(name, in_ddp)

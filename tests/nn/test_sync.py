@@ -35,7 +35,7 @@ def test_ranks_train_like_one_process(backend, ranks, tmp_path):
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
     }
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
     logs = [tmp_path / f"rank{rank}" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
