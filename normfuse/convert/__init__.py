@@ -1,6 +1,7 @@
 """Changes to a live model."""
 
-from .adaptation import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm, adapt, freeze
+from .adaptation import adapt, freeze
+from .adapting_norms import AlphaBatchNorm, DecayingBatchNorm, UnMixBatchNorm
 from .around import reparametrize, split_domains
 from .callbacks import lightning_callback, trainer_callback
 from .distillation import Distillation, distill, output_error, relative_error

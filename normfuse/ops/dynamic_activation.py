@@ -29,8 +29,9 @@ def _argument(x: Tensor, alpha: Tensor, shift: Tensor | None) -> Tensor:
 def dynamic_activation_forward_reference(
     x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, curve: int
 ) -> Tensor:
-    """Forward in plain PyTorch on ``x`` [..., C]; ``alpha`` and ``shift`` are scalars, ``weight`` and ``bias`` [C], all
-    float32 (float64 for float64). Returns ``y``, like x.
+    """Forward in plain PyTorch on ``x`` [..., C]; returns ``y``, like x.
+
+    ``alpha`` and ``shift`` are scalars, ``weight`` and ``bias`` [C], all float32 (float64 for float64).
     """
     u = _argument(x.to(accumulation_dtype(x.dtype)), alpha, shift)
     return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight).to(x.dtype)
@@ -39,8 +40,10 @@ def dynamic_activation_forward_reference(
 def dynamic_activation_backward_reference(
     grad_y: Tensor, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, curve: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients in plain PyTorch: ``grad_x`` like x, those of ``alpha`` and ``shift`` (also without one) scalars,
-    ``grad_weight`` [C] and ``grad_bias`` [C].
+    """The gradients in plain PyTorch.
+
+    ``grad_x`` is like x, those of ``alpha`` and ``shift`` (also without one) are scalars, ``grad_weight`` and
+    ``grad_bias`` [C].
     """
     values, dy = rows_of(x), rows_of(grad_y)
     u = _argument(values, alpha, shift)

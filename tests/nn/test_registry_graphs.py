@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_registry_lifecycle import EVERY, LAYERS, copies, every, in_dtype, inputs_of, loss, model_of, same
+from registry_cases import EVERY, LAYERS, copies, every, in_dtype, inputs_of, loss, model_of, same
 from torch.func import functional_call, stack_module_state, vmap
 
 from normfuse.nn import ProgressiveNorm

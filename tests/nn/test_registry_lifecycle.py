@@ -5,8 +5,20 @@ import pickle
 
 import pytest
 import torch
+from registry_cases import (
+    EVERY,
+    LAYERS,
+    C,
+    copies,
+    every,
+    has_running_statistics,
+    inputs_of,
+    loss,
+    model_of,
+    same,
+    train,
+)
 from torch import nn
-from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
@@ -15,43 +27,6 @@ import normfuse
 from normfuse.nn import EstimatedBatchNorm, ProgressiveNorm
 from normfuse.nn._running_norm import ChannelNorm
 from normfuse.nn.registry import NORMS
-
-C = 8
-
-
-def every(entries):
-    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
-
-
-EVERY = every(NORMS)
-LAYERS = [entry for entry in NORMS if entry.layout != "weight"]
-
-
-def has_running_statistics(entry):
-    return any(isinstance(module, ChannelNorm) for module in entry.make(C).modules())
-
-
-def inputs_of(entry, seed=0):
-    x = torch.randn(
-        (4, C, 5, 3) if entry.layout == "image" else (4, 7, C), generator=torch.Generator().manual_seed(seed)
-    )
-    return x, *entry.others(x)
-
-
-def train(norm, inputs, steps=3):
-    norm.train()
-    for _ in range(steps):
-        x, *others = inputs
-        norm(x.clone().requires_grad_(), *others).square().sum().backward()
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    norm.zero_grad()
-    return norm
-
-
-def same(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left.values(), right.values(), strict=True))
 
 
 class Model(nn.Module):
@@ -154,20 +129,6 @@ def test_conversions_keep_statistics_wide_and_come_back(entry):
         assert torch.equal(norm.get_buffer(name), value), name
 
 
-def copies(entry, count=2, dtype=None):
-    """The same trained norm several times."""
-    norm = train(entry.make(C), inputs_of(entry))
-    return [copy.deepcopy(norm).to(dtype).train() for _ in range(count)]
-
-
-def in_dtype(inputs, dtype):
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
-
-
-def loss(y):
-    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sin().sum()
-
-
 def layouts(entry, x):
     """x in the layouts of memory that people have; leaves."""
     forms = [x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]]
@@ -193,86 +154,6 @@ def test_every_layout_gives_the_same_and_takes_an_activation_in_place(entry):
         torch.testing.assert_close(dict(changed.named_buffers()), dict(plain.named_buffers()))
 
 
-@EVERY
-def test_second_derivatives_are_there_or_refused_with_the_reason(entry):
-    (norm,) = copies(entry, 1, torch.float64)
-    small = in_dtype(inputs_of(entry), torch.float64)
-    x, *others = (value[:2, ..., :3, :] if value.dim() > 2 else value[:2] for value in small)
-    x, others = x.clone().requires_grad_(), list(others)
-    (gradient,) = torch.autograd.grad(loss(norm(x, *others)), x, create_graph=True)
-    if not entry.exact:
-        with pytest.raises(RuntimeError, match=r"is an approximation by running statistics.*create_graph=True"):
-            gradient.square().sum().backward()
-        return
-    gradient.square().sum().backward()
-    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
-    if any(isinstance(module, EstimatedBatchNorm) for module in norm.modules()):
-        return  # of statistics that move with every call there are no differences to compare with
-    norm.train(not parametrize.is_parametrized(norm))  # σReparam's iteration moves in training
-    names = [name for name, _ in norm.named_parameters()]
-
-    def call(x, *parameters):
-        return functional_call(copy.deepcopy(norm), dict(zip(names, parameters, strict=True)), (x, *others))
-
-    inputs = (x.detach().requires_grad_(), *(p.detach().requires_grad_() for p in norm.parameters()))
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
-
-
-@EVERY
-def test_the_gradient_of_torch_func_is_that_of_backward(entry):
-    plain, transformed = copies(entry)
-    x, *others = inputs_of(entry)
-    leaf = x.clone().requires_grad_()
-    loss(plain(leaf, *others)).backward()
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    parameters = {name: p.detach() for name, p in transformed.named_parameters()}
-
-    def call(x, parameters):
-        return loss(functional_call(transformed, (parameters, dict(transformed.named_buffers())), (x, *others)))
-
-    found_x, found = grad(call, argnums=(0, 1))(x, parameters)
-    torch.testing.assert_close(found_x, leaf.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(dict(transformed.named_buffers()), dict(plain.named_buffers()))
-
-
-@every([entry for entry in LAYERS if entry.exact])
-def test_the_other_transforms_of_torch_func(entry):
-    (norm,) = copies(entry, 1, torch.float64)
-    x, *others = in_dtype(inputs_of(entry), torch.float64)
-
-    def call(x):
-        return loss(norm(x, *others))
-
-    along = torch.randn_like(x)
-    _, slope = jvp(call, (x,), (along,))
-    if not any(isinstance(module, EstimatedBatchNorm) for module in norm.modules()):  # its statistics have moved
-        torch.testing.assert_close(slope, (grad(call)(x) * along).sum())
-    ones = torch.ones((C, 1, 1) if x.dim() == 4 else C, dtype=x.dtype)
-    square = hessian(lambda scale: call(x * scale))(ones).reshape(C, C)
-    torch.testing.assert_close(square, square.T)
-
-
-@every(LAYERS)
-def test_vmap_runs_samples_or_says_why_not(entry):
-    (norm,) = copies(entry, 1)
-    inputs = inputs_of(entry)
-
-    def call(*one):
-        return loss(norm(*(value[None] for value in one)))
-
-    if has_running_statistics(entry):
-        with pytest.raises((RuntimeError, ValueError), match=r"torch\.func\.vmap cannot run|domains cannot share"):
-            vmap(grad(call))(*inputs)
-    else:
-        each = torch.stack([grad(call)(*sample) for sample in zip(*inputs, strict=True)])
-        torch.testing.assert_close(vmap(grad(call))(*inputs), each, rtol=1e-4, atol=1e-5)
-    norm.eval()
-    each = torch.stack([grad(call)(*sample) for sample in zip(*inputs, strict=True)])
-    torch.testing.assert_close(vmap(grad(call))(*inputs), each, rtol=1e-4, atol=1e-5)
-
-
 @every(LAYERS)
 def test_batches_without_a_valid_row_move_nothing(entry):
     (norm,) = copies(entry, 1)
@@ -290,28 +171,6 @@ def test_batches_without_a_valid_row_move_nothing(entry):
         if not isinstance(module, EstimatedBatchNorm):
             module(x.requires_grad_(), mask).sum().backward()
     assert same(norm.state_dict(), before)
-
-
-class Traced(nn.Module):
-    def __init__(self, entry):
-        super().__init__()
-        self.norm = entry.make(C)
-
-
-class Alone(Traced):
-    def forward(self, x):
-        return torch.relu(self.norm(x.sin()))
-
-
-class WithAnother(Traced):
-    def forward(self, x, other):
-        return torch.relu(self.norm(x.sin(), other))
-
-
-def model_of(entry):
-    model = (WithAnother if inputs_of(entry)[1:] else Alone)(entry)
-    train(model, inputs_of(entry))
-    return model
 
 
 @EVERY

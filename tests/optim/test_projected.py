@@ -151,7 +151,7 @@ def test_small_batches_of_parameters_and_a_tensor_for_the_learning_rate_change_n
         grads = gradients(params, number)
         step(optimizer, params, grads)
         with monkeypatch.context() as patch:
-            patch.setattr("normfuse.optim.projected.CPU_ENTRIES", 1)
+            patch.setattr("normfuse.optim.projection.CPU_ENTRIES", 1)
             step(other, others, grads)
     for a, b in zip(params, others, strict=True):
         torch.testing.assert_close(a, b)
