@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,23 @@ def fold_file(
             result = job.convert(result)
         if passes:
             result = job.run_passes(result, passes, target)
-        beside = None
+        beside, copied = None, []
         if not result.changed:
             beside = saving.copy(file, output.staged, output.target.parent)
             apart = ", with its weights in a file of another name" if beside is None else ""
-            job.notes.append(f"nothing folds: {output.path} is a copy of {source}{apart}")
+            copied = [f"nothing folds: {output.path} is a copy of {source}{apart}"]
         graph = summarize(output.staged)
-        report = result.report
-        report.nodes_before, report.nodes_after = len(file.nodes), graph.node_count
-        verification = VerificationReport(result.cases)
         told = ExportResult(
-            output.path, file.version, {}, job.dtype, report, verification, graph, target, result.passes, job.notes
+            path=output.path,
+            opset=file.version,
+            rejected={},
+            dtype=job.dtype,
+            report=replace(result.report, nodes_before=len(file.nodes), nodes_after=graph.node_count),
+            verification=VerificationReport(result.cases),
+            graph=graph,
+            target=target,
+            passes=result.passes,
+            notes=[*job.notes, *result.notes, *copied],
         )
         before_publish(told)
         publish(output, beside)
@@ -171,6 +177,11 @@ class _Result:
     changed: bool = False
     cases: list[Case] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def noting(self, note: str) -> _Result:
+        """The same with one more note."""
+        return replace(self, notes=(*self.notes, note))
 
 
 class _Job:
@@ -190,15 +201,16 @@ class _Job:
         self._file, self._types, self._trials, self._staged, self._progress = file, types, trials, staged, progress
         self.dtype = dtype
         self._comparison = Comparison(file, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol)
-        self.notes: list[str] = []
-        if file.settable:
-            self.notes.append(
+        self.notes = tuple(self._known_before())
+
+    def _known_before(self) -> Iterator[str]:
+        if self._file.settable:
+            yield (
                 "left alone, because callers may set them (they are listed among the inputs; --fold-defaults, "
-                f"fold_defaults=True, takes them as constants): {some_of(file.settable)}"
+                f"fold_defaults=True, takes them as constants): {some_of(self._file.settable)}"
             )
         if self._comparison.random:
-            random = some_of(self._comparison.random)
-            self.notes.append(f"random from run to run, hence not compared: {random}")
+            yield f"random from run to run, hence not compared: {some_of(self._comparison.random)}"
 
     def fold(self, options: Mapping[str, Any], keep_dynamic_norms: bool, at_most: float) -> _Result:
         """The best way to fold that agrees with the original."""
@@ -229,24 +241,10 @@ class _Job:
                 except (VerificationError, GraphError) as error:
                     refused.append(str(error))
                     continue
-                self.notes.append(_difference(file, choice.edited))
-                if choice.edited.unlisted:
-                    self.notes.append(
-                        f"no longer listed among the inputs, because their values were used: "
-                        f"{some_of(choice.edited.unlisted)} (--keep-defaults, fold_defaults=False, leaves them alone)"
-                    )
-                return _Result(choice.report, True, cases)
+                return _Result(choice.report, True, cases, notes=_changes(file, choice.edited))
             if not choices:
                 break
-        if refused:
-            self.notes.append(f"left as it was: {refused[0]}")
-        elif first is not None and any(record.status != "kept" for record in first.norms):
-            self.notes.append("left as it was: fewer operations would be left neither in it nor in what is run of it")
-        first = first or FoldReport()
-        for record in first.norms:
-            if record.status != "kept":
-                record.status, record.reason, record.absorbed_by = "kept", "nothing would be gained", []
-        return _Result(first)
+        return _as_it_was(first or FoldReport(), refused)
 
     def convert(self, result: _Result) -> _Result:
         """Weights and operations in float16."""
@@ -262,10 +260,9 @@ class _Job:
     def run_passes(self, result: _Result, names: Sequence[str], target: str) -> _Result:
         """The graph after passes for a target; as it was if that is not for it, or fails."""
         if self._file.version < _PASSES_SINCE:
-            self.notes.append(
+            return result.noting(
                 f"no graph passes for {target}: they are for transformers of operator set {_PASSES_SINCE}"
             )
-            return result
         self._progress("run graph passes")
         aside = self._staged.with_name("passes.onnx")
         try:
@@ -277,10 +274,36 @@ class _Job:
             save_model(model, aside)
             cases = self._comparison.compare(aside)
         except Exception as error:  # a graph that a pass cannot take must cost the passes only
-            self.notes.append(f"graph passes were given up: {one_line(error)}")
-            return result
+            return result.noting(f"graph passes were given up: {one_line(error)}")
         save_model(ir.external_data.load_to_model(ir.load(aside)), self._staged)
         return replace(result, changed=True, cases=cases, passes=applied)
+
+
+def _as_it_was(report: FoldReport, refused: Sequence[str]) -> _Result:
+    """What becomes of a file that stays: no norm of it is gone, and why."""
+    notes: tuple[str, ...] = ()
+    if refused:
+        notes = (f"left as it was: {refused[0]}",)
+    elif any(record.status != "kept" for record in report.norms):
+        notes = ("left as it was: fewer operations would be left neither in it nor in what is run of it",)
+    norms = [
+        record
+        if record.status == "kept"
+        else replace(record, status="kept", reason="nothing would be gained", absorbed_by=[])
+        for record in report.norms
+    ]
+    return _Result(replace(report, norms=norms), notes=notes)
+
+
+def _changes(file: OnnxFile, edited: Edited) -> tuple[str, ...]:
+    """What an edited file has become, in words."""
+    if not edited.unlisted:
+        return (_difference(file, edited),)
+    return (
+        _difference(file, edited),
+        f"no longer listed among the inputs, because their values were used: {some_of(edited.unlisted)} "
+        "(--keep-defaults, fold_defaults=False, leaves them alone)",
+    )
 
 
 def _difference(file: OnnxFile, edited: Edited) -> str:
