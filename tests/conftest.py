@@ -32,6 +32,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Models this small only wait for each other in several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["reference", "kernel"])
 def implementation(request, monkeypatch):
     """Runs a test on the PyTorch references with autograd in Python, and on the compiled kernels with it in C++."""
