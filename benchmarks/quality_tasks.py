@@ -139,7 +139,8 @@ def language_model(width: int = 128, depth: int = 4, batch: int = 16, held_out: 
     """A byte-level decoder on Python's standard library.
 
     Args:
-        width, depth: of the decoder.
+        width: of the decoder.
+        depth: of the decoder, in blocks.
         batch: pieces of ``CONTEXT`` bytes in a step.
         held_out: pieces of each of the two held-out splits, evenly spaced over it.
     """

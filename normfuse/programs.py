@@ -119,7 +119,8 @@ def own_rounding(
     Args:
         program: the program; of regions that are closed only the results lose digits.
         outputs: the tensors in what it gives.
-        args, kwargs: its arguments.
+        args: its arguments.
+        kwargs: its keyword arguments.
     """
     worst, generator = [0.0] * len(outputs), torch.Generator().manual_seed(0)
 

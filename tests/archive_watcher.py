@@ -57,8 +57,10 @@ class Watch:
             self.found.append(f"{event} {str(args)[:200]}")
 
     def is_torchs(self, source: bytes | str, filename: str) -> bool:
-        """Whether torch compiles the function of a graph that has been checked, or the name of a type in the schemas of
-        its own operations.
+        """Whether torch compiles something of its own.
+
+        That is the function of a graph that has been checked, or the name of a type in the schemas of its own
+        operations.
         """
         text = source.decode() if isinstance(source, bytes) else str(source)
         if filename == "<string>":

@@ -22,7 +22,7 @@ def test_a_docstring_is_complete(name: Public) -> None:
     assert name.missing() == []
 
 
-def example(x: int, y: int = 1) -> int:
+def example(x: int, y: int = 1) -> int:  # noqa: D417
     """Add.
 
     Args:

@@ -101,8 +101,9 @@ class ConvNet(nn.Module):
 
 
 def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model as training might leave it: weights, gains, shifts and statistics that are not their start
-    values.
+    """The model as training might leave it.
+
+    Weights, gains, shifts and statistics are not their start values.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():

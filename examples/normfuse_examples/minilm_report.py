@@ -34,7 +34,8 @@ def serve(
     """Write all files, check, describe and time them.
 
     Args:
-        original, converted: models in evaluation mode.
+        original: the model as it was, in evaluation mode.
+        converted: the model without its norms, in evaluation mode.
         example: of the inputs.
         folder: for the files.
         quality: measures a function from a batch to embeddings against the original.

@@ -1,5 +1,6 @@
-"""What kind of file is this, is it whole, and what tensors does it hold: nothing in here runs code from a
-file unless the caller trusts it.
+"""What kind of file this is, whether it is whole, and what tensors it holds.
+
+Nothing in here runs code from a file unless the caller trusts it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ VERSION = 1
 
 
 def digest(metadata: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
-    """SHA-256 over the format, the metadata and every group of tensors: names, dtypes, shapes, bytes
-    (hex).
-    """
+    """SHA-256 (hex) over the format, the metadata and every group of tensors: names, dtypes, shapes, bytes."""
     sha = hashlib.sha256()
 
     def add(text: str) -> None:
@@ -45,8 +44,9 @@ def digest(metadata: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> 
 
 
 def file_kind(path: Path) -> str:
-    """What a plain file is, see :func:`normfuse.checkpoint.kinds.kind_of`; CheckpointError if it is nothing that can be
-    read.
+    """What a plain file is, see :func:`normfuse.checkpoint.kinds.kind_of`.
+
+    CheckpointError if it is nothing that can be read.
     """
     with kinds.opened(path) as file:
         return kinds.kind_of(file, path)

@@ -53,8 +53,9 @@ def recorded(text: str, source: str) -> type[nn.Module]:
 
 
 def given(text: str) -> Callable[..., nn.Module]:
-    """The callable that a *person* names with ``--model package.module:factory``; the working directory is
-    searched as well. Raises CheckpointError.
+    """The callable that a *person* names with ``--model package.module:factory``.
+
+    The working directory is searched as well. Raises CheckpointError.
     """
     module_name, path = parse(text)
     with _working_directory_on_path():

@@ -190,8 +190,9 @@ def parse_dimension(text: str, label: str) -> Dimension | Derived:
 
 
 def consistent_sizes(specs: Sequence[InputSpec], examples: Sequence[torch.Tensor]) -> dict[str, int]:
-    """The size of every dynamic dimension in the examples; CheckpointError if an example does not fit its
-    spec.
+    """The size of every dynamic dimension in the examples.
+
+    CheckpointError if an example does not fit its spec.
     """
     for spec, example in zip(specs, examples, strict=True):
         if example.dtype != spec.dtype or example.dim() != len(spec.dims):
@@ -252,9 +253,7 @@ def clamp(size: int, dim: Dimension) -> int:
 
 
 def make_up(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
-    """An input that has no example to follow: normal floats, integers below ``high``, booleans of both
-    kinds.
-    """
+    """An input without an example to follow: normal floats, integers below ``high``, booleans of both kinds."""
     shape = spec.shape(sizes)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
@@ -268,8 +267,9 @@ def make_up(spec: InputSpec, sizes: Mapping[str, int], generator: torch.Generato
 
 
 def resize(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The example, cut or repeated along each axis to ``shape``: every value stays an admissible one. Zeros where
-    the example is empty.
+    """The example, cut or repeated along each axis to ``shape``: every value stays an admissible one.
+
+    Zeros where the example is empty.
     """
     if not example.numel():
         return example.new_zeros(tuple(shape))

@@ -39,8 +39,9 @@ _OTHERS = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A plain file open for reading. CheckpointError if there is none: folders, pipes, devices and sockets are refused
-    before anything waits for them.
+    """A plain file open for reading.
+
+    CheckpointError if there is none: folders, pipes, devices and sockets are refused before anything waits for them.
     """
     try:
         _refuse_others(path, os.stat(path))
@@ -106,8 +107,10 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 
 def _looks_like_onnx(head: bytes) -> bool:
-    """A protobuf whose first field is a small number, ir_version, and whose next is one of the model's texts, numbers
-    or messages.
+    """Whether these are the first bytes of an ONNX model.
+
+    A protobuf whose first field is a small number, ir_version, and whose next is one of the model's texts, numbers or
+    messages.
     """
     return (
         len(head) > 3

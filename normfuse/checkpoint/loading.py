@@ -35,8 +35,9 @@ def load(
     weights: str | None = None,
     trust: bool = False,
 ) -> ExportableModel:
-    """Loads a checkpoint of :func:`normfuse.save`, or the weights that a training script saved, without running
-    anything that the file holds.
+    """Loads a checkpoint of :func:`normfuse.save`, or the weights that a training script saved.
+
+    Nothing that the file holds is run.
 
     Args:
         path: the file: of :func:`normfuse.save`, of ``torch.export.save`` (``.pt2``), of ``torch.save``,
@@ -201,8 +202,9 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 
 def _only_tensors(group: Any) -> bool:
-    """Whether a group maps names to dense tensors whose every number is in the file (no strides of zero that
-    make a few bytes look like a huge tensor).
+    """Whether a group maps names to dense tensors whose every number is in the file.
+
+    Strides of zero would make a few bytes look like a huge tensor.
     """
     return isinstance(group, Mapping) and all(
         isinstance(name, str)
@@ -227,7 +229,8 @@ def _build(
     Args:
         path: the file.
         metadata: of a file of format 1, which names a class and records its arguments; else empty.
-        model, model_args: what the user gives.
+        model: what the user gives: a module, a class or the name of a function.
+        model_args: arguments for it.
         trust: whether the class that the file names may be built, and with any argument that it records.
         state: the weights in a file of format 1.
     """

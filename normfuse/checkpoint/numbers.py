@@ -18,8 +18,10 @@ def check_numbers(module: nn.Module, source: str) -> None:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuses, naming the tensor, parameters and norm statistics that are not finite, NaN in any other buffer
-    (masks may hold infinities), and a negative ``running_var`` or ``running_phi``.
+    """Refuses numbers that no training leaves behind, naming the tensor.
+
+    These are parameters and norm statistics that are not finite, NaN in any other buffer (masks may hold infinities),
+    and a negative ``running_var`` or ``running_phi``.
 
     Args:
         tensors: by the names that they have in the module; parameters are of that class.

@@ -24,8 +24,9 @@ PREFERRED = (
 
 
 def data_globals() -> list[Any]:
-    """What pickles of paths and of numpy's numbers and arrays ask for, under the names of old and new versions. They
-    are data: what is inside them is read by the same rules.
+    """What pickles of paths and of numpy's numbers and arrays ask for, under the names of old and new versions.
+
+    They are data: what is inside them is read by the same rules.
 
     Scripts store a best score as a numpy number and the folder of the data set as a path, which alone would keep a file
     from being read.

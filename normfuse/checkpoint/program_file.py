@@ -84,8 +84,9 @@ def read(archive: Archive) -> ExportableModel:
 
 
 def check_program(program: ExportedProgram, specs: Sequence[InputSpec], source: str) -> None:
-    """Raises CheckpointError unless a program takes what the specifications say: as many tensors, of these dtypes, and
-    fixed sizes where they are fixed.
+    """Raises CheckpointError unless a program takes what the specifications say.
+
+    That is as many tensors, of these dtypes, and fixed sizes where they are fixed.
     """
     names = program.graph_signature.user_inputs
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}

@@ -65,8 +65,10 @@ class Records:
         return MappingProxyType({name: record.size for name, record in self._records.items()})
 
     def read(self, name: str, at_most: int) -> bytes:
-        """The bytes of a record; CheckpointError if there is none of that name, if it has more than ``at_most``
-        bytes, or if they do not fit its checksum.
+        """The bytes of a record.
+
+        CheckpointError if there is none of that name, if it has more than ``at_most`` bytes, or if they do not fit its
+        checksum.
         """
         record = self._record(name)
         if record.size > at_most:
@@ -78,8 +80,9 @@ class Records:
         return data
 
     def tensor(self, name: str) -> tuple[torch.Tensor, str]:
-        """The bytes of a record as an uint8 tensor of shape [size], and their SHA-256; CheckpointError as in
-        :meth:`read`.
+        """The bytes of a record as an uint8 tensor of shape [size], and their SHA-256.
+
+        CheckpointError as in :meth:`read`.
         """
         record = self._record(name)
         tensor = torch.empty(record.size, dtype=torch.uint8)

@@ -22,8 +22,9 @@ NAMES = tuple(name + ending for name in _STEMS for ending in ("", INDEX))  # the
 
 
 def weight_file(folder: Path) -> Path:
-    """The file with a folder's weights, as transformers, diffusers and accelerate name it; CheckpointError if there is
-    none.
+    """The file with a folder's weights, as transformers, diffusers and accelerate name it.
+
+    CheckpointError if there is none.
     """
     for name in NAMES:
         if (folder / name).is_file():

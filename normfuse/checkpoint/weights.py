@@ -238,8 +238,10 @@ def _choose(fits: Sequence[_Fit], module: str, source: str) -> tuple[_Fit, list[
 
 
 def _sorted_out(fit: _Fit) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """A group's other tensors without incidental ones and second copies: those that the module should know, under the
-    names it would know them by; and names of those that belong to other parts of what was saved.
+    """Sorts a group's other tensors, without incidental ones and second copies.
+
+    Returns those that the module should know, under the names it would know them by; and names of those that belong to
+    other parts of what was saved.
     """
     unknown, outside = {}, []
     taken = fit.tensors.values()

@@ -34,8 +34,9 @@ def described(result: ExportResult, **source: Path) -> dict[str, Any]:
 
 @contextmanager
 def reported(path: Path | None, **source: Path) -> Iterator[Callable[[ExportResult], None]]:
-    """Meanwhile results are made ready as JSON, before the ONNX file they are of appears: what cannot be reported is
-    not written. In the end the report gets its name.
+    """Makes results ready as JSON before the ONNX file they are of appears.
+
+    What cannot be reported is not written. In the end the report gets its name.
     """
     if path is None:
         yield lambda result: None

@@ -71,8 +71,9 @@ def _default(field: dataclasses.Field) -> Any:
 
 @contextmanager
 def _one_line_errors(typed: list[str]) -> Iterator[None]:
-    """Ends the command with one line on stderr and exit status 1, whatever happens. Where options get past the error,
-    the line ends with the command as it was typed and them.
+    """Ends the command with one line on stderr and exit status 1, whatever happens.
+
+    Where options get past the error, the line ends with the command as it was typed and them.
     """
     try:
         yield

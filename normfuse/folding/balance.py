@@ -276,7 +276,9 @@ def choose(
 
     Args:
         settle: gives the gauge in which the given maps stay.
-        program, seen, per_tensor: see :class:`Prediction`.
+        program: see :class:`Prediction`.
+        seen: see :class:`Prediction`.
+        per_tensor: see :class:`Prediction`.
 
     Returns:
         The gauge, and the predicted error of the output ÷ that of the program as it was.

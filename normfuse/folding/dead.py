@@ -130,8 +130,9 @@ def find_dead(writer: Node, gauge: Gauge) -> Dead | RemovedChannels | None:
 
 
 def _follow(writer: Node, inside: dict[Node, Channels], norms: list[str], gauge: Gauge) -> list[Node]:
-    """Fill `inside` with the values between the writer and its readers, and `norms` with the names of those that make
-    constants; returns the readers.
+    """Finds the values between the writer and its readers; returns the readers.
+
+    Fills `inside` with these values, and `norms` with the names of those that make constants.
     """
     readers = []
     for node in gauge.program.graph.nodes:

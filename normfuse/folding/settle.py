@@ -192,8 +192,9 @@ def _rides(node: Node, gauge: Gauge) -> bool:
 
 
 def _lets_go(node: Node, gauge: Gauge) -> bool:
-    """Whether an operation's constant part, if all readers take it, goes to them: where it would be an Add of its own,
-    and where biases are to leave residual streams.
+    """Whether an operation's constant part, if all readers take it, goes to them.
+
+    It does where it would be an Add of its own, and where biases are to leave residual streams.
     """
     if node in gauge.matches.affine:
         return node in gauge.solution.kept

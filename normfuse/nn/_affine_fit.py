@@ -42,8 +42,10 @@ def set_affine(
 
     Args:
         static: changed in place.
-        mean, var: of the input u, per channel.
-        target, target_var: mean and variance of the target v.
+        mean: of the input u, per channel.
+        var: of the input u, per channel.
+        target: mean of the target v.
+        target_var: variance of the target v.
         covariance: of u and v.
         fit: whether to set gain and shift as well.
         rows: how many rows the statistics are of, see :meth:`ChannelNorm.set_statistics`.

@@ -160,7 +160,8 @@ class ChannelNorm(nn.Module):
         """Replace the forward statistics by those of given rows.
 
         Args:
-            mean, var: mean and biased variance [C] of :meth:`rows_to_measure`.
+            mean: of :meth:`rows_to_measure`, [C].
+            var: the same rows' variance [C], biased.
             rows: how many rows they are of, where statistics that training would keep unbiased are to be that; None:
                 as they are.
         """

@@ -30,7 +30,9 @@ def fastest(
     Args:
         export: writes the file for a target; takes the target, a path and ``progress``.
         output: what will be published.
-        sizes, threads, progress: see :func:`normfuse.onnx.export`.
+        sizes: to time with, see :func:`normfuse.onnx.export`.
+        threads: to time with.
+        progress: called with the name of each stage.
 
     Returns:
         What `export` gave for the fastest, with the times in its notes.

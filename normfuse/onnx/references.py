@@ -24,8 +24,9 @@ _MOST_BYTES = 2**29  # of outputs that are kept; more are computed each time
 
 
 class VerificationError(NormfuseError):
-    """Two forms of the model differ, or one of them cannot be run. One line: which, for which shapes, by how
-    much.
+    """Two forms of the model differ, or one of them cannot be run.
+
+    One line: which, for which shapes, by how much.
     """
 
 

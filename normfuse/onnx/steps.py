@@ -244,8 +244,11 @@ def write_verified(references: References, folded: Folded, asked: Plan, path: Pa
     """Write the first candidate that passes, in the newest operator set in which one does.
 
     Args:
-        references, folded, asked, progress: what came before.
+        references: inputs to compare on, with the model's outputs.
+        folded: what to write.
+        asked: the plan of the export.
         path: where to write, in a folder that nobody looks into.
+        progress: called with the name of each stage.
 
     Raises:
         WriteError, VerificationError: none passes.

@@ -94,8 +94,9 @@ def verify(
     edges: bool = True,
     references: References | None = None,
 ) -> VerificationReport:
-    """Compares what the live model gave with its traced program, optionally the folded program, and the ONNX file in
-    ONNX Runtime (CPU).
+    """Compares what the live model gave with its traced program and with its other forms.
+
+    These are, if given, the folded program, and the ONNX file in ONNX Runtime (CPU).
 
     They run on the example inputs, on ``rounds`` random inputs whose dynamic dimensions take random sizes, 1 among
     them, and on inputs that look for trouble: masks that hide nothing, a row and everything, integers at both ends,
@@ -216,8 +217,9 @@ def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
 
 
 def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps errors to its exceptions. Raises VerificationError if the file cannot be
-    loaded.
+    """A CPU session that keeps errors to its exceptions.
+
+    Raises VerificationError if the file cannot be loaded.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions too: one line there, not several on the terminal

@@ -95,7 +95,9 @@ def exportable(
 
     Args:
         model: in any mode, on any device.
-        with_past, inputs, outputs: see :func:`load`.
+        with_past: see :func:`load`.
+        inputs: see :func:`load`.
+        outputs: see :func:`load`.
         source: for messages. None: the model's class.
         processor: what its processor's files say of images and tokens, where the configuration says nothing.
 

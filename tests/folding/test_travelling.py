@@ -28,8 +28,10 @@ class Block(nn.Module):
 
 
 class Cancelling(nn.Sequential):
-    """``x + W x`` is about a tenth of x, and a norm multiplies it by ten: values stay as large as they are, but a
-    constant that travels with the stream alone becomes ten times larger in each layer.
+    """``x + W x`` is about a tenth of x, and a norm multiplies it by ten.
+
+    Values stay as large as they are, but a constant that travels with the stream alone becomes ten times larger in each
+    layer.
     """
 
     def __init__(self, norm=normfuse.nn.UnifiedNorm, bias: bool = True) -> None:
@@ -170,8 +172,10 @@ def test_scales_and_shifts_pass_a_cast_that_rounds():
 
 
 class Small(nn.Module):
-    """A stream that two small gains divide: a constant behind them would be large in front of them, where the branch
-    would subtract it again. The last weight before the constant has no bias, the others have.
+    """A stream that two small gains divide.
+
+    A constant behind them would be large in front of them, where the branch would subtract it again. The last weight
+    before the constant has no bias, the others have.
     """
 
     def __init__(self) -> None:

@@ -49,8 +49,9 @@ POSITIONAL, KEYWORD = schema.ArgumentKind.POSITIONAL, schema.ArgumentKind.KEYWOR
 
 
 def read(argument: schema.Argument, lookup: Lookup) -> tuple[schema.Argument, Any]:
-    """The operand with the names that ``lookup`` gives it, on the CPU, and its value; CheckpointError for kinds that
-    have no place in a file (other functions, objects, graphs).
+    """The operand with the names that ``lookup`` gives it, on the CPU, and its value.
+
+    CheckpointError for kinds that have no place in a file (other functions, objects, graphs).
 
     ``lookup(name, tensor)`` returns the new name and the value of a name in the file.
     """
@@ -95,8 +96,9 @@ CPU = schema.Device("cpu", None)
 def bind(
     operation: torch._ops.OpOverload, inputs: list[schema.NamedArgument], lookup: Lookup
 ) -> tuple[list[schema.NamedArgument], list[Any], dict[str, Any]]:
-    """Operands in the order of the operation's schema, each said to be positional or not, and the values to call it
-    with. CheckpointError if one has a name that the schema has not, is there twice, or would be taken for another.
+    """Operands in the order of the operation's schema, positional or not, and the values to call it with.
+
+    CheckpointError if one has a name that the schema has not, is there twice, or would be taken for another.
     """
     given = {item.name: item for item in inputs}
     known = [argument.name for argument in operation._schema.arguments]

@@ -30,8 +30,9 @@ _OF_NUMBER = {"as_sym_int": int, "as_sym_float": float, "as_sym_bool": bool}
 
 
 def sizes_of(graphs: Iterable[schema.Graph]) -> dict[str, int]:
-    """The size of each symbol in the example, from everything that says so in the file; CheckpointError where it says
-    two things.
+    """The size of each symbol in the example, from everything that says so in the file.
+
+    CheckpointError where it says two things.
     """
     sizes: dict[str, int] = {}
     for graph in graphs:
@@ -75,8 +76,9 @@ class GraphReader:
         self.graph = schema.Graph([], [], [], {}, {}, {})
 
     def placeholder(self, name: str, claims: schema.Graph, stored: torch.Tensor | None) -> str:
-        """Declares an input of the program, or a stored tensor, whose shape then must be what the file claims;
-        returns its name in the new graph.
+        """Declares an input of the program, or a stored tensor; returns its name in the new graph.
+
+        Its shape then must be what the file claims.
         """
         meta = _of(claims.tensor_values, name)
         if stored is None:
@@ -93,8 +95,10 @@ class GraphReader:
         return new
 
     def walk(self, graph: schema.Graph, names: dict[str, str]) -> None:
-        """Checks the operations of one graph and adds them. ``names`` leads from names of this graph to names of the
-        new one; it holds the placeholders already, and gets what the operations define.
+        """Checks the operations of one graph and adds them.
+
+        ``names`` leads from names of this graph to names of the new one; it holds the placeholders already, and gets
+        what the operations define.
         """
         for node in graph.nodes:
             try:
@@ -106,8 +110,9 @@ class GraphReader:
                 raise CheckpointError(f"at {one_line(node.name or node.target, 60)}: {error}") from error
 
     def lookup(self, names: Mapping[str, str], name: str, tensor: bool) -> tuple[str, Any]:
-        """The new name and the value of a name; CheckpointError if it is not defined, or not a tensor where one
-        belongs.
+        """The new name and the value of a name.
+
+        CheckpointError if it is not defined, or not a tensor where one belongs.
         """
         if name not in names:
             raise CheckpointError(f"{one_line(name, 60)!r} is read before it is computed")

@@ -221,8 +221,9 @@ def _outputs(
 
 
 def _result_paths(calls: list[schema.ModuleCallEntry], count: int) -> list[tuple[Any, ...]]:
-    """Keys and indices that lead to each result, from the text that says how the module's results were structured; the
-    classes in it are names and stay so. Indices alone if the text is not of the form that torch writes.
+    """Keys and indices that lead to each result, from the text that says how the module's results were structured.
+
+    The classes in it are names and stay so. Indices alone if the text is not of the form that torch writes.
     """
     paths: list[tuple[Any, ...]] = []
 

@@ -1,5 +1,6 @@
-"""Recurrent networks: whether their weights have the shapes that they must have, which ATen does not check before it
-reads them, and what they return, which torch would find out step by step.
+"""Recurrent networks: whether their weights have the shapes that they must have, and what they return.
+
+ATen does not check the shapes before it reads the weights; torch would find the results out step by step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def is_recurrent(function: Any) -> bool:
 
 
 def result(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Tensors of the shapes that a recurrent network returns. CheckpointError if its states and weights do not
-    fit each other.
+    """Tensors of the shapes that a recurrent network returns.
+
+    CheckpointError if its states and weights do not fit each other.
     """
     names = [argument.name for argument in function._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)

@@ -25,8 +25,9 @@ _FLOAT_WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def build(kind: Any, data: Any, what: str) -> Any:
-    """An object of ``kind``, a class of torch's schema, from parsed JSON; CheckpointError if it is not of that
-    form.
+    """An object of ``kind``, a class of torch's schema, from parsed JSON.
+
+    CheckpointError if it is not of that form.
     """
     try:
         return _builder(kind)(data)

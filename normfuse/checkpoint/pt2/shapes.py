@@ -46,8 +46,9 @@ class ShapeRunner:
             return torch.empty_strided(sizes, strides, dtype=dtype)
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], constant: bool) -> Any:
-        """What ``function`` returns for fake tensors. CheckpointError if it cannot be called so, if its result
-        depends on values, or if a bound is passed; ``constant`` says whether nothing depends on inputs.
+        """What ``function`` returns for fake tensors; ``constant`` says whether nothing depends on inputs.
+
+        CheckpointError if it cannot be called so, if its result depends on values, or if a bound is passed.
         """
         try:
             with torch.no_grad(), self._mode, _Counting():
@@ -90,8 +91,10 @@ class _Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _check_parts(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Every part has a place along some axis, so that a tensor of few parts has a short one, or few are asked
-        for. Those that are asked for by number are counted by it.
+        """Bounds the number of parts that an operation makes.
+
+        Every part has a place along some axis, so that a tensor of few parts has a short one, or few are asked for.
+        Those that are asked for by number are counted by it.
         """
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         tensor = given.get("self")

@@ -86,7 +86,9 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Number], Callable[..., Any], int | Non
 
 @dataclass(frozen=True)
 class Expression:
-    """One expression: ``value`` at the sizes of the example, ``sympy`` for torch, and ``symbol``, its name if it is a
+    """One expression.
+
+    ``value`` is its value at the sizes of the example, ``sympy`` its form for torch, and ``symbol`` its name if it is a
     symbol and nothing else.
     """
 
@@ -108,8 +110,9 @@ class Symbols:
     _known: dict[str, Expression] = field(default_factory=dict)
 
     def read(self, text: str) -> Expression:
-        """The expression of a text, or CheckpointError if the grammar does not have it or a number in it leaves
-        its bounds.
+        """The expression of a text.
+
+        CheckpointError if the grammar does not have it or a number in it leaves its bounds.
         """
         if text not in self._known:
             try:

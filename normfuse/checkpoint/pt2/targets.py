@@ -70,8 +70,9 @@ def is_on_sizes(target: str) -> bool:
 
 @cache
 def resolve(target: str) -> Callable[..., Any]:
-    """The function that a graph's target names, an OpOverload or one of Python's operators on sizes; CheckpointError
-    for every other.
+    """The function that a graph's target names: an OpOverload or one of Python's operators on sizes.
+
+    CheckpointError for every other.
     """
     if target in _PYTHON:
         return _PYTHON[target]

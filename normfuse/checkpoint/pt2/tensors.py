@@ -57,6 +57,7 @@ class TensorReader:
 
     def group(self, config: str, folder: str, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors by name that one configuration describes; names that share a record share their memory.
+
         CheckpointError for pickled ones, for those that do not fit their record, and for too many.
         """
         what = f"{self._source}: {config}"
@@ -93,8 +94,9 @@ class TensorReader:
 
 
 def plain_meta(meta: schema.TensorMeta, what: str) -> tuple[torch.dtype, list[int], list[int], int]:
-    """Dtype, sizes, strides and offset of a stored tensor; CheckpointError if it is not dense or they make no
-    sense.
+    """Dtype, sizes, strides and offset of a stored tensor.
+
+    CheckpointError if it is not dense or they make no sense.
     """
     if meta.dtype not in DTYPES or meta.layout != schema.Layout.Strided:
         raise CheckpointError(f"{what} is a {meta.dtype.name} of layout {meta.layout.name}; it must be dense")

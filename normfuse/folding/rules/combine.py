@@ -96,7 +96,9 @@ class Negation(Match):
 
 @rule_for(aten.cat.default)
 class Concatenation(Match):
-    """Along the channels: the numbers of the parts one after another. Along positions: one scale and one shift for all
+    """Concatenation, along the channels or along positions.
+
+    Along the channels: the numbers of the parts one after another. Along positions: one scale and one shift for all
     parts, which would differ from position to position otherwise.
     """
 

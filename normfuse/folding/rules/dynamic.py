@@ -20,8 +20,10 @@ aten = torch.ops.aten
     *(aten.instance_norm.default, aten.batch_norm.default),
 )
 class DynamicNorm(Match):
-    """``y = gain * core(x) + shift``, over the last axes (LayerNorm, RMSNorm) or axis 1 (GroupNorm, InstanceNorm, and
-    BatchNorm that measures each batch).
+    """A norm that measures each input: ``y = gain * core(x) + shift``.
+
+    It works over the last axes (LayerNorm, RMSNorm) or axis 1 (GroupNorm, InstanceNorm, and BatchNorm that measures
+    each batch).
 
     The core measures x against a fixed eps, so x stays as it is. With ``y = s_y * f_y + t_y``:
 

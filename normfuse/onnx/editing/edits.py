@@ -326,8 +326,9 @@ class _Editor:
     # -- the graph as a whole ----------------------------------------------------------------------------------
 
     def _unlist(self) -> list[str]:
-        """Take constants off the inputs that operations read which have changed or gone: whoever sets one has to see
-        that it no longer does what it did.
+        """Take constants off the inputs that operations read which have changed or gone.
+
+        Whoever sets one has to see that it no longer does what it did.
         """
         used = set()
         for before, after in zip(self._reading.file.proto.graph.node, self._nodes, strict=True):
