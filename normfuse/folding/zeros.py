@@ -35,9 +35,9 @@ def zero_rows(gauge: Gauge) -> Mapping[Node, Match]:
 
 
 def _moved(node: Node, matches: Mapping[Node, Match], gauge: Gauge) -> tuple[Node, np.ndarray, Coefficients] | None:
-    """The operation whose weights write for a map alone, which channels it is to write zeros in, and the map's
-    coefficients then. None where there is no such operation, or the map multiplies one of these channels also by
-    something else.
+    """The operation whose weights write for a map alone, the channels to write zeros in, and the map's coefficients.
+
+    None where there is no such operation, or the map multiplies one of these channels also by something else.
     """
     way = [node]  # from the map back to the weights, through what computes each channel from itself
     while way[-1] is node or not matches[way[-1]].writes_zeros:
