@@ -9,6 +9,7 @@
 #   make sanitize        operations and emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #   make test-wheel      install that wheel into a fresh environment and test it there, outside of the checkout
 #   make test-ecosystem  timm, transformers, accelerate, Lightning; installs them
+#   make lock            the hashes in requirements/, after a change in a .in file there
 #   make compat          the oldest dependencies that are allowed, and other Pythons: PYTHONS="python3.12 python3.13"
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +32,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Tools that pip installs (cmake, ninja, clang-format) come before the machine's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-quick sanitize sanitize-operations sanitize-kernels test-wheel test-ecosystem compat wheel lint cpp-test py-test docs docs-test bench format clean
+.PHONY: demo lock test test-quick sanitize sanitize-operations sanitize-kernels test-wheel test-ecosystem compat wheel lint cpp-test py-test docs docs-test bench format clean
 
 demo: $(STAMPS)/built
 	$(BIN)/python examples/demo.py
@@ -116,6 +117,15 @@ compat:
 	for python in $(PYTHONS); do for age in oldest newest; do \
 	  tools/compat.sh $$python $$age $(WHEEL_TESTS) || exit 1; \
 	done; done
+
+# Every file of each release that is pinned, so that any machine can check what it downloads. pip does so by itself where a
+# file has hashes. torch.txt has none: which torch is installed, and from where, is up to the machine.
+lock: $(STAMPS)/environment
+	$(BIN)/python -m pip install -q uv==0.13.9
+	for name in dev docs ecosystem; do \
+	  $(BIN)/uv pip compile -q --no-deps --generate-hashes --no-annotate --universal --python-version 3.11.7 \
+	    --custom-compile-command "make lock" requirements/$$name.in -o requirements/$$name.txt || exit 1; \
+	done
 
 bench: $(STAMPS)/built
 	$(BIN)/python benchmarks/training_step.py --threads 1

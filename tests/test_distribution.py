@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,16 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 
 def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "setup.py", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["dev", "docs", "ecosystem"])
+def test_every_pin_has_its_hashes(name: str) -> None:
+    """Else call ``make lock``."""
+    pins = re.findall(r"^([\w.-]+==\S+)", (ROOT / f"requirements/{name}.in").read_text(), re.MULTILINE)
+    hashed = re.findall(
+        r"^([\w.-]+==\S+) \\\n    --hash=sha256:", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE
+    )
+    assert sorted(pin.lower().replace("_", "-") for pin in pins) == sorted(hashed)
 
 
 def test_every_source_is_in_the_source_distribution(tmp_path: Path) -> None:
