@@ -93,9 +93,10 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
 
 
 def freeze(model: nn.Module) -> SwapReport:
-    """Make the statistics that :func:`adapt` has gathered the BatchNorms' own, and the model as it was otherwise.
+    """End what :func:`adapt` began: the adapted statistics become those of the BatchNorms.
 
-    Such norms fold like any BatchNorm. A norm that met no data keeps the source's statistics.
+    Otherwise the model is as it was before :func:`adapt`, and its norms fold like any BatchNorm. A norm that met no
+    data keeps the source's statistics.
 
     Args:
         model: changed in place; :func:`adapt` was called on it.

@@ -72,8 +72,8 @@ class AlphaBatchNorm(AdaptingNorm):
 
         mean = (1 - test_weight) * running_mean + test_weight * mean of the batch
 
-    and the variance, unbiased, likewise. Gradients flow through the statistics of the batch. Settling uses one batch
-    of everything seen.
+    and the variance, unbiased, likewise. Gradients flow through the statistics of the batch. :func:`freeze` mixes with
+    the statistics of all rows seen, as if they were one batch.
 
     Args:
         norm: the BatchNorm with the source's statistics.

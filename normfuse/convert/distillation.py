@@ -263,8 +263,8 @@ def distill(
 ) -> Tensor:
     """Train the student for some optimiser steps on nothing but its distillation loss.
 
-    Everything that a run depends on is in the hands of the caller, who stores it to resume: the student's, the
-    optimiser's and the scheduler's ``state_dict`` and the position in the data.
+    To resume a run, store the ``state_dict`` of the student, the optimiser and the scheduler, and the position in the
+    data. Nothing else is kept.
 
     Args:
         distillation: of the student, which is trained in place and whose mode is restored.

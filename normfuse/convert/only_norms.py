@@ -89,7 +89,7 @@ class DeadChannels:
             in a row the first.
         kept: norm with dead channels → why they, or some of them, stay.
         parameters_before: number of parameters of the model before.
-        parameters_after: and after.
+        parameters_after: their number now.
     """
 
     removed: dict[str, tuple[str, tuple[str, ...], list[int]]] = field(default_factory=dict)

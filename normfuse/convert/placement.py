@@ -20,7 +20,7 @@ class Placed:
     Attributes:
         name: of the layer in the model.
         before: the placement of its norms before.
-        after: and after.
+        after: their placement now.
     """
 
     name: str

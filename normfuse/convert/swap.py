@@ -34,8 +34,8 @@ class Swap:
 
     Attributes:
         name: in the model.
-        before: the class before.
-        after: and after.
+        before: the class of the norm that was replaced.
+        after: the class of the new norm.
         num_features: its number of channels.
     """
 

@@ -46,8 +46,9 @@ def fold(
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
 
-    Of norms that compute their statistics from each input the core stays: gains and shifts go into the weights behind
-    them, and a LayerNorm becomes an RMSNorm where all that writes its input can subtract the mean beforehand.
+    Norms that compute their statistics from each input (LayerNorm, RMSNorm, GroupNorm) stay, but their gains and shifts
+    go into the weights behind them. A LayerNorm becomes an RMSNorm if everything that writes its input can subtract the
+    mean beforehand.
 
     Args:
         program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
@@ -58,13 +59,14 @@ def fold(
             into the weights that read it. It saves an addition per branch; where the stream's constant part is large
             against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
         max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
-            places; a norm that would exceed it stays. Floating-point arithmetic does not mind scales until values
-            leave its exponents: the default is safe for float32 and bfloat16, 2**10 for float16.
+            places; a norm that would exceed it stays. Scales do no harm in floating point until a value overflows or
+            underflows: the default is safe for float32 and bfloat16, 2**10 for float16.
         remove_dead: whether channels that hold a constant, because a norm's gain is zero there, leave the weights
             around them; see :func:`normfuse.folding.remove_dead_channels` for where that is done.
         keep_dynamic_norms: leave LayerNorm, RMSNorm and GroupNorm as they are; only maps behind them go into them.
-        cancel_norms: whether norms go whose division later norms undo; see :mod:`normfuse.folding.cancel`. It changes
-            what the later norms' eps counts for: ``report.cancel_difference`` says by how much on the example inputs.
+        cancel_norms: whether to drop norms that are followed by other norms which make their division superfluous; see
+            :mod:`normfuse.folding.cancel`. The eps of the later norms then counts for more or less:
+            ``report.cancel_difference`` says how much this changes the outputs on the example inputs.
         balance: "int8" chooses the scales, which leave a factor per channel free, and the norms that stay such that the
             predicted error of dynamically quantised products is least, see :mod:`normfuse.folding.balance`;
             "int8-per-tensor" is for weights with one step per tensor instead of one per output channel. None: scales

@@ -87,10 +87,10 @@ class FoldReport:
         removed: one record per place with constant channels, if asked to remove them.
         dynamic: one record per norm that computes its statistics from each input, in the order of the program.
         centred: names of the weights that subtract their mean, so that LayerNorms could become RMSNorms.
-        nodes_before: number of operations in the graph before.
-        nodes_after: and after.
-        bytes_before: size of the parameters and constants before.
-        bytes_after: and after.
+        nodes_before: number of operations in the graph before folding.
+        nodes_after: number of operations after folding.
+        bytes_before: size of the parameters and constants before folding.
+        bytes_after: their size after folding.
         bytes_copied: bytes added because a weight used at several places had to be stored more than once.
         scale_range: smallest and largest absolute scale that went into a weight.
         weight_growth: largest factor by which the biggest entry of any weight grew.

@@ -13,15 +13,15 @@ from ._traced_as_one import Proxy, traced_as_one
 class AdaptiveInstanceNorm(nn.Module):
     """AdaIN (Huang & Belongie, 2017, arXiv 1703.06868): the content with the style's mean and deviation.
 
-    The normalisation stays at export. For one fixed style, see :meth:`fix`, the multiplication by its deviation and
-    the addition of its mean fold.
+    The normalisation stays at export. With one fixed style (:meth:`fix`), the multiplication by its deviation and the
+    addition of its mean fold.
 
     Args:
         eps: added to variances.
         unbiased: divide variances by n − 1 instead of n; authors' programs differ.
 
     Shape:
-        x, style: [B, C, ...], of any sizes behind C. Output like x. alpha: share of the result, the rest is x.
+        x, style: [B, C, ...], with any sizes behind C. Output: like x, ``alpha * result + (1 - alpha) * x``.
 
     Raises:
         ValueError: an option or a shape is not allowed.

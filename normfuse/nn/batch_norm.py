@@ -134,9 +134,9 @@ class RegularizedBatchNorm(MaskedBatchNorm):
 
         mean_penalty * ‖running_mean − mean‖² + var_penalty * ‖running_var − var‖₁
 
-    (sums over channels, running statistics after the update and without gradient, biased batch variance) in
-    ``penalty``, the sum over all forwards since :func:`batch_norm_penalty` was called last; add that function's result
-    to the loss of every step: a backward pass frees what the penalties of its forwards are made of.
+    in ``penalty``: sums over channels, with the running statistics after the update and without gradient, and the
+    biased variance of the batch. The terms of several forwards add up until :func:`batch_norm_penalty` is called. Add
+    its result to the loss of every step, because a backward pass frees the graph of these terms.
 
     As in the authors' program the norm divides by ``sqrt(max(var, eps))`` instead of ``sqrt(var + eps)``, in training
     and in evaluation, and padding comes out as zeros:

@@ -47,8 +47,7 @@ class DyT(_DynamicActivation):
     """Dynamic Tanh (Zhu et al., 2025, arXiv 2503.10622): ``weight * tanh(alpha * x) + bias``.
 
     Gain and shift fold into the weights that read the result, and alpha into a weight before it; the tanh stays. In
-    training it has kernels of its own, one pass forward and one backward. In evaluation
-    it is plain ATen operations.
+    training it has kernels of its own, one pass forward and one backward. In evaluation it is plain ATen operations.
 
     Args:
         num_features: size of the last dimension, C.

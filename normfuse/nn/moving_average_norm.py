@@ -18,9 +18,9 @@ class MovingAverageBatchNorm(ChannelNorm):
     """MABN (Yan et al., 2020, arXiv 2001.06838): Unified Norm's kin for convolutions and small batches.
 
     It subtracts no mean; centre the weights in front of it instead (:func:`center_weight`). In evaluation it is
-    ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights. So that training comes to
-    compute the same, its result is multiplied by the ratio of the window's to the running statistic (as in batch
-    renormalisation), clamped to [1/5, 5] and 1 in the first 1000 steps.
+    ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights. In training the result is
+    multiplied by the ratio of the window's to the running statistic (as in batch renormalisation), so that training and
+    evaluation agree. The ratio is clamped to [1/5, 5], and is 1 in the first 1000 steps.
 
     Of the authors' programs this is the one that they publish as the norm's definition (``MABN.py``) and use for
     detection. Their program for ImageNet differs: its ratio is 1 for 99 steps only, ``running_var`` starts from the

@@ -56,8 +56,8 @@ class NormedBranch(nn.Module):
         function: the branch f, from [..., C] to [..., C]. The same module may serve several branches, which then have
             individual norms over shared weights (WideNet, Xue et al., 2021, arXiv 2107.11817).
         norm: N.
-        placement: "pre", "post" or "peri". It can be set later: ``norm_out`` appears for "peri", as a fresh copy of
-            ``norm``, and goes.
+        placement: "pre", "post" or "peri". The attribute can be changed later: "peri" adds ``norm_out``, a fresh copy
+            of ``norm``, and the others remove it.
 
     Shape:
         x: [..., C], output like x. Further arguments go to ``function``; ``pad_mask`` [...] to norms that take one.

@@ -106,7 +106,7 @@ def sigma_reparam(
             was. None: that of ``program``, "one" for speech, "spectral" for vision.
         iterate_in_evaluation: iterate once more in every evaluation forward, without keeping the result, as the
             authors' programs do. Otherwise evaluation uses the vectors of the last training step.
-        program: which of the authors' two programs the iteration is that of: "speech" goes on from the left vector,
+        program: which of the authors' two programs to follow in the iteration: "speech" starts from the left vector,
             v ← Wᵀu and then u ← Wv; "vision" from the right one, u ← Wv and then v ← Wᵀu.
 
     Returns:

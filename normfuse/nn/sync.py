@@ -12,10 +12,10 @@ from .region_norm import LearnableRegionNorm, RegionNorm
 def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
     """Let every norm with running statistics in ``model`` take its training statistics over a process group.
 
-    k ranks with rows of their own then give what one process with all rows gives: output, gradient and
-    statistics, also where ranks have different numbers of rows, none at all, or padding. A layer and
-    direction costs one collective of about C numbers (2C in the BatchNorm family, which has a mean as well). In
-    evaluation, and in a group of one, nothing changes. A DomainSplitNorm goes domain by domain over the ranks.
+    k ranks then give the same outputs, gradients and statistics as one process with all rows, also if ranks have
+    different numbers of rows, none at all, or padding. Each layer costs one collective forward and one backward, of
+    about C numbers (2C in the BatchNorm family, which has a mean as well). In evaluation, and in a group of one,
+    nothing changes. A DomainSplitNorm shares the statistics of each domain.
 
     Call it before the model is wrapped (DistributedDataParallel, ``fully_shard``) or compiled. Every rank has
     to run the same norms in the same order. BatchNorms of PyTorch stay as they are: for them there is

@@ -50,11 +50,14 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, linear.
+    """The feed-forward part of a transformer: linear, GELU, linear.
 
     Args:
         dim: width of input and output.
         hidden: width in between.
+
+    Shape:
+        x: [..., dim]. Output: like x.
 
     Example:
         >>> from normfuse.nn import FeedForward

@@ -129,7 +129,7 @@ def export(
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
-        cancel_norms: whether norms go whose division later norms undo, see :func:`normfuse.fold`.
+        cancel_norms: whether to drop norms whose division later norms make superfluous, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             the largest that is safe for `dtype`.
         calibrate: for ``int8``, typical inputs, each a sequence of tensors like the example inputs, or an .npz file

@@ -64,7 +64,7 @@ class GraphSummary:
 
 
 def summarize(path: str | os.PathLike[str]) -> GraphSummary:
-    """Reads an ONNX file (not its external data) and counts. Raises GraphError if it is none.
+    """Reads an ONNX file (not its external data) and counts its operations, norms and bytes.
 
     Args:
         path: of the ONNX file.

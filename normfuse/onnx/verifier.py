@@ -94,14 +94,13 @@ def verify(
     edges: bool = True,
     references: References | None = None,
 ) -> VerificationReport:
-    """Compares what the live model gave with its traced program and with its other forms.
+    """Compares the outputs of a model with those of its folded program and of its ONNX file in ONNX Runtime (CPU).
 
-    These are, if given, the folded program, and the ONNX file in ONNX Runtime (CPU).
-
-    They run on the example inputs, on ``rounds`` random inputs whose dynamic dimensions take random sizes, 1 among
-    them, and on inputs that look for trouble: masks that hide nothing, a row and everything, integers at both ends,
-    the smallest and largest sizes, zeros, ones and large numbers, and an empty batch. Inputs of the last kind that
-    the program itself fails on prove nothing and are left out; so are places where it gives NaN. On all but the example
+    The references are the outputs of the live model on the example inputs, and those of its traced program elsewhere.
+    All run on the example inputs, on ``rounds`` random inputs whose dynamic dimensions take random sizes, 1 among them,
+    and on inputs that look for trouble: masks that hide nothing, a row and everything, integers at both ends, the
+    smallest and largest sizes, zeros, ones and large numbers, and an empty batch. Inputs of the last kind that the
+    program itself fails on prove nothing and are left out; so are places where it gives NaN. On all but the example
     inputs, up to ten times the program's own rounding is allowed where that is more.
 
     Args:

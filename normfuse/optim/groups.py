@@ -12,8 +12,8 @@ from ..nn.gains import gains_and_shifts
 def no_decay(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: weights decay; biases and the gains and shifts of norms do not.
 
-    Gains of more than one axis, such as a RegionNorm's [2, C] or a LayerNorm's over several dimensions, are among the
-    latter although they look like weights. In the groups without decay ``delta`` is 0, so that AdamP and SGDP never
+    Gains of more than one axis, such as a RegionNorm's [2, C] or a LayerNorm's over several dimensions, do not decay
+    either, although they look like weights. In the group without decay ``delta`` is 0, so that AdamP and SGDP never
     project them either; other optimisers ignore it.
 
     Args:

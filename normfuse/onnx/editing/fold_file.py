@@ -61,10 +61,10 @@ def fold_file(
     """Folds the norms of an ONNX file; all that folding does not touch stays as it was.
 
     BatchNormalization and Mul, Add, Sub and Div with a constant go into the weights around them. Names, types,
-    dimensions, operator sets, properties, functions and the order of operations stay; what is unknown (If, Loop,
-    quantised parts, operations of other domains) stays where it is and reads what it read. Where nothing folds, or
-    nothing would be gained, the result is a copy, and its ``notes`` say so. Original and result are compared in ONNX
-    Runtime, both without optimisations, on inputs that the file itself describes.
+    dimensions, operator sets, properties, functions and the order of operations stay. Operations that folding does not
+    know (If, Loop, quantised parts, operations of other domains) stay, and so do the values that they read. If nothing
+    folds, or nothing would be gained, the result is a copy, and its ``notes`` say so. Original and result are compared
+    in ONNX Runtime, both without optimisations, on inputs that the file itself describes.
 
     Args:
         source: the file to read, of any operator set from 7 on, with weights in it or beside it.
