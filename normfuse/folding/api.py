@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from .dead import remove_dead_channels
 from .fuse_patterns import fuse_patterns
 from .gauge import Gauge, Options
 from .program import Program
-from .records import collect_dynamic, collect_records
+from .records import at_fault, collect_dynamic, collect_records
 from .relate import relate
 from .report import DynamicNormRecord, FoldReport, NormRecord, RemovedChannels
 from .results import Cancelling
-from .rewrite import rewrite
+from .rewrite import Overflow, rewrite
 from .settle import CannotWriteOut, settle
 from .solve import Contradiction, solve
 from .verify import check_folded
@@ -80,8 +81,8 @@ def fold(
         The folded program, equal to `program` up to rounding, and a report of every decision.
 
     Raises:
-        FoldError: the statistics are not finite, the program is in training mode, a weight would leave its dtype, or
-            the folded program computes something else.
+        FoldError: the statistics are not finite, the program is in training mode, or the folded program computes
+            something else.
 
     Example:
         >>> import normfuse
@@ -99,22 +100,27 @@ def fold(
         program, removed = remove_dead_channels(program)
         opened = Program(program)
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
-    if not keep_dynamic_norms:
-        fuse_patterns(opened)
     options = Options(copy_shared, carry_biases, max_scale_range, keep_dynamic_norms)
     if balance is None and example_inputs is not None:
         raise ValueError("example_inputs are what balance chooses by; give balance='int8' or leave them out")
-    if balance is None:
-        gauge = centre(_settled(opened, options))
-    else:
-        seen = observe(opened, _examples(program, balance, example_inputs))
-        gauge, report.int8_error = choose(
-            lambda kept: centre(_settled(opened, replace(options, kept_maps=kept))), opened, seen, balance != "int8"
-        )
-    if cancel_norms and not keep_dynamic_norms:
-        gauge = gauge.knowing(cancelling=Cancelling(*cancelling_norms(gauge)))
-    records, dynamic = collect_records(gauge), collect_dynamic(gauge)
-    edits = rewrite(gauge)
+    examples = None if balance is None else _examples(program, balance, example_inputs)
+    untouched: dict[str, str] = {}
+    while True:
+        if not keep_dynamic_norms:
+            fuse_patterns(opened)
+        options = replace(options, untouched=MappingProxyType(dict(untouched)))
+        gauge, report.int8_error = _decided(opened, options, examples, per_tensor=balance != "int8")
+        if cancel_norms and not keep_dynamic_norms:
+            gauge = gauge.knowing(cancelling=Cancelling(*cancelling_norms(gauge)))
+        records, dynamic = collect_records(gauge), collect_dynamic(gauge)
+        try:
+            edits = rewrite(gauge)
+            break
+        except Overflow as overflow:
+            if (norm := at_fault(overflow.node, gauge)) is None:
+                raise overflow.error from None
+            untouched[norm.name] = str(overflow)
+        opened = Program(program)  # of which a part has been rewritten
     found: list[tuple[NormRecord | DynamicNormRecord, list[Node]]] = [*records, *dynamic]
     for record, around in found:
         names = [name for node in around for name in edits.absorbed.get(node, ())]
@@ -154,6 +160,24 @@ def _examples(
     if program.example_inputs is None:
         raise ValueError("balance needs typical inputs to choose by; give example_inputs")
     return [program.example_inputs]
+
+
+def _decided(
+    program: Program,
+    options: Options,
+    examples: list[tuple[tuple[Any, ...], dict[str, Any]]] | None,
+    *,
+    per_tensor: bool,
+) -> tuple[Gauge, float | None]:
+    """Scales, shifts and means; with examples those that cost integers least, and the error that these predict."""
+    if examples is None:
+        return centre(_settled(program, options)), None
+    return choose(
+        lambda kept: centre(_settled(program, replace(options, kept_maps=kept))),
+        program,
+        observe(program, examples),
+        per_tensor,
+    )
 
 
 def _settled(program: Program, options: Options) -> Gauge:

@@ -15,7 +15,9 @@ def demand_gains(gauge: Gauge) -> None:
     """Ask for ``scale = gain`` behind every dynamic norm, after all other demands: a gain that stays costs nothing."""
     for node in gauge.matches.dynamic:
         gain = gauge.matches.of[node].gain(gauge)
-        if not np.isfinite(gain).all():
+        if why := gauge.untouched(node):
+            gauge.solution.kept_gain[node] = why
+        elif not np.isfinite(gain).all():
             gauge.solution.kept_gain[node] = _NOT_FINITE
         elif gain.all():
             scale = gauge.scale(node)
@@ -44,6 +46,7 @@ def choose_shifts(gauge: Gauge) -> None:
     blockers = first_blockers(gauge) if shifts else {}
     for node, shift in shifts.items():
         stopped_by = blockers.get(node) if np.isfinite(shift).all() else _NOT_FINITE
+        stopped_by = gauge.untouched(node) or stopped_by
         if stopped_by:
             gauge.shifts.kept_shift[node] = stopped_by
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +20,15 @@ from .scales import Outcome, Scales
 
 @dataclass(frozen=True)
 class Options:
-    """How a program is folded, see :func:`normfuse.fold`; the last three change where a first attempt falls short.
+    """How a program is folded, see :func:`normfuse.fold`; the last ones change where a first attempt falls short.
 
     Attributes:
         zero_rows: whether gains of zero go into the weights in front, where nothing else reads what these write.
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
         fixed_powers: powers whose scales are fixed before all demands.
         kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
+        untouched: names of norms and other maps that stay exactly as they are, with the reason: their numbers would
+            leave the dtype of a weight.
     """
 
     copy_shared: bool = True
@@ -36,6 +39,7 @@ class Options:
     fold_zeros: bool = True
     fixed_powers: frozenset[Node] = frozenset()
     kept_maps: frozenset[Node] = frozenset()
+    untouched: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Facts:
     def returns(self, reader: Node, value: Node) -> bool:
         """Whether a reader is the output, or makes one of the outputs that lie in the memory of this value."""
         return reader.op == "output" or reader in self.program.shared_by_outputs.get(value, ())
+
+    def untouched(self, node: Node) -> str:
+        """Why a norm or another map stays exactly as it is; empty for others."""
+        return self.options.untouched.get(node.name, "")
 
     def path(self, node: Node) -> str:
         return module_of(node)[0] or node.name

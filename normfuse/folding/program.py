@@ -20,7 +20,7 @@ from .exported import copy_graph, copy_signature, rebuild
 from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .regions import bodies, open_regions
-from .report import FoldError
+from .report import FoldError, OutOfRange
 from .spellings import write_plainly
 
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ class Program:
         dtype = like.meta["val"].dtype
         tensor = value.to(dtype).contiguous()
         if not math.isfinite(largest_entry(tensor)):
-            raise FoldError(f"folding into {name!r} leaves the range of {str(dtype).removeprefix('torch.')}")
+            raise OutOfRange(f"folding into {name!r} leaves the range of {str(dtype).removeprefix('torch.')}")
         source = self._constants.first_source(like)
         origin = like if source is None else storage_of(self._tensor(source))
         known = self._stored.setdefault(origin, {}).setdefault(_fingerprint(tensor), [])

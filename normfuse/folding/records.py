@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from torch.fx import Node
 
 from .gauge import Gauge
@@ -56,6 +57,20 @@ def collect_dynamic(gauge: Gauge) -> list[tuple[DynamicNormRecord, list[Node]]]:
     for name, node in gauge.program.norms_in_branches():
         records.append((_untouched(node, f"it runs inside {name}, which folding does not follow"), []))
     return records
+
+
+def at_fault(node: Node, gauge: Gauge) -> Node | None:
+    """The norm or other map, of those around an operation, whose gain or shift is largest; None if all stay already."""
+    sizes: dict[Node, float] = {}
+    for found in (*gauge.matches.affine, *gauge.matches.dynamic):
+        if gauge.untouched(found) or node not in {found, *_operations_around(found, gauge)}:
+            continue
+        affine = gauge.matches.affine.get(found)
+        rule = gauge.matches.of[found]
+        a, b = (affine.a, affine.b) if affine is not None else (rule.gain(gauge), rule.shift(gauge))
+        gains = np.abs(a[a != 0])
+        sizes[found] = max(gains.max(initial=1.0), (1.0 / gains).max(initial=1.0), np.abs(b).max(initial=0.0))
+    return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def _record(node: Node, gauge: Gauge) -> DynamicNormRecord:

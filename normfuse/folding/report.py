@@ -12,6 +12,10 @@ class FoldError(NormfuseError):
     """The program cannot be folded at all; the message names the layer and says what to do."""
 
 
+class OutOfRange(FoldError):
+    """A number of a folded weight would leave its dtype."""
+
+
 @dataclass
 class NormRecord:
     """What became of one norm (or of one per-channel affine map outside a norm).

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.fx import Node
 
 from .arrays import subtract_means
 from .gauge import Gauge
+from .report import OutOfRange
 from .weight_edits import WRITTEN_OUT, WeightEdits, note
 
 aten = torch.ops.aten
 
 
+class Overflow(Exception):
+    """A weight of an operation, or what would be added behind it, would leave its dtype."""
+
+    def __init__(self, node: Node, error: OutOfRange) -> None:
+        super().__init__(str(error))
+        self.node, self.error = node, error
+
+
+@contextmanager
+def _written_at(node: Node) -> Iterator[None]:
+    try:
+        yield
+    except OutOfRange as error:
+        raise Overflow(node, error) from error
+
+
 def rewrite(gauge: Gauge) -> WeightEdits:
-    """Rewrite the program's graph; returns what was changed."""
+    """Rewrite the program's graph; returns what was changed. Raises :class:`Overflow`."""
     edits, program, shifts = WeightEdits(gauge), gauge.program, gauge.shifts
     for node, rule in list(gauge.matches.of.items()):
         if node in gauge.matches.scale_of:
-            rule.rewrite(edits)
-    replaced = {constant: _rewrite_constant(constant, edits) for constant in gauge.matches.free_constants}
+            with _written_at(node):
+                rule.rewrite(edits)
+    replaced = dict[Node, Node]()
+    for constant in gauge.matches.free_constants:
+        with _written_at(constant):
+            replaced[constant] = _rewrite_constant(constant, edits)
     for node, bias in edits.biases:
         added = program.insert(node.next, aten.add.Tensor, (node, bias), node)
         program.redirect(node, added)
@@ -28,7 +52,8 @@ def rewrite(gauge: Gauge) -> WeightEdits:
         shift = shifts.of[node] / gauge.scales[gauge.scale(node)]
         if node in gauge.centring.centred:
             shift = subtract_means(torch.from_numpy(shift), gauge.centring.centred[node]).numpy()
-        added = edits.add(value, shift, after=value)
+        with _written_at(node):
+            added = edits.add(value, shift, after=value)
         if added is not value:
             note(added, WRITTEN_OUT, 1.0)
         for user in users:

@@ -65,8 +65,11 @@ def solve(gauge: Gauge) -> Gauge:
 def _meet_demands(gauge: Gauge) -> set[Node]:
     """Enter the ratios of affine maps; returns those that have none, because they multiply by zero somewhere."""
     with_zeros, solution = set(), gauge.solution
+    solution.kept.update((node, why) for node in gauge.matches.affine if (why := gauge.untouched(node)))
     for node in sorted(gauge.matches.demands, key=lambda n: _saved(n, gauge), reverse=True):
         _, a, b = gauge.matches.affine[node]
+        if node in solution.kept:
+            continue
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             _refuse_not_finite(node)
             solution.kept[node] = "a constant factor is not finite"

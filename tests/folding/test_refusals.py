@@ -35,12 +35,55 @@ def test_statistics_that_are_not_finite_name_the_layer(value: float) -> None:
         fold(export(model, sequence()[0].float().split(3)))
 
 
-def test_a_weight_that_would_leave_its_dtype_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(C, C), normfuse.nn.UnifiedNorm(C), nn.GELU()).eval()
-    model[1].weight.data.fill_(1e11)
+def test_a_norm_stays_whose_numbers_would_leave_the_dtype_of_a_weight() -> None:
+    model = nn.Sequential(nn.Linear(C, C), normfuse.nn.UnifiedNorm(C), nn.GELU(), nn.Linear(C, C), MapNorm(), nn.GELU())
+    model.eval()[1].weight.data.fill_(1e11)
     model[0].weight.data.fill_(1e30)
-    with pytest.raises(FoldError, match=r"'0.weight' leaves the range of float32"):
-        fold(export(model, (torch.randn(3, C),)))
+    program, report = fold(export(model, (torch.randn(3, C) * 1e-30,)))
+    assert status(report) == ["kept", "folded"] and report.verified is not None
+    assert "'0.weight' leaves the range of float32" in report.norms[0].reason
+    assert operations(fold(program)[0]) == operations(program)
+
+
+class Times(nn.Module):
+    def __init__(self, *factors: float) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        for factor in self.factors:
+            x = x * factor
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ((nn.Linear(C, C), nn.BatchNorm1d(C), nn.Tanh()), "'0.weight'"),
+        ((nn.Tanh(), nn.BatchNorm1d(C), nn.Linear(C, C)), "'2.weight'"),
+        ((nn.LayerNorm(C), nn.Linear(C, C)), "'1.weight'"),
+    ],
+    ids=["in front", "behind", "of a dynamic norm"],
+)
+@torch.no_grad()
+def test_in_float16_as_well(layers: tuple[nn.Module, ...], reason: str) -> None:
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.weight.fill_(3e4)
+        elif isinstance(layer, nn.BatchNorm1d | nn.LayerNorm):
+            layer.weight.fill_(20.0)
+    model = nn.Sequential(*layers).half().eval()
+    program, report = fold(export(model, (torch.full((3, C), 1e-3).half(),)))
+    reasons = [r.reason for r in report.norms] + [r.reasons["gain"] for r in report.dynamic]
+    assert len(reasons) == 1 and reason in reasons[0] and "float16" in reasons[0]
+    assert all(bool(value.isfinite().all()) for value in program.state_dict.values())
+
+
+def test_two_factors_do_not_become_one_that_float16_does_not_hold() -> None:
+    model = nn.Sequential(Times(300.0, 300.0), nn.Tanh()).half()
+    x = torch.randn(3, C).half() * 1e-4
+    program, _ = fold(export(model, (x,)))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=0.0, atol=1e-3)
 
 
 class Shared(nn.Module):

@@ -45,16 +45,21 @@ class Affine(Match):
         assert self.coefficients is not None
         return self.coefficients
 
-    def relate(self, relations: Relations) -> np.ndarray:
+    def relate(self, relations: Relations) -> np.ndarray | None:
         operand, a, b = self.map
+        if why := relations.gauge.untouched(self.node):
+            relations.pin(operand, why)
+            return relations.fixed(self.node, why)
         inner = relations.scale(operand)
         shape = np.broadcast_shapes(inner.shape, a.shape, b.shape)
         return relations.scales.fresh(shape, stored=False) if self.asks_ratio else np.broadcast_to(inner, shape)
 
     def chooses_shift(self, gauge: Gauge) -> bool:
-        return self.node in gauge.solution.kept
+        return self.node in gauge.solution.kept and not gauge.untouched(self.node)
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        if gauge.untouched(self.node):
+            return Use.STOP
         return Use.ABSORB if self.node in gauge.solution.kept else Use.PASS
 
     def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
@@ -71,6 +76,8 @@ class Affine(Match):
     def constant_part(self, gauge: Gauge) -> np.ndarray:
         """The shift that a map which stays gives to its result."""
         operand, a, b = self.map
+        if gauge.untouched(self.node):
+            return gauge.no_shift(self.node)
         return a * gauge.incoming(self.node, operand) + b
 
     def rewrite(self, edits: WeightEdits) -> None:
