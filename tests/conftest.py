@@ -14,7 +14,13 @@ _MARKS = {
     "gpu": ("cuda",),
     "slow": (
         *("kernels", "property", "onnx", "checkpoint", "convert", "zoo", "ecosystem"),
-        *("test_examples.py", "test_distribution.py", "test_inference_benchmark.py", "test_pt2_reader.py"),
+        *(
+            "test_examples.py",
+            "test_distribution.py",
+            "test_inference_benchmark.py",
+            "test_pt2_reader.py",
+            "test_pt2_refusals.py",
+        ),
     ),
 }
 

@@ -1,17 +1,13 @@
 """An ONNX file goes in, the same file without its norms comes out: what folds, and what stays as it was."""
 
-import json
-
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import NORM, assert_equal, folded, images, kinds, plain, read, weights
+from onnx_files import NORM, assert_equal, folded, images, kinds, read, weights
 from onnx_text import draw, model
-from typer.testing import CliRunner
 
-from normfuse.cli import app
-from normfuse.onnx import ExportError, GraphError, fold_file
+from normfuse.onnx import fold_file
 
 # What folds
 
@@ -337,116 +333,3 @@ def test_graph_passes_are_for_transformers_of_new_operator_sets(tmp_path):
     result, after = folded(proto, tmp_path, target="cpu-single")
     assert result.passes["gemm2d"] == 2 and "Gemm" in kinds(after)
     assert_equal(tmp_path, {"x": draw(2, 5, 4)})
-
-
-def test_results_that_are_random_are_not_compared(tmp_path):
-    _, after = folded(images("r = Relu (n) y = Conv (r, k2) z = RandomNormalLike (n)"), tmp_path)
-    assert "BatchNormalization" not in kinds(after)
-    proto = images("z = RandomNormalLike (n) y = Add (n, z)")
-    result, after = folded(proto, tmp_path)
-    assert after == proto and any("random from run to run" in note for note in result.notes)
-
-
-def test_a_difference_costs_the_folding_not_the_file(tmp_path):
-    result, after = folded(images(), tmp_path, rtol=0.0)
-    assert "BatchNormalization" in kinds(after)
-    assert any("left as it was: folded, it differs" in note for note in result.notes)
-    assert result.report.norms[0].status == "kept"
-
-
-def test_a_copy_takes_the_weights_beside_the_file_along(tmp_path):
-    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
-    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
-    (tmp_path / "there").mkdir()
-    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
-    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["in.weights", "out.onnx"]
-    x = draw(2, 4)
-    assert np.array_equal(
-        *(plain(path, {"x": x})[0] for path in (tmp_path / "in.onnx", tmp_path / "there" / "out.onnx"))
-    )
-    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")  # in place of the first copy
-    assert len(list((tmp_path / "there").iterdir())) == 2
-
-
-def test_a_copy_leaves_what_bears_the_name_of_its_weights(tmp_path):
-    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
-    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.weights", size_threshold=0)
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "in.weights").write_bytes(b"another's")
-    result = fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
-    assert any("its weights in a file of another name" in note for note in result.notes)
-    assert (tmp_path / "there" / "in.weights").read_bytes() == b"another's"
-    assert_equal(tmp_path, {"x": draw(2, 4)}, result="there/out.onnx")
-
-
-def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
-    proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
-    (tmp_path / "weights").mkdir()
-    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="weights/w", size_threshold=0)
-    (tmp_path / "there").mkdir()
-    fold_file(tmp_path / "in.onnx", tmp_path / "there" / "out.onnx")
-    assert_equal(tmp_path, {"x": draw(2, 4)}, result="there/out.onnx")
-
-
-REFUSED = {
-    "a size that nothing takes": ("float[batch, 5, 8, 8] x", "y = Conv (x, k)", "runs at no size that was tried"),
-    "an operation nobody knows": (
-        "float[2, 2] x",
-        "y = com.microsoft.Unheard (x)",
-        "ONNX Runtime cannot load it.*Unheard",
-    ),
-    "an input that is no tensor": ("map(int64, float) x", "y = ai.onnx.ml.DictVectorizer (x)", "is no tensor"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_are_one_line_and_leave_no_file(tmp_path, case):
-    inputs, body, why = REFUSED[case]
-    if "map" in inputs:
-        value = helper.make_value_info(
-            "x", helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(1, None))
-        )
-        node = helper.make_node("CastMap", ["x"], ["y"], domain="ai.onnx.ml")
-        out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
-        proto = helper.make_model(helper.make_graph([node], "g", [value], [out]), opset_imports=opsets, ir_version=8)
-    else:
-        proto = model(inputs, "float y", body, 17, **({"k": draw(4, 3, 3, 3)} if "(x, k)" in body else {}))
-    onnx.save(proto, tmp_path / "in.onnx")
-    with pytest.raises(GraphError, match=why) as caught:
-        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx")
-    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
-
-
-def test_options_are_checked_first(tmp_path):
-    for options, why in (
-        ({"target": "tpu"}, "target 'tpu'"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"max_scale_range": 0.5}, "below 1"),
-    ):
-        with pytest.raises(ExportError, match=why):
-            fold_file("absent.onnx", tmp_path / "out.onnx", **options)
-    onnx.save(images(), tmp_path / "in.onnx")
-    with pytest.raises(GraphError, match="there is no input 'z'; the file takes x"):
-        fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx", inputs=["z:float32[1]"])
-    with pytest.raises(ExportError, match="it is read as well"):
-        fold_file(tmp_path / "in.onnx", tmp_path / "in.onnx")
-
-
-def test_the_command_line(tmp_path):
-    onnx.save(images(), tmp_path / "in.onnx")
-    command = [
-        "fold",
-        str(tmp_path / "in.onnx"),
-        "--out",
-        str(tmp_path / "out.onnx"),
-        "--report",
-        str(tmp_path / "r.json"),
-    ]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert "1 of 1 norms folded" in done.output and "4 → 3" in done.output
-    assert json.loads((tmp_path / "r.json").read_text())["source"].endswith("in.onnx")
-    (tmp_path / "in.onnx").write_bytes(b"\xff" * 99)
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is no ONNX file" in done.stderr
