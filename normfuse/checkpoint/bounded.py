@@ -50,8 +50,22 @@ def _texts(value: Any) -> Iterator[str]:
 @contextmanager
 def no_larger_than(state: Mapping[str, Tensor], source: str) -> Iterator[None]:
     """Meanwhile, building a model that is far larger than the weights of a file is given up with a CheckpointError."""
-    most_numbers = _MORE_NUMBERS * sum(tensor.numel() for tensor in state.values()) + _OTHER_NUMBERS
-    most_parts = _MORE_PARTS * len(state) + _OTHER_PARTS
+    held = sum(tensor.numel() for tensor in state.values())
+    with no_more_than(
+        held, len(state), f"with the arguments that {source} records, the model is far larger than the file"
+    ):
+        yield
+
+
+@contextmanager
+def no_more_than(held: int, tensors: int, message: str) -> Iterator[None]:
+    """Meanwhile, building a model that is far larger than so many numbers and tensors is given up with this message.
+
+    Raises:
+        CheckpointError: as soon as it is far larger.
+    """
+    most_numbers = _MORE_NUMBERS * held + _OTHER_NUMBERS
+    most_parts = _MORE_PARTS * tensors + _OTHER_PARTS
     numbers = parts = 0
 
     def count(module: nn.Module, name: str, part: Tensor | nn.Module | None) -> None:
@@ -59,7 +73,7 @@ def no_larger_than(state: Mapping[str, Tensor], source: str) -> Iterator[None]:
         parts += 1
         numbers += part.numel() if isinstance(part, Tensor) else 0
         if numbers > most_numbers or parts > most_parts:
-            raise CheckpointError(f"with the arguments that {source} records, the model is far larger than the file")
+            raise CheckpointError(message)
 
     hooks = [
         registration.register_module_parameter_registration_hook(count),

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from normfuse.checkpoint import kinds
 from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
+from normfuse.checkpoint.bounded import no_more_than
 from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.inputs import InputSpec
 from normfuse.options import TASKS, WITH_PAST, check_task
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG = "config.json"
+# Numbers of a configuration that say how many parts are built, and bytes of a file that name one tensor, at least.
+_BUILT = re.compile(r"(label|layer|block|depth)s?$")
+_BYTES_IN_HEADER, _BYTES_IN_ARCHIVE = 40, 128
 _LEFT_OUT = ("pooler_output", "extract_features")  # which optimum leaves out of models without a head
 _WITH_POOLED = ("clip", "siglip")  # where the pooled output is the embedding
 
@@ -71,8 +77,8 @@ def load(
     check_task(task)
     if task is not None and task.endswith(WITH_PAST):
         task, with_past = task.removesuffix(WITH_PAST), True
-    model = load_model(path, task, trust)
-    return exportable(
+    model, unused = _load_model(path, task, trust)
+    traced = exportable(
         model,
         with_past=with_past,
         inputs=inputs or (),
@@ -80,6 +86,10 @@ def load(
         source=str(path),
         processor=_processor(path),
     )
+    if not unused:
+        return traced
+    note = f"not used: {len(unused)} tensor(s) of {path} that {type(model).__name__} does not have ({some_of(unused)})"
+    return replace(traced, notes=(*traced.notes, note))
 
 
 def exportable(
@@ -169,6 +179,11 @@ def _renamed(traced: ExportableModel, signature: Signature, source: str) -> Expo
 
 def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreTrainedModel:
     """The model of a directory, in float32, complete; CheckpointError as in :func:`load`."""
+    return _load_model(path, task, trust)[0]
+
+
+def _load_model(path: Path, task: str | None, trust: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and names of tensors that the directory holds and the model does not."""
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} holds a PEFT adapter, not a model: merge it first, "
@@ -178,7 +193,7 @@ def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreT
     transformers = _transformers(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust, "output_loading_info": True}
     cls = _class(transformers, config, path, task, trust)
-    with _quiet():
+    with _quiet(), _no_larger_than_its_weights(path, config):
         try:
             model, info = cls.from_pretrained(path, dtype=torch.float32, **options)
             missing = _missing(model, info)
@@ -186,6 +201,8 @@ def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreT
                 # The head that the directory was saved with has no pooler: the encoder is complete without.
                 model, info = cls.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False, **options)
                 missing = _missing(model, info)
+        except CheckpointError:
+            raise
         except Exception as error:  # configurations and weights are free to be wrong in any way
             raise CheckpointError(
                 f"{path}: transformers cannot load it ({type(error).__name__}: {one_line(error, 240)})"
@@ -196,7 +213,42 @@ def load_model(path: Path, task: str | None = None, trust: bool = False) -> PreT
             f"{path} was saved as {saved} and lacks {len(missing)} tensor(s) of {type(model).__name__} "
             f"({some_of(missing)}), which would be random: choose the head that was trained (--task)"
         )
-    return model
+    unused = info["unexpected_keys"] if isinstance(info, Mapping) else info.unexpected_keys
+    return model, sorted(unused)
+
+
+@contextmanager
+def _no_larger_than_its_weights(path: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Meanwhile, a model that is far larger than the weights of its directory is given up.
+
+    Raises:
+        CheckpointError: what is built is far larger, or a number of layers or labels says that it would be.
+    """
+    files = [file for ending in ("*.safetensors", "*.bin") for file in path.glob(ending) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    for name, value in _numbers(config) if files else ():
+        if value > size and _BUILT.search(name):
+            raise CheckpointError(f"{path / CONFIG} has {name}={value}, for which there are too few weights beside it")
+    message = f"with what {path / CONFIG} says, the model is far larger than its weights"
+    with no_more_than(size, sum(map(_most_tensors, files)), message):
+        yield
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every integer of a configuration by its name, those of its parts too."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
+
+
+def _most_tensors(file: Path) -> int:
+    """How many tensors a file can hold at most, by the bytes that each needs to be named."""
+    if file.suffix != ".safetensors":
+        return file.stat().st_size // _BYTES_IN_ARCHIVE
+    with kinds.opened(file) as stream:
+        return int.from_bytes(stream.read(8), "little") // _BYTES_IN_HEADER
 
 
 def _class(transformers: Any, config: Mapping[str, Any], path: Path, task: str | None, trust: bool) -> Any:
@@ -280,7 +332,7 @@ def _processor(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({one_line(error, 120)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")

@@ -240,6 +240,37 @@ def test_directories_that_are_refused(saved, tmp_path):
         normfuse.load(tmp_path, with_past=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000, for which there are too few weights"),
+        ({"num_labels": 10**9}, "num_labels=1000000000, for which there are too few weights"),
+        ({"num_hidden_layers": 20_000}, "far larger than its weights|too few weights"),
+        ({"vocab_size": 10**10}, "far larger than its weights"),
+    ],
+)
+def test_a_configuration_builds_nothing_that_is_far_larger_than_the_weights(saved, change, message):
+    folder = saved("BERT")
+    changed_config(folder, **change)
+    with pytest.raises(CheckpointError, match=message):
+        normfuse.load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_json_that_is_nested_too_deeply_is_refused(saved, file):
+    folder = saved("BERT")
+    (folder / file).write_text('{"a":' * 50_000)
+    with pytest.raises(CheckpointError, match=f"{file} cannot be read"):
+        normfuse.load(folder)
+
+
+def test_weights_that_the_model_does_not_have_are_named(saved):
+    folder = saved("BERT")
+    changed_config(folder, num_hidden_layers=1)
+    (note,) = [note for note in normfuse.load(folder).notes if note.startswith("not used")]
+    assert "16 tensor(s)" in note and "encoder.layer.1." in note
+
+
 def test_what_cannot_be_guessed_is_said():
     model = type("Odd", (transformers.BertModel,), {"main_input_name": "odd"})(
         transformers.BertConfig(**MODELS["BERT"][2])
