@@ -264,6 +264,16 @@ def test_json_that_is_nested_too_deeply_is_refused(saved, file):
         normfuse.load(folder)
 
 
+def test_mixtures_of_experts_come_out_and_stay_as_they_were():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MODELS["Llama"][2] | sizes)).eval()
+    before = model.get_experts_implementation()
+    exported = huggingface.exportable(model)
+    assert model.get_experts_implementation() == before == {"": "grouped_mm"}
+    targets = {str(node.target) for node in exported.program.graph.nodes if node.op == "call_function"}
+    assert not any(target.startswith("transformers") for target in targets)
+
+
 def test_weights_that_the_model_does_not_have_are_named(saved):
     folder = saved("BERT")
     changed_config(folder, num_hidden_layers=1)
