@@ -27,6 +27,7 @@ from normfuse.onnx.graph_passes.running import run
 from normfuse.onnx.masks import mask_as_torch
 from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
+from normfuse.onnx.workarounds.ort_bfloat16 import widen_bfloat16
 from normfuse.onnx.workarounds.ort_broadcasting import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.workarounds.ort_float16 import lift_weights
 from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
@@ -168,7 +169,14 @@ def translate(
     names = partial(_name_dimensions, program=program, inputs=inputs)
     run(
         model,
-        [adopt, partial(mask_as_torch, half=dtype == "float16"), expand_attention_masks, expand_rotary_caches, names],
+        [
+            adopt,
+            partial(mask_as_torch, half=dtype == "float16"),
+            expand_attention_masks,
+            expand_rotary_caches,
+            widen_bfloat16,
+            names,
+        ],
     )
     return model
 
