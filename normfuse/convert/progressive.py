@@ -14,6 +14,7 @@ from torch import nn
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_choice, check_count
 from ..nn.progressive_norm import SHAPES
+from .composite import joined, split
 from .fitting import fit_static_norms
 from .swap import Swap, SwapReport, Where, find_norms, put, successor
 
@@ -255,19 +256,21 @@ def progressive(
         if not places:
             raise ValueError(f"keep_last=True leaves nothing to replace: {kept[-1]} is the only norm that was selected")
     fallback = next(model.parameters(), None)
-    originals: dict[nn.Module, Any] = dict.fromkeys(old for _, old in places)
-    windows = schedule.windows(len(originals))
-    for (begin, end), old in zip(windows, originals, strict=True):
+    replaced: dict[nn.Module, tuple[ProgressiveNorm, nn.Module]] = {}
+    originals = list(dict.fromkeys(old for _, old in places))
+    for (begin, end), old in zip(schedule.windows(len(originals)), originals, strict=True):
         name = next(name for name, module in places if module is old)
-        static = successor(name, old, to, options, fallback)
-        originals[old] = ProgressiveNorm(
-            old, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
+        alone, behind = split(name, old)
+        static = successor(name, alone, to, options, fallback)
+        new = ProgressiveNorm(
+            alone, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
         )
+        replaced[old] = new, joined(new, behind)
     report, norms = SwapReport(kept=kept), dict[str, ProgressiveNorm]()
     for name, old in places:
-        new = originals[old]
-        put(model, name, new)
+        new, module = replaced[old]
+        put(model, name, module)
         report.swaps.append(Swap(name, type(old).__name__, type(new.static).__name__, new.static.num_features))
         if new not in norms.values():
-            norms[name] = new
+            norms[name if module is new else f"{name}.norm"] = new
     return Conversion(model, norms, report, valid_mask)

@@ -23,7 +23,8 @@ from ..nn import (
     UnifiedNorm,
 )
 from ..nn._running_norm import ChannelNorm
-from ..nn.gains import is_foreign_norm
+from ..nn.foreign_norms import ForeignNorm, is_foreign_norm, measure, shape_of_channels
+from .composite import joined, split
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
 
@@ -73,21 +74,14 @@ def _is_norm(module: nn.Module) -> bool:
 def _channels(name: str, norm: nn.Module) -> int:
     if isinstance(norm, (_BatchNorm, ChannelNorm, DyT, Derf)):
         return norm.num_features
-    shape = getattr(norm, "normalized_shape", None)
-    if shape is None and isinstance(getattr(norm, "weight", None), Tensor):
-        shape = norm.weight.shape
-    if shape is None or len(shape) != 1:
+    shape = shape_of_channels(norm)
+    if len(shape) != 1:
+        seen = f"normalises over the shape {shape}" if shape else "does not say how many channels it normalises over"
         raise ValueError(
-            f"{name}, a {type(norm).__name__}, normalises over the shape {shape and tuple(shape)}; "
-            "only norms over one dimension of channels can be swapped: leave it out with `where`"
+            f"{name}, a {type(norm).__name__}, {seen}; only norms over one dimension of channels, with parameters or a "
+            "normalized_shape, can be swapped: leave it out with `where`"
         )
     return shape[0]
-
-
-def _channel_dim(norm: nn.Module) -> int:
-    if isinstance(norm, ChannelNorm):
-        return norm.channel_dim
-    return 1 if isinstance(norm, _BatchNorm) or type(norm).__name__.lower().endswith("2d") else -1
 
 
 def _eps(norm: nn.Module) -> float | None:
@@ -96,6 +90,44 @@ def _eps(norm: nn.Module) -> float | None:
         if isinstance(value, float):
             return value
     return None
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a successor takes over: where the channels are; gain and shift, and whether each learns."""
+
+    channel_dim: int
+    gain: Tensor | None
+    shift: Tensor | None
+    learns: tuple[bool, bool] = (True, True)
+
+
+def _learned(name: str, norm: nn.Module) -> _Learned:
+    if is_foreign_norm(norm) and not any(p.is_meta for p in norm.parameters()):
+        found = measure(norm)
+        if found is None:
+            raise ValueError(
+                f"{name}, a {type(norm).__name__} of {type(norm).__module__}, is no LayerNorm or RMSNorm over one "
+                "dimension of channels when it is tried: leave it out with `where`"
+            )
+        return _of_measured(found)
+    gain, shift = (getattr(norm, label, None) for label in ("weight", "bias"))
+    if isinstance(norm, ChannelNorm):
+        channel_dim = norm.channel_dim
+    else:
+        channel_dim = 1 if isinstance(norm, _BatchNorm) or type(norm).__name__.lower().endswith("2d") else -1
+    return _Learned(channel_dim, gain, shift, (_learns(gain), _learns(shift)))
+
+
+def _learns(parameter: Tensor | None) -> bool:
+    return parameter is None or parameter.requires_grad
+
+
+def _of_measured(found: ForeignNorm) -> _Learned:
+    learns = _learns(found.gain_parameter), _learns(found.shift_parameter)
+    gain = found.gain if found.gain_parameter is not None or found.gain.ne(1).any() else None
+    shift = found.shift if found.shift_parameter is not None or found.shift.ne(0).any() else None
+    return _Learned(found.channel_dim, gain, shift, learns)
 
 
 def _make_dynamic(make: type[nn.Module]) -> Callable[..., nn.Module]:
@@ -148,24 +180,24 @@ def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallb
 
     ``name`` is for messages; ``fallback`` gives device and dtype where ``old`` has no weight.
     """
-    weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
-    anchor = weight if isinstance(weight, Tensor) else fallback
-    wanted: dict[str, Any] = {"channel_dim": _channel_dim(old), "affine": isinstance(weight, Tensor)}
+    channels, learned = _channels(name, old), _learned(name, old)
+    anchor = next(old.parameters(recurse=False), fallback)
+    wanted: dict[str, Any] = {"channel_dim": learned.channel_dim, "affine": learned.gain is not None}
     if anchor is not None:
         wanted |= {"device": anchor.device, "dtype": anchor.dtype}
     if (eps := _eps(old)) is not None:
         wanted["eps"] = eps
     try:
-        new = _TARGETS[to](_channels(name, old), **(wanted | options))
+        new = _TARGETS[to](channels, **(wanted | options))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
-    for label, value in (("weight", weight), ("bias", bias)):
+    for label, value, learns in zip(("weight", "bias"), (learned.gain, learned.shift), learned.learns, strict=True):
         target = getattr(new, label, None)
-        if isinstance(value, Tensor) and target is None and value.ne(0 if label == "bias" else 1).any():
+        if value is not None and target is None and value.ne(0 if label == "bias" else 1).any():
             raise ValueError(f"{name}: {type(new).__name__} has no {label} to take over; leave it out with `where`")
-        if isinstance(value, Tensor) and target is not None:
+        if value is not None and target is not None:
             target.copy_(value.reshape(-1))
-            target.requires_grad_(value.requires_grad)
+            target.requires_grad_(learns)
     if isinstance(old, (_BatchNorm, MaskedBatchNorm)) and old.running_var is not None:
         statistic = {"unified": "running_var", "moving_average": "running_var", "power": "running_phi"}.get(to)
         if statistic and not getattr(new, "group_num", 0):
@@ -205,10 +237,13 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
 
     Found are LayerNorm, RMSNorm, BatchNorm, this package's norms over one dimension of channels (not RepBatchNorm,
     whose shortcut has no place elsewhere), and modules without children whose class name ends in "LayerNorm" or
-    "RMSNorm", as in transformers and timm. A norm that the model uses at several places stays one norm. The new norms'
-    statistics start fresh (from one BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²):
-    train, or run :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser
-    afterwards.
+    "RMSNorm", as in transformers and timm. What such a class of another library does, its axis, gain and shift, is
+    measured on random values (Gemma's norms add one to their weight). Where it holds an activation, as timm's
+    ``BatchNormAct2d`` does, the new norm and the activation become an ``nn.Sequential``.
+
+    A norm that the model uses at several places stays one norm. The new norms' statistics start fresh (from one
+    BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²): train, or run
+    :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser afterwards.
 
     Args:
         model: a module that contains norms.
@@ -217,8 +252,7 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
             :func:`normfuse.nn.center_weight` on the weights before it), "layer", "rms", "dyt" or "derf".
         where: which norms; a regular expression searched in their names, a class or tuple of classes, or a
             function of name and module. None: all.
-        options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides what the old norm's
-            class says (1 for BatchNorm and classes that end in "2d", else -1).
+        options: of the new norms, such as ``warmup_iters=100``; ``channel_dim`` overrides that of the old norm.
 
     Returns:
         A :class:`SwapReport`; ``print`` it.
@@ -239,8 +273,9 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     report, successors = SwapReport(kept=kept), {}
     for name, old in places:
         if old not in successors:
-            successors[old] = successor(name, old, to, options, fallback)
-        new = successors[old]
+            alone, behind = split(name, old)
+            new = successor(name, alone, to, options, fallback)
+            successors[old] = joined(new, behind)
         report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, _channels(name, old)))
     for name, old in places:
         put(model, name, successors[old])

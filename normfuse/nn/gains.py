@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -11,20 +9,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ._running_norm import ChannelNorm
 from .batch_channel_norm import BatchChannelNorm
 from .dynamic_activation import Derf, DyT
+from .foreign_norms import ForeignNorm, is_foreign_norm, measure
 from .region_norm import RegionNorm
 from .time_layer_norm import OffsetRMSNorm, TimeRamp
 
-# Other libraries write norms of their own, without a base class; their names all end like this.
-FOREIGN = re.compile(r"(Layer_?Norm|RMS_?Norm)(2d)?$", re.IGNORECASE)
 _PLAIN = (
     *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm),
     *(ChannelNorm, DyT, Derf, RegionNorm, OffsetRMSNorm),
 )
-
-
-def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether another library's module without children is a LayerNorm or RMSNorm by its name."""
-    return next(module.children(), None) is None and FOREIGN.search(type(module).__name__) is not None
 
 
 def gains_and_shifts(module: nn.Module) -> dict[nn.Parameter, float]:
@@ -41,21 +33,49 @@ def gains_and_shifts(module: nn.Module) -> dict[nn.Parameter, float]:
         >>> [tuple(p.shape) for p in gains_and_shifts(BatchChannelNorm(8, 2))]
         [(2,), (2,)]
     """
-    if isinstance(module, TimeRamp):
-        own = {"start": module.neutral, "end": module.neutral, "slope": 0.0, "offset": 0.0}
-    elif isinstance(module, BatchChannelNorm):
-        own = {"group_weight": 1.0, "group_bias": 0.0}
-    elif isinstance(module, _PLAIN) or is_foreign_norm(module):
-        added = isinstance(module, RegionNorm) or getattr(module, "unit_offset", False)
-        own = {"weight": 0.0 if added else 1.0, "bias": 0.0}
-    else:
-        own = {}
-    found = {getattr(module, name, None): neutral for name, neutral in own.items()}
-    return {p: neutral for p, neutral in found.items() if isinstance(p, nn.Parameter)}
+    gains, shifts = _gains(module), _shifts(module)
+    return gains | dict.fromkeys(shifts, 0.0)
 
 
 def gains_of(module: nn.Module) -> list[nn.Parameter]:
     """Those of :func:`gains_and_shifts` that are gains."""
-    names = ("weight", "group_weight") if not isinstance(module, TimeRamp) else ("start", "end") * bool(module.neutral)
-    own = gains_and_shifts(module)
-    return [p for p in (getattr(module, name, None) for name in names) if p in own]
+    return list(_gains(module))
+
+
+def _gains(module: nn.Module) -> dict[nn.Parameter, float]:
+    if isinstance(module, TimeRamp):
+        neutral = dict.fromkeys(("start", "end") * bool(module.neutral), module.neutral)
+    elif isinstance(module, BatchChannelNorm):
+        neutral = {"group_weight": 1.0}
+    elif (measured := _measured(module)) is not None:
+        return {} if measured.gain_parameter is None else {measured.gain_parameter: measured.neutral}
+    elif _is_plain(module):
+        added = isinstance(module, RegionNorm) or getattr(module, "unit_offset", False)
+        neutral = {"weight": 0.0 if added else 1.0}
+    else:
+        neutral = {}
+    found = {getattr(module, name, None): value for name, value in neutral.items()}
+    return {p: value for p, value in found.items() if isinstance(p, nn.Parameter)}
+
+
+def _shifts(module: nn.Module) -> list[nn.Parameter]:
+    names: tuple[str, ...] = ()
+    if isinstance(module, TimeRamp):
+        names = ("slope", "offset") if module.neutral else ("start", "end", "slope", "offset")
+    elif isinstance(module, BatchChannelNorm):
+        names = ("group_bias",)
+    elif (measured := _measured(module)) is not None:
+        return [] if measured.shift_parameter is None else [measured.shift_parameter]
+    elif _is_plain(module):
+        names = ("bias",)
+    return [p for p in (getattr(module, name, None) for name in names) if isinstance(p, nn.Parameter)]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, _PLAIN) or is_foreign_norm(module)
+
+
+def _measured(module: nn.Module) -> ForeignNorm | None:
+    if not is_foreign_norm(module) or any(p.is_meta for p in module.parameters()):
+        return None
+    return measure(module)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.convert import swap_norms
+from normfuse.convert import Schedule, progressive, swap_norms
 from normfuse.nn import (
     Derf,
     DyT,
@@ -35,6 +35,82 @@ class LlamaLikeRMSNorm(nn.Module):
 class LayerNorm2d(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class GemmaLikeRMSNorm(LlamaLikeRMSNorm):
+    def forward(self, x):
+        return (1 + self.weight) * nn.functional.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon)
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """Both layouts under one name, as ConvNext has it."""
+
+    def __init__(self, size, first):
+        super().__init__(size)
+        self.first = first
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1) if self.first else super().forward(x)
+
+
+class GainAndBiasLayerNorm(nn.Module):
+    """Parameters of four axes with names of their own, on channels first."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(1, size, 1, 1)), nn.Parameter(torch.zeros(1, size, 1, 1))
+        self.eps = 1e-5
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) / (var + self.eps).sqrt() * self.g + self.b
+
+
+class UnitLengthRMSNorm(nn.Module):
+    """Divides by the length, not by the root mean square."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) * self.gamma
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A norm and its activation in one class, as in timm."""
+
+    def __init__(self, size, act=None):
+        super().__init__(size)
+        self.drop, self.act = nn.Identity(), act or nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class LayerNormAct2d(LayerNorm2d):
+    def __init__(self, size):
+        super().__init__(size)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class HiddenReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class ActFirst(BatchNormAct2d):
+    def forward(self, x):
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+class GroupedRMSNorm(LlamaLikeRMSNorm):
+    def forward(self, x):
+        halves = x.unflatten(-1, (2, -1))
+        return self.weight * nn.functional.rms_norm(halves, halves.shape[-1:]).flatten(-2)
 
 
 def model():
@@ -79,6 +155,83 @@ def test_every_norm_is_found_and_keeps_what_it_learned():
     y = net(torch.randn(2, 3, 4, 5, dtype=torch.float64))
     assert y.shape == (2, 20, C)
     y.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("norm", "shape", "channel_dim"),
+    [
+        (lambda: LlamaLikeRMSNorm(C), (3, 5, C), -1),
+        (lambda: GemmaLikeRMSNorm(C), (3, 5, C), -1),
+        (lambda: ChannelsFirstLayerNorm(C, True), (3, C, 5, C), 1),
+        (lambda: ChannelsFirstLayerNorm(C, False), (3, 5, 4, C), -1),
+        (lambda: GainAndBiasLayerNorm(C), (3, C, 5, C), 1),
+        (lambda: UnitLengthRMSNorm(C), (3, 5, C), -1),
+    ],
+)
+def test_what_a_norm_of_another_library_does_is_measured(norm, shape, channel_dim, dtype):
+    net = nn.Sequential(norm().to(dtype))
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, 0.2, 1.5)
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        expected = net(x)
+    centred = isinstance(net[0], (nn.LayerNorm, GainAndBiasLayerNorm))
+    swap_norms(net, to="unified")
+    new = net[0]
+    assert new.channel_dim == channel_dim
+    rows = x.movedim(channel_dim, -1).float()
+    rows = rows - rows.mean(-1, keepdim=True) if centred else rows
+    result = torch.nn.functional.rms_norm(rows, (C,)) * new.weight.float() + new.bias.float()
+    # 16 bits have a rounding of 2^-8; the trial's own is 2^-8 again
+    torch.testing.assert_close(
+        result.movedim(-1, channel_dim), expected.float(), rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-3
+    )
+
+
+def test_weights_that_start_at_zero_are_gains_of_one():
+    net = nn.Sequential(GemmaLikeRMSNorm(C))
+    nn.init.zeros_(net[0].weight)
+    swap_norms(net, to="unified")
+    assert (net[0].weight == 1).all()
+
+
+@pytest.mark.parametrize("make", [BatchNormAct2d, LayerNormAct2d])
+def test_what_a_class_does_behind_its_norm_stays(make):
+    net = nn.Sequential(nn.Conv2d(3, C, 1), make(C)).eval()
+    for parameter in net[1].parameters():
+        nn.init.uniform_(parameter, -1.5, 1.5)
+    act, x = net[1].act, torch.randn(2, 3, 4, 5)
+    expected = net(x)
+    report = swap_norms(net, to="batch")
+    assert net[1].act is act and isinstance(net[1].norm, MaskedBatchNorm)
+    assert [(s.name, s.after) for s in report.swaps] == [("1", "MaskedBatchNorm")]
+    if make is BatchNormAct2d:  # which has the same statistics
+        torch.testing.assert_close(net(x), expected)
+    assert net.train()(x).min() >= -0.3  # least of SiLU
+
+
+@pytest.mark.parametrize("make", [HiddenReLU, ActFirst, GroupedRMSNorm, lambda c: BatchNormAct2d(c, nn.Softmax(1))])
+def test_a_class_that_does_something_else_is_refused_or_kept_whole(make):
+    net = nn.Sequential(nn.Conv2d(3, C, 1), make(C)).eval()
+    old, x = net[1], torch.randn(2, 3, 4, 5)
+    if isinstance(getattr(old, "act", None), nn.Softmax):
+        expected = net(x)
+        swap_norms(net, to="batch")
+        torch.testing.assert_close(net(x), expected)
+        return
+    with pytest.raises(ValueError, match=r"1, a \w+ of .*test_swap, is .*leave it out with `where`"):
+        swap_norms(net, to="batch")
+    assert net[1] is old
+
+
+def test_progressive_mixes_in_front_of_the_activation():
+    net = nn.Sequential(nn.Conv2d(3, C, 1), LayerNormAct2d(C)).eval()
+    x = torch.randn(2, 3, 4, 5)
+    expected = net(x)
+    conversion = progressive(net, to="batch", schedule=Schedule(steps=4))
+    assert list(conversion.norms) == ["1.norm"]
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_a_batch_norm_hands_over_its_mean_of_squares():

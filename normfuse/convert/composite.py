@@ -1,0 +1,77 @@
+"""Classes that are a norm and something behind it, such as the activation of timm's ``BatchNormAct2d``."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..nn.foreign_norms import shape_of_channels, trials
+
+_TOLERANCE = 1e-2  # relative, as trials may be in 16 bits
+
+
+def split(name: str, norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A norm alone, and what its class does behind it.
+
+    Args:
+        name: for messages.
+        norm: not changed.
+
+    Returns:
+        ``norm``, or where it holds other modules, one that shares its parameters and buffers but for them; then those
+        modules by name, in their order.
+
+    Raises:
+        ValueError: the class does something else, when it is tried: a model without it would be another one.
+    """
+    known = type(norm).__module__.startswith(("torch.nn.", "normfuse."))
+    if known or any(p.is_meta for p in norm.parameters()):
+        return norm, {}
+    alone, behind = _parts(norm)
+    if behind or isinstance(norm, _BatchNorm):
+        _check(name, norm)
+    return (alone, behind) if behind else (norm, {})
+
+
+def _parts(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    alone = copy.copy(norm)
+    alone._modules = {label: nn.Identity() for label in norm._modules}
+    return alone, {label: child for label, child in norm.named_children() if not isinstance(child, nn.Identity)}
+
+
+def joined(norm: nn.Module, behind: dict[str, nn.Module]) -> nn.Module:
+    """A norm and what is to stand behind it."""
+    return nn.Sequential(OrderedDict(norm=norm, **behind)) if behind else norm
+
+
+@torch.no_grad()
+def _check(name: str, norm: nn.Module) -> None:
+    whole = copy.deepcopy(norm).eval()
+    for number, own in enumerate((*whole.parameters(recurse=False), *whole.buffers(recurse=False))):
+        if own.is_floating_point():  # new ones are zeros and ones, which hide what they are for
+            own.copy_(0.5 + torch.rand(own.shape, generator=torch.Generator().manual_seed(number)))
+    alone, behind = _parts(whole)
+    shape = (norm.num_features,) if isinstance(norm, _BatchNorm) else shape_of_channels(norm)
+    differs = []
+    for _, x, y in trials(whole, shape[0]) if len(shape) == 1 else ():
+        if isinstance(norm, _BatchNorm):
+            of_batch = whole.running_mean is None
+            result = F.batch_norm(
+                x, whole.running_mean, whole.running_var, whole.weight, whole.bias, of_batch, 0.0, whole.eps
+            )
+        else:
+            result = alone.eval()(x)
+        for child in behind.values():
+            result = child(result)
+        differs.append(not torch.allclose(result, y, _TOLERANCE, _TOLERANCE * float(y.abs().max())))
+    if any(differs) or not differs:
+        parts = f" and then {', '.join(behind)}" if behind else ""
+        raise ValueError(
+            f"{name}, a {type(norm).__name__} of {type(norm).__module__}, is something else than a norm{parts} when it "
+            "is tried: leave it out with `where`"
+        )
