@@ -107,8 +107,8 @@ def _look(
         if kind == "OneHot" and place == 0 and node.input[1] in file.constants:
             depth = int(np.ravel(file.array(node.input[1]))[0])
             hints.below = min(hints.below or depth, depth)
-    elif kind == "EmbedLayerNormalization" and place < 2 and others[2 + 2 * place]:  # tokens and segments
-        hints.below = min(hints.below or others[2 + 2 * place][0], others[2 + 2 * place][0])
+    elif kind == "EmbedLayerNormalization" and place < 2 and (table := others[2 + 2 * place]):  # tokens and segments
+        hints.below = min(hints.below or table[0], table[0])
     elif kind == "Equal":
         other = node.input[1 - place]
         if other in file.constants and file.array(other).dtype.kind != "O":

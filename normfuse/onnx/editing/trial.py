@@ -167,7 +167,7 @@ class Search:
         self._states = {
             entry.dims[1]
             for entry in self._inputs
-            if len(entry.dims or ()) == 3 and isinstance(entry.dims[0], int) and isinstance(entry.dims[1], str)
+            if entry.dims and len(entry.dims) == 3 and isinstance(entry.dims[0], int) and isinstance(entry.dims[1], str)
         }
 
     def first(self) -> Trial:
