@@ -186,7 +186,7 @@ def _settled(program: Program, options: Options) -> Gauge:
         try:
             return settle(solve(relate(program, options)))
         except Contradiction as found:
-            options = replace(options, fixed_powers=options.fixed_powers | found.powers)
+            options = replace(options, fixed_equations=options.fixed_equations | found.equations)
         except CannotWriteOut:
             options = replace(options, fold_zeros=False)
 

@@ -25,7 +25,7 @@ class Options:
     Attributes:
         zero_rows: whether gains of zero go into the weights in front, where nothing else reads what these write.
         fold_zeros: whether norms with gains of zero fold where only weights read the result.
-        fixed_powers: powers whose scales are fixed before all demands.
+        fixed_equations: powers and products whose equations cannot be met: their scales are fixed before all demands.
         kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
         untouched: names of norms and other maps that stay exactly as they are, with the reason: their numbers would
             leave the dtype of a weight.
@@ -37,7 +37,7 @@ class Options:
     keep_dynamic_norms: bool = False
     zero_rows: bool = True
     fold_zeros: bool = True
-    fixed_powers: frozenset[Node] = frozenset()
+    fixed_equations: frozenset[Node] = frozenset()
     kept_maps: frozenset[Node] = frozenset()
     untouched: Mapping[str, str] = field(default_factory=dict)
 

@@ -58,7 +58,7 @@ def relate(program: Program, options: Options) -> Gauge:
                 {node: m.coefficients for node, m in related.items() if m.coefficients is not None}
             ),
             demands=tuple(node for node, m in related.items() if m.asks_ratio),
-            powers=tuple(node for node, m in related.items() if m.exponent is not None),
+            equations=tuple(relations.equations),
             dynamic=tuple(node for node, m in related.items() if m.mean is MeanRole.MEASURES),
             stored=tuple(relations.stored),
             free_constants=tuple(relations.free_constants),

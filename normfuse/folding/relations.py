@@ -26,7 +26,7 @@ class Relations:
     Attributes:
         gauge: what is known of the program; it answers with the scale variables that there are so far.
         scales: the solver.
-        scale_of, stored, free_constants: see :class:`normfuse.folding.results.Matches`.
+        scale_of, stored, free_constants, equations: see :class:`normfuse.folding.results.Matches`.
     """
 
     def __init__(self, gauge: Gauge, scale_of: dict[Node, Any]) -> None:
@@ -34,6 +34,7 @@ class Relations:
         self.scale_of = scale_of
         self.stored: list[np.ndarray] = []
         self.free_constants: list[Node] = []
+        self.equations: list[Node] = []
 
     def scale(self, node: Node) -> Any:
         """The scale variables of a value; a constant that is asked for becomes a value with free entries."""

@@ -23,7 +23,7 @@ class Matches:
         scale_of: scale variables of every floating-point value (a list for operations with several results).
         affine: coefficients of every affine map with constant coefficients.
         demands: the affine maps that ask for a ratio.
-        powers: the powers, whose scales are settled once all ratios are.
+        equations: powers and products of two values, whose scales are settled once all ratios are.
         dynamic: the norms that compute their statistics from each input.
         stored: scale variables that go into weights.
         free_constants: constants that flow as values and may get any scale and shift.
@@ -33,7 +33,7 @@ class Matches:
     scale_of: Mapping[Node, Any]
     affine: Mapping[Node, Coefficients] = field(default_factory=dict)
     demands: tuple[Node, ...] = ()
-    powers: tuple[Node, ...] = ()
+    equations: tuple[Node, ...] = ()
     dynamic: tuple[Node, ...] = ()
     stored: tuple[np.ndarray, ...] = ()
     free_constants: tuple[Node, ...] = ()

@@ -133,9 +133,13 @@ class Scales:
         return np.where(roots == self.ONE, ratio, np.nan).reshape(index.shape)
 
     def choose(self, index: np.ndarray) -> None:
-        """Give every free class among `index` a value: plus or minus one for its root, as its sign asks."""
-        roots = np.unique(self._roots(index.ravel())[0])
-        self.demand(roots, np.zeros_like(roots), np.where(self._sign[roots] < 0, -1.0, 1.0))
+        """Give every free class among `index` a value: its first member there becomes plus or minus one."""
+        roots, ratio = self._roots(index.ravel())
+        roots, first = np.unique(roots, return_index=True)
+        values = 1.0 / np.abs(ratio[first])
+        values[self._sign[roots] < 0] *= -1.0
+        free = roots != self.ONE
+        self.demand(roots[free], np.zeros_like(roots[free]), values[free])
 
     def is_pinned(self, index: np.ndarray) -> bool:
         """Whether every variable in `index` is tied to the constant one."""

@@ -26,11 +26,11 @@ _ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be wri
 
 
 class Contradiction(Exception):
-    """Powers whose scales cannot be met: they are to be fixed before all demands."""
+    """Equations that cannot be met: their scales are to be fixed before all demands."""
 
-    def __init__(self, powers: set[Node]) -> None:
-        super().__init__(powers)
-        self.powers = powers
+    def __init__(self, equations: set[Node]) -> None:
+        super().__init__(equations)
+        self.equations = equations
 
 
 def solve(gauge: Gauge) -> Gauge:
@@ -41,7 +41,7 @@ def solve(gauge: Gauge) -> Gauge:
     with_zeros = _meet_demands(gauge)
     if not options.keep_dynamic_norms:
         demand_gains(gauge)
-    if contradicting := _settle_powers(gauge):
+    if contradicting := _meet_equations(gauge):
         raise Contradiction(contradicting)
     gauge.scales.solve(np.concatenate([np.zeros(1, np.int64), *(s.ravel() for s in gauge.matches.stored)]))
     tolerant = tolerant_values(gauge) if options.fold_zeros else set()
@@ -120,23 +120,16 @@ def _what_fixes(node: Node, gauge: Gauge) -> str:
     )
 
 
-def _settle_powers(gauge: Gauge) -> set[Node]:
-    """Meet the equations of all powers, one after another; returns those that contradict what is known.
+def _meet_equations(gauge: Gauge) -> set[Node]:
+    """Meet the equations of powers and products; returns those that contradict what is known.
 
-    Where the scale of one side is fixed, the other follows. Where both are free, the operand's is chosen.
+    First come those of which the other side follows; only where there are none something is chosen.
     """
-    return {node for node in gauge.matches.powers if not _meet(node, gauge)}
-
-
-def _meet(node: Node, gauge: Gauge) -> bool:
-    exponent, x, y = gauge.matches.of[node].exponent, gauge.scale(node.args[0]), gauge.scale(node)
-    assert exponent is not None
-    behind = gauge.scales.known(y)
-    follows = np.isnan(gauge.scales.known(x)) & ~np.isnan(behind)
-    if exponent % 2 != 1 and (behind[follows] < 0).any():
-        return False
-    root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / exponent)
-    if not gauge.scales.demand(x[follows], np.zeros_like(x[follows]), root):
-        return False
-    gauge.scales.choose(x)
-    return bool(gauge.scales.demand(y, np.zeros_like(y), gauge.scales.known(x) ** exponent))
+    contradicting, pending = set[Node](), dict.fromkeys(gauge.matches.equations)
+    while pending:
+        determined = [node for node in pending if gauge.matches.of[node].is_determined(gauge)]
+        for node in determined or list(pending)[:1]:
+            if not gauge.matches.of[node].meet(gauge):
+                contradicting.add(node)
+            del pending[node]
+    return contradicting

@@ -365,3 +365,37 @@ def test_vectors_are_stacked_as_rows() -> None:
 def test_product_with_two_computed_factors_fixes_both() -> None:
     _, report = folded(BehindAnInput(lambda x: x @ x.mT @ x, shift=True), sequence())
     assert status(report) == ["kept"]
+
+
+PRODUCTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "gate": lambda m, x: m.first(x) * m.second(x),
+    "quotient": lambda m, x: m.first(x) / m.second(x),
+    "matrices": lambda m, x: ((x @ x.mT) / 4.0) @ (x / 3.0),
+    "einsum": lambda m, x: torch.einsum("bsi,bti->bst", x * 3.0, x / 2.0) @ m.second(x),
+    "several": lambda m, x: m.first(x) * (m.second(x) * (m.first(x) * x)),
+    "local response": lambda m, x: nn.LocalResponseNorm(3)(m.weight(m.first(x)).mT).mT,
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_both_factors_of_a_product_lose_their_scales(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.first, model.second, model.weight = MapNorm(shift=False), MapNorm(shift=False, seed=1), nn.Linear(C, C)
+    model.last = nn.Linear(C, 4)
+    model.forward = lambda x: model.last(PRODUCTS[name](model, x))
+    program, _ = folded(model, sequence())
+    constants = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target}
+    for node in program.graph.nodes:
+        if node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
+            assert all(isinstance(x, torch.fx.Node) and x.name not in constants for x in node.args)
+    assert operations(fold(program)[0]) == operations(program)
+
+
+def test_a_product_that_cannot_have_its_scale_keeps_the_norm_of_one_factor() -> None:
+    model = BehindAnInput(lambda x: x, shift=False)
+    other = MapNorm(shift=False, seed=1)
+    model.add_module("other", other)
+    model.forward = lambda x: model.last(model.norm(x) * other(x) + x)
+    _, report = folded(model, sequence())
+    assert status(report) == ["kept", "kept"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
+from ..arrays import CannotCarry, Collapse, same_size, take_first, to_rank, varying
 from ..gauge import Facts, Gauge
 from ..operations import CASTS, COPIES, DROPOUTS, HANDED_ON, RESHAPES
-from ..relations import Relations
+from ..relations import MAX_FREE_ENTRIES, Relations
 from .base import Match, Use, argument, is_float, rule_for
+from .bilinear import ProductOfTwo
 from .carry import varying_of
 from .contraction import contraction_of, factors_of, lay
 
@@ -20,8 +23,8 @@ _SAME = CASTS | COPIES | DROPOUTS | HANDED_ON
 
 
 @rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default)
-class Mixture(Match):
-    """``y = P x`` with a computed P: the scale of x passes along the axes that stay, and P is fixed.
+class Mixture(ProductOfTwo):
+    """``y = P x`` with a computed P: scales along the axes that stay are multiplied. Those of averages are fixed.
 
     A shift passes where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
     """
@@ -33,10 +36,19 @@ class Mixture(Match):
         factors = factors_of(self.node)
         fixed = [relations.gauge.program.is_constant(x) or relations.is_fixed(x) for x in factors]
         at = self._averaged()
+        if at is None and not any(fixed) and self.may_multiply(relations):
+            return self.multiplied(relations)
         if at is None:
             at = 0 if fixed[1] and not fixed[0] else 1
         relations.pin(factors[1 - at], f"{relations.gauge.describe(self.node)}, of which it is a factor")
-        return self._arrange(at, relations.scale(factors[at]), relations.require_equal)
+        return self.laid(at, relations.scale(factors[at]), relations.require_equal)
+
+    def factors(self) -> tuple[Node, Node]:
+        return factors_of(self.node)
+
+    def may_multiply(self, relations: Relations) -> bool:
+        sizes = [self.laid(at, relations.scale(x), take_first).shape for at, x in enumerate(self.factors())]
+        return super().may_multiply(relations) and math.prod(np.broadcast_shapes(*sizes)) <= MAX_FREE_ENTRIES
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         at, factors = self._averaged(), factors_of(self.node)
@@ -48,13 +60,13 @@ class Mixture(Match):
         at = self._averaged()
         if at is None or operand is not factors_of(self.node)[at]:
             raise CannotCarry
-        return self._arrange(at, numbers, collapse)
+        return self.laid(at, numbers, collapse)
 
     def settle(self, gauge: Gauge) -> np.ndarray:
         at = self._averaged()
         return gauge.no_shift(self.node) if at is None else gauge.carried(self.node, factors_of(self.node)[at])
 
-    def _arrange(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+    def laid(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
         """Numbers about one factor, arranged as the result's: equal along all axes that are summed over."""
         found = contraction_of(self.node)
         assert found is not None  # it matches

@@ -170,12 +170,16 @@ class Match:
         """Whether it is an affine map that asks for a ratio of scales."""
         return self.coefficients is not None and bool((self.coefficients.a != 1).any())
 
-    @property
-    def exponent(self) -> float | None:
-        """The power to which it raises the operand, whose scale follows when all ratios are known; None for others."""
-        return None
+    # Answered by rules that say an equation (Matches.equations), write (MeanRole.WRITES), move (MOVES) and measure
+    # (MEASURES); nobody else is asked.
 
-    # Answered by rules that write (MeanRole.WRITES), move (MOVES) and measure (MEASURES); nobody else is asked.
+    def is_determined(self, gauge: Gauge) -> bool:
+        """Whether its equation has one unknown at most."""
+        raise NotImplementedError
+
+    def meet(self, gauge: Gauge) -> bool:
+        """Meet its equation, choosing what is free; False where it contradicts what is known."""
+        raise NotImplementedError
 
     def output_axes(self) -> tuple[int, ...]:
         """The axes of the result that the weight writes."""

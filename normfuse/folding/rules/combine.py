@@ -13,6 +13,7 @@ from ..gauge import Facts, Gauge
 from ..operations import SUMS
 from ..relations import Relations
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
+from .bilinear import ProductOfTwo
 
 aten = torch.ops.aten
 
@@ -237,8 +238,8 @@ class Choice(Match):
 
 
 @rule_for(aten.mul.Tensor, aten.div.Tensor)
-class Gate(Match):
-    """``y = x * m`` (or ``x / m``) with a computed m, which stays as it is: the scale passes, a shift does not.
+class Gate(ProductOfTwo):
+    """``y = x * m`` (or ``x / m``) with a computed m: scales are multiplied, a shift stops.
 
     ``(s * f + t) * m = s * (f * m) + t * m``, and ``t * m`` is no constant.
     """
@@ -254,10 +255,21 @@ class Gate(Match):
     def relate(self, relations: Relations) -> np.ndarray:
         first, second = self.args[:2]
         fixed = [relations.gauge.program.is_constant(x) or relations.is_fixed(x) for x in (first, second)]
+        if not any(fixed) and self.may_multiply(relations):
+            return self.multiplied(relations)
         swap = self.target is aten.mul.Tensor and fixed[0] and not fixed[1]
         scaled, gate = (second, first) if swap else (first, second)
         relations.pin(gate, f"{relations.gauge.describe(self.node)}, of which it is a factor")
         return to_rank(relations.scale(scaled), self.value.dim())
+
+    def factors(self) -> tuple[Node, Node]:
+        return self.args[0], self.args[1]
+
+    def power(self) -> int:
+        return -1 if self.target is aten.div.Tensor else 1
+
+    def laid(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+        return to_rank(numbers, self.value.dim())
 
 
 @rule_for(aten.slice_scatter.default, aten.select_scatter.default, aten.index_copy.default, aten.scatter.src)

@@ -31,7 +31,7 @@ class Power(Match):
         return self.args[0]
 
     def fits(self, facts: Facts) -> bool:
-        if self.node in facts.options.fixed_powers or not is_float(self.node) or not is_float(self.args[0]):
+        if self.node in facts.options.fixed_equations or not is_float(self.node) or not is_float(self.args[0]):
             return False
         if self.target is aten.mul.Tensor:
             return self.args[0] is self.args[1]
@@ -48,7 +48,25 @@ class Power(Match):
         if self.exponent % 1:
             relations.scales.require_positive(scale)
             relations.scales.require_positive(result)
+        relations.equations.append(self.node)
         return result
+
+    def is_determined(self, gauge: Gauge) -> bool:
+        sides = gauge.scale(self.operand()), gauge.scale(self.node)
+        return any(not np.isnan(gauge.scales.known(side)).any() for side in sides)
+
+    def meet(self, gauge: Gauge) -> bool:
+        """Where the scale of one side is fixed, the other follows; where both are free, the operand's is chosen."""
+        scales, x, y = gauge.scales, gauge.scale(self.operand()), gauge.scale(self.node)
+        behind = scales.known(y)
+        follows = np.isnan(scales.known(x)) & ~np.isnan(behind)
+        if self.exponent % 2 != 1 and (behind[follows] < 0).any():
+            return False
+        root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / self.exponent)
+        if not scales.demand(x[follows], np.zeros_like(x[follows]), root):
+            return False
+        scales.choose(x)
+        return bool(scales.demand(y, np.zeros_like(y), scales.known(x) ** self.exponent))
 
     def last_resort(self) -> Use:
         return Use.ABSORB if self.exponent == 2 else Use.STOP

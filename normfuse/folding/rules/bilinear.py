@@ -1,0 +1,62 @@
+"""Products of two computed values: the scale of the result is the product of theirs."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.fx import Node
+
+from ..arrays import Collapse, take_first
+from ..gauge import Gauge
+from ..relations import Relations
+from .base import Match
+
+
+class ProductOfTwo(Match):
+    """``(s_1 * x_1) (s_2 * x_2) = s_1 s_2 * (x_1 x_2)``, with the inverse of s_2 in a quotient.
+
+    The equation is no ratio, unless one scale is known. It is met when the ratios are: see
+    :mod:`normfuse.folding.solve`. What contradicts it fixes the second factor, and the scale of the first one passes.
+    """
+
+    def factors(self) -> tuple[Node, Node]:
+        """The two values."""
+        raise NotImplementedError
+
+    def laid(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
+        """Numbers about one of them, arranged as the result's."""
+        raise NotImplementedError
+
+    def power(self) -> int:
+        """Minus one where the second is divided by."""
+        return 1
+
+    def may_multiply(self, relations: Relations) -> bool:
+        """Whether the equation may be asked for."""
+        first, second = self.factors()
+        return first is not second and self.node not in relations.gauge.options.fixed_equations
+
+    def multiplied(self, relations: Relations) -> np.ndarray:
+        """Scale variables of a result that has the product of both scales."""
+        sides = [self.laid(at, relations.scale(x), relations.require_equal) for at, x in enumerate(self.factors())]
+        relations.equations.append(self.node)
+        return relations.scales.fresh(np.broadcast_shapes(*(side.shape for side in sides)))
+
+    def is_determined(self, gauge: Gauge) -> bool:
+        first, second, result = (~np.isnan(gauge.scales.known(side)).any() for side in self._sides(gauge))
+        return bool(first + second + result > 1 or second or (first and self.power() == 1))
+
+    def meet(self, gauge: Gauge) -> bool:
+        scales = gauge.scales
+        first, second, result = self._sides(gauge)
+        if self.power() == 1 and np.isnan(scales.known(second)).any() and not np.isnan(scales.known(first)).any():
+            first, second = second, first
+        ratio = scales.known(result) / scales.known(first)
+        follows = np.isnan(scales.known(second)) & ~np.isnan(ratio)
+        if not scales.demand(second[follows], np.zeros_like(second[follows]), ratio[follows] ** self.power()):
+            return False
+        scales.choose(second)
+        return bool(scales.demand(result, first, scales.known(second) ** self.power()))
+
+    def _sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+        sides = [self.laid(at, gauge.scale(x), take_first) for at, x in enumerate(self.factors())]
+        return tuple(np.broadcast_arrays(*sides, gauge.scale(self.node)))
