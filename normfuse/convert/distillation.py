@@ -108,7 +108,7 @@ class Distillation:
         >>> student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> distillation = Distillation(student, copy.deepcopy(student), at=["0"])
         >>> _ = student(torch.randn(3, 4))
-        >>> float(distillation.loss())  # the two are still the same
+        >>> distillation.loss().item()  # the two are still the same
         0.0
     """
 
