@@ -63,6 +63,8 @@ FACTORS = {
     aten.addbmm.default: ("batch1", "batch2"),
     aten.matmul.default: ("self", "other"),
     aten.inner.default: ("self", "other"),
+    aten.dot.default: ("self", "tensor"),
+    aten.linalg_vecdot.default: ("x", "y"),
     aten.tensordot.default: ("self", "other"),
     aten.einsum.default: ("tensors",),
 }

@@ -132,6 +132,11 @@ def _multiply_by(factor: float) -> Callable[[Node], None]:
     return respell
 
 
+def _times_power_of_two(node: Node) -> None:
+    value, exponent = node.args
+    node.target, node.args = aten.mul.Tensor, (value, _before(node, aten.pow.Scalar, 2.0, exponent))
+
+
 def _rotate(node: Node) -> None:
     """A quarter turn reverses one axis and exchanges both."""
     turns, (first, second) = argument(node, "k") % 4, argument(node, "dims")
@@ -200,6 +205,7 @@ _FORMS: dict[object, Callable[[Node], None]] = {
     aten.dsplit.array: _split_along(2, aten.tensor_split.indices),
     aten.deg2rad.default: _multiply_by(math.pi / 180.0),
     aten.rad2deg.default: _multiply_by(180.0 / math.pi),
+    aten.ldexp.Tensor: _times_power_of_two,
     aten.rot90.default: _rotate,
     aten.linalg_multi_dot.default: _multiply_in_turns,
     aten.einsum.default: _contract_in_pairs,

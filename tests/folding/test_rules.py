@@ -133,6 +133,10 @@ CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "averages with one head": lambda x: torch.einsum(
         "bhqk,bkhd->bqhd", torch.tanh(x @ x.mT).softmax(-1)[:, None], x[:, :, None]
     ).flatten(2),
+    "deviation": lambda x: x.std(1),
+    "deviation of all positions": lambda x: x.std((0, 1), correction=0, keepdim=True),
+    "put at places": lambda x: torch.ops.aten.index_put(x, (None, torch.tensor([0, 2])), x[:, 3:]),
+    "times a power of two": lambda x: torch.ldexp(x, torch.tensor([3])),
     "three operands": lambda x: torch.einsum(
         "bqk,bkd,b->bqd", torch.tanh(x @ x.mT).softmax(-1), x, torch.ones(3).double()
     ),
@@ -155,6 +159,14 @@ SCALE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "prelu": lambda x: F.prelu(x.mT, torch.arange(1.0, C + 1.0).double()).mT,
     "rrelu": lambda x: F.rrelu(x),
     "cumulative sum": lambda x: x.cumsum(1),
+    "sum of numbers": lambda x: x.nansum(1),
+    "added at places": lambda x: x.index_add(1, torch.tensor([0, 0]), x[:, 3:], alpha=2),
+    "scattered": lambda x: x.scatter_add(1, torch.tensor([2, 0]).view(1, 2, 1).expand(3, 2, C), x[:, 3:]),
+    "accumulated": lambda x: torch.ops.aten.index_put(x, (None, torch.tensor([0, 0])), x[:, 3:], accumulate=True),
+    "zeros at indices": lambda x: x.index_fill(1, torch.tensor([0, 2]), 0.0),
+    "scattered zeros": lambda x: x.scatter(1, torch.zeros(3, 2, C, dtype=torch.int64), 0.0),
+    "triangle": lambda x: x.tril() + x.triu(1),
+    "bilinear": lambda x: F.bilinear(x, x.flip(1), torch.arange(216.0).view(6, 6, 6).double().sin()),
     "overlapping patches": lambda x: F.fold(F.unfold(x.mT[..., None], (2, 1)), (x.shape[1], 1), (2, 1))[..., 0].mT,
     "padded patches": lambda x: F.unfold(x.mT[..., None], (2, 1), padding=(1, 0)).mT[..., ::2],
     "grid with zeros": lambda x: (

@@ -22,7 +22,7 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME = CASTS | COPIES | DROPOUTS | HANDED_ON
 
 
-@rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default)
+@rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.dot.default, aten.linalg_vecdot.default)
 class Mixture(ProductOfTwo):
     """``y = P x`` with a computed P: scales along the axes that stay are multiplied. Those of averages are fixed.
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..arrays import Collapse, varying
 from ..gauge import Facts, Gauge
 from ..relations import Relations
-from .base import Use, is_float, rule_for
+from .base import MeanRole, Use, is_float, rule_for
 from .carry import Carry, reduce_axes, varying_of
 from .contraction import lay
 
@@ -132,6 +132,16 @@ class RunningTotal(Carry):
 
     def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
         return collapse(numbers, varying_of(numbers, (self.args[1],)))
+
+
+@rule_for(aten.nansum.default)
+class TotalOfNumbers(RunningTotal):
+    """A sum over those positions that hold a number: nobody knows how many shifts that would add."""
+
+    mean = MeanRole.READS
+
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reduce_axes(self.node, numbers, collapse)
 
 
 @rule_for(

@@ -209,6 +209,16 @@ class ZeroFill(Match):
         return (second, first) if is_zero(first, facts) else (first, second)
 
 
+@rule_for(aten.index_fill.int_Scalar, aten.scatter.value, aten.tril.default, aten.triu.default)
+class ZeroPlaces(ZeroFill):
+    """Zeros at places that are told by their numbers, of channels perhaps."""
+
+    mean = MeanRole.READS
+
+    def _value_and_fill(self, facts: Facts) -> tuple[object, object]:
+        return self.args[0], self.argument("value", 0)
+
+
 @rule_for(aten.where.self, aten.maximum.default, aten.minimum.default)
 class Choice(Match):
     """One of two values at each position: they have one scale, and one shift; for an order, a positive scale."""
@@ -272,12 +282,20 @@ class Gate(ProductOfTwo):
         return to_rank(numbers, self.value.dim())
 
 
-@rule_for(aten.slice_scatter.default, aten.select_scatter.default, aten.index_copy.default, aten.scatter.src)
+@rule_for(
+    *(aten.slice_scatter.default, aten.select_scatter.default, aten.index_copy.default, aten.scatter.src),
+    *(aten.index_add.default, aten.scatter_add.default, aten.index_put.default),
+)
 class Overwrite(Match):
-    """Some positions along an axis hold another value's entries: both have one scale, and one shift."""
+    """Some positions along an axis hold another value's entries: both have one scale, and one shift.
+
+    Where the entries are added, the other value has none.
+    """
 
     def fits(self, facts: Facts) -> bool:
         base, written = self._values()
+        if self.target is aten.index_put.default and not self._puts_along_an_axis():
+            return False
         if not all(is_float(x) and x.meta["val"].dtype == self.value.dtype for x in (base, written)):
             return False
         sizes = list(written.meta["val"].shape)
@@ -291,7 +309,12 @@ class Overwrite(Match):
         return equate(scales, relations)
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.JOIN if operand in self._values() and gauge.can_carry(self.node, operand, shift) else Use.STOP
+        base, written = self._values()
+        if operand not in (base, written) or not gauge.can_carry(self.node, operand, shift):
+            return Use.STOP
+        if self._adds():
+            return Use.STOP if operand is written else Use.PASS
+        return Use.JOIN
 
     def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
         if self.target is aten.select_scatter.default and numbers.ndim < self.value.dim():
@@ -302,10 +325,21 @@ class Overwrite(Match):
         return gauge.carried(self.node, self.args[0])
 
     def _values(self) -> tuple[Node, Node]:
-        return self.args[0], self.argument("src", self.argument("source"))
+        return self.args[0], self.argument("src", self.argument("source", self.argument("values")))
 
     def _axis(self) -> int:
+        if self.target is aten.index_put.default:
+            return len(self.args[1]) - 1
         return self.argument("dim") % self.value.dim()
+
+    def _adds(self) -> bool:
+        return self.target in (aten.index_add.default, aten.scatter_add.default) or bool(self.argument("accumulate"))
+
+    def _puts_along_an_axis(self) -> bool:
+        """Whether ``x[:, index] = values`` with one tensor of indices, of one axis, and values of the rank of x."""
+        *before, index = self.args[1]
+        one = not any(isinstance(i, Node) for i in before) and index.meta["val"].dim() == 1
+        return one and index.meta["val"].dtype.is_signed and self.args[2].meta["val"].dim() == self.value.dim()
 
 
 @rule_for(aten.glu.default)

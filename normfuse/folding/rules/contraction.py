@@ -70,6 +70,12 @@ def _named(node: Node, left: int, right: int) -> Contraction | None:
         return Contraction((*batch, "i"), ("o", "i")[2 - right :], (*batch, "o")[: left - 2 + right])
     if target is aten.addbmm.default:
         return Contraction(("b", "r", "i"), ("b", "i", "o"), ("r", "o"))
+    if target is aten.dot.default:
+        return Contraction(("i",), ("i",), ())
+    if target is aten.linalg_vecdot.default:
+        batches = _batch(left - 1), _batch(right - 1)
+        last = argument(node, "dim") in (-1, max(left, right) - 1)
+        return Contraction((*batches[0], "i"), (*batches[1], "i"), max(batches, key=len)) if last else None
     if target is aten.outer.default:
         return Contraction(("r",), ("o",), ("r", "o"))
     if target in (aten.tensordot.default, aten.inner.default):

@@ -82,6 +82,20 @@ class Ranked(Maximum):
         return [result if value.is_floating_point() else places for value in self.value]
 
 
+@rule_for(aten.std.dim, aten.std.correction, aten.std.default)
+class Deviation(Rising):
+    """``std(s * x + t) = s * std(x)`` over positions for positive s, equal along them; of a shift nothing is left."""
+
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if gauge.can_carry(self.node, operand, shift) else Use.STOP
+
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.no_shift(self.node)
+
+    def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> np.ndarray:
+        return reduce_axes(self.node, numbers, collapse)
+
+
 class Homogeneous(Rising):
     """``f(s * x) = s * f(x)`` for positive s: a positive scale passes, a shift does not."""
 

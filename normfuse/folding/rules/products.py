@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..arrays import to_rank, without_leading_ones
-from ..gauge import Facts
-from .base import rule_for
+from ..arrays import take_first, to_rank, varying, without_leading_ones
+from ..gauge import Facts, Gauge
+from ..relations import Relations
+from ..weight_edits import WeightEdits
+from .base import Match, is_float, rule_for
 from .contraction import Contraction, contraction_of, factors_of, lay
 from .weights import Weighted
 
@@ -92,7 +94,7 @@ class Linear(Product):
 
 @rule_for(
     *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.inner.default),
-    *(aten.einsum.default, aten.tensordot.default, aten.outer.default),
+    *(aten.einsum.default, aten.tensordot.default, aten.outer.default, aten.dot.default, aten.linalg_vecdot.default),
 )
 class RightProduct(Product):
     """``y = x W``; a bias that folding creates follows as an Add."""
@@ -100,7 +102,7 @@ class RightProduct(Product):
 
 @rule_for(
     *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.inner.default),
-    *(aten.einsum.default, aten.tensordot.default, aten.outer.default),
+    *(aten.einsum.default, aten.tensordot.default, aten.outer.default, aten.dot.default, aten.linalg_vecdot.default),
 )
 class LeftProduct(Product):
     """``y = W x``; a bias that folding creates follows as an Add."""
@@ -154,3 +156,49 @@ class BiasedLeftProduct(BiasedProduct):
     """``y = beta bias + alpha W x``."""
 
     weight_at = 0
+
+
+@rule_for(aten.bilinear.default)
+class Bilinear(Match):
+    """``y_o = sum W[o, i, j] x_i z_j + bias_o`` of two values, whose shifts stop.
+
+    W' = diag(1 / s_y) W diag(s_x) diag(s_z),     bias' = (bias - t_y) / s_y
+    """
+
+    owns_constants = True
+
+    def fits(self, facts: Facts) -> bool:
+        weight, bias = self.args[2], self.argument("bias")
+        known = facts.usable_weight(weight) and (bias is None or facts.program.is_constant(bias))
+        return known and all(is_float(x) and not facts.program.is_constant(x) for x in self.args[:2])
+
+    def chooses_shift(self, gauge: Gauge) -> bool:
+        return True
+
+    def price(self) -> int:
+        return 0 if self.argument("bias") is not None else 1
+
+    def relate(self, relations: Relations) -> np.ndarray:
+        for scale in map(relations.scale, self.args[:2]):
+            relations.require_equal(scale, varying(scale[..., 0]))
+            relations.stored.append(scale)
+        return relations.free(self.node, (self.value.dim() - 1,))
+
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.chosen_shift(self.node)
+
+    def rewrite(self, edits: WeightEdits) -> None:
+        gauge, (first, second, weight), bias = edits.gauge, self.args[:3], self.argument("bias")
+        sizes = weight.meta["val"].shape
+        s_y, s_x, s_z = (
+            edits.vector(take_first(s, varying(s[..., 0])), -1, int(size))
+            for s, size in zip((gauge.scales[gauge.scale(n)] for n in (self.node, first, second)), sizes, strict=True)
+        )
+        t_y = edits.vector(gauge.shifts.of[self.node], -1, int(sizes[0]))
+        if any((s != 1).any() for s in (s_y, s_x, s_z)):
+            edits.scale_weight(self.node, weight, 1.0 / s_y[:, None, None], s_x[:, None], s_z)
+        elif not t_y.any():
+            return
+        old = 0.0 if bias is None else gauge.program.constant(bias)
+        name = f"{gauge.path(self.node)}.bias"
+        edits.set_bias(self.node, "bias", bias, (old - t_y) / s_y, name=name, like=weight)

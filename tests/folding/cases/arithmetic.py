@@ -181,6 +181,36 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, y, d=d, s=s: aten.scatter.src(x, d, torch.zeros(s, dtype=torch.int64), y), (SEQUENCE, s))
         for d, s in SCATTERED
     ],
+    aten.index_add.default: [
+        Case(lambda x, y, d=d: aten.index_add.default(x, d, torch.tensor([2, 0]), y, alpha=2), (SEQUENCE, s))
+        for d, s in SCATTERED
+    ],
+    aten.scatter_add.default: [
+        Case(lambda x, y, d=d, s=s: aten.scatter_add.default(x, d, torch.zeros(s, dtype=torch.int64), y), (SEQUENCE, s))
+        for d, s in SCATTERED
+    ]
+    + [Case(lambda x, c: aten.scatter_add.default(c, 1, torch.zeros(2, 4, 6).long(), x), (SEQUENCE,), ((2, 3, 6),))],
+    aten.index_put.default: [
+        *(
+            Case(lambda x, y, i=i, a=a: aten.index_put.default(x, [*i, torch.tensor([2, 0])], y, a), (SEQUENCE, s))
+            for i, s in (([], SEQUENCE), ([None], (2, 2, 6)), ([None, None], (2, 4, 2)))
+            for a in (False, True)
+            if i
+        ),
+        Case(
+            lambda x, y: aten.index_put.default(x, [torch.tensor([1, 0]), torch.tensor([3, 2])], y), (SEQUENCE, (2, 6))
+        ),
+        Case(lambda x, y: aten.index_put.default(x, [None, torch.tensor([3, 2])], y), (SEQUENCE, (6,))),
+        Case(lambda x, y: aten.index_put.default(x, [MASK[:2, 0]], y), (SEQUENCE, (1, 4, 6))),
+    ],
+    aten.index_fill.int_Scalar: unary(
+        aten.index_fill.int_Scalar, *((d, torch.tensor([1]), v) for d in (1, 2) for v in (0, 1))
+    ),
+    aten.scatter.value: unary(
+        aten.scatter.value, *((d, torch.ones(2, 2, 1).long(), v) for d in (1, 2) for v in (0.0, 1.0))
+    ),
+    aten.tril.default: unary(aten.tril.default, (), (1,)),
+    aten.triu.default: unary(aten.triu.default, (), (1,)),
     aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,)),
     aten.square.default: unary(aten.square.default),
     aten.mse_loss.default: [

@@ -150,6 +150,23 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, w: aten.inner.default(w, x), (SEQUENCE,), ((3, 5, 6),)),
         Case(aten.inner.default, (SEQUENCE,), ((6,),)),
     ],
+    aten.dot.default: [
+        Case(lambda x, w: aten.dot.default(x, w), ((6,),), ((6,),)),
+        Case(lambda x, w: aten.dot.default(w, x), ((6,),), ((6,),)),
+        Case(lambda x, y: aten.dot.default(x, y), ((6,), (6,))),
+    ],
+    aten.linalg_vecdot.default: [
+        *(Case(lambda x, w: aten.linalg_vecdot.default(x, w), (SEQUENCE,), (w,)) for w in ((6,), (4, 6), (1, 6), (1,))),
+        Case(lambda x, w: aten.linalg_vecdot.default(w, x, dim=2), (SEQUENCE,), ((6,),)),
+        Case(lambda x, w: aten.linalg_vecdot.default(x, w, dim=1), (SEQUENCE,), (SEQUENCE,)),
+        Case(lambda x, y: aten.linalg_vecdot.default(x, y), (SEQUENCE, (4, 6))),
+    ],
+    aten.bilinear.default: [
+        Case(aten.bilinear.default, (SEQUENCE, (2, 4, 5)), ((3, 6, 5), (3,))),
+        Case(lambda x, y, w: aten.bilinear.default(x, y, w, None), ((4, 6), (4, 5)), ((3, 6, 5),)),
+        Case(lambda x, w: aten.bilinear.default(x, x, w, None), (SEQUENCE,), ((3, 6, 6),)),
+        Case(lambda x, w, c: aten.bilinear.default(x, c, w, None), (SEQUENCE,), ((3, 6, 5), (2, 4, 5))),
+    ],
     aten.tensordot.default: [
         Case(lambda x, w, d=d: aten.tensordot.default(x, w, *d), (SEQUENCE,), (w,))
         for w, d in (((6, 5), ([2], [0])), ((5, 6, 4), ([-1, 1], [1, 2])), ((5, 4), ([1], [-1])))
