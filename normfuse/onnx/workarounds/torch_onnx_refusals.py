@@ -22,6 +22,7 @@ def translatable(program: ExportedProgram) -> Iterator[None]:
     try:
         _make_contiguous(graph)
         _add_heads(graph)
+        _promote_subtractions(graph)
         graph.lint()
         module.recompile()
         yield
@@ -64,6 +65,24 @@ def _add_heads(graph: Graph) -> None:
         for axis in axes:
             value = value.unsqueeze(axis)
         node.meta = {**node.meta, "val": value}
+
+
+def _promote_subtractions(graph: Graph) -> None:
+    """``number - alpha * x`` is computed in the result's dtype, by operations that torch.onnx can take apart.
+
+    It turns the operation round without looking at dtypes, refuses ``1.0 - x`` of integers and any alpha but 1.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        x, number, alpha = (*node.args, 1)[:3]
+        result = node.meta["val"]
+        with graph.inserting_before(node):
+            if x.meta["val"].dtype != result.dtype:
+                x = graph.call_function(aten.to.dtype, (x, result.dtype))
+                x.meta = dict(node.meta)
+            if alpha != 1:
+                x = graph.call_function(aten.mul.Tensor, (x, alpha))
+                x.meta = dict(node.meta)
+        node.args = (x, number)
 
 
 def _unsqueezed(graph: Graph, operand: Node, axes: list[int]) -> Node:
