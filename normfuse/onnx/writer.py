@@ -242,19 +242,21 @@ def _name_dimensions(model: ir.Model, program: torch.export.ExportedProgram, inp
         for dim, size in zip(spec.dims, sizes, strict=True):
             if not isinstance(dim, int) and isinstance(size, sympy.Symbol):
                 symbols[str(size)] = dim.name if isinstance(dim, Dimension) else str(dim)
-    if not symbols:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b") if symbols else None
     for value in _values(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape(
-                [
-                    dim
-                    if isinstance(dim, int) or dim.value is None
-                    else pattern.sub(partial(_named, symbols, dim.value), dim.value)
-                    for dim in value.shape
-                ]
-            )
+            value.shape = ir.Shape([_dimension(dim, pattern, symbols) for dim in value.shape])
+
+
+def _dimension(
+    dim: int | ir.SymbolicDim, pattern: re.Pattern[str] | None, names: Mapping[str, str]
+) -> int | str | ir.SymbolicDim:
+    """A dimension with names in the place of torch's symbols; torch.onnx writes fixed ones as texts, too."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    if dim.value.isdecimal():
+        return int(dim.value)
+    return dim if pattern is None else pattern.sub(partial(_named, names, dim.value), dim.value)
 
 
 def _named(names: Mapping[str, str], whole: str, symbol: re.Match[str]) -> str:

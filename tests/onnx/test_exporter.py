@@ -208,3 +208,16 @@ def test_a_program_from_elsewhere_is_exported_as_a_file_of_ours_is(tmp_path):
     torch.export.save(program, tmp_path / "m.pt2")
     result = export(load(tmp_path / "m.pt2"), tmp_path / "m.onnx")
     assert not result.report.remaining and result.graph.norms == []
+
+
+def test_a_size_that_the_model_fixes_is_a_number_in_every_input(tmp_path):
+    class Unrolled(nn.Module):
+        def forward(self, x, mask):
+            return sum(x[:, i] / (i + 1) for i in range(x.shape[1])) + mask.sum(1)
+
+    shapes = ({0: "batch", 1: "length"},) * 2
+    inputs = (torch.randn(2, 3), torch.ones(2, 3))
+    result = export(Unrolled(), tmp_path / "m.onnx", example_inputs=inputs, dynamic_shapes=shapes, opset=20)
+    assert "length is fixed at 3: the model takes no other size" in result.notes
+    dims = [value.type.tensor_type.shape.dim for value in onnx.load(result.path).graph.input]
+    assert [[dim.dim_param or dim.dim_value for dim in each] for each in dims] == [["batch", 3]] * 2
