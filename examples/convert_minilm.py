@@ -5,9 +5,10 @@
 
 The model is MiniLM (6 layers, post-norm, 13 LayerNorms). The one behind the embeddings is absorbed by the tables, in
 closed form. The other twelve become RepBatchNorm: they and the layers before them are fitted in closed form, then the
-model is trained against the original on the documentation of the Python packages that are installed here, then folded.
-What the run leaves in --out: tokens.npz (the text), run.pt (the same command goes on from it), converted.pt, ONNX
-files, result.json, curve.png.
+model is trained against the original on the documentation of the Python packages that are installed here (and on a
+dictionary, with --wordnet), then folded. The state that is kept is the best on held-out sentences of that text.
+What the run leaves in --out: tokens.npz (the documentation), run.pt (the same command goes on from it), converted.pt,
+ONNX files, result.json, curve.png.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ class Run:
         self.args = args
         torch.manual_seed(args.seed)
         self.original, self.config, tokenizer = load_original()
-        self.text = Text(tokenizer, args.out / "tokens.npz", args.mixed)
+        self.text = Text(tokenizer, args.out / "tokens.npz", args.mixed, args.wordnet)
         general = HELD_OUT.read_text(encoding="utf-8").splitlines()
-        self.held_out = {"general": self.text.tokenize(general), "documentation": self.text.held_out}
+        self.held_out = {"general": self.text.tokenize(general), **self.text.held_out}
         self.expected = {name: embed(in_pytorch(self.original), rows) for name, rows in self.held_out.items()}
         self.student = copy.deepcopy(self.original).requires_grad_()
-        rewrite_embeddings(self.student, self.text.training)
+        rewrite_embeddings(self.student, [row for rows in self.text.training.values() for row in rows[:60_000]])
         # Rare words have no chance to be learned again here; the closed form has given all of them their rows.
         self.student.bert.embeddings.word_embeddings.weight.requires_grad_(False)
         schedule = Schedule(args.steps, end=args.fall, order=args.order)
@@ -92,13 +93,16 @@ class Run:
         for norm in self.conversion.norms.values():
             norm.original.requires_grad_(False)
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
         warm_up = max(1, args.steps // 20)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps)))),
         )
-        self.record: dict[str, Any] = {"curve": [], "seconds": 0.0, "tokens": 0, "explained": {}}
+        self.record: dict[str, Any] = {"curve": [], "seconds": 0.0, "tokens": 0, "best_step": 0}
+        self.best: dict[str, Tensor] = {}
         self.file = args.out / "run.pt"
         if self.file.exists():
             self._load()
@@ -107,12 +111,11 @@ class Run:
             batches = list(islice(self.text.batches(2048, seed=args.seed + 1), count))
             self.record["explained"] = self.conversion.calibrate(batches)
             self.record["fitted"] = self.quality()
-            errors = reconstruct(
-                self.conversion, self.original, batches, lambda name: name.replace("LayerNorm", "dense")
-            )
+            errors = reconstruct(self.conversion, self.original, batches, before_the_norm)
             self.record["errors"] = {name: list(pair) for name, pair in errors.items()}
             self.record["reconstructed"] = self.quality()
             self.record["seconds"] = time.monotonic() - start
+            self.best = self.state()
             self.store()
 
     @property
@@ -120,7 +123,7 @@ class Run:
         return self.scheduler.last_epoch
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in ("norm", "order", "learning_rate", "seed")}
+        return {name: str(getattr(self.args, name)) for name in ("norm", "order", "learning_rate", "seed", "wordnet")}
 
     def _load(self) -> None:
         stored = torch.load(self.file, weights_only=True)
@@ -129,12 +132,13 @@ class Run:
             raise SystemExit(f"{self.file} was made with {before}; use those, or another --out")
         for name in ("student", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(stored[name])
-        self.record = stored["record"]
+        self.record, self.best = stored["record"], stored["best"]
 
     def store(self) -> None:
         parts = {name: getattr(self, name).state_dict() for name in ("student", "optimizer", "scheduler")}
         temporary = self.file.with_suffix(".tmp")
-        torch.save({**parts, "record": self.record, "settings": self._settings()}, temporary)
+        rest = {"record": self.record, "best": self.best, "settings": self._settings()}
+        torch.save({**parts, **rest}, temporary)
         os.replace(temporary, self.file)
 
     def quality(self, model: Callable[[Batch], Tensor] | None = None) -> dict[str, dict[str, float]]:
@@ -142,12 +146,26 @@ class Run:
         model = in_pytorch(self.finished()) if model is None else model
         return {name: compare(embed(model, rows), self.expected[name]) for name, rows in self.held_out.items()}
 
-    def finished(self) -> SentenceEncoder:
-        """A copy with static norms only."""
+    def finished(self, state: dict[str, Tensor] | None = None) -> SentenceEncoder:
+        """A copy with static norms only, of the state that is given or else of the present one."""
         model = SentenceEncoder(self.config, self.args.norm)
-        state = self.student.state_dict()
-        model.load_state_dict({name.replace(".static.", "."): state[name] for name in state if _stays(name)})
+        model.load_state_dict(self.state() if state is None else state)
         return model.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of :meth:`finished`."""
+        state = self.student.state_dict()
+        return {name.replace(".static.", "."): value.clone() for name, value in state.items() if _stays(name)}
+
+    def validation(self, quality: dict[str, Any]) -> float:
+        """Mean cosine over the held-out sentences of the training's sources: the everyday ones choose nothing."""
+        return sum(quality[name]["mean_cosine"] for name in self.text.held_out) / len(self.text.held_out)
+
+    def keep_the_best(self, point: dict[str, Any]) -> None:
+        """Keep the present state if its validation is the best so far."""
+        earlier = (self.record["reconstructed"], *self.record["curve"])
+        if self.validation(point) >= max(map(self.validation, earlier)):
+            self.best, self.record["best_step"] = self.state(), point["step"]
 
     def train(self) -> None:
         """Steps until all are done or the hours are over."""
@@ -163,6 +181,8 @@ class Run:
                 yield batch
 
         stream = counted()
+        for model in (self.original, self.student):  # on short sentences twice as fast as the gradient of the fused one
+            model.bert.set_attn_implementation("eager")
         while self.step < args.steps and time.monotonic() - start < 3600 * args.hours:
             distill(
                 distillation, stream, steps=min(args.every, args.steps - self.step),
@@ -174,10 +194,12 @@ class Run:
                 "step": self.step, "seconds": self.record["seconds"], "share": self.conversion.share,
                 "terms": {name: term.item() for name, term in distillation.terms.items()}, **self.quality(),
             }  # fmt: skip
+            self.keep_the_best(point)
             self.record["curve"].append(point)
             self.store()
             print(line(point), flush=True)
         distillation.close()
+        self.original.bert.set_attn_implementation("sdpa")
 
 
 def before_the_norm(name: str) -> str:
@@ -202,7 +224,7 @@ def line(point: dict[str, Any]) -> str:
     """One point of the curve, to read."""
     terms = " ".join(f"{name} {value:.3f}" for name, value in point["terms"].items())
     return f"step {point['step']:5d}, {point['seconds'] / 60:5.1f} min, λ {point['share']:.2f}, {terms}; " + described(
-        {name: point[name] for name in ("general", "documentation")}
+        {name: found for name, found in point.items() if isinstance(found, dict) and "mean_cosine" in found}
     )
 
 
@@ -216,6 +238,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--order", choices=("together", "layers"), default="together", help="in which norms change")
     parser.add_argument("--tokens", type=int, default=512, help="in a batch")
     parser.add_argument("--mixed", type=float, default=0.5, help="share of sentences with half their words replaced")
+    parser.add_argument("--wordnet", type=Path, help="folder of a WordNet, for everyday words [Debian: wordnet-base]")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--output-weight", type=float, default=4.0, help="of the embedding in the loss")
     parser.add_argument("--calibration-batches", type=int, default=25, help="of 2048 tokens")
@@ -234,7 +257,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     run = Run(args)
-    print(f"model {model_folder()}; {len(run.text.training)} sentences to train on, from step {run.step}")
+    sentences = {name: len(rows) for name, rows in run.text.training.items()}
+    print(f"model {model_folder()}; sentences to train on: {sentences}, from step {run.step}")
     for stage in ("fitted", "reconstructed"):
         print(f"{stage:>13}: {described(run.record[stage])}")
     if run.step < args.steps:
@@ -244,8 +268,9 @@ def main() -> None:
         print(f"stopped after {run.step} of {args.steps} steps; the same command goes on")
         return
     example = padded(run.held_out["general"][:4])
-    served = serve(run.original, run.finished(), example, args.out, run.quality, args.rounds)
-    result = {"sentences": len(run.text.training), **run.record, "served": served}
+    typical = [tuple(batch.values()) for batch in islice(run.text.batches(args.tokens, seed=args.seed + 1), 8)]
+    served = serve(run.original, run.finished(run.best), example, typical, args.out, run.quality, args.rounds)
+    result = {"sentences": sentences, **run.record, "served": served}
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(run.record, served, args.out / "curve.png")
     converted = served["float32"]["converted"]

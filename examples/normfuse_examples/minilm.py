@@ -62,7 +62,7 @@ def rewrite_embeddings(model: SentenceEncoder, rows: list[np.ndarray]) -> None:
     def normed(rows: torch.Tensor, position: int) -> torch.Tensor:
         return norm(rows + positions[position] + kinds[0])
 
-    counts = torch.from_numpy(np.bincount(np.concatenate(rows[:60_000]), minlength=len(words))).float()
+    counts = torch.from_numpy(np.bincount(np.concatenate(rows), minlength=len(words))).float()
     share, frequent = counts.topk(min(1500, len(words)))
     share = (share / share.sum())[:, None]
     new_words = sum(normed(words, p) for p in usual) / len(usual)

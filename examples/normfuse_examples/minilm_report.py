@@ -21,15 +21,15 @@ from .serving import File, milliseconds, original_files
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"general": "#0b6e4f", "documentation": "#d1495b", "original": "#5c677d"}
-TITLES = {"general": "everyday sentences", "documentation": "documentation"}
+COLOURS = {"general": "#0b6e4f", "documentation": "#d1495b", "dictionary": "#e09f3e", "original": "#5c677d"}
+TITLES = {"general": "everyday sentences", "documentation": "documentation", "dictionary": "dictionary"}
 LENGTHS = (16, 64)
 Quality = Callable[[Callable[[Batch], torch.Tensor]], dict[str, dict[str, float]]]
 
 
 def serve(
-    original: SentenceEncoder, converted: SentenceEncoder, example: Batch, folder: Path,
-    quality: Quality, rounds: int,
+    original: SentenceEncoder, converted: SentenceEncoder, example: Batch, typical: list[tuple[torch.Tensor, ...]],
+    folder: Path, quality: Quality, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Write all files, check, describe and time them.
 
@@ -37,6 +37,7 @@ def serve(
         original: the model as it was, in evaluation mode.
         converted: the model without its norms, in evaluation mode.
         example: of the inputs.
+        typical: batches by which the scales for int8 are chosen.
         folder: for the files.
         quality: measures a function from a batch to embeddings against the original.
         rounds: timed runs of each file.
@@ -48,7 +49,7 @@ def serve(
     static = torch.export.export(converted, (), dict(example), dynamic_shapes=shapes)
     folded, _ = normfuse.fold(static)
     # All channels of a tensor share the steps of an integer: stored at very different scales, small ones are lost.
-    balanced, report = normfuse.fold(static, balance="int8")
+    balanced, report = normfuse.fold(static, balance="int8", example_inputs=typical)
     for_int8 = {"converted": balanced, "converted, scales not chosen": folded}
     for name, folded_program in for_int8.items():
         normfuse.onnx.write(folded_program, folder / _for_int8(name), opset=23)
@@ -102,7 +103,7 @@ def draw(record: dict[str, Any], served: dict[str, Any], file: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 2), layout="constrained")
     steps = [0, *(point["step"] for point in record["curve"])]
-    for name, title in TITLES.items():
+    for name, title in ((name, title) for name, title in TITLES.items() if name in record["fitted"]):
         points = [record["reconstructed"], *record["curve"]]
         mean, low = ([point[name][key] for point in points] for key in ("mean_cosine", "fifth_percentile"))
         left.plot(steps, mean, color=COLOURS[name], linewidth=2, label=f"{title}: mean {mean[-1]:.3f}")

@@ -1,6 +1,6 @@
-"""English sentences that any machine with Python has: the documentation inside the sources of installed packages.
+"""English sentences for training, as text and as batches of tokens.
 
-As text, and as batches of tokens.
+Any machine with Python has the documentation inside the sources of its packages; a WordNet adds everyday words.
 """
 
 from __future__ import annotations
@@ -69,6 +69,20 @@ def sentences() -> list[str]:
     return sorted(found)
 
 
+def glosses(folder: Path) -> list[str]:
+    """All distinct definitions and example sentences of at least 15 characters in a WordNet's data files, sorted."""
+    found: set[str] = set()
+    for file in sorted(folder.glob("data.*")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            _, bar, gloss = line.partition(" | ")
+            if bar:
+                definition, *quoted = gloss.split('"')
+                found.update(text.strip(" ;,-") for text in (definition, *quoted[::2]))
+    if not found:
+        raise SystemExit(f"{folder} holds no data files of WordNet; Debian's package wordnet-base has them")
+    return sorted(text for text in found if len(text) >= 15)
+
+
 Batch = dict[str, Tensor]
 
 
@@ -82,29 +96,36 @@ def padded(rows: list[np.ndarray]) -> Batch:
 
 
 class Text:
-    """Tokenised sentences of this machine's documentation; the first ``HELD_OUT`` are held out.
+    """Tokenised sentences by source: "documentation" of this machine and, if asked for, "dictionary".
+
+    The first ``HELD_OUT`` of each source are held out.
 
     Args:
         tokenizer: of transformers.
-        file: where the tokens are, or will be, kept.
+        file: where the tokens of the documentation are, or will be, kept.
         share_mixed: how many of the sentences in batches have half their words replaced.
+        wordnet: folder of a WordNet for the dictionary; None: documentation alone.
     """
 
-    def __init__(self, tokenizer: Any, file: Path, share_mixed: float = 0.5) -> None:
+    def __init__(self, tokenizer: Any, file: Path, share_mixed: float = 0.5, wordnet: Path | None = None) -> None:
         self.tokenizer = tokenizer
         self.share_mixed = share_mixed
         if not file.exists():
-            found = sentences()
-            random.Random(0).shuffle(found)
-            rows = self.tokenize(found)
+            rows = self._shuffled(sentences())
             np.savez(file, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))
         words = ((index, word) for word, index in tokenizer.get_vocab().items())
         # The vocabulary is ordered by how frequent words are.
         self.words = [index for index, word in sorted(words) if word.isascii() and word.isalpha() and len(word) > 1]
         stored = np.load(file)
-        self.rows = np.split(stored["ids"], stored["ends"][:-1])
-        self.held_out = self.rows[:HELD_OUT]
-        self.training = self.rows[HELD_OUT:]
+        rows = {"documentation": np.split(stored["ids"], stored["ends"][:-1])}
+        if wordnet is not None:
+            rows["dictionary"] = self._shuffled(glosses(wordnet))
+        self.held_out = {name: some[:HELD_OUT] for name, some in rows.items()}
+        self.training = {name: some[HELD_OUT:] for name, some in rows.items()}
+
+    def _shuffled(self, lines: list[str]) -> list[np.ndarray]:
+        random.Random(0).shuffle(lines)
+        return self.tokenize(lines)
 
     def tokenize(self, lines: list[str]) -> list[np.ndarray]:
         rows = []
@@ -127,12 +148,13 @@ class Text:
     def batches(self, tokens: int, seed: int, skip: int = 0) -> Iterator[Batch]:
         """Endless batches of about ``tokens`` tokens, of sentences of nearly equal length, from number ``skip``.
 
-        A share ``share_mixed`` of the sentences is :meth:`mixed`.
+        As many sentences of each source. A share ``share_mixed`` of the sentences is :meth:`mixed`.
         """
         generator = random.Random(seed)
         number = 0
         while True:
-            pool = generator.sample(self.training, min(POOL, len(self.training)))
+            count = POOL // len(self.training)
+            pool = [row for rows in self.training.values() for row in generator.sample(rows, min(count, len(rows)))]
             pool.sort(key=len)
             groups, start = [], 0
             for index, row in enumerate(pool):
