@@ -15,6 +15,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 _DRAWS = 2  # of inputs and weights that are off by a little
+# Operations that subtract a mean before they take a root mean square.
+_DEVIATIONS = frozenset(
+    "layer_norm group_norm instance_norm batch_norm native_layer_norm native_group_norm native_batch_norm "
+    "_native_batch_norm_legit var std var_mean std_mean".split()
+)
 # The integers that have the bits of a floating-point number, by its size in bytes.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,6 +34,7 @@ class Runner:
         program: the program.
         change: what to run with in the place of each parameter, buffer and constant.
         everywhere: whether what operations compute is changed as well; not in graphs that they call.
+        deviations: whether only what operations subtract a mean of is changed, and nothing else.
 
     Example:
         >>> Runner(torch.export.export(torch.nn.Linear(4, 2), (torch.ones(3, 4),)))(torch.ones(3, 4))[0].shape
@@ -41,9 +47,12 @@ class Runner:
         change: Callable[[Tensor], Tensor] | None = None,
         *,
         everywhere: bool = False,
+        deviations: bool = False,
     ) -> None:
         if change is not None and everywhere:
             self._interpreter = _Changing(program.graph_module, change)
+        elif change is not None and deviations:
+            self._interpreter, change = _ChangingDeviations(program.graph_module, change), None
         else:
             self._interpreter = Interpreter(program.graph_module)
         self._in_spec = program.call_spec.in_spec
@@ -114,7 +123,9 @@ def own_rounding(
 
     The program runs with fewer digits: inputs, weights and every result lose the last bit of their dtype, in three ways
     of rounding. It runs with inputs and weights that are off by up to a unit in the last place, equal ones by different
-    amounts, and once in float64. What is off by as much may be rounding, what is off by much more is not.
+    amounts, and once in float64. Norms divide by a deviation that may be all rounding, of equal numbers for example:
+    once what they subtract a mean of is off in the same way. What is off by as much may be rounding, what is off by
+    much more is not.
 
     Args:
         program: the program; of regions that are closed only the results lose digits.
@@ -130,11 +141,12 @@ def own_rounding(
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return (tensor.double() * (1 + noise * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
 
-    shortened = ((change, True) for change in (_down, _up, _nearest))
-    for change, everywhere in (*shortened, *((nudged, False),) * _DRAWS, (_double, False)):
+    given = (tuple(args), dict(kwargs or {}))
+    runs = [*((change, {"everywhere": True}) for change in (_down, _up, _nearest)), *((nudged, {}),) * _DRAWS]
+    for change, options in (*runs, (_double, {}), (nudged, {"deviations": True})):
         try:
-            changed, named = pytree.tree_map_only(Tensor, change, (tuple(args), dict(kwargs or {})))
-            results = Runner(program, change, everywhere=everywhere)(*changed, **named)
+            changed, named = pytree.tree_map_only(Tensor, change, given) if "deviations" not in options else given
+            results = Runner(program, change, **options)(*changed, **named)
         except RuntimeError:  # a program that casts to float32 inside has no float64 result
             continue
         for index, (got, want) in enumerate(zip(results, outputs, strict=True)):
@@ -160,6 +172,19 @@ class _Changing(Interpreter):
             return tensor if tensor.untyped_storage().data_ptr() in memory else self._change(tensor)
 
         return pytree.tree_map_only(Tensor, change, result)
+
+
+class _ChangingDeviations(Interpreter):
+    """Runs a graph, and changes the values of which its norms and variances subtract a mean."""
+
+    def __init__(self, module: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(module)
+        self._change = change
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(getattr(target, "overloadpacket", None), "__name__", "") in _DEVIATIONS and args:
+            args = (self._change(args[0]), *args[1:])
+        return super().call_function(target, args, kwargs)
 
 
 # Numbers with one digit less, in a way that leaves alone what has been rounded so already: values that were equal stay

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx import GraphModule
+from torch.nn.modules import transformer
 
 from normfuse.checkpoint import structure
 from normfuse.checkpoint.archive import CheckpointError, one_line
@@ -82,7 +83,7 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     }
     try:
         # torch.export prints the graph of a model that it gives up; the error says what is wrong with it.
-        with torch.no_grad(), redirect_stderr(StringIO()):
+        with torch.no_grad(), redirect_stderr(StringIO()), _masks_as_they_are():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
     except Exception as error:  # torch.export has no common base for what it raises
         raise CheckpointError(f"torch.export cannot trace {type(module).__name__}: {_problem(error)}") from error
@@ -97,6 +98,20 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     copy_what_changes(program)
     program.validate()
     return Traced(program, tuple(paths), tuple(left_out), allowed)
+
+
+@contextmanager
+def _masks_as_they_are() -> Iterator[None]:
+    """torch's encoders and decoders do not look at the numbers in a mask to see whether it is causal.
+
+    That only chooses between two kernels with the same result, and cannot be traced.
+    """
+    detect = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
 
 
 def _as_tensor(leaf: Any) -> torch.Tensor | None:

@@ -168,6 +168,44 @@ def test_attention_is_traced_without_its_fast_path():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class MaskedEncoder(nn.Module):
+    """Makes its causal mask itself, as PyTorch's example of a language model does."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, src):
+        mask = torch.log(torch.tril(torch.ones(len(src), len(src))))
+        return self.encoder(src, mask=mask)
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.Transformer(8, 2, 1, 1, 16)
+
+    def forward(self, src, tgt, tgt_mask):
+        return self.transformer(src, tgt, tgt_mask=tgt_mask)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_encoders_and_decoders_take_any_mask(causal):
+    """torch looks at the numbers in a mask to choose a kernel; a program has one for all."""
+    detect = nn.modules.transformer._detect_is_causal_mask
+    encoder, x = MaskedEncoder().eval(), torch.randn(5, 2, 8)
+    assert agrees(ExportableModel.from_model(encoder, x, ({0: "tokens"},)), encoder(x))
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    mask = mask if causal else mask.T.contiguous()
+    translator = Translator().eval()
+    checkpoint = ExportableModel.from_model(translator, (torch.randn(4, 2, 8), x, mask))
+    for hidden in (mask, torch.zeros(5, 5), mask.T):
+        inputs = (checkpoint.example_inputs[0], x, hidden)
+        torch.testing.assert_close(checkpoint.run(inputs)[0], translator(*inputs))
+    assert nn.modules.transformer._detect_is_causal_mask is detect
+
+
 def test_names_are_those_of_the_module():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4)))
     program = ExportableModel.from_model(model, X).program
