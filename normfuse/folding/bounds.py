@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node, map_arg
 
-from .operations import CASTS, is_view, rises
+from .operations import CASTS, CONVOLUTIONS, VALLEYS, is_view, rises
 
 aten = torch.ops.aten
 
@@ -32,15 +32,8 @@ class Interval(NamedTuple):
     upper: Tensor
 
 
-# Functions that fall until here and rise from here on; GELU in its form with tanh has another valley.
-_VALLEYS = {
-    aten.gelu.default: -0.7517915246935645,
-    aten.silu.default: -1.2784645427610738,
-    aten.hardswish.default: -1.5,
-}
 _TANH_GELU_VALLEY = -0.7524614220710162
-_PRODUCTS = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.matmul.default}
-_PRODUCTS |= {aten.conv1d.padding, aten.conv2d.padding, aten.mm.default}
+_PRODUCTS = CONVOLUTIONS | {aten.linear.default, aten.matmul.default, aten.mm.default}
 
 
 def interval_bounds(program: ExportedProgram, lower: Tensor, upper: Tensor, *others: Tensor) -> Interval:
@@ -105,8 +98,8 @@ def _bound(node: Node, values: dict[Node, Any]) -> Any:
         if isinstance(low, Tensor):
             return Interval(low, high)
         return [Interval(*pair) for pair in zip(low, high, strict=True)]
-    if target in _VALLEYS:
-        bottom = _TANH_GELU_VALLEY if kwargs.get("approximate") == "tanh" else _VALLEYS[target]
+    if target in VALLEYS:
+        bottom = _TANH_GELU_VALLEY if kwargs.get("approximate") == "tanh" else VALLEYS[target]
         return _valley(x, lambda v: target(v, *args[1:], **kwargs), bottom)
     if target in _PRODUCTS and x is not None and not isinstance(args[1], Interval):
         centre, radius = (x.upper + x.lower) / 2, (x.upper - x.lower) / 2

@@ -25,6 +25,7 @@ from .operations import (
     BOUNDS,
     CASTS,
     COMPARISONS,
+    CONVOLUTIONS,
     COPIES,
     DROPOUTS,
     EXPANSIONS,
@@ -32,8 +33,11 @@ from .operations import (
     FACTORS,
     HANDED_ON,
     PERMUTATIONS,
+    REARRANGED,
+    REDUCTIONS,
     RESHAPES,
     SHAPED_LIKE,
+    SLOPES,
     SPLITS,
     SQUEEZES,
     SUMS,
@@ -64,20 +68,12 @@ class Stops(Exception):
 
 Carried = Factor | None | list[Factor | None]
 _SAME = {
-    *(aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default, aten.rrelu.default),
-    *(aten.triu.default, aten.tril.default),
+    *SLOPES - {aten.prelu.default},  # whose weight may be computed
+    *(aten.relu.default, aten.neg.default, aten.triu.default, aten.tril.default),
     *COPIES,
     *DROPOUTS,
     *HANDED_ON,
 }
-_REARRANGED = {  # along one axis, or several
-    *(aten.slice.Tensor, aten.narrow.default, aten.flip.default, aten.roll.default, aten.index_select.default),
-    *(aten.repeat_interleave.self_int, aten.cumsum.default),
-}
-_REDUCED = {
-    *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
-}
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 # A bound under a length is an eps of the same kind as a norm's.
 _LARGEST_EPS = 1e-4
 
@@ -206,7 +202,7 @@ class _Walk:
             return _reshaped(node, operand, factor)
         if target in EXPANSIONS:
             return _behind_broadcast(node, operand, factor)
-        if target in _REARRANGED:
+        if target in REARRANGED or target is aten.cumsum.default:
             dims = argument(node, "dims", argument(node, "dim"))
             if dims is None or dims == []:
                 raise self._stops(node, "mixes tokens")
@@ -227,13 +223,13 @@ class _Walk:
             if axis in factor.tokens:
                 factor = factor._replace(order=(*factor.order, node))
             return _without_axes(factor, (axis,))
-        if target in _REDUCED:
+        if target in REDUCTIONS:
             dims = argument(node, "dim")
             reduced = tuple(axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank)))
             if set(reduced) & set(factor.tokens) or argument(node, "ord") == 0:
                 raise self._stops(node, "mixes tokens")
             return factor if argument(node, "keepdim") else _without_axes(factor, reduced)
-        if target in _CONVOLUTIONS:
+        if target in CONVOLUTIONS:
             return self._convolution(node, factor)
         raise self._stops(node)
 

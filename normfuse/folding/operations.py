@@ -79,6 +79,29 @@ BOUNDS = {
     *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default),
     aten.threshold.default,
 }
+#: Two slopes that meet at zero, which arguments or weights give, or are known.
+SLOPES = {aten.leaky_relu.default, aten.abs.default, aten.prelu.default, aten.rrelu.default}
+#: Functions that fall until a number and rise from it on; GELU in its form with tanh at another one.
+VALLEYS = {
+    aten.gelu.default: -0.7517915246935645,
+    aten.silu.default: -1.2784645427610738,
+    aten.hardswish.default: -1.5,
+}
+#: Convolutions, but for transposed ones.
+CONVOLUTIONS = {
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+}
+#: Entries along axes that an argument names, chosen, repeated or in another order.
+REARRANGED = {
+    *(aten.slice.Tensor, aten.narrow.default, aten.flip.default, aten.roll.default, aten.index_select.default),
+    aten.repeat_interleave.self_int,
+}
+#: One number for all entries along axes.
+REDUCTIONS = {
+    *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
+    *(aten.nansum.default, aten.std.dim, aten.std.correction),
+}
 #: The powers to which operations raise a value; that of ``pow`` is an argument.
 EXPONENTS = {
     aten.square.default: 2.0,
@@ -118,6 +141,7 @@ _RISING = {
     *(aten.relu.default, aten.relu6.default, aten.tanh.default, aten.sigmoid.default, aten.softplus.default),
     *(aten.hardtanh.default, aten.hardsigmoid.default, aten.clamp.default, aten.clamp_min.default, aten.erf.default),
     *(aten.leaky_relu.default, aten.elu.default, aten.exp.default, aten.amax.default, aten.amin.default),
+    *(aten.maximum.default, aten.minimum.default, aten.nansum.default),
     *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.mean.dim, aten.sum.dim_IntList),
     *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.cumsum.default),
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default),

@@ -178,3 +178,15 @@ def test_a_function_that_falls_has_no_bounds(function: nn.Module) -> None:
     x = torch.zeros(1, C)
     with pytest.raises(ValueError, match="of an interval has no bounds here"):
         interval_bounds(torch.export.export(function, (x,)), x, x)
+
+
+def test_a_bound_that_took_a_shift_has_bounds() -> None:
+    """A norm on the input in front of a ReLU folds into its bound, per channel."""
+    model = nn.Sequential(trained(UnifiedNorm(C)), nn.ReLU(), nn.Linear(C, 3)).double().eval()
+    model[0].weight.data.abs_()
+    lower, upper = -torch.ones(2, C).double(), torch.ones(2, C).double()
+    program = torch.export.export(model, (lower,))
+    folded, _ = fold(program)
+    assert any(node.target is torch.ops.aten.maximum.default for node in folded.graph.nodes)
+    for got, want in zip(interval_bounds(folded, lower, upper), interval_bounds(program, lower, upper), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

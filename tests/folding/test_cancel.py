@@ -138,6 +138,7 @@ CANCELS: dict[str, Callable[[Branch, Tensor], Tensor]] = {
     "matmul": lambda m, x: x @ m.up.weight,
     "convolution": lambda m, x: F.conv1d(x.mT, m.up.weight[..., None]).mT,
     "mean over channels": lambda m, x: m.up(x) * m.gate(x).mean(-1, keepdim=True),
+    "deviation over channels": lambda m, x: m.up(x) * m.gate(x).std(-1, keepdim=True),
     "length": lambda m, x: F.normalize(m.up(x), dim=-1),
     "padded channels": lambda m, x: torch.cat([m.up(x)[..., 1:], torch.zeros_like(x[..., :1])], -1),
 }

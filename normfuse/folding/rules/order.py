@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..arrays import Collapse
 from ..gauge import Facts, Gauge
-from ..operations import BOUNDS, COMPARISONS
+from ..operations import BOUNDS, COMPARISONS, SLOPES
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
@@ -114,9 +114,7 @@ class Homogeneous(Rising):
 _BOUNDS = ("min", "max", "min_val", "max_val", "threshold", "value")
 
 
-@rule_for(
-    *(aten.leaky_relu.default, aten.abs.default, aten.prelu.default, aten.rrelu.default),
-)
+@rule_for(*SLOPES)
 class Slope(Homogeneous):
     """Two slopes that meet at zero, which are constant."""
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from ..arrays import CannotCarry, along_axis, collapse_equal, subtract_means, take_first, varying, without_leading_ones
 from ..gauge import Facts, Gauge
+from ..operations import CONVOLUTIONS
 from ..program import piece
 from ..relations import Relations
 from ..weight_edits import WeightEdits
@@ -190,14 +191,7 @@ class Weighted(Match):
         return tuple(axis for axis in varying(numbers) if axis not in read)
 
 
-@rule_for(
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-)
+@rule_for(*CONVOLUTIONS)
 class Convolution(Weighted):
     """W[out, in / groups, *kernel] over axis 1, or over the first one where there is no batch.
 
