@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from .arrays import CannotCarry, Collapse, collapse_equal, to_rank, varying
 from .gauge import Gauge
-from .results import Centring
+from .results import Centring, closed
 from .rules.base import MeanRole, argument, is_float
 
 
@@ -67,7 +67,7 @@ def centre(gauge: Gauge) -> Gauge:
                 )
         if why is not None:
             gauge.centring.with_mean[node] = why
-    return gauge
+    return gauge.knowing(centring=closed(gauge.centring))
 
 
 class _Stream:

@@ -84,7 +84,7 @@ class Gauge(Facts):
     """``original = scale * folded + shift`` for every value: what is known of it so far.
 
     Every step returns its result, and :meth:`knowing` makes a gauge that answers with it. A step's own result is still
-    open while it asks the rules; afterwards nobody writes into it.
+    open while it asks the rules; afterwards it is closed.
     """
 
     scales: Scales

@@ -1,10 +1,14 @@
-"""What the steps of folding find, one after another; each is written by its step alone and read by those behind it."""
+"""What the steps of folding find, one after another; each is written by its step alone and read by those behind it.
+
+A step hands on what it has found :func:`closed`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch.fx import Node
@@ -101,3 +105,17 @@ class Cancelling:
 
     cancelled: dict[Node, list[Node]] = field(default_factory=dict)
     not_cancelled: dict[Node, str] = field(default_factory=dict)
+
+
+Result = TypeVar("Result", Solution, Shifts, Centring)
+
+
+def closed(result: Result) -> Result:
+    """The same result, in which nothing can be changed any more."""
+    return replace(result, **{entry.name: _read_only(getattr(result, entry.name)) for entry in fields(result)})
+
+
+def _read_only(collection: Any) -> Any:
+    if isinstance(collection, dict):
+        return MappingProxyType(collection)
+    return frozenset(collection) if isinstance(collection, set) else tuple(collection)

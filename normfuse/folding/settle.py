@@ -21,7 +21,7 @@ from .arrays import CannotCarry, collapse_equal
 from .gains import choose_shifts, keep_shift
 from .gauge import Gauge
 from .nodes import coarseness
-from .results import Shifts
+from .results import Shifts, closed
 from .rules import Use
 from .rules.base import is_float
 from .tolerance import to_bend, tolerant_values, tolerates
@@ -68,11 +68,10 @@ def settle(gauge: Gauge) -> Gauge:
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
         back = travelling & sources_of_shift(shifts.materialised_shifts, gauge).keys()
         if not back:
-            if all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts):
-                return gauge
-            if gauge.options.fold_zeros:
+            written_out = all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts)
+            if gauge.options.fold_zeros and not written_out:
                 raise CannotWriteOut
-            return gauge
+            return gauge.knowing(shifts=closed(shifts))
         for node in back if attempt < _ATTEMPTS else travelling:
             keep_shift(node, gauge)
     raise AssertionError("an endless loop has ended")

@@ -14,7 +14,7 @@ from .gauge import Gauge
 from .nodes import module_of, operation_name
 from .operations import NORMALISING
 from .report import FoldError
-from .results import Solution
+from .results import Solution, closed
 from .scales import Outcome
 from .tolerance import tolerant_values
 from .weight_edits import REFUSED, noted
@@ -59,7 +59,7 @@ def solve(gauge: Gauge) -> Gauge:
     for node, (_, _, b) in gauge.matches.affine.items():
         if not np.isfinite(b).all():
             _refuse_not_finite(node)
-    return gauge
+    return gauge.knowing(solution=closed(gauge.solution))
 
 
 def _meet_demands(gauge: Gauge) -> set[Node]:

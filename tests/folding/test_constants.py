@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -82,17 +82,23 @@ class Reflections(nn.Module):
         return F.linear(self.norm(x), q)
 
 
-@pytest.mark.parametrize("read_all", [False, True])
-def test_every_value_is_computed_once(read_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[object] = []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The constants that are evaluated, in turn."""
+    found: list[Any] = []
     compute = constants.Constants._compute
 
-    def counted(self: constants.Constants, key: object, values: dict) -> Tensor:
+    def noted(self: constants.Constants, key: Any, values: dict) -> Tensor:
         if self._stored(key.node) is None:
-            computed.append(key)
+            found.append(key)
         return compute(self, key, values)
 
-    monkeypatch.setattr(constants.Constants, "_compute", counted)
+    monkeypatch.setattr(constants.Constants, "_compute", noted)
+    return found
+
+
+@pytest.mark.parametrize("read_all", [False, True])
+def test_every_value_is_computed_once(read_all: bool, computed: list[Any]) -> None:
     _, report = folded(Reflections(40, read_all=read_all), (torch.randn(3, C, dtype=torch.float64),))
     assert not report.remaining and len(computed) == len(set(computed)) > 200
 
@@ -104,7 +110,7 @@ def test_values_beyond_what_is_kept_are_computed_again(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("shape", [(10**12,), (10**6, 10**6)])
-def test_a_constant_of_any_size_is_not_evaluated(shape: tuple[int, ...]) -> None:
+def test_a_constant_of_any_size_is_not_evaluated(shape: tuple[int, ...], computed: list[Any]) -> None:
     """A program of a few bytes may ask for a tensor that fits no memory."""
 
     class Huge(nn.Module):
@@ -115,10 +121,8 @@ def test_a_constant_of_any_size_is_not_evaluated(shape: tuple[int, ...]) -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(self.norm(x)) * torch.full(shape, 2.0, dtype=x.dtype).expand(shape).sum()
 
-    program = export(Huge().eval(), (torch.randn(3, C),))
-    begin = time.perf_counter()
-    _, report = fold(program)
-    assert not report.remaining and time.perf_counter() - begin < 5
+    _, report = fold(export(Huge().eval(), (torch.randn(3, C),)), verify=False)
+    assert not report.remaining and not any("full" in str(key.node.target) for key in computed)
 
 
 def test_a_parameter_that_is_read_in_two_dtypes_is_stored_in_both() -> None:

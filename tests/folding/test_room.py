@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from torch.export import export
 
 import normfuse.folding
 from normfuse.folding import fold
+from normfuse.folding.centre import centre
 from normfuse.folding.gauge import Facts, Options
 from normfuse.folding.program import Program
 from normfuse.folding.relate import match_all, relate
 from normfuse.folding.rules.affine import Affine
 from normfuse.folding.rules.order import Bend
 from normfuse.folding.rules.products import Linear
+from normfuse.folding.settle import settle
+from normfuse.folding.solve import solve
 
 ROOM = Path(normfuse.folding.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -81,6 +85,15 @@ def test_matches_are_frozen_and_depend_on_the_program_alone() -> None:
     for name in ("of", "scale_of", "affine"):
         with pytest.raises(TypeError):
             getattr(matches, name)[None] = None
+
+
+def test_what_a_step_found_is_closed() -> None:
+    program = export(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU()).eval(), (torch.randn(2, 3),))
+    gauge = centre(settle(solve(relate(Program(program), Options()))))
+    for result in (gauge.solution, gauge.shifts, gauge.centring):
+        for entry in fields(result):
+            found = getattr(result, entry.name)
+            assert isinstance(found, MappingProxyType | frozenset | tuple), entry.name
 
 
 def test_the_worked_example_is_what_folding_computes() -> None:
