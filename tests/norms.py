@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from normfuse.nn._running_norm import ChannelNorm
+from normfuse.nn import PowerNorm, UnifiedNorm
+from normfuse.nn._running_norm import ChannelNorm, RunningNorm
 from normfuse.nn.registry import NORMS
+
+
+def running(channels: int, *names: str) -> dict[str, Callable[..., RunningNorm]]:
+    """Unified and Power Norm in the forms of these names, or in all, soon past warm-up; they take further options."""
+    forms = {
+        "unified": partial(UnifiedNorm, channels, warmup_iters=2, window_size=2),
+        "unified, filtered": partial(UnifiedNorm, channels, warmup_iters=2, window_size=3, outlier_filtration=True),
+        "power": partial(PowerNorm, channels, warmup_iters=2, group_num=2),
+        "power, no groups": partial(PowerNorm, channels, warmup_iters=2, group_num=None),
+        "power, paper": partial(PowerNorm, channels, warmup_iters=2, group_num=None, backward="paper"),
+    }
+    return {name: forms[name] for name in names or forms}
 
 
 def with_statistics(channels: int, static: bool = False, **wanted: object) -> dict[str, Callable[..., ChannelNorm]]:

@@ -11,16 +11,14 @@ from normfuse.nn import (
     BatchChannelNorm,
     DomainSplitNorm,
     MaskedBatchNorm,
-    PowerNorm,
     ProgressiveNorm,
     RegularizedBatchNorm,
     RepBatchNorm,
-    UnifiedNorm,
     batch_norm_penalty,
     calibrate,
     convert_sync,
 )
-from tests.norms import with_statistics
+from tests.norms import running, with_statistics
 
 C = 6
 # Every norm with statistics of its own, but for parts of a batch, which ranks would cut elsewhere; then options.
@@ -29,12 +27,8 @@ NORMS = {
     for name, make in with_statistics(C, channel_dim=-1, warmup_iters=2, window_size=2).items()
     if make().ghost_size is None
 }
+NORMS |= running(C, "unified, filtered", "power", "power, paper")
 NORMS |= {
-    "unified, filtered": lambda **options: UnifiedNorm(
-        C, warmup_iters=2, window_size=3, outlier_filtration=True, **options
-    ),
-    "power, groups": lambda **options: PowerNorm(C, warmup_iters=3, group_num=2, **options),
-    "power, paper": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper", **options),
     "batch, average of all": lambda: MaskedBatchNorm(C, momentum=None),
     "regularized": lambda: RegularizedBatchNorm(C, 0.3, 0.2),
     "progressive": lambda: ProgressiveNorm(nn.LayerNorm(C), RepBatchNorm(C), end=4),
@@ -241,7 +235,7 @@ def main():
         trains_like_one("UnifiedNorm", in_ddp)
     else:
         ranks_like_one("UnifiedNorm", masked=False)
-        for name in ("UnifiedNorm", "power, groups"):
+        for name in ("UnifiedNorm", "power"):
             ranks_like_one(name, bad_step=4)
             ranks_like_one(name, compiled=True)
             checkpointed(name)

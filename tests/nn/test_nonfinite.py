@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.nn import PowerNorm, UnifiedNorm
+from normfuse.nn import UnifiedNorm
+from tests.norms import running
 
 C = 6
-NORMS = {
-    "unified": lambda **options: UnifiedNorm(C, warmup_iters=2, window_size=2, **options),
-    "unified, filtered": lambda **options: UnifiedNorm(
-        C, warmup_iters=2, window_size=3, outlier_filtration=True, **options
-    ),
-    "power": lambda **options: PowerNorm(C, warmup_iters=2, group_num=2, **options),
-    "power, no group scaling": lambda **options: PowerNorm(C, warmup_iters=2, group_num=None, **options),
-}
+NORMS = running(C, "unified", "unified, filtered", "power", "power, no groups")
 BAD = [float("inf"), float("-inf"), float("nan")]
 FORWARD = ("running_var", "buffer_x2", "running_phi", "iters", "skip_counter")
 

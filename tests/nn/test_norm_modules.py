@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from normfuse.nn import PowerNorm, UnifiedNorm
+from tests.norms import running
 
 C = 6
-NORMS = {
-    "unified": lambda **options: UnifiedNorm(C, **{"warmup_iters": 2, "window_size": 2, **options}),
-    "power": lambda **options: PowerNorm(C, **{"warmup_iters": 2, "group_num": 2, **options}),
-}
+NORMS = running(C, "unified", "power")
 
 
 @pytest.fixture(params=NORMS)

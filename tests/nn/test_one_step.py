@@ -9,15 +9,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from normfuse.nn import PowerNorm, UnifiedNorm, keep_norms
+from normfuse.nn import keep_norms
+from tests.norms import running
 
 C = 6
-NORMS = {
-    "unified": lambda: UnifiedNorm(C, warmup_iters=2, window_size=2),
-    "unified, filtered": lambda: UnifiedNorm(C, warmup_iters=2, window_size=3, outlier_filtration=True),
-    "power": lambda: PowerNorm(C, warmup_iters=2, group_num=2),
-    "power, paper": lambda: PowerNorm(C, warmup_iters=2, group_num=None, backward="paper"),
-}
+NORMS = running(C, "unified", "unified, filtered", "power", "power, paper")
 
 
 @pytest.fixture(params=NORMS)

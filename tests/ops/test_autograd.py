@@ -7,13 +7,10 @@ import torch
 
 from normfuse import _native
 from normfuse.nn import CRMSNorm, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
+from tests.norms import running
 
 C = 6
-MAKE = {
-    "unified": lambda **o: UnifiedNorm(C, window_size=2, warmup_iters=2, **o),
-    "unified, filtered": lambda **o: UnifiedNorm(C, window_size=2, warmup_iters=2, outlier_filtration=True, **o),
-    "power": lambda **o: PowerNorm(C, group_num=None, warmup_iters=2, **o),
-    "power, grouped": lambda **o: PowerNorm(C, group_num=2, warmup_iters=2, backward="paper", **o),
+MAKE = running(C) | {
     "layer": lambda **o: LayerNorm(C, **o),
     "rms": lambda **o: RMSNorm(C, **o),
     "crms": lambda **o: CRMSNorm(C, **o),
@@ -70,7 +67,7 @@ def test_shapes(make, shape, monkeypatch):
 
 def test_padding(monkeypatch):
     mask = torch.rand(4, 3) < 0.4
-    for make in (MAKE["unified"], MAKE["power"], MAKE["power, grouped"]):
+    for make in (MAKE["unified"], MAKE["power"], MAKE["power, no groups"]):
         one, two = make(), make()
         for _ in range(4):
             expected = in_python(monkeypatch, lambda: step(two, "ys", pad_mask=mask))  # noqa: B023

@@ -8,14 +8,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from normfuse.nn import PowerNorm, UnifiedNorm, calibrate, monitor
+from normfuse.nn import UnifiedNorm, calibrate, monitor
+from tests.norms import running
 
 C = 6
-MAKE = {
-    "unified": lambda **o: UnifiedNorm(C, window_size=2, warmup_iters=2, **o),
-    "power": lambda **o: PowerNorm(C, group_num=None, warmup_iters=2, **o),
-    "power-grouped": lambda **o: PowerNorm(C, group_num=2, warmup_iters=2, **o),
-}
+MAKE = running(C, "unified", "power", "power, no groups")
 
 
 @pytest.fixture(params=MAKE)
