@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from normfuse.errors import NormfuseError
 
@@ -58,7 +59,7 @@ def check_target(
     """
     path = Path(path)
 
-    def refuse(why: str) -> None:
+    def refuse(why: str) -> NoReturn:
         raise error(f"cannot write {path}: {why}")
 
     try:
@@ -67,7 +68,10 @@ def check_target(
         found = None
     except (OSError, ValueError) as problem:  # ValueError: a name with a zero in it
         refuse(_reason(problem))
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except FileNotFoundError:
+        refuse("the working directory is gone")
     if found is not None:
         kind = _KINDS.get(stat.S_IFMT(found.st_mode))
         if kind:

@@ -98,6 +98,15 @@ def test_names_that_cannot_be_written(tmp_path, monkeypatch, path, because):
     assert "\n" not in str(caught.value) and names(".") == before
 
 
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OutputError, match="the working directory is gone"):
+        check_target("model.onnx")
+
+
 @pytest.mark.parametrize("target", ["/dev/stdout", "printed"])
 def test_what_the_program_prints_to_is_not_replaced(tmp_path, target):
     code = f"from normfuse.files import check_target\ntry: check_target({target!r})\nexcept ValueError as e: print(e)"

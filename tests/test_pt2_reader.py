@@ -1,5 +1,6 @@
 """PT2 archives read as data: what comes back."""
 
+import errno
 import io
 import json
 
@@ -128,3 +129,18 @@ def test_a_view_is_written_without_its_surroundings():
     buffer = io.BytesIO()
     write_archive(buffer, torch.export.export(model, (torch.ones(1, 64),)), {}, {})
     assert len(buffer.getvalue()) < 2 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000, 9000])
+def test_a_full_disk_is_an_error(room):
+    """torch's own writer ends the process (SIGABRT) when a write raises while it is taken down."""
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    program = torch.export.export(nn.Linear(4, 300), (torch.randn(2, 4),))
+    with pytest.raises(OSError, match="No space left"):
+        write_archive(Full(), program, {"records": {}}, {})

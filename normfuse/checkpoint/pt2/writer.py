@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import tempfile
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -38,9 +40,10 @@ def write_archive(
         CheckpointError: the program holds something that is not data.
     """
     digests: dict[str, str] = {}
-    with tempfile.TemporaryFile() as plain, PT2ArchiveWriter(file) as archive:
+    with tempfile.TemporaryFile() as plain, _outlasting(file) as outer, PT2ArchiveWriter(outer) as archive:
         try:
-            torch.export.save(_compact(program), plain)
+            with _outlasting(plain) as inner:
+                torch.export.save(_compact(program), inner)
         except (RuntimeError, AssertionError, ValueError) as error:  # of its serialiser, for what has no form in JSON
             raise CheckpointError(f"torch.export cannot save the program ({one_line(error, 240)})") from error
         written = Records(plain, "the program")
@@ -57,6 +60,45 @@ def write_archive(
         for name, tensor in tensors.items():
             add(f"{OWN_FOLDER}{name}", _bytes_of(tensor))
         archive.write_string(OWN_RECORD, json.dumps({**record, "records": digests}, indent=1, allow_nan=False) + "\n")
+
+
+class _Outlasting(io.RawIOBase):
+    """A file for torch's writer, which ends the process if a write raises: what is written after that goes nowhere."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._attempt(lambda: self._file.write(data))
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._attempt(lambda: self._file.seek(offset, whence))
+        return offset
+
+    def _attempt(self, operation: Callable[[], int]) -> None:
+        if self.error is None:
+            try:
+                operation()
+            except OSError as error:
+                self.error = error
+
+
+@contextmanager
+def _outlasting(file: BinaryIO) -> Iterator[IO[bytes]]:
+    """A file for torch's writer; OSError once that is done, if a write failed."""
+    outlasting = _Outlasting(file)
+    yield cast("IO[bytes]", outlasting)
+    if outlasting.error is not None:
+        raise outlasting.error
+    file.flush()
 
 
 def _without_traces(model: bytes) -> bytes:
