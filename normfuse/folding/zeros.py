@@ -56,13 +56,21 @@ def _moved(node: Node, matches: Mapping[Node, Match], gauge: Gauge) -> tuple[Nod
     zeros, operand = list[tuple[Any, Any]](), writer
     try:
         for reader in reversed(way[1:]):
-            if matches[reader].use(operand, values, gauge) is Use.STOP:
+            rule = matches[reader]
+            use = rule.use(operand, values, gauge)
+            if use is Use.STOP:
                 zeros.append((channels, values))
-                values = gauge.no_shift(operand)
-            channels, values = (matches[reader].carry(operand, n, collapse_equal, gauge) for n in (channels, values))
+            channels = rule.carry(operand, channels, collapse_equal, gauge)
+            if use is not Use.PASS:
+                if isinstance(channels, list):
+                    return None
+                values = gauge.no_shift(reader)
+                operand = reader
+                continue
+            values = rule.carry(operand, values, collapse_equal, gauge)
             if not isinstance(values, list):
-                values = values * matches[reader].factor(operand, gauge)
-            if (map_ := matches[reader].coefficients) is not None:
+                values = values * rule.factor(operand, gauge)
+            if (map_ := rule.coefficients) is not None:
                 values = values + map_.b
             operand = reader
     except CannotCarry:

@@ -115,3 +115,17 @@ def test_it_stays_where_no_row_stands_for_the_gain(model: Residual) -> None:
     model.norm.scale[0] = 0.0
     _, report = folded(model, sequence())
     assert status(report) == ["kept"]
+
+
+@torch.no_grad()
+def test_what_a_constant_becomes_on_the_way_is_followed() -> None:
+    """The shift of the first norm is gone behind differences, and twice as large behind sums of two positions."""
+    first = MapNorm(seed=1).double()
+    for between in (
+        lambda x: torch.diff(first(x), dim=1).sum(1, keepdim=True),
+        lambda x: first(x)[:, :2].sum(1, keepdim=True),
+    ):
+        model = Residual(nn.Linear(C, C), MapNorm(), between)
+        model.norm.scale[:2] = 0.0
+        program, _ = folded(model, sequence())
+        assert not {"aten.mul.Tensor", "aten.addcmul.default"} & set(operations(program))
