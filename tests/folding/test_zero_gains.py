@@ -122,6 +122,9 @@ def test_what_a_constant_becomes_on_the_way_is_followed() -> None:
     """The shift of the first norm is gone behind differences, and twice as large behind sums of two positions."""
     first = MapNorm(seed=1).double()
     for between in (
+        lambda x: first(x).cumsum(1),
+        lambda x: F.pad(first(x), (0, 0, 1, 1))[:, :5],
+        lambda x: first(first(x).cumsum(1)),
         lambda x: torch.diff(first(x), dim=1).sum(1, keepdim=True),
         lambda x: first(x)[:, :2].sum(1, keepdim=True),
     ):
@@ -129,3 +132,4 @@ def test_what_a_constant_becomes_on_the_way_is_followed() -> None:
         model.norm.scale[:2] = 0.0
         program, _ = folded(model, sequence())
         assert not {"aten.mul.Tensor", "aten.addcmul.default"} & set(operations(program))
+        assert operations(fold(program)[0]) == operations(program)

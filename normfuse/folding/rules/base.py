@@ -59,12 +59,13 @@ class Match:
     Attributes:
         node: the operation.
         coefficients: of an affine map with constant coefficients.
-        zeroed: which channels of the result are to be zero, whatever the weights say, as an array over the result.
+        held: the numbers that channels of the result are to hold whatever the input is, as an array over the result;
+            not a number for the other channels.
     """
 
     node: Node
     coefficients: Coefficients | None = None
-    zeroed: np.ndarray | None = None
+    held: np.ndarray | None = None
 
     #: Whether nothing is known of it: operands and results stay exactly as they were.
     opaque = False
@@ -74,8 +75,8 @@ class Match:
     mean = MeanRole.READS
     #: Whether it is a linear map with a weight, and adds a bias by itself.
     weighs, has_bias = False, True
-    #: Whether its weights can write zeros (:attr:`zeroed`).
-    writes_zeros = False
+    #: Whether its weights can write constants (:attr:`held`).
+    writes_constants = False
     #: Whether it is an addition, where a residual stream takes a branch up.
     adds = False
     #: Whether it reads a part of its operand, so that a change of other parts does not reach it.

@@ -28,14 +28,14 @@ class Weighted(Match):
 
     Scales and shifts may vary along the axes of the input that the weight reads and along the axes of the result that
     it writes; where an axis of the weight is both (experts, heads), each entry has a map of its own. A missing bias is
-    created where it is needed; one that has become zero is dropped. Rows of W and entries of the bias that are to write
-    zeros become zero before anything else.
+    created where it is needed; one that has become zero is dropped. Where a channel is to hold a number, its
+    row of W becomes zero and its bias that number before anything else.
     """
 
     owns_constants = True
     mean = MeanRole.WRITES
     weighs = True
-    writes_zeros = True
+    writes_constants = True
     #: Name of the bias in the operation's schema.
     bias_name = "bias"
     #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
@@ -133,7 +133,7 @@ class Weighted(Match):
         operand, weight, bias = self.operands()
         s_x, s_y = gauge.scales[gauge.scale(operand)], gauge.scales[gauge.scale(self.node)]
         t_x, t_y = gauge.incoming(self.node, operand), gauge.shifts.of[self.node]
-        rescaled = bool((s_x != 1).any() or (s_y != 1).any()) or self.zeroed is not None
+        rescaled = bool((s_x != 1).any() or (s_y != 1).any()) or self.held is not None
         centre = gauge.centring.centred.get(self.node)
         if gauge.program.computed(weight) and not rescaled and centre is None:
             edits.scale_weight(self.node, weight)  # a reparametrised weight is stored as what it has become
@@ -144,7 +144,7 @@ class Weighted(Match):
             constant = subtract_means(torch.from_numpy(constant), centre).numpy()
         if rescaled or centre is not None:
             s_x = take_first(s_x, self._others(s_x))
-            rows = 1.0 / s_y if self.zeroed is None else np.where(self.zeroed, 0.0, 1.0 / s_y)
+            rows = 1.0 / s_y if self.held is None else np.where(np.isnan(self.held), 1.0 / s_y, 0.0)
             factors = (self.rows(rows), self.columns(s_x)) if rescaled else ()
             centre = None if centre is None else self.rows(centre).numpy()
             edits.scale_weight(self.node, weight, *factors, centre=centre)
@@ -183,7 +183,7 @@ class Weighted(Match):
             constant = self.bias_of(gauge.program.constant(bias).numpy()) * self.factor_of_bias()
         t_x = gauge.incoming(self.node, operand)
         constant = constant + self.through(weight, t_x, gauge) if t_x.any() else constant
-        return constant if self.zeroed is None else np.where(self.zeroed, 0.0, constant)
+        return constant if self.held is None else np.where(np.isnan(self.held), constant, self.held)
 
     def _others(self, numbers: np.ndarray) -> tuple[int, ...]:
         """The axes along which numbers about the input vary, though the weight does not read them."""
