@@ -14,22 +14,21 @@ _MARKS = {
     "gpu": ("cuda",),
     "slow": (
         *("kernels", "property", "onnx", "checkpoint", "convert", "zoo", "ecosystem"),
-        *(
-            "test_examples.py",
-            "test_distribution.py",
-            "test_inference_benchmark.py",
-            "test_pt2_reader.py",
-            "test_pt2_refusals.py",
-        ),
+        *("test_archive_mutations.py", "test_distribution.py", "test_examples.py", "test_inference_benchmark.py"),
+        *("test_pt2_reader.py", "test_pt2_refusals.py", "nn/test_norm_programs.py", "nn/test_sync.py"),
+        *("folding/test_cancel.py", "folding/test_centring.py", "folding/test_every_operand.py"),
+        *("folding/test_placements.py", "folding/test_scales.py", "folding/test_travelling.py"),
     ),
 }
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        place = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
+        if not item.path.is_relative_to(_TESTS):
+            continue
+        file = item.path.relative_to(_TESTS)
         for mark, places in _MARKS.items():
-            if place in places:
+            if file.parts[0] in places or str(file) in places:
                 item.add_marker(mark)
 
 
