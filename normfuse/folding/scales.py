@@ -132,6 +132,11 @@ class Scales:
         roots, ratio = self._roots(index.ravel())
         return np.where(roots == self.ONE, ratio, np.nan).reshape(index.shape)
 
+    def free(self, index: np.ndarray) -> list[int]:
+        """The classes of variables that are not tied to the constant one, as the numbers of their roots."""
+        roots = np.unique(self._roots(index.ravel())[0])
+        return roots[roots != self.ONE].tolist()
+
     def choose(self, index: np.ndarray) -> None:
         """Give every free class among `index` a value: its first member there becomes plus or minus one."""
         roots, ratio = self._roots(index.ravel())

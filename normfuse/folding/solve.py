@@ -123,12 +123,17 @@ def _what_fixes(node: Node, gauge: Gauge) -> str:
 def _meet_equations(gauge: Gauge) -> set[Node]:
     """Meet the equations of powers and products; returns those that contradict what is known.
 
-    First come those of which the other side follows; only where there are none something is chosen.
+    First come those of which the other side follows. Only where there are none something is chosen, in the first of
+    those that share a free scale.
     """
     contradicting, pending = set[Node](), dict.fromkeys(gauge.matches.equations)
     while pending:
-        determined = [node for node in pending if gauge.matches.of[node].is_determined(gauge)]
-        for node in determined or list(pending)[:1]:
+        next_ones, free = [n for n in pending if gauge.matches.of[n].is_determined(gauge)], set[int]()
+        for node in () if next_ones else pending:
+            own = {root for side in gauge.matches.of[node].sides(gauge) for root in gauge.scales.free(side)}
+            next_ones += [] if own & free else [node]
+            free |= own
+        for node in next_ones:
             if not gauge.matches.of[node].meet(gauge):
                 contradicting.add(node)
             del pending[node]

@@ -174,6 +174,10 @@ class Match:
     # Answered by rules that say an equation (Matches.equations), write (MeanRole.WRITES), move (MOVES) and measure
     # (MEASURES); nobody else is asked.
 
+    def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+        """The scale variables of its equation."""
+        raise NotImplementedError
+
     def is_determined(self, gauge: Gauge) -> bool:
         """Whether its equation has one unknown at most."""
         raise NotImplementedError

@@ -42,12 +42,12 @@ class ProductOfTwo(Match):
         return relations.scales.fresh(np.broadcast_shapes(*(side.shape for side in sides)))
 
     def is_determined(self, gauge: Gauge) -> bool:
-        first, second, result = (~np.isnan(gauge.scales.known(side)).any() for side in self._sides(gauge))
+        first, second, result = (~np.isnan(gauge.scales.known(side)).any() for side in self.sides(gauge))
         return bool(first + second + result > 1 or second or (first and self.power() == 1))
 
     def meet(self, gauge: Gauge) -> bool:
         scales = gauge.scales
-        first, second, result = self._sides(gauge)
+        first, second, result = self.sides(gauge)
         if self.power() == 1 and np.isnan(scales.known(second)).any() and not np.isnan(scales.known(first)).any():
             first, second = second, first
         ratio = scales.known(result) / scales.known(first)
@@ -57,6 +57,6 @@ class ProductOfTwo(Match):
         scales.choose(second)
         return bool(scales.demand(result, first, scales.known(second) ** self.power()))
 
-    def _sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+    def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
         sides = [self.laid(at, gauge.scale(x), take_first) for at, x in enumerate(self.factors())]
         return tuple(np.broadcast_arrays(*sides, gauge.scale(self.node)))

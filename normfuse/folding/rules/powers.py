@@ -51,13 +51,15 @@ class Power(Match):
         relations.equations.append(self.node)
         return result
 
+    def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+        return gauge.scale(self.operand()), gauge.scale(self.node)
+
     def is_determined(self, gauge: Gauge) -> bool:
-        sides = gauge.scale(self.operand()), gauge.scale(self.node)
-        return any(not np.isnan(gauge.scales.known(side)).any() for side in sides)
+        return any(not np.isnan(gauge.scales.known(side)).any() for side in self.sides(gauge))
 
     def meet(self, gauge: Gauge) -> bool:
         """Where the scale of one side is fixed, the other follows; where both are free, the operand's is chosen."""
-        scales, x, y = gauge.scales, gauge.scale(self.operand()), gauge.scale(self.node)
+        scales, (x, y) = gauge.scales, self.sides(gauge)
         behind = scales.known(y)
         follows = np.isnan(scales.known(x)) & ~np.isnan(behind)
         if self.exponent % 2 != 1 and (behind[follows] < 0).any():
