@@ -338,8 +338,9 @@ class Overwrite(Match):
     def _puts_along_an_axis(self) -> bool:
         """Whether ``x[:, index] = values`` with one tensor of indices, of one axis, and values of the rank of x."""
         *before, index = self.args[1]
-        one = not any(isinstance(i, Node) for i in before) and index.meta["val"].dim() == 1
-        return one and index.meta["val"].dtype.is_signed and self.args[2].meta["val"].dim() == self.value.dim()
+        if any(isinstance(i, Node) for i in before) or not isinstance(index, Node) or index.meta["val"].dim() != 1:
+            return False
+        return index.meta["val"].dtype.is_signed and self.args[2].meta["val"].dim() == self.value.dim()
 
 
 @rule_for(aten.glu.default)
