@@ -15,6 +15,7 @@ from checkpoints import PERCEPTRON, content_of, perceptron, refusal, rewrite, sa
 from torch import nn
 
 from normfuse.checkpoint import CheckpointError, Dimension, factory, load, loading, save
+from normfuse.checkpoint.numbers import check_tensors
 
 # Refusals: not whole
 
@@ -364,3 +365,12 @@ def test_given_factories_that_cannot_build_a_module():
             factory.given(text)
     with pytest.raises(CheckpointError, match="returned a dict"):
         factory.build(factory.given("tiny_models:not_a_module"), {}, "not_a_module")
+
+
+def test_numbers_of_a_module_made_in_inference_mode_are_looked_at():
+    with torch.inference_mode():
+        weight = nn.Parameter(torch.ones(2))
+        broken = nn.Parameter(torch.tensor([1.0, float("inf")]))
+    check_tensors({"weight": weight}, "model")
+    with pytest.raises(CheckpointError, match="weight holds infinity"):
+        check_tensors({"weight": broken}, "model")

@@ -17,6 +17,7 @@ def check_numbers(module: nn.Module, source: str) -> None:
     check_tensors({**dict(module.named_parameters()), **dict(module.named_buffers())}, source)
 
 
+@torch.no_grad()
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Refuses numbers that no training leaves behind, naming the tensor.
 
