@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ STANDARD = ("", "ai.onnx")
 # A file is parsed in memory as one message, which ends at 2 GiB; larger models keep their weights beside it.
 _LARGEST = 2**31 - 1
 _DEEPEST = 64  # graphs within graphs
+_MOST_OPERATIONS = 1_000_000  # with functions written out, as ONNX Runtime does
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _PACKED: dict[int, float] = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
 
@@ -176,6 +178,7 @@ class OnnxFile:
                 raise GraphError(f"{self.path}: inputs, or outputs, without a name of their own: {', '.join(listed)}")
         if not graph.output:
             raise GraphError(f"{self.path}: the graph has no output")
+        _check_functions(self.proto, self.path)
         for tensor in tensors_of(self.proto):
             if tensor.data_location == TensorProto.EXTERNAL:
                 self.place(tensor)
@@ -331,6 +334,34 @@ def _bytes(tensor: TensorProto, path: Path) -> int:
         return entries * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except (KeyError, TypeError) as error:
         raise GraphError(f"{path}: the tensor {tensor.name!r} is of no known type ({tensor.data_type})") from error
+
+
+def _check_functions(model: ModelProto, path: Path) -> None:
+    """GraphError where functions that call functions stand for more operations than a machine can hold."""
+    calls = {(f.domain, f.name): Counter(_called(f.node)) for f in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    pending, begun = list(calls), set()
+    while pending:
+        key = pending[-1]
+        inner = [k for k in calls[key] if k in calls and k not in sizes]
+        if key in sizes or not inner:
+            sizes[key] = sum(count * sizes.get(k, 1) for k, count in calls[key].items())
+            pending.pop()
+        elif key in begun:
+            return  # they call each other: ONNX Runtime says which
+        else:
+            begun.add(key)
+            pending += inner
+    if sum(sizes.get(key, 1) for key in _called(model.graph.node)) > _MOST_OPERATIONS:
+        raise GraphError(f"{path}: its functions stand for more than {_MOST_OPERATIONS} operations")
+
+
+def _called(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, str]]:
+    """What operations are called, those in their graphs too."""
+    for node in nodes:
+        yield node.domain, node.op_type
+        for graph in graphs_of(node):
+            yield from _called(graph.node)
 
 
 def _check_length(tensor: TensorProto, path: Path) -> None:

@@ -289,3 +289,21 @@ def test_damage_is_refused_in_one_line(folder, damage):
 
 def test_an_undamaged_file_is_not_refused(folder):
     assert in_a_child(lambda: refused(folder, images().SerializeToString())) == "it was not refused"
+
+
+def test_functions_that_double_are_refused_before_anybody_writes_them_out(folder):
+    proto = images()
+    own = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    for level in range(40):
+        inner = [(f"f{level - 1}", "own")] * 2 if level else [("Neg", "")]
+        names = [*"at"[: len(inner)], "z"]
+        nodes = [
+            helper.make_node(kind, [before], [after], domain=domain)
+            for (kind, domain), before, after in zip(inner, names, names[1:], strict=False)
+        ]
+        proto.functions.append(helper.make_function("own", f"f{level}", ["a"], ["z"], nodes, own))
+    proto.opset_import.append(own[1])
+    proto.graph.node.append(helper.make_node("f39", ["y"], ["unread"], domain="own"))
+    (folder / "in.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(NormfuseError, match="functions stand for more than 1000000 operations"):
+        fold_file(folder / "in.onnx", folder / "out.onnx")
