@@ -121,13 +121,14 @@ def _refusal(guards: nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, 
 
 
 def _named(guard: str, specs: Sequence[InputSpec]) -> str:
-    """A guard with the names of dimensions in place of ``x.size()[1]``."""
+    """A guard with the names of dimensions in place of ``x.size()[1]``, and ``a - b`` in place of ``a + -1 * b``."""
     names = {
         f"{spec.name}.size()[{axis}]": dim.name if isinstance(dim, Dimension) else str(dim)
         for spec in specs
         for axis, dim in enumerate(spec.dims)
     }
-    return re.sub(r"\w+\.size\(\)\[\d+\]", lambda match: names.get(match[0], match[0]), guard)
+    named = re.sub(r"\w+\.size\(\)\[\d+\]", lambda match: names.get(match[0], match[0]), guard)
+    return re.sub(r" \+ -(?:1 ?\* ?)?", " - ", named)
 
 
 def _with(specs: tuple[InputSpec, ...], name: str, new: Dimension | Derived) -> tuple[InputSpec, ...]:

@@ -77,6 +77,10 @@ FOUND = {
                 ["n >= 2: the model takes another path with 1"]),
     "not five": (lacking_five, (X,), ({0: "n"},), ["n,8"],
                  ["traced for sizes with n != 5; with others the model takes another path"]),
+    "a difference": (lambda x, y: x.sum() + y if x.shape[0] - y.shape[0] != 3 else -y, (X, torch.ones(6)),
+                     ({0: "n"}, {0: "m"}), ["n,8", "2<=m"],
+                     ["traced for sizes with n - m != 3; with others the model takes another path",
+                      "m >= 2: the model takes another path with 1"]),
     "no rows": (lambda x, y: x, (X[:0],), ({0: "n"},), ["n,8"], ["the examples have no n: made up instead, with 3"]),
 }  # fmt: skip
 
