@@ -197,6 +197,6 @@ def test_the_command_line_says_which_passes_applied(tmp_path):
     assert done.exit_code == 0, done.output
     assert "graph passes for cpu-single: gemm2d ×5" in done.output and "biases travel" in done.output
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["target"], report["passes"]) == ("cpu-single", {"gemm2d": 5})
+    assert (report["target"], report["passes"]) == ("cpu-single", {"single_token": 0, "gemm2d": 5})
     refused = CliRunner().invoke(app, [*command, "--disable-pass", "attention"])
     assert refused.exit_code == 1 and "no graph pass 'attention'" in refused.stderr
