@@ -63,6 +63,8 @@ def refuse_negative_counters(
 
 def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
     """Sizes of the ghost batches along the first axis; a rest smaller than ``ghost_size`` joins the last."""
+    if x.dim() == 0:
+        return [1]  # refused later, with what is wrong
     if ghost_size is None or x.shape[0] < 2 * ghost_size:
         return [x.shape[0]]
     count = x.shape[0] // ghost_size

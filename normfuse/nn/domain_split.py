@@ -61,10 +61,10 @@ class DomainSplitNorm(nn.Module):
         if not self.training:
             return self.norms[self.domain](x, *others, **named)
         count = len(self.norms)
-        if x.shape[0] % count:
+        if x.dim() == 0 or x.shape[0] % count:
             raise ValueError(
-                f"x holds {x.shape[0]} samples, which {count} domains cannot share equally; "
-                "put the same number of samples of every domain into a batch"
+                f"x of shape {tuple(x.shape)} holds {x.shape[0] if x.dim() else 0} samples, which {count} domains "
+                "cannot share equally; put the same number of samples of every domain into a batch"
             )
         parts = zip(*(_split(value, count) for value in (x, *others)), strict=True)
         more = [{name: _split(value, count)[i] for name, value in named.items()} for i in range(count)]

@@ -119,7 +119,7 @@ class TimeDependentLayerNorm(nn.Module):
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, log_snr)
-        if log_snr.dim() != 1 or log_snr.shape[0] != x.shape[0] or x.shape[-1] != self.num_features:
+        if log_snr.dim() != 1 or x.dim() == 0 or log_snr.shape[0] != x.shape[0] or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} and log_snr of shape {tuple(log_snr.shape)} do not fit; "
                 f"give x [B, ..., {self.num_features}] and log_snr [B]"
