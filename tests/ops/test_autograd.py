@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from norms import running
 
 from normfuse import _native
 from normfuse.nn import CRMSNorm, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
-from tests.norms import running
 
 C = 6
 MAKE = running(C) | {
