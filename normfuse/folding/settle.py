@@ -24,7 +24,7 @@ from .nodes import coarseness
 from .results import Shifts, closed
 from .rules import Use
 from .rules.base import is_float
-from .tolerance import to_bend, tolerant_values, tolerates
+from .tolerance import to_bend, tolerant_values, tolerates, wants_adds
 from .weight_edits import WRITTEN_OUT, noted
 
 # A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
@@ -89,11 +89,13 @@ def _carry_shifts(gauge: Gauge) -> None:
             continue
         _join_shifts(node, order, tolerant, gauge)
         if node in flexible and _lets_go(node, gauge):
-            gauge.shifts.chosen[node] = gauge.matches.of[node].constant_part(gauge)
-            if gauge.shifts.chosen[node].any() or node in gauge.matches.affine:  # behind a factor may come a summand
-                readers, values = to_bend(node, tolerant, gauge)
-                gauge.shifts.bent.update(readers)
-                tolerant |= values
+            stays = node in gauge.matches.affine
+            readers, values = to_bend(node, tolerant, gauge)
+            if not (readers and stays and wants_adds(node, gauge)):
+                gauge.shifts.chosen[node] = gauge.matches.of[node].constant_part(gauge)
+                if stays or gauge.shifts.chosen[node].any():  # a map that stays may be given a summand by others
+                    gauge.shifts.bent.update(readers)
+                    tolerant |= values
         gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
         if isinstance(gauge.shifts.of[node], list) or not gauge.shifts.of[node].any():
             continue

@@ -53,3 +53,23 @@ def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], s
             if use is Use.PASS:
                 pending.append(user)
     return readers, values
+
+
+def wants_adds(node: Node, gauge: Gauge) -> bool:
+    """Whether a shift of a value would come to a product without a bias, and be an Add behind it."""
+    seen, pending = set[Node](), [node]
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            if user in seen or user not in gauge.matches.of or not gauge.reads_values(user):
+                continue
+            seen.add(user)
+            rule = gauge.matches.of[user]
+            use = rule.use(current, gauge.any_shift(current), gauge)
+            if use is Use.STOP:
+                use = rule.last_resort()
+            if use is Use.PASS:
+                pending.append(user)
+            elif use is Use.ABSORB and rule.weighs and not rule.has_bias:
+                return True
+    return False

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normfuse.folding import FoldError, fold
+from normfuse.folding import fold
 from normfuse.nn import UnifiedNorm
 
 from .checks import folded, operations
@@ -107,12 +107,14 @@ def test_a_shift_in_front_of_zero_padding() -> None:
     assert operations(program) == ["aten.add.Tensor", "aten.conv2d.default"]
 
 
-def test_a_weight_that_leaves_float16_is_refused() -> None:
+def test_a_norm_stays_where_a_weight_would_leave_float16() -> None:
     model = nn.Sequential(nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6), nn.GELU()).half().eval()
     model[1].running_var.fill_(1e-2)
     model[0].weight.data.fill_(6e4)
-    with pytest.raises(FoldError, match="range of float16"):
-        fold(torch.export.export(model, (torch.randn(3, 6).half(),)))
+    x = 1e-3 * torch.randn(3, 6).half()
+    program, report = fold(torch.export.export(model, (x,)))
+    assert [norm.status for norm in report.norms] == ["kept"] and "float16" in report.norms[0].reason
+    assert torch.equal(program.module()(x), model(x))
 
 
 def test_quantised_weights_are_left_alone() -> None:
