@@ -23,7 +23,7 @@ from ..nn import (
     UnifiedNorm,
 )
 from ..nn._running_norm import ChannelNorm
-from ..nn.foreign_norms import ForeignNorm, is_foreign_norm, measure, shape_of_channels
+from ..nn.foreign_norms import ForeignNorm, is_foreign_norm, is_measurable, measure, shape_of_channels
 from .composite import joined, split
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
@@ -103,7 +103,7 @@ class _Learned:
 
 
 def _learned(name: str, norm: nn.Module) -> _Learned:
-    if is_foreign_norm(norm) and not any(p.is_meta for p in norm.parameters()):
+    if is_measurable(norm):
         found = measure(norm)
         if found is None:
             raise ValueError(

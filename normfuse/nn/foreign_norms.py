@@ -43,6 +43,11 @@ def is_foreign_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _NAMED.search(type(module).__name__) is not None
 
 
+def is_measurable(module: nn.Module) -> bool:
+    """Whether :func:`measure` says what a module does: a foreign norm whose parameters hold numbers."""
+    return is_foreign_norm(module) and not any(p.is_meta for p in module.parameters())
+
+
 def shape_of_channels(norm: nn.Module) -> tuple[int, ...]:
     """The shape of its parameters without axes of length one, or else its ``normalized_shape``."""
     for parameter in norm.parameters(recurse=False):
@@ -56,7 +61,7 @@ def measure(norm: nn.Module) -> ForeignNorm | None:
     """Runs a norm on random values in the layouts that people use.
 
     Args:
-        norm: see :func:`is_foreign_norm`; on a device that computes (not meta).
+        norm: see :func:`is_measurable`.
 
     Returns:
         What it does to them; None where in no layout it is a LayerNorm or RMSNorm over one axis.

@@ -9,7 +9,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ._running_norm import ChannelNorm
 from .batch_channel_norm import BatchChannelNorm
 from .dynamic_activation import Derf, DyT
-from .foreign_norms import ForeignNorm, is_foreign_norm, measure
+from .foreign_norms import ForeignNorm, is_foreign_norm, is_measurable, measure
 from .region_norm import RegionNorm
 from .time_layer_norm import OffsetRMSNorm, TimeRamp
 
@@ -33,21 +33,22 @@ def gains_and_shifts(module: nn.Module) -> dict[nn.Parameter, float]:
         >>> [tuple(p.shape) for p in gains_and_shifts(BatchChannelNorm(8, 2))]
         [(2,), (2,)]
     """
-    gains, shifts = _gains(module), _shifts(module)
+    measured = _measured(module)  # runs the norm, so once
+    gains, shifts = _gains(module, measured), _shifts(module, measured)
     return gains | dict.fromkeys(shifts, 0.0)
 
 
 def gains_of(module: nn.Module) -> list[nn.Parameter]:
     """Those of :func:`gains_and_shifts` that are gains."""
-    return list(_gains(module))
+    return list(_gains(module, _measured(module)))
 
 
-def _gains(module: nn.Module) -> dict[nn.Parameter, float]:
+def _gains(module: nn.Module, measured: ForeignNorm | None) -> dict[nn.Parameter, float]:
     if isinstance(module, TimeRamp):
         neutral = dict.fromkeys(("start", "end") * bool(module.neutral), module.neutral)
     elif isinstance(module, BatchChannelNorm):
         neutral = {"group_weight": 1.0}
-    elif (measured := _measured(module)) is not None:
+    elif measured is not None:
         return {} if measured.gain_parameter is None else {measured.gain_parameter: measured.neutral}
     elif _is_plain(module):
         added = isinstance(module, RegionNorm) or getattr(module, "unit_offset", False)
@@ -58,13 +59,13 @@ def _gains(module: nn.Module) -> dict[nn.Parameter, float]:
     return {p: value for p, value in found.items() if isinstance(p, nn.Parameter)}
 
 
-def _shifts(module: nn.Module) -> list[nn.Parameter]:
+def _shifts(module: nn.Module, measured: ForeignNorm | None) -> list[nn.Parameter]:
     names: tuple[str, ...] = ()
     if isinstance(module, TimeRamp):
         names = ("slope", "offset") if module.neutral else ("start", "end", "slope", "offset")
     elif isinstance(module, BatchChannelNorm):
         names = ("group_bias",)
-    elif (measured := _measured(module)) is not None:
+    elif measured is not None:
         return [] if measured.shift_parameter is None else [measured.shift_parameter]
     elif _is_plain(module):
         names = ("bias",)
@@ -76,6 +77,4 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _measured(module: nn.Module) -> ForeignNorm | None:
-    if not is_foreign_norm(module) or any(p.is_meta for p in module.parameters()):
-        return None
-    return measure(module)
+    return measure(module) if is_measurable(module) else None
