@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
 from .gauge import Gauge
@@ -34,6 +36,15 @@ def tolerates(user: Node, node: Node, tolerant: set[Node], gauge: Gauge, *, bend
     return use is Use.ABSORB or (use is Use.PASS and user in tolerant)
 
 
+def _taken(node: Node, gauge: Gauge) -> Iterator[tuple[Node, Use, bool]]:
+    """The readers of a value that get its shift, what becomes of it there, and whether they are written otherwise."""
+    for user in node.users:
+        if user in gauge.matches.of and gauge.reads_values(user):
+            use = gauge.matches.of[user].use(node, gauge.any_shift(node), gauge)
+            bent = use is Use.STOP
+            yield user, gauge.matches.of[user].last_resort() if bent else use, bent
+
+
 def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], set[Node]]:
     """The readers that have to be written otherwise for a value to be tolerant, and the values that are so then."""
     readers, values, pending = set[Node](), set[Node](), [node]
@@ -42,14 +53,9 @@ def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], s
         if current in tolerant or current in values:
             continue
         values.add(current)
-        for user in current.users:
-            if user not in gauge.matches.of or not gauge.reads_values(user):
-                continue
-            rule = gauge.matches.of[user]
-            use = rule.use(current, gauge.any_shift(current), gauge)
-            if use is Use.STOP:
+        for user, use, bent in _taken(current, gauge):
+            if bent:
                 readers.add(user)
-                use = rule.last_resort()
             if use is Use.PASS:
                 pending.append(user)
     return readers, values
@@ -60,16 +66,12 @@ def wants_adds(node: Node, gauge: Gauge) -> bool:
     seen, pending = set[Node](), [node]
     while pending:
         current = pending.pop()
-        for user in current.users:
-            if user in seen or user not in gauge.matches.of or not gauge.reads_values(user):
-                continue
-            seen.add(user)
-            rule = gauge.matches.of[user]
-            use = rule.use(current, gauge.any_shift(current), gauge)
-            if use is Use.STOP:
-                use = rule.last_resort()
+        if current in seen:
+            continue
+        seen.add(current)
+        for user, use, _ in _taken(current, gauge):
             if use is Use.PASS:
                 pending.append(user)
-            elif use is Use.ABSORB and rule.weighs and not rule.has_bias:
+            elif use is Use.ABSORB and gauge.matches.of[user].weighs and not gauge.matches.of[user].has_bias:
                 return True
     return False
