@@ -25,7 +25,7 @@ import numpy as np
 import records
 import torch
 from encoder_files import VOCABULARY, quantize_file
-from inference import AGAIN, Results, ratios, run_in_turns
+from inference import AGAIN, Results, open_sessions, ratios, run_in_turns
 from runtimes import RUNTIMES, open_file
 from torch import Tensor, nn
 from torch.export import Dim
@@ -131,11 +131,7 @@ def write_files(folder: Path, width: int, depth: int) -> dict[str, Path]:
 
 
 def measure(args: argparse.Namespace, files: dict[str, Path], where: dict[str, int]) -> dict[str, Any]:
-    """Quartiles of the ratios to the floor, and of folded to the norms that it replaces.
-
-    Where the weights of a session lie in memory can make it a tenth slower than an equal one for as long as it lives.
-    So all sessions are opened several times, in an order of its own each time.
-    """
+    """Quartiles of the ratios to the floor, and of folded to the norms that it replaces, over all openings."""
     times: dict[str, list[float]] = {name: [] for name in (*files, AGAIN)}
     for opening in range(args.openings):
         for name, some in _time_opened(args, files, where, opening).items():
@@ -157,16 +153,12 @@ def _time_opened(
     args: argparse.Namespace, files: dict[str, Path], where: dict[str, int], opening: int
 ) -> dict[str, list[float]]:
     """Milliseconds of every file and of the floor again, by round, in sessions that are opened here."""
-    names = [*files, AGAIN]
-    np.random.default_rng(opening).shuffle(names)
-    first = open_file(files["floor"], args.threads, args.runtime)  # slower than an equal second one, so not timed
-    sessions = {name: open_file(files[name.removesuffix(" again")], args.threads, args.runtime) for name in names}
+    sessions = open_sessions(files, opening, lambda name: open_file(files[name], args.threads, args.runtime))
     arrays = [t.numpy() for t in example(where["width"], args.depth, where["batch"], where["past"])]
     inputs = {
         name: dict(zip((entry.name for entry in loaded.get_inputs()), arrays, strict=True))
         for name, loaded in sessions.items()
     }
-    first.run(None, inputs["floor"])
     return run_in_turns(sessions, inputs, args.seconds / args.openings, args.rounds)
 
 

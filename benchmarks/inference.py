@@ -6,7 +6,8 @@
 
 The floor is the same network with its norms deleted, as torch exports it. Every round runs each variant once, in an
 order of its own, and threads do not spin between runs: a busy moment meets all variants alike, so that the ratios of a
-round mean something where its milliseconds do not. Medians of ratios are reported. Results go to
+round mean something where its milliseconds do not. Medians of ratios over sessions that are opened several times are
+reported. Results go to
 benchmarks/results/inference-<label>.json; benchmarks/inference_chart.py draws them.
 """
 
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,6 @@ def advised(norm: str, threads: int, batch: int, length: int) -> str:
 
 def feeds(loaded: Any, batch: int, length: int) -> dict[str, np.ndarray]:
     return peak_memory.feeds(loaded, batch, length, VOCABULARY)
-
-
-def measure(
-    sessions: dict[str, Any],
-    batch: int,
-    length: int,
-    seconds: float,
-    rounds: int = FEWEST_ROUNDS,
-) -> dict[str, list[float]]:
-    """Milliseconds of every variant, one per round."""
-    inputs = {name: feeds(loaded, batch, length) for name, loaded in sessions.items()}
-    return run_in_turns(sessions, inputs, seconds, rounds)
 
 
 def run_in_turns(
@@ -115,17 +104,19 @@ def peak_megabytes(variant: Variant, batch: int, length: int, threads: int) -> f
     return peak_memory.peak_megabytes(variant.path, batch, length, **where)
 
 
-def open_sessions(variants: dict[str, Variant], threads: int, runtime: str) -> dict[str, Any]:
-    """A session for every variant, and a second one of the floor: what it differs by is the error of measurement.
+def open_sessions(names: Iterable[str], opening: int, open_one: Callable[[str], Any]) -> dict[str, Any]:
+    """A session for every name, and a second one of the floor: what it differs by is the error of measurement.
 
-    The first session of a process was 2 % slower than an equal second one, so one that is not timed comes first.
+    Where the weights of a session lie in memory can make it a tenth slower than an equal one for as long as it lives.
+    So a benchmark opens all of them several times, in an order that depends on `opening`. The first session of a
+    process was 2 % slower than an equal second one: one that is not timed comes first.
     """
-    first = session(variants["floor"], threads, runtime)
-    first.run(None, feeds(first, 1, 32))
-    order = [*variants, AGAIN]
-    np.random.default_rng(threads).shuffle(order)
-    opened = {name: session(variants[name.removesuffix(" again")], threads, runtime) for name in order}
-    return {name: opened[name] for name in [*variants, AGAIN]}
+    names = [*names, AGAIN]
+    order = np.random.default_rng(opening).permutation(names)
+    unused = open_one("floor")
+    opened = {name: open_one(name.removesuffix(" again")) for name in order}
+    del unused
+    return {name: opened[name] for name in names}
 
 
 class Results:
@@ -180,21 +171,33 @@ def missing(args: argparse.Namespace, results: Results, where: dict) -> set[str]
 
 def run_settings(args: argparse.Namespace, results: Results, variants: dict[str, Variant], **fixed: object) -> None:
     """Measures what is missing of all numbers of threads, batches and sequences."""
-    sessions: dict[int, dict[str, Any]] = {}
-    for where in settings(args, **fixed):
-        threads, batch, length = where["threads"], where["batch"], where["sequence"]
-        wanted = missing(args, results, where)
-        if "to_floor" in wanted:
-            if threads not in sessions:
-                sessions = {threads: open_sessions(variants, threads, args.runtime)}
-            times = measure(sessions[threads], batch, length, args.seconds, args.rounds)
-            results.add(
-                "settings", where, {"load": round(os.getloadavg()[0], 2), **summarize(times, threads, batch, length)}
-            )
+    for threads in args.threads:
+        wanted = [where for where in settings(args, **fixed) if where["threads"] == threads]
+        timed = [where for where in wanted if "to_floor" in missing(args, results, where)]
+        for where, times in zip(timed, measure(args, variants, threads, timed), strict=True):
+            summary = summarize(times, threads, where["batch"], where["sequence"])
+            results.add("settings", where, {"load": round(os.getloadavg()[0], 2), **summary})
             show(results.find(where))
-        if "peak_megabytes" in wanted:
-            peaks = {name: peak_megabytes(variant, batch, length, threads) for name, variant in variants.items()}
-            results.add("settings", where, {"peak_megabytes": peaks})
+        for where in wanted:
+            if "peak_megabytes" in missing(args, results, where):
+                size = where["batch"], where["sequence"], threads
+                peaks = {name: peak_megabytes(variant, *size) for name, variant in variants.items()}
+                results.add("settings", where, {"peak_megabytes": peaks})
+
+
+def measure(
+    args: argparse.Namespace, variants: dict[str, Variant], threads: int, wanted: list[dict]
+) -> list[dict[str, list[float]]]:
+    """Milliseconds of every variant in each wanted setting, one per round, over all openings of the sessions."""
+    found: list[dict[str, list[float]]] = [{name: [] for name in (*variants, AGAIN)} for _ in wanted]
+    for opening in range(args.openings if wanted else 0):
+        sessions = open_sessions(variants, opening, lambda name: session(variants[name], threads, args.runtime))
+        for where, times in zip(wanted, found, strict=True):
+            inputs = {name: feeds(loaded, where["batch"], where["sequence"]) for name, loaded in sessions.items()}
+            seconds, rounds = args.seconds / args.openings, -(-args.rounds // args.openings)
+            for name, some in run_in_turns(sessions, inputs, seconds, rounds).items():
+                times[name] += some
+    return found
 
 
 def show(result: dict) -> None:
@@ -220,6 +223,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4, help="blocks of the encoder [4]")
     parser.add_argument("--seconds", type=float, default=5.0, help="per setting, for all variants together [5]")
     parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS, help=f"the fewest per setting [{FEWEST_ROUNDS}]")
+    parser.add_argument("--openings", type=int, default=4, help="how often all sessions are opened anew [4]")
     parser.add_argument("--resume", action="store_true", help="keep what the file of results has, measure the rest")
     parser.add_argument(
         "--retry",

@@ -73,18 +73,26 @@ def test_every_round_runs_each_variant_once(inference):
         def __init__(self, name):
             self.name = name
 
-        def get_inputs(self):
-            return [self]
-
         def run(self, outputs, feeds):
-            calls.append((self.name, feeds[self.name].shape))
+            calls.append((self.name, feeds[self.name]))
 
     names = ["a", "b", "c"]
-    times = inference.measure({name: Session(name) for name in names}, 2, 5, 0.0)
-    assert {len(values) for values in times.values()} == {inference.FEWEST_ROUNDS}
+    times = inference.run_in_turns({name: Session(name) for name in names}, {name: {name: 5} for name in names}, 0.0, 9)
+    assert {len(values) for values in times.values()} == {9}
     rounds = np.array([name for name, _ in calls]).reshape(-1, 3)
     assert all(sorted(names_of_round) == names for names_of_round in rounds)
-    assert len({tuple(names_of_round) for names_of_round in rounds}) > 1 and {shape for _, shape in calls} == {(2, 5)}
+    assert len({tuple(names_of_round) for names_of_round in rounds}) > 1 and {fed for _, fed in calls} == {5}
+
+
+def test_sessions_are_opened_in_another_order_each_time_and_the_floor_twice(inference):
+    orders = []
+    for opening in range(4):
+        opened: list[str] = []
+        sessions = inference.open_sessions(["floor", "layer", "folded"], opening, opened.append)
+        assert list(sessions) == ["floor", "layer", "folded", "floor again"]
+        assert opened[0] == "floor" and sorted(opened) == ["floor", "floor", "floor", "folded", "layer"]
+        orders.append(tuple(opened))
+    assert len(set(orders)) > 1
 
 
 def measure(folder, *options):
@@ -95,10 +103,13 @@ def measure(folder, *options):
 
 
 def test_a_small_run_times_every_variant(tmp_path):
-    options = "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0".split()
-    run = measure(tmp_path, *options, "--note", "n")
+    options = (
+        "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0 --openings 2".split()
+    )
+    run = measure(tmp_path, *options, "--openings", "2", "--note", "n")
     assert [setting["precision"] for setting in run["settings"]] == ["fp32", "int8"] and run["note"] == "n"
     nodes, errors = run["files"][0]["executed_nodes"], run["files"][0]["relative_error"]
+    assert [setting["rounds"] for setting in run["settings"]] == [10, 10]  # two openings of half of nine, rounded up
     assert nodes["folded and shaped"] < nodes["folded"] == nodes["floor"] < nodes["static"]
     assert max(errors.values()) < 1e-5
     assert {*nodes, "floor again"} == set(run["settings"][0]["to_floor"]) and len(nodes) + len(
