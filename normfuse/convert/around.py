@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import DomainSplitNorm
-from .swap import Swap, SwapReport, Where, _channels, _selector, find_norms, put
+from .swap import Swap, SwapReport, Where, _selector, channels_of, find_norms, put
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -41,7 +41,7 @@ def split_domains(model: nn.Module, num_domains: int = 2, *, where: Where | None
     for name, norm in places:
         if norm not in wrappers:
             wrappers[norm] = DomainSplitNorm(norm, num_domains).train(norm.training)
-        report.swaps.append(Swap(name, type(norm).__name__, DomainSplitNorm.__name__, _channels(name, norm)))
+        report.swaps.append(Swap(name, type(norm).__name__, DomainSplitNorm.__name__, channels_of(name, norm)))
     for name, norm in places:
         put(model, name, wrappers[norm])
     return report

@@ -1,4 +1,4 @@
-"""Classes that are a norm and something behind it, such as the activation of timm's ``BatchNormAct2d``."""
+"""Classes that are a norm and something behind it: an activation (timm's ``BatchNormAct2d``), a gain for each head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn.foreign_norms import shape_of_channels, trials
+from ..nn.foreign_norms import ForeignNorm, eps_of, is_measurable, measure, shape_of_channels, trials
+from ..nn.head_affine import HeadAffine
 
 _TOLERANCE = 1e-2  # relative, as trials may be in 16 bits
 
@@ -24,7 +25,8 @@ def split(name: str, norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
 
     Returns:
         ``norm``, or where it holds other modules, one that shares its parameters and buffers but for them; then those
-        modules by name, in their order.
+        modules by name, in their order. Where every head has a gain of its own, torch's norm without a gain, and a
+        module with those gains.
 
     Raises:
         ValueError: the class does something else, when it is tried: a model without it would be another one.
@@ -32,10 +34,27 @@ def split(name: str, norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
     known = type(norm).__module__.startswith(("torch.nn.", "normfuse."))
     if known or any(p.is_meta for p in norm.parameters()):
         return norm, {}
+    found = measure(norm) if is_measurable(norm) else None
+    if found is not None and found.has_heads:
+        return _heads(norm, found)
     alone, behind = _parts(norm)
     if behind or isinstance(norm, _BatchNorm):
         _check(name, norm)
     return (alone, behind) if behind else (norm, {})
+
+
+def _heads(norm: nn.Module, found: ForeignNorm) -> tuple[nn.Module, dict[str, nn.Module]]:
+    kind = nn.LayerNorm if found.centred else nn.RMSNorm
+    eps = eps_of(norm)
+    options = {} if eps is None else {"eps": eps}
+    alone = kind(found.channels, elementwise_affine=False, **options)
+    like = next(norm.parameters())
+    shifted = found.shift_parameter is not None or bool(found.shift.ne(0).any())
+    affine = HeadAffine(found.gain.to(like), found.shift.to(like) if shifted else None)
+    for parameter, own in ((affine.weight, found.gain_parameter), (affine.bias, found.shift_parameter)):
+        if parameter is not None and own is not None:
+            parameter.requires_grad_(own.requires_grad)
+    return alone.train(norm.training), {"affine": affine.train(norm.training)}
 
 
 def _parts(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -46,7 +65,11 @@ def _parts(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
 
 def joined(norm: nn.Module, behind: dict[str, nn.Module]) -> nn.Module:
     """A norm and what is to stand behind it."""
-    return nn.Sequential(OrderedDict(norm=norm, **behind)) if behind else norm
+    if not behind:
+        return norm
+    whole = nn.Sequential(OrderedDict(norm=norm, **behind))
+    whole.training = norm.training  # its parts have their modes
+    return whole
 
 
 @torch.no_grad()

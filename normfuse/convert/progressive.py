@@ -261,7 +261,7 @@ def progressive(
     for (begin, end), old in zip(schedule.windows(len(originals)), originals, strict=True):
         name = next(name for name, module in places if module is old)
         alone, behind = split(name, old)
-        static = successor(name, alone, to, options, fallback)
+        static = successor(name, alone, to, options, next(old.parameters(recurse=False), fallback))
         new = ProgressiveNorm(
             alone, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
         )

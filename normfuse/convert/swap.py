@@ -23,7 +23,7 @@ from ..nn import (
     UnifiedNorm,
 )
 from ..nn._running_norm import ChannelNorm
-from ..nn.foreign_norms import ForeignNorm, is_foreign_norm, is_measurable, measure, shape_of_channels
+from ..nn.foreign_norms import ForeignNorm, eps_of, is_foreign_norm, is_measurable, measure, shape_of_channels
 from .composite import joined, split
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
@@ -71,25 +71,24 @@ def _is_norm(module: nn.Module) -> bool:
     return is_foreign_norm(module)
 
 
-def _channels(name: str, norm: nn.Module) -> int:
+def channels_of(name: str, norm: nn.Module) -> int:
+    """How many channels a norm normalises over; ValueError unless they are one dimension of a known size."""
     if isinstance(norm, (_BatchNorm, ChannelNorm, DyT, Derf)):
         return norm.num_features
     shape = shape_of_channels(norm)
-    if len(shape) != 1:
-        seen = f"normalises over the shape {shape}" if shape else "does not say how many channels it normalises over"
+    if len(shape) == 1:
+        return shape[0]
+    if shape and (found := measure(norm) if is_measurable(norm) else None) is not None:
+        return found.channels
+    if shape:
         raise ValueError(
-            f"{name}, a {type(norm).__name__}, {seen}; only norms over one dimension of channels, with parameters or a "
-            "normalized_shape, can be swapped: leave it out with `where`"
+            f"{name}, a {type(norm).__name__}, normalises over the shape {shape}; only norms over one dimension of "
+            "channels can be swapped: leave it out with `where`"
         )
-    return shape[0]
-
-
-def _eps(norm: nn.Module) -> float | None:
-    for name in ("eps", "variance_epsilon", "epsilon"):
-        value = getattr(norm, name, None)
-        if isinstance(value, float):
-            return value
-    return None
+    raise ValueError(
+        f"{name}, a {type(norm).__name__}, does not say how many channels it normalises over: set its normalized_shape "
+        "to their number before, or leave it out with `where`"
+    )
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,12 @@ def successor(name: str, old: nn.Module, to: str, options: dict[str, Any], fallb
 
     ``name`` is for messages; ``fallback`` gives device and dtype where ``old`` has no weight.
     """
-    channels, learned = _channels(name, old), _learned(name, old)
+    channels, learned = channels_of(name, old), _learned(name, old)
     anchor = next(old.parameters(recurse=False), fallback)
     wanted: dict[str, Any] = {"channel_dim": learned.channel_dim, "affine": learned.gain is not None}
     if anchor is not None:
         wanted |= {"device": anchor.device, "dtype": anchor.dtype}
-    if (eps := _eps(old)) is not None:
+    if (eps := eps_of(old)) is not None:
         wanted["eps"] = eps
     try:
         new = _TARGETS[to](channels, **(wanted | options))
@@ -239,7 +238,9 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     whose shortcut has no place elsewhere), and modules without children whose class name ends in "LayerNorm" or
     "RMSNorm", as in transformers and timm. What such a class of another library does, its axis, gain and shift, is
     measured on random values (Gemma's norms add one to their weight). Where it holds an activation, as timm's
-    ``BatchNormAct2d`` does, the new norm and the activation become an ``nn.Sequential``.
+    ``BatchNormAct2d`` does, the new norm and the activation become an ``nn.Sequential``; where every head has a gain of
+    its own, [heads, 1, C], the new norm (one for all heads) and those gains do. A norm without parameters says its
+    number of channels by its ``normalized_shape`` or another attribute that is a number.
 
     A norm that the model uses at several places stays one norm. The new norms' statistics start fresh (from one
     BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²): train, or run
@@ -274,9 +275,9 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     for name, old in places:
         if old not in successors:
             alone, behind = split(name, old)
-            new = successor(name, alone, to, options, fallback)
+            new = successor(name, alone, to, options, next(old.parameters(recurse=False), fallback))
             successors[old] = joined(new, behind)
-        report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, _channels(name, old)))
+        report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, channels_of(name, old)))
     for name, old in places:
         put(model, name, successors[old])
     return report

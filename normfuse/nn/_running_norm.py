@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops._layout import accumulation_dtype, to_rows
+from ..ops._layout import accumulation_dtype, check_input, to_rows
 from ..ops._recompute import State
 from ._traced_as_one import Proxy, traced_as_one
 from ._update_bn import refuse_update_bn
@@ -63,7 +63,7 @@ def refuse_negative_counters(
 
 def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
     """Sizes of the ghost batches along the first axis; a rest smaller than ``ghost_size`` joins the last."""
-    if x.dim() == 0:
+    if not isinstance(x, Tensor) or x.dim() == 0:
         return [1]  # refused later, with what is wrong
     if ghost_size is None or x.shape[0] < 2 * ghost_size:
         return [x.shape[0]]
@@ -152,6 +152,11 @@ class ChannelNorm(nn.Module):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
+
+    def check_input(self, x: Tensor, pad_mask: Tensor | None) -> None:
+        """Raise TypeError or ValueError for what the norm does not take."""
+        statistic = next(b for b in map(self.get_buffer, self._start_values) if b.is_floating_point())
+        check_input(x, self.num_features, self.channel_dim, pad_mask, statistic)
 
     def rows_to_measure(self, x: Tensor) -> Tensor:
         """The [rows, C] matrix of an input that its statistics are taken of."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import adaptive_instance_norm, instance_statistics
+from ..ops._layout import check_device
+from ..ops.adaptive_instance_norm import check_samples
 from ._running_norm import check_positive
 from ._traced_as_one import Proxy, traced_as_one
 
@@ -24,7 +26,7 @@ class AdaptiveInstanceNorm(nn.Module):
         x, style: [B, C, ...], with any sizes behind C. Output: like x, ``alpha * result + (1 - alpha) * x``.
 
     Raises:
-        ValueError: an option or a shape is not allowed.
+        TypeError, ValueError: an option, a dtype or a shape is not allowed.
 
     Example:
         >>> from normfuse.nn import AdaptiveInstanceNorm
@@ -45,16 +47,19 @@ class AdaptiveInstanceNorm(nn.Module):
     def forward(self, x: Tensor, style: Tensor | None = None, alpha: float | Tensor = 1.0) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, style, alpha)
+        check_samples("x", x)
         if style is None:
             if self.style_mean is None:
                 raise ValueError("style is missing; give one, or fix one with norm.fix(style)")
             mean, std = self.style_mean, self.style_std
-        elif style.shape[:2] != x.shape[:2]:
-            raise ValueError(
-                f"style of shape {tuple(style.shape)} does not fit x of shape {tuple(x.shape)}; "
-                "both need the same samples and channels"
-            )
         else:
+            check_samples("style", style)
+            if style.shape[:2] != x.shape[:2]:
+                raise ValueError(
+                    f"style of shape {tuple(style.shape)} does not fit x of shape {tuple(x.shape)}; "
+                    "both need the same samples and channels"
+                )
+            check_device(x, "style", style)
             mean, std = instance_statistics(style, eps=self.eps, unbiased=self.unbiased)
         return adaptive_instance_norm(x, mean, std, alpha=alpha, eps=self.eps, unbiased=self.unbiased)
 
@@ -69,8 +74,10 @@ class AdaptiveInstanceNorm(nn.Module):
             This module.
 
         Raises:
-            ValueError: ``style`` holds more than one sample.
+            TypeError: ``style`` is not floating.
+            ValueError: ``style`` holds more than one sample, or has no positions.
         """
+        check_samples("style", style)
         if style.shape[0] != 1:
             raise ValueError(f"style holds {style.shape[0]} samples; give one, [1, C, ...]")
         mean, std = instance_statistics(style, eps=self.eps, unbiased=self.unbiased)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import BatchNormState, batch_norm
-from ..ops._layout import check_input, gain_and_shift
+from ..ops._layout import gain_and_shift
 from ..ops.batch_norm import BatchStatistics, affine_by_statistics, batch_norm_with_statistics
 from ._running_norm import ChannelNorm, ChannelOptions, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
@@ -189,7 +189,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
             )  # fmt: skip
             self._add_penalty(self._penalise(batch, state))
         else:
-            check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
+            self.check_input(x, pad_mask)
             weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
             y = affine_by_statistics(
                 x, weight, bias, self.running_mean, self.running_var, self.eps, self.channel_dim, floor=True

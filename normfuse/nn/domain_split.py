@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..ops._layout import check_tensor
 from ._running_norm import check_count
 from ._traced_as_one import Proxy, traced_as_one
 
@@ -61,6 +62,7 @@ class DomainSplitNorm(nn.Module):
         if not self.training:
             return self.norms[self.domain](x, *others, **named)
         count = len(self.norms)
+        check_tensor("x", x)
         if x.dim() == 0 or x.shape[0] % count:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} holds {x.shape[0] if x.dim() else 0} samples, which {count} domains "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dynamic_erf, dynamic_tanh
+from ..ops._layout import check_tensor
 from ._running_norm import check_count
 from ._traced_as_one import Proxy, traced_as_one
 
@@ -32,6 +33,7 @@ class _DynamicActivation(nn.Module):
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the kernels compute this; raises if x cannot be. Exported programs hold plain ATen operations."""
+        check_tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} must have {self.num_features} channels in its last dimension: "

@@ -10,12 +10,13 @@ from ._running_norm import ChannelNorm
 from .batch_channel_norm import BatchChannelNorm
 from .dynamic_activation import Derf, DyT
 from .foreign_norms import ForeignNorm, is_foreign_norm, is_measurable, measure
+from .head_affine import HeadAffine
 from .region_norm import RegionNorm
 from .time_layer_norm import OffsetRMSNorm, TimeRamp
 
 _PLAIN = (
     *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm),
-    *(ChannelNorm, DyT, Derf, RegionNorm, OffsetRMSNorm),
+    *(ChannelNorm, DyT, Derf, RegionNorm, OffsetRMSNorm, HeadAffine),
 )
 
 

@@ -187,6 +187,7 @@ class ProgressiveNorm(nn.Module):
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, pad_mask)
+        self.static.check_input(x, pad_mask)
         if pad_mask is None and not torch.compiler.is_exporting():  # comparing shapes would fix dynamic ones
             pad_mask = self.mask_for(x)
         if not self.training and (self.share == 0 or self.evaluate_static):

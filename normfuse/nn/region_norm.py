@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import region_norm
+from ..ops._layout import cast, check_device, check_dtype
 from ..ops.region_norm import POOLS
 from ._running_norm import check_choice, check_count, check_positive
 from ._traced_as_one import Proxy, traced_as_one
@@ -127,10 +128,16 @@ class LearnableRegionNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x)
+        check_dtype("x", x)
+        if x.dim() != 4 or x.shape[1] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}; give [B, C, H, W] with at least one channel")
+        own = self.attention.weight
+        check_device(x, "the weights of the convolutions", own)
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
-        region_map = torch.sigmoid(self.attention(pooled))
+        region_map = torch.sigmoid(self.attention(cast(pooled, own.dtype)))
         y = region_norm(x, region_map.detach() >= self.threshold, eps=self.eps, pool=self.pool)
-        return torch.addcmul(self.shift(region_map), y, 1 + self.gain(region_map))
+        gain, shift = (cast(conv(region_map), x.dtype) for conv in (self.gain, self.shift))
+        return torch.addcmul(shift, y, 1 + gain)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, eps={self.eps}, pool={self.pool!r}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops._layout import affine_map, cast, check_input, gain_and_shift
+from ..ops._layout import affine_map, cast, gain_and_shift
 from ._running_norm import ChannelOptions
 from ._traced_as_one import Proxy, traced_as_one
 from .batch_norm import MaskedBatchNorm
@@ -67,7 +67,7 @@ class RepBatchNorm(MaskedBatchNorm):
             return traced_as_one(self, x, pad_mask)
         if self.training:
             return self._normalise(x, pad_mask, shortcut=self.alpha)
-        check_input(x, self.num_features, self.channel_dim, pad_mask, self.running_mean)
+        self.check_input(x, pad_mask)
         # Written as one affine map: a sum of two branches would leave a product and a sum that nothing absorbs.
         weight, bias = gain_and_shift(self.weight, self.bias, self.running_mean)
         scale = weight * torch.rsqrt(self.running_var + self.eps)

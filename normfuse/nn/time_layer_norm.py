@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import accumulation_dtype, cast
+from ..ops._layout import accumulation_dtype, cast, check_device, check_dtype, check_tensor
 from ._running_norm import check_count, check_positive
 from ._traced_as_one import Proxy, traced_as_one
 
@@ -119,11 +119,17 @@ class TimeDependentLayerNorm(nn.Module):
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, log_snr)
+        check_dtype("x", x)
+        check_tensor("log_snr", log_snr)
+        if log_snr.is_complex():
+            raise TypeError(f"log_snr has dtype {log_snr.dtype}; give floating or whole numbers")
         if log_snr.dim() != 1 or x.dim() == 0 or log_snr.shape[0] != x.shape[0] or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} and log_snr of shape {tuple(log_snr.shape)} do not fit; "
                 f"give x [B, ..., {self.num_features}] and log_snr [B]"
             )
+        check_device(x, "log_snr", log_snr)
+        check_device(x, "gain.slope", self.gain.slope)
         t = log_snr / 4
         shape = (x.shape[0], *(1,) * (x.dim() - 2), self.num_features)
         gain = cast(self.gain(t), x.dtype).reshape(shape)

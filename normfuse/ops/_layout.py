@@ -27,11 +27,42 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def check_dtype(x: Tensor) -> None:
-    """Raise unless ``x`` has a dtype that the kernels know."""
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise unless the argument called ``name`` is a tensor that holds all of its numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; allowed is torch.strided: convert it with {name}.to_dense()")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise unless the argument called ``name`` is a tensor of a dtype that the kernels know."""
+    check_tensor(name, x)
     if x.dtype not in INPUT_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in INPUT_DTYPES)
-        raise TypeError(f"x has dtype {x.dtype}; allowed are {allowed}: convert it with x.to(...)")
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {allowed}: convert it with {name}.to(...)")
+
+
+def check_device(x: Tensor, name: str, other: Tensor) -> None:
+    """Raise unless the argument called ``name`` is where ``x`` is."""
+    if other.device != x.device:
+        raise ValueError(f"x is on {x.device} but {name} is on {other.device}: move one with .to(device)")
+
+
+def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raise unless each vector, where there is one, has a number for every channel of ``x``, the last dimension."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)} has no channels; they are its last dimension")
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        check_tensor(name, vector)
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},): "
+                "channels are the last dimension, so move them there with x.movedim(1, -1)"
+            )
+        check_device(x, name, vector)
 
 
 def check_input(
@@ -42,7 +73,7 @@ def check_input(
     statistic: Tensor,
 ) -> None:
     """Refuse what would otherwise be flattened into a wrong matrix without a complaint."""
-    check_dtype(x)
+    check_dtype("x", x)
     if not -x.dim() <= channel_dim < x.dim():
         raise ValueError(
             f"channel_dim={channel_dim} does not exist in x of shape {tuple(x.shape)}; "
@@ -58,8 +89,7 @@ def check_input(
             f"the statistics have dtype {statistic.dtype}, but x of dtype {x.dtype} needs "
             f"{accumulation_dtype(x.dtype)}: convert the module (module.float() or module.double()) or x"
         )
-    if statistic.device != x.device:
-        raise ValueError(f"x is on {x.device} but the statistics are on {statistic.device}: move one with .to(device)")
+    check_device(x, "the running statistic", statistic)
     check_pad_mask(x, channel_dim, pad_mask)
 
 
@@ -67,6 +97,7 @@ def check_pad_mask(x: Tensor, channel_dim: int, pad_mask: Tensor | None) -> None
     """Raise unless ``pad_mask``, where there is one, is bool and has the shape of ``x`` without its channels."""
     if pad_mask is None:
         return
+    check_tensor("pad_mask", pad_mask)
     if pad_mask.dtype != torch.bool:
         raise TypeError(
             f"pad_mask has dtype {pad_mask.dtype}; allowed is torch.bool (True = padding): use pad_mask.bool()"
@@ -78,12 +109,14 @@ def check_pad_mask(x: Tensor, channel_dim: int, pad_mask: Tensor | None) -> None
             f"pad_mask has shape {tuple(pad_mask.shape)}; expected {tuple(expected)}, "
             f"the shape of x {tuple(x.shape)} without its channel dimension {channel_dim}"
         )
+    check_device(x, "pad_mask", pad_mask)
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> None:
     """Raise unless ``residual``, where there is one, can be added to ``x`` as it is."""
     if residual is None:
         return
+    check_tensor("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)} on {residual.device}; it must be like x, "
@@ -199,7 +232,12 @@ def masked(values: Tensor, pad_mask: Tensor | None, channel_dim: int) -> tuple[T
 
 
 def gain_and_shift(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight`` and ``bias`` in the dtype of ``like`` [C], ones and zeros where there are none."""
+    """``weight`` and ``bias`` in the dtype of ``like`` [C], ones and zeros where there are none.
+
+    Raises:
+        TypeError, ValueError: one is no vector like ``like``.
+    """
+    check_vectors(like, weight=weight, bias=bias)
     weight = torch.ones_like(like) if weight is None else cast(weight, like.dtype)
     return weight, torch.zeros_like(like) if bias is None else cast(bias, like.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._derivatives import transformed
-from ._layout import accumulation_dtype, cast, is_traced
+from ._layout import accumulation_dtype, cast, check_device, check_dtype, check_tensor, is_traced
 from ._stat_groups import normalise_stat_groups
 
 
@@ -24,6 +24,13 @@ def _fused(x: Tensor, fused: bool) -> bool:
     return fused and x.numel() > 0 and not is_traced() and not transformed()
 
 
+def check_samples(name: str, x: Tensor) -> None:
+    """Raise unless the argument called ``name`` is floating and has samples, channels and positions."""
+    check_dtype(name, x)
+    if x.dim() < 3:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; give [B, C, ...] with at least one dimension behind C")
+
+
 def instance_statistics(
     x: Tensor, *, eps: float = 1e-5, unbiased: bool = False, fused: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -38,11 +45,15 @@ def instance_statistics(
     Returns:
         The two, [B, C] each, in float32 or wider.
 
+    Raises:
+        TypeError, ValueError: a dtype or shape is not allowed.
+
     Example:
         >>> from normfuse.ops import instance_statistics
         >>> instance_statistics(torch.ones(1, 2, 4, 4), eps=0.0)
         (tensor([[1., 1.]]), tensor([[0., 0.]]))
     """
+    check_samples("x", x)
     if not _fused(x, fused):
         _, mean, std = _centred(x, eps, unbiased)
         return mean.squeeze(2), std.squeeze(2)
@@ -74,12 +85,24 @@ def adaptive_instance_norm(
     Returns:
         A tensor of the shape and dtype of ``x``.
 
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not match.
+
     Example:
         >>> from normfuse.ops import adaptive_instance_norm
         >>> y = adaptive_instance_norm(torch.randn(2, 3, 8, 8), torch.zeros(3), torch.ones(3))
         >>> bool(y.mean((2, 3)).abs().max() < 1e-5)
         True
     """
+    check_samples("x", x)
+    for name, vector in (("style_mean", style_mean), ("style_std", style_std)):
+        check_tensor(name, vector)
+        if vector.shape not in (x.shape[:2], x.shape[1:2]):
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs {tuple(x.shape[:2])} or "
+                f"{tuple(x.shape[1:2])}"
+            )
+        check_device(x, name, vector)
     whole = isinstance(alpha, (int, float)) and alpha == 1
     if _fused(x, fused) and (not isinstance(alpha, Tensor) or alpha.numel() == 1):
         return _adaptive_instance_norm(x, style_mean, style_std, None if whole else alpha, eps, unbiased)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from .. import _native
 from ._derivatives import differentiated_again, transformed
-from ._layout import accumulation_dtype, cast, check_dtype, like_input, rows_of
+from ._layout import (
+    accumulation_dtype,
+    cast,
+    check_device,
+    check_dtype,
+    check_tensor,
+    check_vectors,
+    like_input,
+    rows_of,
+)
 from ._registry import can_run_cpp_autograd, register_composition, register_operation
 
 TANH, ERF = range(2)  # the curves, as the kernels number them
@@ -96,21 +105,15 @@ class _DynamicActivation(torch.autograd.Function):
 
 
 def _check(x: Tensor, scalars: dict[str, Tensor | None], vectors: dict[str, Tensor]) -> None:
-    check_dtype(x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)} has no channels; they are its last dimension")
-    for name, vector in vectors.items():
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},): "
-                "channels are the last dimension, so move them there with x.movedim(1, -1)"
-            )
+    check_dtype("x", x)
+    check_vectors(x, **vectors)
     for name, scalar in scalars.items():
-        if scalar is not None and scalar.numel() != 1:
+        if scalar is None:
+            continue
+        check_tensor(name, scalar)
+        if scalar.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(scalar.shape)}; it must hold one number")
-    for name, tensor in (scalars | vectors).items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}: move one with .to(device)")
+        check_device(x, name, scalar)
 
 
 def _dynamic_activation(

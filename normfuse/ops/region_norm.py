@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._layout import accumulation_dtype, cast, is_traced
+from ._layout import accumulation_dtype, cast, check_device, check_dtype, check_tensor, is_traced
 from ._stat_groups import normalise_stat_groups
 
 POOLS = ("sample", "batch")
@@ -63,7 +63,8 @@ def region_norm(
         A tensor of the shape and dtype of ``x``. A region without pixels has no effect.
 
     Raises:
-        ValueError: a shape or ``pool`` is not allowed.
+        TypeError: a dtype is not allowed.
+        ValueError: a shape, a device or ``pool`` is not allowed.
 
     Example:
         >>> from normfuse.ops import region_norm
@@ -74,7 +75,18 @@ def region_norm(
     """
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; give {' or '.join(map(repr, POOLS))}")
+    check_dtype("x", x)
     inside, acc = region_mask(x, mask), accumulation_dtype(x.dtype)
+    for name, vectors in (("weight", weight), ("bias", bias)):
+        if vectors is None:
+            continue
+        check_tensor(name, vectors)
+        if vectors.shape != (2, x.shape[1]):
+            raise ValueError(
+                f"{name} has shape {tuple(vectors.shape)}; x of shape {tuple(x.shape)} needs (2, {x.shape[1]}): a row "
+                "for each region, a column for each channel"
+            )
+        check_device(x, name, vectors)
     plain = inside.dtype != torch.bool or x.numel() == 0
     weight = x.new_ones(2, x.shape[1], dtype=acc) if weight is None else cast(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else cast(bias, acc)
@@ -90,11 +102,15 @@ def region_norm(
 
 def region_mask(x: Tensor, mask: Tensor) -> Tensor:
     """``mask`` as bool, or floating shares, [B, 1, H, W] for ``x`` [B, C, H, W]."""
+    check_tensor("mask", mask)
+    if mask.is_complex():
+        raise TypeError(f"mask has dtype {mask.dtype}; give bool, integers, or floating shares from 0 to 1")
     if x.dim() != 4 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] != x.shape[0]:
         raise ValueError(
             f"x of shape {tuple(x.shape)} and mask of shape {tuple(mask.shape)} do not fit; "
             "give x [B, C, H, W] and mask [B, 1, h, w]"
         )
+    check_device(x, "mask", mask)
     soft = mask.is_floating_point()
     inside = mask if soft or mask.dtype == torch.bool else mask != 0
     if mask.shape[2:] != x.shape[2:]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _native
 from ._derivatives import differentiated_again, transformed
-from ._layout import accumulation_dtype, cast, check_dtype, check_residual, like_input, rows_of
+from ._layout import accumulation_dtype, cast, check_dtype, check_residual, check_vectors, like_input, rows_of
 from ._registry import can_run_cpp_autograd, register_composition, register_operation
 
 LAYER, RMS, CRMS = range(3)  # the kinds of row norm, as the kernels number them
@@ -165,27 +165,15 @@ def _plain(s: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, eps
     return cast(y, s.dtype)
 
 
-def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]) -> None:
-    check_dtype(x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)} has no channels; the last dimension is normalised")
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},): "
-                "channels are the last dimension, so move them there with x.movedim(1, -1)"
-            )
-        if vector is not None and vector.device != x.device:
-            raise ValueError(f"x is on {x.device} but {name} is on {vector.device}: move one with .to(device)")
-    check_residual(x, residual)
-
-
 def _row_norm(
     kind: int, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    eps: float, unit_offset: bool, fused: bool,
+    eps: float | None, unit_offset: bool, fused: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    _check(x, residual, {"weight": weight, "bias": bias})
+    check_dtype("x", x)
+    check_vectors(x, weight=weight, bias=bias)
+    check_residual(x, residual)
     acc = accumulation_dtype(x.dtype)
+    eps = torch.finfo(acc).eps if eps is None else eps
     if unit_offset and weight is not None:
         weight = 1 + cast(weight, acc)
     if not fused or transformed():
@@ -275,7 +263,6 @@ def rms_norm(
         >>> rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
         tensor([[0.8485, 1.1314]])
     """
-    eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
     return _row_norm(RMS, x, residual, weight, None, eps, unit_offset, fused)
 
 
@@ -312,5 +299,4 @@ def crms_norm(
         >>> crms_norm(torch.tensor([[1.0, -1.0]]), eps=0.0)  # the third channel is 0
         tensor([[ 1.2247, -1.2247]])
     """
-    eps = torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
     return _row_norm(CRMS, x, residual, weight, None, eps, unit_offset, fused)

@@ -1,5 +1,6 @@
 """swap_norms: what is found, what is kept of it, what is refused."""
 
+import copy
 import re
 
 import pytest
@@ -352,3 +353,112 @@ def test_from_one_batch_norm_to_another_the_function_stays(to):
     expected = net.eval()(x)
     swap_norms(net, to=to)
     torch.testing.assert_close(net(x), expected)
+
+
+class HeadRMSNorm(nn.Module):
+    """Every head has a gain of its own, as in ViT-22B and Cohere's attention."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps) * self.gamma
+
+
+class HeadLayerNorm(HeadRMSNorm):
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.beta = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps) * self.gamma + self.beta
+
+
+HEADS = [((3, 1, C), (2, 3, 5, C)), ((1, 3, 1, C), (2, 3, 5, C)), ((3, C), (2, 5, 3, C)), ((C, 1, C), (2, C, C, C))]
+
+
+@pytest.mark.parametrize(("shape", "size"), HEADS)
+@pytest.mark.parametrize("kind", [HeadRMSNorm, HeadLayerNorm])
+def test_every_head_keeps_its_own_gain(kind, shape, size):
+    net, x = nn.Sequential(kind(*shape)), torch.randn(size)
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, -1.5, 1.5)
+    net[0].gamma.requires_grad_(False)
+    expected = net(x)
+    report = swap_norms(net, to="layer" if kind is HeadLayerNorm else "rms")
+    torch.testing.assert_close(net(x), expected)
+    assert [(s.name, s.before, s.num_features) for s in report.swaps] == [("0", kind.__name__, C)]
+    assert [p.requires_grad for p in net.parameters()] == [False, True][: 1 + (kind is HeadLayerNorm)]
+
+
+def test_norms_of_heads_convert_to_static_ones():
+    net, x = nn.Sequential(HeadLayerNorm(3, 1, C)), torch.randn(4, 3, 5, C)
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    expected = net.eval()(x)
+    conversion = progressive(net, to="batch", schedule=Schedule(steps=2))
+    torch.testing.assert_close(net(x), expected)
+    explained = conversion.calibrate([x])
+    assert list(explained) == ["0.norm"]
+    conversion.step(2)
+    conversion.finish()
+    assert (net.eval()(x) - expected).square().mean() < 0.5 * expected.var()
+
+
+class Bare(nn.Module):
+    """Without parameters; its width has a name of its own."""
+
+    def __init__(self, width, centred):
+        super().__init__()
+        self.width, self.centred, self.eps = width, centred, 1e-5
+        self.register_parameter("weight", None)
+
+    def forward(self, x):
+        norm = nn.functional.layer_norm if self.centred else nn.functional.rms_norm
+        return norm(x, x.shape[-1:], eps=self.eps)
+
+
+class BareRMSNorm(Bare):
+    pass
+
+
+class SilentRMSNorm(nn.Module):
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "to"),
+    [
+        (lambda: nn.LayerNorm(C, elementwise_affine=False), "layer"),
+        (lambda: nn.RMSNorm(C, eps=1e-5, elementwise_affine=False), "rms"),
+        (lambda: type("OwnLayerNorm", (nn.LayerNorm,), {})(C, elementwise_affine=False), "layer"),
+        (lambda: BareRMSNorm(C, False), "rms"),
+        (lambda: BareRMSNorm((C,), True), "layer"),
+    ],
+)
+def test_norms_without_parameters_are_found_swapped_and_converted(make, to):
+    x = torch.randn(6, 5, 4) + 1
+    net = nn.Sequential(nn.Linear(4, C), make())
+    expected = net(x)
+    same, converted = copy.deepcopy(net), copy.deepcopy(net)
+    assert [s.num_features for s in swap_norms(same, to=to).swaps] == [C]
+    torch.testing.assert_close(same(x), expected)
+    swap_norms(net, to="unified")
+    assert isinstance(net[1], UnifiedNorm) and net[1].weight is None
+    conversion = progressive(converted, to="batch", schedule=Schedule(steps=1))
+    conversion.calibrate([x])
+    conversion.step()
+    conversion.finish()
+    assert (converted.eval()(x) - expected).square().mean() < expected.var()
+
+
+def test_a_norm_that_does_not_say_its_width_can_be_told():
+    net = nn.Sequential(nn.Linear(4, C), SilentRMSNorm())
+    with pytest.raises(ValueError, match=r"1, a SilentRMSNorm, does not say how many.*set its normalized_shape"):
+        swap_norms(net)
+    net[1].normalized_shape = C
+    swap_norms(net)
+    assert isinstance(net[1], UnifiedNorm)

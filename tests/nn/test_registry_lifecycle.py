@@ -273,11 +273,3 @@ def test_an_average_of_weights(entry):
             update_bn([inputs], average)
     else:
         update_bn([inputs], average)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("entry", [e for e in NORMS if e.layout == "sequence"], ids=lambda entry: entry.name)
-def test_a_number_without_axes_is_refused_with_the_reason(entry, training):
-    norm = entry.make(8).train(training)
-    with pytest.raises((ValueError, RuntimeError), match="shape"):
-        norm(torch.tensor(1.0), *entry.others(torch.randn(4, 6, 8)))
