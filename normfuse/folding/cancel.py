@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from .arrays import axis_groups, same_size
 from .gauge import Gauge
-from .nodes import argument, is_float, module_of, operation_name
+from .nodes import argument, computes_number, is_float, module_of, operation_name
 from .operations import (
     BIASES,
     BOUNDS,
@@ -176,6 +176,8 @@ class _Walk:
                 raise Stops(f"{self._describe(node)} measures several tokens together")
             self.ends.append(node)
             return None
+        if computes_number(node):
+            raise self._stops(node)
         if target in _SAME and not argument(node, "train", False) and not argument(node, "training", False):
             return factor
         if target in CASTS and is_float(node):
@@ -194,6 +196,8 @@ class _Walk:
 
     def _moved(self, node: Node, operand: Node, factor: Factor) -> Carried:
         target, rank = node.target, operand.meta["val"].dim()
+        if not rank and target not in RESHAPES | SQUEEZES | EXPANSIONS:
+            raise self._stops(node)  # which may name an axis of a number
         if target in PERMUTATIONS:
             probe = np.zeros(range(2, rank + 2))  # every axis is known by its size
             sizes = Permute(node).arrange(probe, torch.Size(probe.shape), _no_collapse).shape

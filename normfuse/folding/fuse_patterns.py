@@ -91,10 +91,8 @@ def _squared(node: Any) -> Node | None:
 
 def _mean_over_last(node: Any) -> Node | None:
     """What is averaged over its last axis, which is kept."""
-    if not _is(node, aten.mean.dim) or not argument(node, "keepdim"):
-        return None
-    rank = node.meta["val"].dim()
-    return node.args[0] if [d % rank for d in node.args[1]] == [rank - 1] else None
+    rank = node.meta["val"].dim() if _is(node, aten.mean.dim) and argument(node, "keepdim") else 0
+    return node.args[0] if rank and [d % rank for d in node.args[1]] == [rank - 1] else None
 
 
 def _less_its_mean(x: Node) -> Node | None:

@@ -7,6 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Node
 
+# What schemas call numbers that may have a fraction.
+_NUMBERS = ("number", "Optional[number]", "float", "Optional[float]")
+
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen operation by its schema's name, given by position, by keyword or not at all."""
@@ -19,6 +22,14 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
                 return node.kwargs[name]
             return entry.default_value if entry.has_default_value() else default
     return default
+
+
+def computes_number(node: Node) -> bool:
+    """Whether an argument that is a number of any kind, and no size, is computed when the program runs."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        str(entry.type) in _NUMBERS and isinstance(argument(node, entry.name), Node)
+        for entry in node.target._schema.arguments
+    )
 
 
 def is_float(node: object) -> TypeGuard[Node]:

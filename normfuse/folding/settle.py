@@ -154,8 +154,9 @@ def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> dict[Node, Node]:
 
 
 def _size(shift: np.ndarray) -> float:
-    """Root mean square over channels."""
-    return float(np.sqrt(np.mean(np.square(shift))))
+    """Root mean square over channels, also of numbers whose squares leave float64."""
+    largest = np.abs(shift).max(initial=0.0)
+    return float(largest * np.sqrt(np.mean(np.square(shift / largest)))) if largest else 0.0
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,12 @@ def _rotate(node: Node) -> None:
     node.kwargs = {}
 
 
+def _inner(node: Node) -> None:
+    """An inner product with a number multiplies by it."""
+    if any(operand.meta["val"].dim() == 0 for operand in node.args):
+        node.target = aten.mul.Tensor
+
+
 def _multiply_in_turns(node: Node) -> None:
     """A chain of matrices, from the left."""
     product, *others, last = node.args[0]
@@ -207,6 +213,7 @@ _FORMS: dict[object, Callable[[Node], None]] = {
     aten.rad2deg.default: _multiply_by(180.0 / math.pi),
     aten.ldexp.Tensor: _times_power_of_two,
     aten.rot90.default: _rotate,
+    aten.inner.default: _inner,
     aten.linalg_multi_dot.default: _multiply_in_turns,
     aten.einsum.default: _contract_in_pairs,
 }

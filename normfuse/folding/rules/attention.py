@@ -147,7 +147,7 @@ def _adds_up_to_one(node: Node, axis: int) -> bool:
     while node.op == "call_function" and node.target not in _SOFTMAX:
         if _is_divided_by_its_sum(node, axis):
             return True
-        if node.target in _SAME and not argument(node, "train", False):
+        if node.target in _SAME and is_float(node) and not argument(node, "train", False):
             pass
         elif node.target is aten.transpose.int:
             rank = node.meta["val"].dim()
@@ -165,7 +165,7 @@ def _adds_up_to_one(node: Node, axis: int) -> bool:
             axis = node.args[1][axis] % node.meta["val"].dim()
         elif node.target in RESHAPES:
             before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
-            if axis != len(after) - 1 or not same_size(before[-1], after[-1]):
+            if axis != len(after) - 1 or not before or not same_size(before[-1], after[-1]):
                 return False
             axis = len(before) - 1
         else:

@@ -53,6 +53,9 @@ _ADAPTIVE = {
 class Mean(Carry):
     """An average over positions: ``mean(scale * x + shift) = scale * mean(x) + shift``; scales along them are equal."""
 
+    def fits(self, facts: Facts) -> bool:
+        return is_float(self.node) and super().fits(facts)
+
     def keeps_channels(self) -> bool:
         return True
 
@@ -85,7 +88,7 @@ class Total(Carry):
     def _count(self) -> int | None:
         """How many positions are added up; None if that is not known."""
         shape = self.args[0].meta["val"].shape
-        sizes = [shape[axis] for axis in self.argument("dim") or range(len(shape))]
+        sizes = [shape[axis] for axis in self.argument("dim") or range(len(shape))] if shape else []
         return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..arrays import CannotCarry, Collapse
 from ..gauge import Facts, Gauge
-from ..nodes import argument, is_float
+from ..nodes import argument, computes_number, is_float
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 
@@ -282,6 +282,9 @@ def rule_for(*targets: object) -> Any:
 
 
 def match(node: Node, facts: Facts) -> Match | None:
-    """The match of an operation, by the first rule that covers it; None for what no rule knows."""
-    candidates = _RULES.get(node.target, ()) if node.op == "call_function" else ()
+    """The match of an operation, by the first rule that covers it; None for what no rule knows.
+
+    No rule knows a factor, an exponent or a bound that is computed, from a size say.
+    """
+    candidates = _RULES.get(node.target, ()) if node.op == "call_function" and not computes_number(node) else ()
     return next((found for rule in candidates if (found := rule.of(node, facts)) is not None), None)

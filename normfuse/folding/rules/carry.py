@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ..arrays import Collapse, reshape, same_size, to_rank, varying
 from ..gauge import Facts, Gauge
+from ..nodes import tensors_of
 from ..operations import EXPANSIONS, PERMUTATIONS, RESHAPES, SPLITS, SQUEEZES
 from ..relations import Relations
 from ..weight_edits import WeightEdits
@@ -54,6 +55,8 @@ class Carry(Match):
         return self.carry(source, numbers, collapse, gauge)
 
     def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> Any:
+        if not numbers.ndim:  # of a single number, whose axis 0 may be named all the same
+            return numbers.reshape((1,) * tensors_of(self.node)[0].dim())
         return self.arrange(numbers, operand.meta["val"].shape, collapse)
 
     def arrange(self, numbers: np.ndarray, shape: torch.Size, collapse: Collapse) -> Any:

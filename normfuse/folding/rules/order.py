@@ -164,7 +164,9 @@ class Bend(Homogeneous):
 
     def _side(self) -> object:
         """The operation with a bound of its own for every channel; None where there is none."""
-        if self.target in (aten.relu.default, aten.threshold.default):
+        if self.target is aten.threshold.default:
+            return aten.maximum.default if all(map(_is_number_zero, self.args[1:3])) else None
+        if self.target is aten.relu.default:
             return aten.maximum.default
         low, high = (self.argument(f"{side}_val", self.argument(side)) for side in ("min", "max"))
         if self.target in (aten.maximum.default, aten.minimum.default):
