@@ -11,6 +11,7 @@ from .gauge import Gauge
 from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .report import DynamicNormRecord, NormRecord
+from .rules.base import MeanRole
 from .settle import sources_of_shift
 
 _FAR = 64  # operations around a norm among which the weights that took it are looked for
@@ -164,7 +165,7 @@ def _operations_around(node: Node, gauge: Gauge, *, backward: bool = True) -> It
                 continue
             found[neighbour] = None
             several = sum(operand in gauge.matches.scale_of for operand in neighbour.all_input_nodes) > 1
-            weights = rule.owns_constants and neighbour not in gauge.matches.affine
+            weights = rule.chooses_shift(gauge) or rule.mean is MeanRole.MEASURES
             if not (weights or neighbour in gauge.solution.kept or (several and met)):
                 pending.append((neighbour, forward, met or several))
     return found

@@ -242,6 +242,7 @@ def test_scale_and_shift_pass_to_the_weight_behind(name: str) -> None:
     model.norm.scale.data.abs_()  # what keeps order takes positive scales only
     _, report = folded(model, sequence())
     assert status(report) == ["folded"], report.norms[0].reason
+    assert {"last.weight", "last.bias"} == set(report.norms[0].absorbed_by)
 
 
 @pytest.mark.parametrize("name", [name for name in SCALE_ONLY if name not in FIXES])
@@ -250,6 +251,7 @@ def test_a_scale_passes_to_the_weight_behind(name: str) -> None:
     model.norm.scale.data.abs_()
     _, report = folded(model, sequence())
     assert status(report) == ["folded"], report.norms[0].reason
+    assert report.norms[0].absorbed_by
 
 
 @pytest.mark.parametrize("name", ["zero pad", "zero fill", "cumulative sum", "average pool, padding counted"])
