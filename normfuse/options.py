@@ -25,7 +25,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "cpu-long": ("carry_biases", "attention3d", "blockwise_attention", "single_token"),
     "cuda": ("carry_biases",),
 }
-AUTO = "auto"  # a target of models: the fastest of these on this machine
+AUTO = "auto"  # for models only: the fastest of these on this machine
+MODEL_TARGETS = (*TARGETS, AUTO)
 # In the order in which they are applied.
 PASS_NAMES = ("carry_biases", "attention3d", "blockwise_attention", "single_token", "gemm2d")
 
@@ -64,19 +65,40 @@ def passes_for(target: str, skip: Collection[str] = ()) -> tuple[str, ...]:
     Raises:
         ExportError: there is no such target, or no pass of a name to skip.
     """
-    if target not in TARGETS:
-        why = "; auto is for the export of a model, where all of them are timed" if target == AUTO else ""
-        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}{why}")
+    check_target_name(target)
     for name in skip:
         if name not in PASS_NAMES:
             raise ExportError(f"there is no graph pass {name!r} to disable; there are {', '.join(PASS_NAMES)}")
     return tuple(name for name in TARGETS[target] if name not in skip)
 
 
+def check_target_name(target: str, allowed: Collection[str] = tuple(TARGETS)) -> None:
+    """ExportError for a target that there is not."""
+    if target not in allowed:
+        why = "; only export can choose one (auto)" if target == AUTO else ""
+        raise ExportError(f"target {target!r} is not one of {', '.join(allowed)}{why}")
+
+
+def check_for_auto(target: str, sizes: object, threads: int) -> None:
+    """ExportError for sizes or threads to time with where nothing is timed."""
+    if target != AUTO and (sizes or threads != 1):
+        raise ExportError(
+            f"sizes and threads (--size, --threads) are for timing with target 'auto', not {target!r}; leave them out"
+        )
+
+
+def check_for_int8(dtype: str, calibrate: object) -> None:
+    """ExportError for calibration inputs where no scale is chosen by them."""
+    if calibrate is not None and dtype != "int8":
+        raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
+
+
 def check_opset(opset: int | None) -> None:
     """ExportError for an operator set that torch does not translate to; None stands for a choice."""
     if opset is not None and not min(OPSETS) <= opset <= max(OPSETS):
-        raise ExportError(f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, what torch translates to")
+        raise ExportError(
+            f"opset {opset} is outside {min(OPSETS)} to {max(OPSETS)}, the range that torch.onnx can write"
+        )
 
 
 def check_dtype(dtype: str, allowed: tuple[str, ...] = DTYPES) -> None:

@@ -29,14 +29,14 @@ def bench(
     mapping: Annotated[
         list[str],
         typer.Option(
-            "--map", metavar="FIRST=SECOND", help="An input that the second file calls otherwise; repeatable."
+            "--map", metavar="FIRST=SECOND", help="An input with another name in the second file; repeatable."
         ),
     ] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=4, help="Timed rounds; each runs every file once.")] = 50,
-    threads: Annotated[int, typer.Option(min=1, help="Of ONNX Runtime.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
 ) -> None:
-    """Median latency in ONNX Runtime (CPU), interleaved; the ratio of the second file to the first."""
+    """Time one or two ONNX files in ONNX Runtime (CPU); with two, also print second ÷ first."""
     if len(onnx) > 2:
         raise UsageError(f"{len(onnx)} files given; one or two can be timed")
     wanted = sizes_of(sizes)

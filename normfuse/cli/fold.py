@@ -20,7 +20,7 @@ def fold(
     tolerance: Tolerance,
     printing: Printing,
 ) -> None:
-    """Fold BatchNorms, Mul and Add per channel of an ONNX file; all else stays as it is. Verify the result."""
+    """Fold BatchNorms and per-channel Mul and Add of an ONNX file, and verify the result. All else stays."""
     check_readable(source)
     with printing.stages() as stages, reported(writing.report, source=source) as report:
         from normfuse.console import print_result

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normfuse.options import INT8_FILE, check_for_auto, check_for_int8, passes_for
+
 from .files import check_readable, described, reported
 from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
 
@@ -29,6 +31,8 @@ def export(
     printing: Printing,
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
+    check_for_auto(folding.target, choosing.sizes, choosing.threads)
+    check_for_int8(folding.dtype, choosing.calibrate)
     check_readable(checkpoint)
     read = [] if choosing.calibrate is None else [choosing.calibrate]
     for path in read:
@@ -46,7 +50,8 @@ def export(
 
 
 def inspect(checkpoint: CheckpointArgument, loading: Loading, folding: ModelFolding, printing: Printing) -> None:
-    """Print what would be folded into what; writes nothing."""
+    """Print which norms fold into which weights; writes nothing."""
+    passes_for(folding.target, folding.disable_passes)
     check_readable(checkpoint)
     with printing.stages() as stages:
         stages(f"load {checkpoint}")
@@ -74,8 +79,8 @@ def verify(
     loading: Loading,
     tolerance: Tolerance,
     printing: Printing,
-    rounds: Annotated[int, typer.Option(min=0, help="Random inputs besides the saved example.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Number of random inputs besides the saved example.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
 ) -> None:
     """Compare an ONNX file with the model it came from, in ONNX Runtime."""
     check_readable(checkpoint)
@@ -91,15 +96,18 @@ def verify(
         allowed = RTOL[graph.dtype] if tolerance.rtol is None else tolerance.rtol
         stages(f"run {onnx} in ONNX Runtime")
         verification = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)
+    worst = verification.worst(INT8_FILE if graph.dtype == "int8" else "ONNX file")
 
     def show(console: Console) -> None:
         from normfuse.console import make_table
 
-        table = make_table("inputs", "output", "difference", "÷ largest value")
+        table = make_table(
+            "inputs", "output", "difference", f"÷ {'size' if graph.dtype == 'int8' else 'largest value'}"
+        )
         for case in verification.cases:
             table.add_row(case.inputs, case.output, f"{case.difference:.2e}", f"{case.error:.2e}")
         console.print(table)
-        console.print(f"the same within {verification.worst('ONNX file'):.1e} (allowed {allowed:.0e})", highlight=False)
+        console.print(f"the same within {worst:.1e} (allowed {allowed:.0e})", highlight=False)
 
     data: dict[str, Any] = {"checkpoint": str(checkpoint), "onnx": str(onnx), "rtol": allowed, "atol": tolerance.atol}
-    printing.result(data | {"worst": verification.worst("ONNX file"), **verification.to_dict()}, show)
+    printing.result(data | {"worst": worst, **verification.to_dict()}, show)

@@ -19,16 +19,16 @@ import typer
 from normfuse.errors import NormfuseError
 from normfuse.files import OutputError, check_target, same_file
 from normfuse.options import (
-    AUTO,
     DTYPES,
     MODEL_DTYPES,
+    MODEL_TARGETS,
     OPSETS,
     PASS_NAMES,
-    TARGETS,
     TASKS,
     check_dtype,
     check_opset,
     check_scale_range,
+    check_target_name,
     check_task,
     passes_for,
 )
@@ -81,8 +81,8 @@ class Loading(Inputs):
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="What builds the model; the current folder is searched too. timm:NAME and torchvision:NAME need no "
-            "--input.",
+            help="Class or function that builds the model; the current folder is searched too. timm:NAME and "
+            "torchvision:NAME need no --input.",
         ),
     ] = None
     model_args: Annotated[
@@ -93,14 +93,14 @@ class Loading(Inputs):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Which weights to take if the file holds several groups [the trained ones, not their average].",
+            help="Entry of the weights, if the file holds several [the trained ones, not their average].",
         ),
     ] = None
     task: Annotated[
         str | None,
         typer.Option(
-            help="For a folder of transformers: which head to build (feature-extraction, text-generation, …) [the "
-            "saved one].",
+            help="For a folder of transformers: head to build (feature-extraction, text-generation, …) "
+            "[the saved one].",
             autocompletion=_among(TASKS),
         ),
     ] = None
@@ -108,8 +108,8 @@ class Loading(Inputs):
         bool,
         typer.Option(
             "--with-past",
-            help="For a decoder in a folder of transformers: keys and values of earlier tokens go in and out, so that "
-            "one file serves the prompt and every step.",
+            help="For a decoder in a folder of transformers: take and return keys and values of earlier tokens, so "
+            "that one file serves the prompt and every step.",
         ),
     ] = False
     outputs: Annotated[
@@ -117,16 +117,15 @@ class Loading(Inputs):
         typer.Option(
             "--output",
             metavar="NAME",
-            help="For a folder of transformers: an output of the model to put into the file [those that optimum "
-            "gives]; repeatable.",
+            help="For a folder of transformers: an output of the model to export [those of optimum]; repeatable.",
         ),
     ] = field(default_factory=list)
     trust: Annotated[
         bool,
         typer.Option(
             "--trust",
-            help="Read pickled modules, build classes that files name, run a folder's own code. All of these can run "
-            "any code.",
+            help="Allow pickled modules, classes that files name, and Python code in folders. All of these can run any "
+            "code: use it only for files whose author you trust.",
         ),
     ] = False
 
@@ -164,7 +163,7 @@ class Loading(Inputs):
 class Folding:
     """What changes folding; arguments of :func:`normfuse.onnx.export`, ``fold_file`` and ``fold_model``."""
 
-    dtype: Annotated[str, typer.Option(help="float32, or float16 for the weights.", autocompletion=_among(DTYPES))] = (
+    dtype: Annotated[str, typer.Option(help="float32, or float16 (weights).", autocompletion=_among(DTYPES))] = (
         "float32"
     )
     copy_shared: Annotated[
@@ -172,7 +171,7 @@ class Folding:
         typer.Option(
             "--copy-shared/--no-copy-shared",
             " /--no-copy",
-            help="Store a shared weight twice if its uses need different values; otherwise the norms around it stay.",
+            help="Store a shared weight twice if its uses need different values; without it, the norms around it stay.",
         ),
     ] = True
     keep_dynamic_norms: Annotated[
@@ -187,16 +186,16 @@ class Folding:
         float | None,
         typer.Option(
             metavar="R",
-            help="Leave norms that would store one channel at scales more than a factor R apart [2**40 for float32, "
-            "2**10 or less for float16].",
+            help="Keep norms whose folding would store one channel at scales more than a factor R apart [2**40 for "
+            "float32, 2**10 or less for float16].",
         ),
     ] = None
     target: Annotated[
         str,
         typer.Option(
-            help="Run graph passes for ONNX Runtime on: cpu; cpu-single, one thread and up to 2000 tokens at a time; "
-            "cpu-long, from 4000 tokens at a time; cuda; or portable (leave it). export: auto, the fastest here.",
-            autocompletion=_among((*TARGETS, AUTO)),
+            help="Graph passes for ONNX Runtime: cpu; cpu-single (one thread, up to 2000 tokens at a time); cpu-long "
+            "(from 4000 tokens at a time); cuda; portable (none). export only: auto (the fastest on this machine).",
+            autocompletion=_among(MODEL_TARGETS),
         ),
     ] = "portable"
     disable_passes: Annotated[
@@ -222,13 +221,13 @@ class ModelFolding(Folding):
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, float16 for the weights, or int8 for the products: scales are chosen for integers.",
+            help="float32; float16 (weights); int8 (products, with scales chosen for them).",
             autocompletion=_among(MODEL_DTYPES),
         ),
     ] = "float32"
     remove_dead: Annotated[
         bool,
-        typer.Option("--remove-dead", help="Take channels whose norm's gain is zero out of the weights around it."),
+        typer.Option("--remove-dead", help="Remove channels with a zero gain in a norm from the weights around it."),
     ] = False
     cancel_norms: Annotated[
         bool,
@@ -242,7 +241,8 @@ class ModelFolding(Folding):
     def check(self) -> None:
         check_dtype(self.dtype, MODEL_DTYPES)
         check_scale_range(self.max_scale_range)
-        passes_for("portable" if self.target == AUTO else self.target, self.disable_passes)
+        check_target_name(self.target, MODEL_TARGETS)
+        passes_for("portable", self.disable_passes)
 
 
 @dataclass(frozen=True)
@@ -253,17 +253,15 @@ class Choosing:
         Path | None,
         typer.Option(
             metavar="FILE.npz",
-            help="For int8: typical inputs, one array for each input's name. Scales and fixed steps of activations are "
-            "chosen from them [the example inputs, and steps measured in every run].",
+            help="For int8: typical inputs, one array for each input's name. They choose the scales and fixed step "
+            "sizes of activations [scales by the example inputs, step sizes measured in every run].",
         ),
     ] = None
     sizes: Annotated[
         list[str],
-        typer.Option(
-            "--size", metavar="NAME=N", help="For --target auto: a dynamic dimension to time with; repeatable."
-        ),
+        typer.Option("--size", metavar="NAME=N", help="For --target auto: size of a dynamic dimension; repeatable."),
     ] = field(default_factory=list)
-    threads: Annotated[int, typer.Option(min=1, help="For --target auto: threads to time with.")] = 1
+    threads: Annotated[int, typer.Option(min=1, help="For --target auto: number of threads.")] = 1
 
     def check(self) -> None:
         sizes_of(self.sizes)
@@ -281,7 +279,7 @@ class FileFolding(Folding):
         bool | None,
         typer.Option(
             "--fold-defaults/--keep-defaults",
-            help="Treat initialisers that are inputs as well, which callers may set, as constants [if every weight is "
+            help="Treat initialisers that are also inputs, which callers may set, as constants [yes if every weight is "
             "listed as an input].",
         ),
     ] = None
@@ -295,8 +293,8 @@ class Tolerance:
         float | None,
         typer.Option(
             min=0,
-            help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]; for int8 ÷ the "
-            "output's size, both as roots of summed squares [0.2].",
+            help="Allowed difference ÷ largest output value [1e-4 for float32, 2e-2 for float16]; int8: norm of the "
+            "difference ÷ norm of the output [0.2].",
         ),
     ] = None
     atol: Annotated[float, typer.Option(min=0, help="Allowed absolute difference on top of that.")] = 0.0
@@ -330,7 +328,10 @@ class ModelWriting(Writing):
 
     opset: Annotated[
         int | None,
-        typer.Option(help="18 to 23 [the newest of 23, 20, 18 that passes].", autocompletion=_among(OPSETS)),
+        typer.Option(
+            help="Operator set, 18 to 23 [the newest of 23, 20, 18 that passes verification].",
+            autocompletion=_among(OPSETS),
+        ),
     ] = None
 
     def check(self) -> None:
@@ -342,9 +343,7 @@ class ModelWriting(Writing):
 class Printing:
     """What is printed, and where."""
 
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only errors, and numbers that were asked for.")
-    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and requested numbers.")] = False
     json: Annotated[
         bool, typer.Option("--json", help="The result as JSON on standard output; progress goes to standard error.")
     ] = False

@@ -11,11 +11,11 @@ from .options import Printing
 
 
 def plot(
-    statistics: Annotated[Path, typer.Argument(help="What normfuse.nn.monitor(model) saved during training.")],
+    statistics: Annotated[Path, typer.Argument(help="File saved by normfuse.nn.monitor(model) during training.")],
     printing: Printing,
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .png, .svg or .pdf.")] = Path("statistics.png"),
 ) -> None:
-    """Draw the statistics of norms over a training: batch against running, gradients, skips."""
+    """Draw the statistics of norms over a training: batch and running statistics, gradients, skipped steps."""
     from rich.markup import escape
 
     from normfuse.plotting import plot_statistics

@@ -23,13 +23,13 @@ from normfuse.onnx.ranges import Growth
 from normfuse.onnx.references import References
 from normfuse.onnx.steps import Inputs, Plan, Progress, fold_norms, plan, quantised, traced, write_verified
 from normfuse.onnx.verifier import VerificationReport
-from normfuse.options import AUTO, ExportError
+from normfuse.options import AUTO, MODEL_TARGETS, ExportError, check_for_auto, check_target_name
 from normfuse.sources import huggingface
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export` did.
+    """The result of :func:`export`.
 
     Attributes:
         path: the ONNX file; weights beyond 2 GB are in a file beside it, which it names.
@@ -38,12 +38,12 @@ class ExportResult:
         dtype: of the weights in the file.
         report: what became of each norm.
         verification: every comparison made.
-        graph: what is in the file.
-        target: what the graph passes were chosen for.
+        graph: the operations, norms and size of the file.
+        target: the target of the graph passes.
         passes: how often each graph pass applied; empty if none was asked for, or the result failed verification.
-        notes: decisions in words: bounds of dimensions that tracing found, arguments that became constants, why
-            graph passes were given up.
-        growth: how large values become inside, for float16; None for float32.
+        notes: decisions in words: bounds of dimensions that tracing found, arguments that became constants, why graph
+            passes were skipped.
+        growth: the largest inner values, for float16; None for other types.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class ExportResult:
     proof = deprecated_attribute("proof", "verification")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data: everything, unabridged.
+        """Everything as JSON-ready data.
 
         Returns:
             A dictionary of everything above.
@@ -106,7 +106,7 @@ def export(
     progress: Callable[[str], None] = lambda stage: None,
     before_publish: Callable[[ExportResult], None] = lambda result: None,
 ) -> ExportResult:
-    """Folds the norms of a model away, writes ONNX, and verifies in ONNX Runtime that the outputs are the same.
+    """Fold the norms of a model, write ONNX, and verify in ONNX Runtime that the outputs are the same.
 
     Args:
         model: what :func:`normfuse.load` gives, or a module (then with ``example_inputs``), which is not
@@ -123,21 +123,21 @@ def export(
         rtol: allowed difference, relative to the largest value of an output, see :func:`verify`; None: 1e-4 for
             float32, 2e-2 for float16. For int8 it is the root of the summed squares of the difference ÷ that of the
             output, None: 0.2.
-        atol: allowed difference on top.
-        copy_shared: whether a weight that is used in several places may be copied to fold a norm into one of
-            them.
+        atol: allowed absolute difference on top of that.
+        copy_shared: whether a weight that is used in several places may be copied, to fold a norm into one of them.
         remove_dead: whether channels that hold a constant leave the weights, see :func:`normfuse.fold`.
         keep_dynamic_norms: whether LayerNorm, RMSNorm and GroupNorm keep their gains and shifts, and LayerNorm its
             mean, see :func:`normfuse.fold`.
         cancel_norms: whether to drop norms whose division later norms make superfluous, see :func:`normfuse.fold`.
         max_scale_range: the largest ratio between the scales of one channel in different places, at least 1; None is
             the largest that is safe for `dtype`.
-        calibrate: for ``int8``, typical inputs, each a sequence of tensors like the example inputs, or an .npz file
-            with arrays of the inputs' names. Scales are chosen by them, and the steps of activations become constants
-            (static quantisation). None: by the example inputs, and steps are measured in every run (dynamic).
-        target: what to run graph passes for: ``portable`` (as torch writes it), ``cpu`` (ONNX Runtime on the CPU),
-            ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from about
-            4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
+        calibrate: for ``int8``: typical inputs, each a sequence of tensors like the example inputs, or an .npz file
+            with one array per input name. They choose the scales, and the step sizes of activations become constants
+            (static quantisation). None: the example inputs choose the scales, and step sizes are measured in every run
+            (dynamic quantisation).
+        target: the runtime to optimise the graph for: ``portable`` (no graph passes), ``cpu`` (ONNX Runtime on the
+            CPU), ``cpu-single`` (there, one thread and at most about 2000 tokens at a time), ``cpu-long`` (there, from
+            about 4000 tokens at a time, or sequences of 1000) or ``cuda``; all but ``cpu-long`` use standard operations
             only. If the result fails verification, the graph is written as it is, and ``notes`` say so. ``auto``
             exports for each of these but ``cuda``, times the files on this machine and keeps the fastest: ``portable``
             unless another is faster in three of four rounds.
@@ -146,14 +146,15 @@ def export(
             :func:`bench`.
         threads: for ``auto``: threads that the files are timed with.
         progress: called with the name of each stage when it begins.
-        before_publish: called with the result when the file is ready and not yet in its place; what it raises is
-            raised, and nothing is written then.
+        before_publish: called with the result just before the file is renamed to ``path``. If it raises an exception,
+            nothing is written.
 
     Returns:
-        What was done: the file's operator set, what became of each norm, every comparison.
+        The operator set, the result for each norm, and every comparison.
 
     Raises:
-        CheckpointError, ExportError, FoldError, VerificationError, WriteError: in one line; nothing is written then.
+        CheckpointError, ExportError, FoldError, VerificationError, WriteError: the model cannot be loaded or exported,
+            or the file differs; the message is one line, and nothing is written.
 
     Example:
         >>> import normfuse
@@ -169,13 +170,13 @@ def export(
         "remove_dead": remove_dead, "keep_dynamic_norms": keep_dynamic_norms, "cancel_norms": cancel_norms,
         "max_scale_range": max_scale_range, "calibrate": calibrate, "disable_passes": disable_passes,
     }  # fmt: skip
+    check_target_name(target, MODEL_TARGETS)
+    check_for_auto(target, sizes, threads)
     targets = TIMED if target == AUTO else (target,)
     plans = {name: plan(target=name, **options) for name in targets}
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
-        raise ExportError("a module needs example_inputs to be exported")
-    if target != AUTO and (sizes or threads != 1):
-        raise ExportError(f"sizes and threads are what target 'auto' times with, not {target!r}; leave them out")
+        raise ExportError("example_inputs is missing; a module needs it to be exported")
     reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
         program = traced(model, example_inputs, dynamic_shapes, progress)
@@ -219,7 +220,7 @@ def _staged(
 
 @dataclass(frozen=True)
 class FoldedModel:
-    """What :func:`fold_model` gives.
+    """The result of :func:`fold_model`.
 
     Attributes:
         model: what was folded.
@@ -248,7 +249,7 @@ def fold_model(
     disable_passes: Collection[str] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> FoldedModel:
-    """Folds a loaded model as :func:`export` with the same arguments does, and writes nothing.
+    """Fold a loaded model as :func:`export` with the same arguments does, without writing a file.
 
     Args:
         model: what :func:`normfuse.load` or :meth:`normfuse.ExportableModel.from_model` gives.

@@ -22,6 +22,7 @@ NORMS = frozenset(
 )
 _ARITHMETIC = frozenset(("Mul", "Add", "Sub", "Div"))
 _WEIGHTED = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+_QUANTISING = frozenset(("QuantizeLinear", "DynamicQuantizeLinear"))  # in front of every product of integers
 _CARRIERS = frozenset(("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity"))
 
 
@@ -40,7 +41,7 @@ class GraphSummary:
             product with a weight is part of that product and does not count.
         bytes: size of the file and of the weights beside it.
         opset: version of the standard operator set.
-        dtype: ``float16`` if any weight is stored so, else ``float32``.
+        dtype: ``int8`` if activations are quantised, ``float16`` if any weight is stored so, else ``float32``.
     """
 
     nodes: dict[str, int]
@@ -64,7 +65,7 @@ class GraphSummary:
 
 
 def summarize(path: str | os.PathLike[str]) -> GraphSummary:
-    """Reads an ONNX file (not its external data) and counts its operations, norms and bytes.
+    """Count the operations, norms and bytes of an ONNX file, without reading its external data.
 
     Args:
         path: of the ONNX file.
@@ -110,8 +111,14 @@ def summarize(path: str | os.PathLike[str]) -> GraphSummary:
         affines=affines,
         bytes=sum(file.stat().st_size for file in files if file.exists()),
         opset=max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0),
-        dtype="float16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer) else "float32",
+        dtype=_dtype(graph),
     )
+
+
+def _dtype(graph: onnx.GraphProto) -> str:
+    if any(node.op_type in _QUANTISING for node in graph.node):
+        return "int8"
+    return "float16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer) else "float32"
 
 
 def _is_affine(node: onnx.NodeProto, constants: dict[str, list[int]], producers: dict[str, onnx.NodeProto]) -> bool:

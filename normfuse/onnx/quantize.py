@@ -21,10 +21,9 @@ from onnxruntime.quantization import (
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.publish import data_beside
-from normfuse.onnx.trials import shapes
-from normfuse.onnx.verifier import RTOL, Case, VerificationError, onnx_runner
+from normfuse.onnx.verifier import Case, compare_int8
 from normfuse.onnx.writer import WriteError
-from normfuse.options import INT8_FILE, ExportError
+from normfuse.options import ExportError
 from normfuse.quiet import quiet
 
 _CHOOSE_BY = 8  # batches of calibration inputs, at most, that scales are chosen by
@@ -77,46 +76,6 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
     finally:
         logging.disable(logging.NOTSET)
     target.replace(path)
-
-
-def compare(model: ExportableModel, path: Path, inputs: Sequence[Sequence[torch.Tensor]], rtol: float) -> list[Case]:
-    """The error of an int8 file against the model in float32, for every output over all the inputs together.
-
-    It is the root of the summed squares of the difference ÷ that of the output: rounding to integers is noise, and its
-    size says more than its largest entry.
-
-    Raises:
-        VerificationError: an error is beyond ``rtol``, or the file cannot be run.
-    """
-    run = onnx_runner(path, model)
-    noise: list[float] = []
-    signal: list[float] = []
-    for tensors in inputs:
-        try:
-            got = run(tensors)
-        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
-            raise VerificationError(f"the {INT8_FILE} fails on inputs {shapes(tensors)}: {one_line(error)}") from error
-        expected = model.run(tensors)
-        noise = noise or [0.0] * len(expected)
-        signal = signal or [0.0] * len(expected)
-        for index, (value, want) in enumerate(zip(got, expected, strict=True)):
-            if want.is_floating_point():
-                finite = want.isfinite()
-                noise[index] += float((value.double() - want.double())[finite].square().sum())
-                signal[index] += float(want.double()[finite].square().sum())
-    what = f"{len(inputs)} input{'s' * (len(inputs) > 1)}, the first {shapes(inputs[0])}"
-    cases = []
-    for index, (off, size) in enumerate(zip(noise, signal, strict=True)):
-        relative = (off / size) ** 0.5 if size else float(off > 0)
-        cases.append(Case(what, INT8_FILE, f"output {index}", relative, off**0.5, rtol * size**0.5))
-    worst = max(cases, key=lambda case: case.error)
-    if not worst.error <= rtol:
-        raise VerificationError(
-            f"int8 changes {worst.output} by {worst.error:.1%} of its size on {what}; allowed are {rtol:.0%}: give "
-            "typical inputs to choose scales by (--calibrate, or better examples in the checkpoint), allow more "
-            "(--rtol), or export float32"
-        )
-    return cases
 
 
 def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:
@@ -181,4 +140,4 @@ def quantized(
     """Quantise the file at `path`; how far its outputs are off."""
     named = [{n: t.numpy() for n, t in zip(model.input_names, tensors, strict=True)} for tensors in typical]
     quantize(path, named if static else None)
-    return compare(model, path, typical, RTOL["int8"] if rtol is None else rtol)
+    return compare_int8(model, path, typical, rtol)

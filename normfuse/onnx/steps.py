@@ -28,6 +28,7 @@ from normfuse.options import (
     OPSETS,
     ExportError,
     check_dtype,
+    check_for_int8,
     check_opset,
     check_scale_range,
     passes_for,
@@ -96,8 +97,7 @@ def plan(
     check_dtype(dtype, MODEL_DTYPES)
     check_scale_range(max_scale_range)
     check_opset(opset)
-    if calibrate is not None and dtype != "int8":
-        raise ExportError(f"calibrate is for dtype 'int8', not {dtype!r}; leave it out")
+    check_for_int8(dtype, calibrate)
     passes = passes_for(target, disable_passes)
     stored = "float32" if dtype == "int8" else dtype
     exact = None if dtype == "int8" else rtol
@@ -226,7 +226,7 @@ class Written:
         opset: the operator set.
         applied: how often each graph pass applied.
         verification: every comparison, of the folded program and of the file.
-        graph: what is in the file.
+        graph: the operations, norms and size of the file.
         rejected: newer operator sets that were tried, and why they failed.
         notes: what was given up, in words.
     """

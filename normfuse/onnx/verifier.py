@@ -16,14 +16,15 @@ import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
-from normfuse.onnx.graph import summarize
+from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
-from normfuse.onnx.trials import EXAMPLE, SOFT, Trial
+from normfuse.onnx.trials import EXAMPLE, SOFT, Trial, shapes
+from normfuse.options import INT8_FILE
 from normfuse.programs import Runner, own_rounding
 
 # Largest difference allowed, relative to the output's largest value. float32: a few hundred roundings of 6e-8 in a row;
 # float16 rounds at 5e-4, and its sums in ONNX Runtime are as long.
-# int8: of the output's size (root of summed squares), see normfuse.onnx.quantize. A fifth is a cosine of 0.98.
+# int8: of the output's size (root of summed squares), see compare_int8. A fifth is a cosine of 0.98.
 RTOL = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
 _COARSER = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
 
@@ -61,7 +62,7 @@ class VerificationReport:
         """The largest relative error of a form of the model.
 
         Args:
-            form: ``folded program`` or ``ONNX file``.
+            form: ``folded program``, ``ONNX file`` or ``int8 file``.
 
         Returns:
             A share of the output's largest value; 0 if the form was not compared.
@@ -94,25 +95,28 @@ def verify(
     edges: bool = True,
     references: References | None = None,
 ) -> VerificationReport:
-    """Compares the outputs of a model with those of its folded program and of its ONNX file in ONNX Runtime (CPU).
+    """Compare the outputs of a model with those of its folded program and of its ONNX file in ONNX Runtime (CPU).
 
     The references are the outputs of the live model on the example inputs, and those of its traced program elsewhere.
     All run on the example inputs, on ``rounds`` random inputs whose dynamic dimensions take random sizes, 1 among them,
-    and on inputs that look for trouble: masks that hide nothing, a row and everything, integers at both ends, the
-    smallest and largest sizes, zeros, ones and large numbers, and an empty batch. Inputs of the last kind that the
-    program itself fails on prove nothing and are left out; so are places where it gives NaN. On all but the example
-    inputs, up to ten times the program's own rounding is allowed where that is more.
+    and on edge cases: masks that hide nothing, a row and everything, integers at both ends of their range, the smallest
+    and largest sizes, zeros, ones and large numbers, and an empty batch. Edge cases on which the program itself fails
+    are left out; so are places where it gives NaN. On all but the example inputs, up to ten times the program's own
+    rounding is allowed where that is more.
+
+    A file with int8 products is compared on the example inputs alone. Its error is the root of the summed squares of
+    the difference ÷ that of the output.
 
     Args:
         model: the original program with its inputs.
         path: the ONNX file; None compares the program only.
         program: the folded program; None compares the file only.
         rtol: allowed difference relative to the largest value of the output (per output, over all its
-            numbers); None is 1e-4, or 2e-2 for a float16 file.
-        atol: allowed difference on top.
-        rounds: random inputs.
+            numbers); None is 1e-4, 2e-2 for a float16 file, 0.2 for an int8 file.
+        atol: allowed difference on top; not used for an int8 file.
+        rounds: number of random inputs.
         seed: of the random inputs.
-        edges: whether inputs that look for trouble are tried.
+        edges: whether edge cases are tried.
         references: of `model`, where several forms are verified: the model runs once for all of them. They decide on
             `rounds`, `seed` and `edges`.
 
@@ -133,7 +137,20 @@ def verify(
         True
     """
     references = references or References(model, rounds=rounds, seed=seed, edges=edges)
-    return compare_forms(references, None if path is None else Path(path), program, rtol=rtol, atol=atol)
+    if path is None or not _is_int8(Path(path)):
+        return compare_forms(references, None if path is None else Path(path), program, rtol=rtol, atol=atol)
+    cases = compare_int8(model, Path(path), [tuple(model.example_inputs)], rtol)
+    if program is None:
+        return VerificationReport(cases)
+    exact = compare_forms(references, None, program, rtol=None, atol=atol)
+    return replace(exact, cases=[*exact.cases, *cases])
+
+
+def _is_int8(path: Path) -> bool:
+    try:
+        return summarize(path).dtype == "int8"
+    except GraphError:  # ONNX Runtime says more about it
+        return False
 
 
 def compare_forms(
@@ -182,6 +199,49 @@ def compare_forms(
                     raise
                 notes.append(str(error))
     return VerificationReport(cases, list(dict.fromkeys([*references.notes(half), *notes])))
+
+
+def compare_int8(
+    model: ExportableModel, path: Path, inputs: Sequence[Sequence[torch.Tensor]], rtol: float | None
+) -> list[Case]:
+    """The error of an int8 file against the model in float32, for every output over all the inputs together.
+
+    It is the root of the summed squares of the difference ÷ that of the output: rounding to integers is noise, and its
+    size says more than its largest entry.
+
+    Raises:
+        VerificationError: an error is beyond ``rtol``, or the file cannot be run.
+    """
+    rtol = RTOL["int8"] if rtol is None else rtol
+    run = onnx_runner(path, model)
+    noise: list[float] = []
+    signal: list[float] = []
+    for tensors in inputs:
+        try:
+            got = run(tensors)
+        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+            raise VerificationError(f"the {INT8_FILE} fails on inputs {shapes(tensors)}: {one_line(error)}") from error
+        expected = model.run(tensors)
+        noise = noise or [0.0] * len(expected)
+        signal = signal or [0.0] * len(expected)
+        for index, (value, want) in enumerate(zip(got, expected, strict=True)):
+            if want.is_floating_point():
+                finite = want.isfinite()
+                noise[index] += float((value.double() - want.double())[finite].square().sum())
+                signal[index] += float(want.double()[finite].square().sum())
+    what = f"{len(inputs)} input{'s' * (len(inputs) > 1)}, the first {shapes(inputs[0])}"
+    cases = []
+    for index, (off, size) in enumerate(zip(noise, signal, strict=True)):
+        relative = (off / size) ** 0.5 if size else float(off > 0)
+        cases.append(Case(what, INT8_FILE, f"output {index}", relative, off**0.5, rtol * size**0.5))
+    worst = max(cases, key=lambda case: case.error)
+    if not worst.error <= rtol:
+        raise VerificationError(
+            f"int8 changes {worst.output} by {worst.error:.1%} of its size on {what}; allowed are {rtol:.0%}: give "
+            "typical inputs to choose scales by (--calibrate, or better examples in the checkpoint), allow more "
+            "(--rtol), or export float32"
+        )
+    return cases
 
 
 def _run(

@@ -10,7 +10,8 @@ import normfuse
 import normfuse.onnx
 from normfuse.checkpoint import ExportableModel
 from normfuse.nn import UnifiedNorm
-from normfuse.onnx.quantize import compare, read_calibration
+from normfuse.onnx.quantize import read_calibration
+from normfuse.onnx.verifier import compare_int8
 from normfuse.options import INT8_FILE
 
 
@@ -78,9 +79,18 @@ def test_too_large_an_error_writes_nothing(model, tmp_path):
 def test_an_error_is_over_all_inputs_together(model, result):
     path = result.path
     batches = [(inputs(1),), (10 * inputs(2),)]
-    alone = [compare(model, path, [batch], 1.0)[0] for batch in batches]
-    both = compare(model, path, batches, 1.0)[0]
+    alone = [compare_int8(model, path, [batch], 1.0)[0] for batch in batches]
+    both = compare_int8(model, path, batches, 1.0)[0]
     assert both.difference == pytest.approx((alone[0].difference ** 2 + alone[1].difference ** 2) ** 0.5)
+
+
+def test_a_file_is_verified_again_as_it_was_exported(model, result):
+    told = [case for case in result.verification.cases if case.form == INT8_FILE]
+    report = normfuse.onnx.verify(model, result.path)
+    assert normfuse.onnx.summarize(result.path).dtype == "int8"
+    assert [case.error for case in report.cases] == pytest.approx([case.error for case in told])
+    with pytest.raises(normfuse.NormfuseError, match="int8 changes output"):
+        normfuse.onnx.verify(model, result.path, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

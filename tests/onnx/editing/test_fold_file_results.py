@@ -104,7 +104,7 @@ def test_options_are_checked_first(tmp_path):
     onnx.save(images(), tmp_path / "in.onnx")
     with pytest.raises(GraphError, match="there is no input 'z'; the file takes x"):
         fold_file(tmp_path / "in.onnx", tmp_path / "out.onnx", inputs=["z:float32[1]"])
-    with pytest.raises(ExportError, match="it is read as well"):
+    with pytest.raises(ExportError, match="this command reads it too"):
         fold_file(tmp_path / "in.onnx", tmp_path / "in.onnx")
 
 
