@@ -58,7 +58,7 @@ def _load_autograd() -> ModuleType | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, and whether it is in use.
+    """Report the build of the compiled library, and whether it is in use.
 
     Returns:
         A JSON-ready dict. About this process: ``available`` (bool), ``reason`` (str, why it is not), ``path`` of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class NormfuseError(ValueError):
     """Base of everything that normfuse refuses.
 
-    The message is one line: what was given, what is wrong, what to do.
+    The message is one line: the argument, the problem, and what to do.
 
     Attributes:
         advice: options of the command that get past the refusal, as they are typed: ``("--trust",)``. The command

@@ -89,7 +89,7 @@ def check_target(
         refuse(f"the folder {folder} is read-only")
     for read in reads:
         if same_file(path, read):
-            refuse("it is read as well; give the output another name")
+            refuse("this command reads it too; give the output another name")
     return target
 
 

@@ -14,7 +14,7 @@ __all__ = ["PlotError", "plot_statistics", "read_statistics"]
 
 
 class PlotError(NormfuseError):
-    """A file of statistics cannot be read, or its picture not be drawn; the message is one line."""
+    """A file of statistics cannot be read, or its picture cannot be drawn; the message is one line."""
 
 
 _SERIES = ("step", "batch", "running", "ratio", "ratio_low", "ratio_high", "skips", "gradient", "finite")
@@ -61,18 +61,18 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
 
 
 def plot_statistics(statistics: str | Path | dict[str, Any], out: str | Path) -> Path:
-    """Draw batch against running statistic, their quotient, the gradient statistic and skips, a row per layer.
+    """Draw batch and running statistics, their ratio, the gradient statistic and skipped steps, one row per layer.
 
     Args:
         statistics: what :meth:`normfuse.nn.Monitor.to_json` returned, or a file of :meth:`~normfuse.nn.Monitor.save`.
-        out: the picture to write; its ending says which format (.png, .svg, .pdf).
+        out: the picture to write; its ending selects the format: .png, .svg or .pdf.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        PlotError: ``statistics`` is not such a file, ``out`` cannot be written or has an ending that is no known
-            format, or matplotlib is missing.
+        PlotError: ``statistics`` is not such a file, ``out`` cannot be written or has an unknown ending, or matplotlib
+            is missing.
 
     Example:
         >>> from normfuse.nn import UnifiedNorm, monitor

@@ -294,17 +294,17 @@ def test_what_is_read_is_not_written_and_a_report_has_a_name_of_its_own(tmp_path
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     export, fold = ["export", "m.pt", "--out"], ["fold", "m.pt", "--out"]
     for arguments, because in (
-        ([*export, "m.pt"], "cannot write m.pt: it is read as well"),
-        ([*export, "./hard.onnx"], "cannot write hard.onnx: it is read as well"),
-        ([*export, "link.onnx"], "cannot write link.onnx: it is read as well"),
-        ([*export, "m.onnx", "--report", "link.onnx"], "cannot write link.onnx: it is read as well"),
+        ([*export, "m.pt"], "cannot write m.pt: this command reads it too"),
+        ([*export, "./hard.onnx"], "cannot write hard.onnx: this command reads it too"),
+        ([*export, "link.onnx"], "cannot write link.onnx: this command reads it too"),
+        ([*export, "m.onnx", "--report", "link.onnx"], "cannot write link.onnx: this command reads it too"),
         ([*export, "same", "--report", "./same"], "--report and --out are both same"),
-        ([*export, "net.py", "--model", "net:make"], "cannot write net.py: it is read as well"),
+        ([*export, "net.py", "--model", "net:make"], "cannot write net.py: this command reads it too"),
         ([*export, "pipe"], "cannot write pipe: it is a pipe"),
         ([*export, "/dev/full"], "cannot write /dev/full: it is a device"),
         ([*export, "m.onnx", "--report", "/dev/stdout"], "cannot write /dev/stdout: it is "),
         ([*export, "n" * 300], "file name too long"),
-        ([*fold, "m.pt"], "cannot write m.pt: it is read as well"),
+        ([*fold, "m.pt"], "cannot write m.pt: this command reads it too"),
         (["plot", "stats.json", "--out", "stats.json"], "stats.json"),
     ):
         done = CliRunner().invoke(cli.app, arguments)

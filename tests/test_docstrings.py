@@ -37,6 +37,23 @@ def example(x: int, y: int = 1) -> int:  # noqa: D417
     return x + y
 
 
+class Passing:
+    """Pass options on.
+
+    Args:
+        x: a number.
+        **options: those below.
+        y: a number.
+        z: a number (default 1).
+
+    Example:
+        >>> Passing(1)
+    """
+
+    def __init__(self, x: int, **options: int) -> None: ...
+
+
 def test_what_is_missing_is_found() -> None:
     assert Public("example", example).missing() == ["Args: y", "Returns", "Raises"]
+    assert Public("passing", Passing).missing() == ["the default of y"]
     assert Public("main", lambda: None).missing() == ["a docstring"]

@@ -37,7 +37,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model ready to be exported: a program of tensors, whatever it came from.
+    """A model ready for export, from any source: a traced program with tensors as inputs and outputs.
 
     Attributes:
         program: traced in evaluation mode; takes the tensors of `inputs` and returns those of `outputs`. Floating
@@ -47,8 +47,8 @@ class ExportableModel:
         example_inputs: tensors that the program takes; saved with it, or made up from `inputs`.
         expected_outputs: what the live model gave on them, recorded before tracing, in the model's own dtype; empty
             where there was no live model but only a program.
-        source: where it came from, for messages.
-        notes: what was decided on the way, in words: bounds that tracing found, arguments that became constants.
+        source: the file or class that it comes from, for messages.
+        notes: decisions in words: bounds that tracing found, arguments that became constants.
     """
 
     program: ExportedProgram
@@ -61,12 +61,12 @@ class ExportableModel:
 
     @classmethod
     def from_model(cls, model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> ExportableModel:
-        """Traces a live module in evaluation mode.
+        """Trace a module in evaluation mode.
 
-        The module's modes, parameters and buffers and the example inputs are as they were afterwards. It is traced as
-        it stands, hooks and parametrisations included; wrappers of training (DistributedDataParallel, torch.compile,
-        moving averages, accelerate's autocast) are looked through, PEFT's adapters merged into a copy. A module on a
-        GPU, or in another dtype than float32, is copied.
+        The module's modes, parameters and buffers and the example inputs do not change. Hooks and parametrisations are
+        traced too. Wrappers of training (DistributedDataParallel, torch.compile, moving averages, accelerate's
+        autocast) are removed; PEFT's adapters are merged into a copy. A module on a GPU, or in another dtype than
+        float32, is copied.
 
         Args:
             model: the module.
@@ -83,8 +83,8 @@ class ExportableModel:
             The traced model.
 
         Raises:
-            CheckpointError: in one line: the module fails on the example inputs, cannot be traced, or holds numbers
-                that no training leaves behind.
+            CheckpointError: the module fails on the example inputs, cannot be traced, or holds invalid numbers (not
+                finite, a negative variance).
 
         Example:
             >>> from normfuse import ExportableModel

@@ -8,9 +8,9 @@ from normfuse.errors import NormfuseError, one_line
 
 
 class CheckpointError(NormfuseError):
-    """A checkpoint cannot be written or used.
+    """A checkpoint cannot be written or read.
 
-    The message is one line of at most `limit` characters: which file, what is wrong, what to do.
+    The message is one line of at most `limit` characters: the file, the problem, and what to do.
     """
 
     def __init__(self, message: str, *, advice: Sequence[str] = (), limit: int = 400) -> None:

@@ -35,33 +35,31 @@ def load(
     weights: str | None = None,
     trust: bool = False,
 ) -> ExportableModel:
-    """Loads a checkpoint of :func:`normfuse.save`, or the weights that a training script saved.
+    """Load a checkpoint of :func:`normfuse.save`, or the weights that a training script saved.
 
-    Nothing that the file holds is run.
+    No code from the file is run.
 
     Args:
         path: the file: of :func:`normfuse.save`, of ``torch.export.save`` (``.pt2``), of ``torch.save``,
-            ``.safetensors``, an index of several
-            (``….index.json``), or a folder that holds one of the last two. Weights are found under the names that
-            training scripts use, whatever wrappers left in front of theirs.
+            ``.safetensors``, an index of several (``….index.json``), or a folder that holds one of the last two.
+            Weights are found under the keys that training scripts use, also with the prefixes of wrappers.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
             callable, or a module to load into. None: the program that the file holds. A file that holds its program
             is exported as it was saved; a module that is given gets its weights.
-        model_args: keyword arguments for it; they go over those that the file records.
+        model_args: keyword arguments for it; they override those in the file.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
         weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
             the trained ones, not their average. ``ExportableModel.notes`` name what was taken.
-        trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, and the class
-            that a file of format 1 names. Only for files whose maker you know.
+        trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, and the class that
+            a file of format 1 names. Only for files whose author you trust.
 
     Returns:
         The program with its inputs and outputs.
 
     Raises:
-        CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module,
-            or holds numbers that no training leaves behind (not finite, a negative variance). Nothing is
-            changed on disk.
+        CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module, or holds
+            invalid numbers (not finite, a negative variance). Nothing is changed on disk.
 
     Example:
         >>> import normfuse

@@ -26,7 +26,7 @@ def save(
     factory: None = None,
     kwargs: None = None,
 ) -> None:
-    """Saves a model as data: its program, traced in evaluation mode, and what the live model gives on the examples.
+    """Save a model as data: its program, traced in evaluation mode, and the outputs of the live model on the examples.
 
     The file (docs/checkpoint_format.md) is a PT2 archive: other tools open it with ``torch.export.load``. Neither the
     model's class nor its arguments are needed to load it, so classes of the running script, ``nn.Sequential``, hooked,
@@ -40,12 +40,12 @@ def save(
             exporting verifies on them.
         dynamic_shapes: which dimensions may vary, as torch.export takes them: by input name or in order, an
             ``{axis: dim}`` per input, where a plain name serves as well as ``torch.export.Dim``. None: all fixed.
-        factory: of earlier versions, which rebuilt the model; refused.
-        kwargs: likewise.
+        factory: an argument of earlier versions; an error if it is given.
+        kwargs: an argument of earlier versions; an error if it is given.
 
     Raises:
-        CheckpointError: the model fails on the examples, cannot be traced, holds numbers that no training leaves
-            behind or something that is not data, or the file cannot be written. Nothing is left behind then.
+        CheckpointError: the model fails on the examples, cannot be traced, holds invalid numbers (not finite, a
+            negative variance) or objects that are not data, or the file cannot be written. No file is left then.
 
     Example:
         >>> import normfuse

@@ -26,11 +26,11 @@ _METHODS: dict[str, type[AdaptingNorm]] = {
 
 
 def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None, **options: Any) -> SwapReport:
-    """Let the BatchNorms of a trained ``model`` adapt to the data that it meets from now on; changes it in place.
+    """Make the BatchNorms of a trained ``model`` adapt to new data; changes the model in place.
 
-    Run the model on data of the new kind, in any mode: BatchNorms are in evaluation in both. :func:`freeze` makes
-    adapted statistics constants again. Without it an exported program adapts to each batch (``"alpha"``) or sample
-    (``"unmix"``) it meets, and stands still otherwise.
+    Then run the model on new data, in any mode: its BatchNorms are always in evaluation mode. :func:`freeze` makes the
+    adapted statistics constant again. Without it an exported program computes statistics from each batch (``"alpha"``)
+    or sample (``"unmix"``); with ``"decay"`` they are constants.
 
     Args:
         model: contains BatchNorms of PyTorch or :class:`normfuse.nn.MaskedBatchNorm`, or of classes derived from them
@@ -93,10 +93,10 @@ def adapt(model: nn.Module, method: str = "alpha", *, where: Where | None = None
 
 
 def freeze(model: nn.Module) -> SwapReport:
-    """End what :func:`adapt` began: the adapted statistics become those of the BatchNorms.
+    """End the adaptation of :func:`adapt`: the adapted statistics become those of the BatchNorms.
 
-    Otherwise the model is as it was before :func:`adapt`, and its norms fold like any BatchNorm. A norm that met no
-    data keeps the source's statistics.
+    Otherwise the model is as it was before :func:`adapt`, and its norms fold like any BatchNorm. A norm that has seen
+    no data keeps its original statistics.
 
     Args:
         model: changed in place; :func:`adapt` was called on it.
@@ -105,8 +105,8 @@ def freeze(model: nn.Module) -> SwapReport:
         A :class:`SwapReport`.
 
     Raises:
-        ValueError: nothing adapts, no norm met data, or statistics are computed from each sample (UnMix-TNS). The
-            model is then as before.
+        ValueError: the model does not adapt, no norm has seen data, or statistics are computed from each sample
+            (UnMix-TNS). The model is then unchanged.
 
     Example:
         >>> from normfuse.convert import adapt, freeze

@@ -14,7 +14,7 @@ _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def split_domains(model: nn.Module, num_domains: int = 2, *, where: Where | None = None) -> SwapReport:
-    """Put a :class:`normfuse.nn.DomainSplitNorm` in the place of every norm, with a copy of it for each domain.
+    """Replace every norm by a :class:`normfuse.nn.DomainSplitNorm` with a copy of it for each domain.
 
     Args:
         model: a pretrained model; changed in place. Create the optimiser afterwards. Batches hold the domains one after

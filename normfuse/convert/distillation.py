@@ -261,10 +261,10 @@ def distill(
     validate_every: int = 100,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Train the student for some optimiser steps on nothing but its distillation loss.
+    """Train the student on its distillation loss alone.
 
     To resume a run, store the ``state_dict`` of the student, the optimiser and the scheduler, and the position in the
-    data. Nothing else is kept.
+    data. There is no other state.
 
     Args:
         distillation: of the student, which is trained in place and whose mode is restored.

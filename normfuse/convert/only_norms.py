@@ -28,17 +28,17 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def freeze_to_norms(
     model: nn.Module, *, also: str | None = None, init: str = "keep", generator: torch.Generator | None = None
 ) -> list[str]:
-    """Let only gains and shifts of norms learn (Frankle et al., 2021, arXiv 2003.00152).
+    """Freeze all parameters but the gains and biases of norms (Frankle et al., 2021, arXiv 2003.00152).
 
     Args:
-        model: changed in place. Statistics go on moving in training mode.
-        also: name of a module whose parameters learn too, usually the output layer.
+        model: changed in place. Statistics are still updated in training mode.
+        also: name of a module whose parameters are trained too, usually the output layer.
         init: gains as they are ("keep"), all 1 ("one"), or drawn from 0 to 1 ("uniform"); shifts become 0 with the
             latter two.
         generator: for "uniform".
 
     Returns:
-        The names of the parameters that learn; give those to the optimiser.
+        The names of the trained parameters; give these to the optimiser.
 
     Raises:
         ValueError: an option is not allowed, or no norm has a gain.
@@ -82,7 +82,7 @@ def _restart(module: nn.Module, own: dict[nn.Parameter, float], init: str, gener
 
 @dataclass(frozen=True)
 class DeadChannels:
-    """What :func:`remove_dead_channels` did.
+    """The channels that :func:`remove_dead_channels` removed.
 
     Attributes:
         removed: norm → (layer before, layers behind, indices of the channels when they were removed); of several norms
@@ -113,7 +113,7 @@ def remove_dead_channels(
     threshold: float = 0.0,
     kwargs: dict[str, Any] | None = None,
 ) -> DeadChannels:
-    """Take the channels out of the model that a static norm multiplies by (nearly) zero.
+    """Remove the channels that a static norm multiplies by (nearly) zero from the model.
 
     Such a channel carries a constant, which goes into the biases of the layers that read it; the channel goes from all
     layers and norms that hold it. Found is what :func:`normfuse.folding.remove_dead_channels` finds in the exported

@@ -51,7 +51,9 @@ def _stacks(model: nn.Module) -> list[tuple[nn.Module | None, dict[str, nn.Modul
 
 
 def place(model: nn.Module, placement: str, *, fraction: float = 0.25, count: int | None = None) -> list[Placed]:
-    """Change in place where the norms of ``model`` stand. The model computes something else then: train it.
+    """Change the placement of the norms of ``model`` in place.
+
+    This changes the function of the model, so train it afterwards.
 
     Found are :class:`normfuse.nn.TransformerStack`, :class:`~normfuse.nn.TransformerBlock`,
     :class:`~normfuse.nn.NormedBranch`, and torch's TransformerEncoderLayer and TransformerDecoderLayer, which know

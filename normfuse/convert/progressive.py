@@ -197,7 +197,7 @@ def progressive(
     valid_mask: str | None = "attention_mask",
     **options: Any,
 ) -> Conversion:
-    """Replace norms of a trained model by λ · original + (1 − λ) · static norm, with λ falling to 0.
+    """Replace the norms of a trained model by λ · original + (1 − λ) · static norm, where λ falls to 0.
 
     The model is the same function as before until training goes on. ``state_dict`` carries both norms, the statistics
     and λ's step: to resume, build the model, call this with the same arguments, and load. Create the optimiser

@@ -40,7 +40,8 @@ def reconstruct(
     change of the weight. Norm after norm in the order of the model, each with the inputs that the layers changed before
     it leave, so that errors do not add up. Nothing is trained; it is a start from which little training remains.
 
-    Afterwards the model suits its static norms, not its original ones: let λ fall early (:class:`Schedule`).
+    Afterwards the weights fit the static norms and no longer the original ones, so let λ fall early
+    (:class:`Schedule`).
 
     Args:
         conversion: of the model to change, calibrated or not.

@@ -48,7 +48,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`swap_norms` did; ``print`` it.
+    """The norms that :func:`swap_norms` replaced; ``print`` it.
 
     Attributes:
         swaps: one entry per exchanged norm.
@@ -232,7 +232,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = None, **options: Any) -> SwapReport:
-    """Exchange norms of ``model`` in place; weight and bias, eps, device, dtype and mode stay.
+    """Replace norms of ``model`` in place; weight, bias, eps, device, dtype and mode are kept.
 
     Found are LayerNorm, RMSNorm, BatchNorm, this package's norms over one dimension of channels (not RepBatchNorm,
     whose shortcut has no place elsewhere), and modules without children whose class name ends in "LayerNorm" or
@@ -244,7 +244,8 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
 
     A norm that the model uses at several places stays one norm. The new norms' statistics start fresh (from one
     BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²): train, or run
-    :func:`normfuse.nn.calibrate`. An RMSNorm's successor gains a bias of zero. Create the optimiser afterwards.
+    :func:`normfuse.nn.calibrate`. The norm that replaces an RMSNorm has a bias of zero. Create the optimiser
+    afterwards.
 
     Args:
         model: a module that contains norms.

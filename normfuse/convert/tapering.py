@@ -24,7 +24,7 @@ def taper(
     valid_mask: str | None = "attention_mask",
     **options: Any,
 ) -> Conversion:
-    """Let dynamic norms fade into constants while a model trains, from scratch or from a trained one.
+    """Fade dynamic norms into constants during training, from scratch or from a trained model (arXiv 2602.10408).
 
     TaperNorm (arXiv 2602.10408), by :func:`progressive`: the norms stay as they are until ``schedule.start``, and
     moving averages of what they see and give are kept; from these a static norm is fitted to each, in closed form. Then
@@ -44,8 +44,8 @@ def taper(
         schedule: when the share of the originals falls, at the earliest after one step; a number stands for
             ``Schedule(steps=number, start=0.2, end=0.8, shape="cosine")``.
         to: as for :func:`progressive`.
-        keep_last: leave the last norm in the order of the model alone. Without any norm in front of the head a language
-            model may lower its loss by ever larger logits; where none shall stay, add the loss of
+        keep_last: leave the last norm in the order of the model alone. Without a norm in front of the head, a language
+            model can lower its loss with ever larger logits. To remove this norm too, add the loss of
             :class:`ScaleAnchor`.
         momentum: of the moving averages.
         where: as for :func:`progressive`.
@@ -87,7 +87,7 @@ def taper(
 
 
 class ScaleAnchor:
-    """A loss that holds the scale of a module's input, usually the head's, where no norm does (arXiv 2602.10408).
+    """A loss that keeps the scale of a module's input, usually the head's, if no norm does (arXiv 2602.10408).
 
     Args:
         module: a hook on it keeps the root mean square of its input, [..., C], in every training forward.

@@ -56,9 +56,9 @@ def fold(
             decomposition. It is not changed.
         copy_shared: whether a weight that is read at several places may be stored once per place where the places
             need different values. Otherwise operations with a shared weight stay as they are.
-        carry_biases: whether the biases of the weights that write into a residual stream leave it as shifts and go
-            into the weights that read it. It saves an addition per branch; where the stream's constant part is large
-            against what varies, subtracting it later costs digits, so the result should be checked on real inputs.
+        carry_biases: whether the biases of the weights that write into a residual stream are moved into the weights
+            that read it. This saves an addition per branch. It costs accuracy if the constant part of the stream is
+            much larger than its variation, so check the result on real inputs.
         max_scale_range: the largest ratio allowed between the scales with which one channel is stored in different
             places; a norm that would exceed it stays. Scales do no harm in floating point until a value overflows or
             underflows: the default is safe for float32 and bfloat16, 2**10 for float16.
@@ -68,21 +68,20 @@ def fold(
         cancel_norms: whether to drop norms that are followed by other norms which make their division superfluous; see
             :mod:`normfuse.folding.cancel`. The eps of the later norms then counts for more or less:
             ``report.cancel_difference`` says how much this changes the outputs on the example inputs.
-        balance: "int8" chooses the scales, which leave a factor per channel free, and the norms that stay such that the
-            predicted error of dynamically quantised products is least, see :mod:`normfuse.folding.balance`;
-            "int8-per-tensor" is for weights with one step per tensor instead of one per output channel. None: scales
-            near one.
-        example_inputs: positional inputs to choose by, typical ones, or several such tuples; None: the program's own
+        balance: "int8" chooses the free factors of the scales, and the norms that stay, to minimise the predicted error
+            of dynamically quantised products, see :mod:`normfuse.folding.balance`. "int8-per-tensor" does so for
+            weights with one step size per tensor instead of one per output channel. None: scales near one.
+        example_inputs: typical positional inputs for ``balance``, or several such tuples; None: the program's own
             example inputs.
-        verify: whether the folded program is compared with `program` on its example inputs, if it has any, and if no
-            norms cancel. It runs each once.
+        verify: whether to compare the folded program with `program` on its example inputs, if it has any and no norms
+            cancel. Each program runs once.
 
     Returns:
         The folded program, equal to `program` up to rounding, and a report of every decision.
 
     Raises:
-        FoldError: the statistics are not finite, the program is in training mode, or the folded program computes
-            something else.
+        FoldError: statistics are not finite, the program is in training mode, or the outputs of the folded program
+            differ. ValueError: ``balance`` or ``example_inputs`` is not allowed.
 
     Example:
         >>> import normfuse
@@ -213,7 +212,7 @@ def fuse(
     keep_dynamic_norms: bool = False,
     verify: bool = True,
 ) -> torch.nn.Module:
-    """A module for inference in PyTorch that computes what ``model.eval()`` does, without its static norms.
+    """Return a module for inference in PyTorch with the outputs of ``model.eval()`` and without its static norms.
 
     Args:
         model: the model; the mode of each of its modules and its parameters stay as they are.

@@ -9,7 +9,7 @@ from normfuse.errors import NormfuseError
 
 
 class FoldError(NormfuseError):
-    """The program cannot be folded at all; the message names the layer and says what to do."""
+    """The program cannot be folded; the message names the layer and says what to do."""
 
 
 class OutOfRange(FoldError):
@@ -18,14 +18,14 @@ class OutOfRange(FoldError):
 
 @dataclass
 class NormRecord:
-    """What became of one norm (or of one per-channel affine map outside a norm).
+    """The result of folding for one norm (or one per-channel affine map outside a norm).
 
     Attributes:
         name: path of the module, e.g. ``blocks.0.norm1``.
         kind: class of the module, or ``affine`` for arithmetic written in a forward.
         status: ``folded`` (nothing of it is left), ``partly folded`` (one Add is left) or ``kept``.
-        absorbed_by: names of the weights that took it.
-        reason: why something stayed, in words a user can act on; empty when folded.
+        absorbed_by: names of the weights into which it was folded.
+        reason: why something stayed, in words; empty if it was folded.
     """
 
     name: str
@@ -56,7 +56,7 @@ class RemovedChannels:
 
 @dataclass
 class DynamicNormRecord:
-    """What became of a norm that computes its statistics from each input: its core stays.
+    """The result of folding for a norm that computes its statistics from each input: its core stays.
 
     Attributes:
         name: path of the module, e.g. ``blocks.0.norm1``.

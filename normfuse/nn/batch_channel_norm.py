@@ -23,9 +23,9 @@ BATCH_EPS = 1e-5
 class EstimatedBatchNorm(MaskedBatchNorm):
     """Batch Normalization by running statistics in training too (Qiao et al., 2019, arXiv 1911.09738).
 
-    A training forward first moves the statistics (the variance around the mean as it was before), then normalises by
-    them; no gradient goes through them. ``momentum``, the share of the new value, is set from outside as training
-    goes on, see :func:`set_momentum`. Options and shapes: :class:`MaskedBatchNorm`, without ``ghost_size``.
+    A training forward first updates the statistics (the variance is taken around the old mean), then normalises by
+    them. No gradient flows through them. ``momentum``, the share of the new value, is changed during training, see
+    :func:`set_momentum`. Options and shapes: :class:`MaskedBatchNorm`, without ``ghost_size``.
 
     Args:
         num_features: number of channels C.
@@ -90,15 +90,15 @@ def set_momentum(model: nn.Module, momentum: float) -> int:
 class BatchChannelNorm(nn.Module):
     """Batch-Channel Normalization (Qiao et al., 2019, arXiv 1911.09738): batch norm, then group norm.
 
-    The batch half has a gain and shift per channel, the group half one pair per *group*. It is meant to stand behind
-    convolutions with :func:`weight_standardization`. In evaluation the batch half folds; the group half is computed
-    from each sample and stays.
+    The batch half has a gain and shift per channel, the group half one pair per *group*. Use it after convolutions with
+    :func:`weight_standardization`. In evaluation the batch half folds; the group half is computed from each sample and
+    stays.
 
     Args:
         num_features: number of channels C, along dimension 1.
         num_groups: of the group half, a divisor of C.
         estimated: for micro-batches: the batch half uses estimated statistics (:class:`EstimatedBatchNorm`).
-        eps: of the group half. The batch half keeps 1e-5 whatever this is, as in the authors' program.
+        eps: of the group half. The batch half always uses 1e-5, as in the authors' program.
         momentum: share of the new value in the batch half's statistics.
         ghost_size: see :class:`MaskedBatchNorm`.
         device: of the parameters; None: PyTorch's default.

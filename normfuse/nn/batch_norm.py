@@ -41,13 +41,15 @@ class MaskedBatchNorm(ChannelNorm):
         momentum: share of the *new* value in each update of the running statistics, as in PyTorch; None: an average
             over all steps.
         affine: whether to learn ``weight`` and ``bias``, both [C].
-        **options: those that follow, by name.
-        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L] and [N, C, H, W].
+        **options: the options below, by name.
+        channel_dim: dimension of the channels in the input: -1 (default) for [..., C], 1 for [N, C, L] and [N, C, H,
+            W].
         ghost_size: samples (along the first dimension) per ghost batch (Hoffer et al., 2017, arXiv 1705.08741): in
-            training each is normalised by its own statistics, and the running ones take one update after another; a
-            rest joins the last. None: one batch.
-        device: of parameters and buffers; None: PyTorch's default.
-        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
+            training each is normalised by its own statistics, and the running statistics are updated once for each; a
+            remainder joins the last one. None (default): one batch.
+        device: of parameters and buffers; None (default): PyTorch's default.
+        dtype: of the parameters; None (default): PyTorch's default. Statistics are float32, or float64 for dtype
+            float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16 (float64 in a float64 module).
@@ -135,18 +137,18 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         mean_penalty * ‖running_mean − mean‖² + var_penalty * ‖running_var − var‖₁
 
     in ``penalty``: sums over channels, with the running statistics after the update and without gradient, and the
-    biased variance of the batch. The terms of several forwards add up until :func:`batch_norm_penalty` is called. Add
-    its result to the loss of every step, because a backward pass frees the graph of these terms.
+    biased variance of the batch. The terms of several forwards are summed until :func:`batch_norm_penalty` is called.
+    Add its result to the loss in every step, because a backward pass frees the graph of these terms.
 
     As in the authors' program the norm divides by ``sqrt(max(var, eps))`` instead of ``sqrt(var + eps)``, in training
     and in evaluation, and padding comes out as zeros:
 
         y = weight * (x - running_mean) / sqrt(max(running_var, eps)) + bias
 
-    The authors tune both weights for each task, for a loss that is *summed* over up to 4096 tokens, which is what
-    :func:`batch_norm_penalty` allows for. The defaults are those of their translation model in pre-norm; in post-norm
-    they take ``mean_penalty=60, var_penalty=0``, both with ``momentum=0.05``. Their program switches the terms off by
-    default, which is ``mean_penalty=0, var_penalty=0`` here, and keeps the running variance biased.
+    The authors tune both weights for each task, for a loss that is *summed* over up to 4096 tokens;
+    :func:`batch_norm_penalty` divides by that number. The defaults are those of their translation model in pre-norm; in
+    post-norm they take ``mean_penalty=60, var_penalty=0``, both with ``momentum=0.05``. Their program switches the
+    terms off by default, which is ``mean_penalty=0, var_penalty=0`` here, and keeps the running variance biased.
 
     Args:
         num_features: number of channels C.
@@ -233,12 +235,13 @@ def deviation_of(norm: nn.Module, var: Tensor) -> Tensor:
 def batch_norm_penalty(model: nn.Module, tokens: int = AUTHORS_TOKENS) -> Tensor:
     """The loss term of every :class:`RegularizedBatchNorm` in ``model``, for a loss that is a *mean* over tokens.
 
-    It is the sum of the terms of all training forwards since the last call, divided by ``tokens``; the sums start anew.
+    It is the sum of the terms of all training forwards since the last call, divided by ``tokens``. The call resets the
+    sums.
 
     Args:
         model: contains the norms. With shared layers or several forwards before one backward all terms count.
-        tokens: how many tokens' losses the weights were chosen for. The authors' loss is a sum over up to 4096 tokens,
-            which the default turns into their balance for a mean loss. Give 1 with a summed loss.
+        tokens: number of tokens in the summed loss for which the weights were chosen; 4096 for the authors'. Give 1 if
+            your loss is a sum.
 
     Returns:
         A scalar tensor with gradient; zero where the weights of all terms are 0.

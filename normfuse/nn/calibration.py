@@ -86,17 +86,17 @@ def calibrate(
 ) -> int:
     """Set the forward statistics of every norm that keeps running ones from data; weights stay as they are.
 
-    They become those of all valid rows of all batches together: mean and variance in the BatchNorm family (unbiased, as
-    in training; not for EstimatedBatchNorm), the quadratic mean in UnifiedNorm, PowerNorm and MovingAverageBatchNorm
-    (also in every entry of ``buffer_x2``). While it runs, norms use the statistics of the batch, as in the first
-    steps of training, and the model is in evaluation mode (no dropout). Step counters, gradient statistics and the
-    modes of all modules are afterwards what they were before. A norm that never runs keeps its statistics; of a
-    DomainSplitNorm the chosen domain runs, so calibrate once for each :func:`choose_domain`, with that domain's
-    data. Norms of :func:`convert_sync` sum over their process group at the end; ranks may have different numbers of
-    batches.
+    The new statistics are those of all valid rows of all batches together: mean and variance in the BatchNorm family
+    (unbiased, as in training; not for EstimatedBatchNorm), the quadratic mean in UnifiedNorm, PowerNorm and
+    MovingAverageBatchNorm (also in every entry of ``buffer_x2``). While it runs, norms use the statistics of the batch,
+    as in the first steps of training, and the model is in evaluation mode (no dropout). Step counters, gradient
+    statistics and the modes of all modules are afterwards what they were before. A norm that does not run keeps its
+    statistics. In a DomainSplitNorm only the chosen domain runs, so call :func:`choose_domain` and calibrate once per
+    domain, with its data. Norms of :func:`convert_sync` sum over their process group at the end; ranks may have
+    different numbers of batches.
 
     Use it after :func:`normfuse.convert.swap_norms`, after loading weights without statistics, or when data has
-    changed. BatchNorms of PyTorch stay as they are: for them there is ``torch.optim.swa_utils.update_bn``.
+    changed. BatchNorms of PyTorch are not changed; use ``torch.optim.swa_utils.update_bn`` for them.
 
     Args:
         model: changed in place.

@@ -13,16 +13,16 @@ from ._traced_as_one import Proxy, traced_as_one
 
 
 class DomainSplitNorm(nn.Module):
-    """Gives every domain a norm of its own, all cloned from one (AdaptOR and split batch normalisation).
+    """A separate copy of a norm for every domain (split batch normalisation, Xie et al., 2020, arXiv 1911.09665).
 
     In training a batch holds the domains one after another, in equal parts; each part goes through its norm. In
-    evaluation every sample goes through the norm of the chosen ``domain``: only that one is exported, and it folds
-    as the cloned norm does.
+    evaluation every sample goes through the norm of the chosen ``domain``. Only that norm is exported, and it folds
+    like the norm it was copied from.
 
     Args:
         norm: the pretrained norm; it is copied.
         num_domains: at least 1.
-        domain: the one that evaluation uses; :func:`choose_domain` sets it in a whole model.
+        domain: the domain that evaluation uses, from 0 on; :func:`choose_domain` sets it in a whole model.
 
     Shape:
         x: what ``norm`` takes, its first dimension a multiple of ``num_domains`` in training. Further arguments are

@@ -95,9 +95,9 @@ class Monitor:
     """Records of the norms of a model, see :func:`monitor`.
 
     Args:
-        model: watched through hooks.
+        model: the model; hooks record its norms.
         every: training steps between two records.
-        drift: quotient of statistics beyond which a warning comes.
+        drift: ratio of batch and running statistic above which there is a warning.
 
     Example:
         >>> from normfuse.nn import UnifiedNorm, monitor
@@ -126,7 +126,7 @@ class Monitor:
         ]
 
     def observe(self, name: str, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None, *statistics: Any) -> None:
-        """Record the step that the norm of this name is about to take, if it is one to record.
+        """Record the next step of a norm, if it is due. Norms call this; users do not.
 
         Args:
             name: of the norm in the model.
@@ -254,18 +254,17 @@ def _plain(field: str, value: float) -> float | int | bool | None:
 def monitor(model: nn.Module, *, every: int = 50, drift: float = 10.0) -> Monitor:
     """Watch every norm in ``model`` that keeps running statistics during training.
 
-    In every ``every``-th training step a norm's batch statistic is measured (one pass over its input) and sent
-    to the host without waiting; other steps cost a counter. Once per layer and kind, a ``RuntimeWarning`` says
-    that a statistic is not finite or, after the first 20 steps, that the batch's has left the running one by
-    more than ``drift``. It comes with the following record, or with :meth:`Monitor.to_json`. Compiled models are
-    watched without a graph break, if the monitor was there when they were compiled; CUDA graphs are split at the
-    norms.
+    Every ``every`` training steps the batch statistic of each norm is measured (one pass over its input) and copied to
+    the host without waiting; other steps only count. A ``RuntimeWarning``, once per layer and kind, says that a
+    statistic is not finite or, after the first 20 steps, that batch and running statistic differ by more than a factor
+    ``drift``. It is given with the next record, or by :meth:`Monitor.to_json`. Compiled models are recorded without a
+    graph break, if the monitor was created before compiling; CUDA graphs are split at the norms.
 
     Args:
-        model: watched through hooks; nothing else changes.
+        model: gets hooks; nothing else changes.
         every: training steps between two records, at least 1.
-        drift: largest quotient of the batch's and the running statistic (the geometric mean over channels),
-            or its inverse; above 1.
+        drift: largest allowed ratio of batch and running statistic (geometric mean over channels), or its inverse;
+            above 1.
 
     Returns:
         A :class:`Monitor`, with ``to_json``, ``save`` and ``close``; also a context manager.

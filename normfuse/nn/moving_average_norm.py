@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MovingAverageBatchNorm(ChannelNorm):
-    """MABN (Yan et al., 2020, arXiv 2001.06838): Unified Norm's kin for convolutions and small batches.
+    """MABN (Yan et al., 2020, arXiv 2001.06838): moving average batch normalisation for small batches.
 
     It subtracts no mean; centre the weights in front of it instead (:func:`center_weight`). In evaluation it is
     ``y = weight * x / sqrt(running_var + eps) + bias``, which folds into nearby weights. In training the result is

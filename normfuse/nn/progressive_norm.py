@@ -21,11 +21,11 @@ SHAPES = ("linear", "cosine")
 class ProgressiveNorm(nn.Module):
     """λ · ``original`` + (1 − λ) · ``static``, where λ falls from 1 to 0 as training goes on.
 
-    With λ = 1 it is the original, with λ = 0 the static norm, bit for bit. :meth:`advance` counts an optimiser step;
-    λ is 1 before step ``begin``, ``r0`` at it, 0 from step ``end`` on, and falls along ``shape`` in between. The count
-    is part of ``state_dict``. Before ``begin`` the static norm rests: it does not run, and its statistics stay as they
-    are, as in the authors' program. After that both norms run in every training forward until ``finish`` of the
-    conversion puts the static one in its place; evaluation at λ = 0 runs the static one alone.
+    With λ = 1 it is the original, with λ = 0 the static norm, bit for bit. :meth:`advance` counts an optimiser step; λ
+    is 1 before step ``begin``, ``r0`` at it, 0 from step ``end`` on, and falls along ``shape`` in between. The count is
+    part of ``state_dict``. Before ``begin`` the static norm does not run, and its statistics do not change, as in the
+    authors' program. After that both norms run in every training forward until ``finish`` of the conversion puts the
+    static one in its place; evaluation at λ = 0 runs the static one alone.
 
     Args:
         original: the norm that is replaced; called with the input alone.
@@ -41,8 +41,8 @@ class ProgressiveNorm(nn.Module):
             is reached, and λ falls from a static norm that is close to the original; with ``frozen`` this is tapering
             (TaperNorm, arXiv 2602.10408). With several processes the averages are those of all of them. None: nothing
             is kept.
-        evaluate_static: evaluate the static norm alone whatever λ is, as the authors of PRepBN do, who train from the
-            start this way. Otherwise evaluation mixes as training does.
+        evaluate_static: use only the static norm in evaluation, whatever λ is, as the authors of PRepBN do. False:
+            evaluation mixes both norms, as training does.
 
     Attributes:
         step: int64 buffer, optimiser steps counted so far.

@@ -13,7 +13,10 @@ from ._traced_as_one import Proxy, traced_as_one
 
 
 class RegionNorm(nn.Module):
-    """Basic Region Normalization (RN-B): ``y = x̂ * (1 + weight[r]) + bias[r]`` for the region r of each pixel.
+    """Basic Region Normalization, RN-B (Yu et al., 2020, arXiv 1911.10375).
+
+    ``y = x̂ * (1 + weight[r]) + bias[r]``, where r is the region of a pixel (inside or outside of the mask) and x̂ is
+    normalised by the mean and variance of that region.
 
     Args:
         num_features: number of channels C.
@@ -72,7 +75,7 @@ class RegionNorm(nn.Module):
 
 
 class LearnableRegionNorm(nn.Module):
-    """Learnable Region Normalization (RN-L): the regions come from the features, gain and shift from a map of them.
+    """Region Normalization with learned regions, RN-L (Yu et al., 2020, arXiv 1911.10375).
 
     ``map = sigmoid(conv([mean over channels; maximum over channels]))``, the region is ``map >= threshold`` (without
     gradient), and ``y = x̂ * (1 + gain(map)) + shift(map)`` with one convolution each, pixel by pixel. The first

@@ -62,17 +62,17 @@ class _RowNorm:
 
 
 class LayerNorm(_RowNorm, nn.LayerNorm):
-    """``torch.nn.LayerNorm`` over the last dimension, with kernels of its own in training and a fused residual add.
+    """``torch.nn.LayerNorm`` over the last dimension, with its own training kernels and a fused residual addition.
 
     ``y = norm(x)``, or ``y, s = norm(x, residual)`` with s = x + residual and y the norm of s; gradients flow through
-    both. In evaluation it is torch's ``layer_norm`` behind a plain add, which exports and folds as that does.
+    both. In evaluation it is an addition and torch's ``layer_norm``, and exports and folds like these.
 
     Args:
         normalized_shape: number of channels C (an int, or a sequence of one).
         eps: added to the variance, inside the square root.
         elementwise_affine: whether to learn ``weight`` [C].
         bias: whether to learn ``bias`` [C] with it.
-        unit_offset: the gain is ``1 + weight``; the weight then starts at 0.
+        unit_offset: use the gain ``1 + weight``; the weight then starts at 0.
         device: of the parameters; None: PyTorch's default.
         dtype: of the parameters; None: PyTorch's default.
 
@@ -110,10 +110,10 @@ class LayerNorm(_RowNorm, nn.LayerNorm):
 
 
 class RMSNorm(_RowNorm, nn.RMSNorm):
-    """``torch.nn.RMSNorm`` over the last dimension, with kernels of its own in training and a fused residual add.
+    """``torch.nn.RMSNorm`` over the last dimension, with its own training kernels and a fused residual addition.
 
     ``y = norm(x)``, or ``y, s = norm(x, residual)`` with s = x + residual and y the norm of s; gradients flow through
-    both. In evaluation it is torch's ``rms_norm`` behind a plain add, which exports and folds as that does.
+    both. In evaluation it is an addition and torch's ``rms_norm``, and exports and folds like these.
 
     Args:
         normalized_shape: number of channels C (an int, or a sequence of one).
@@ -156,18 +156,19 @@ class RMSNorm(_RowNorm, nn.RMSNorm):
 
 
 class CRMSNorm(RMSNorm):
-    """Compressed RMSNorm (Jiang et al., 2023, arXiv 2305.14858): RMSNorm of C + 1 channels with mean zero, given C.
+    """Compressed RMSNorm (Jiang et al., 2023, arXiv 2305.14858): of C + 1 channels with mean zero, from C.
 
-    The last channel is minus the sum of the others, so nobody stores it: ``weight * x / sqrt((Σx² + (Σx)²)/(C + 1) +
-    eps)``. ``normalized_shape`` is C, one less than the network's width had the channel been kept. In evaluation it is
-    that formula in ATen operations. ``eps`` is 1e-5 by default, that of the LayerNorm it is converted from. Else as
+    The last channel is minus the sum of the others, so it is not stored: ``weight * x / sqrt((Σx² + (Σx)²)/(C + 1) +
+    eps)``. ``normalized_shape`` is C, one less than the width with that channel. In evaluation it is that formula in
+    ATen operations. ``eps`` is 1e-5 by default, as in the LayerNorm that it replaces. All else is as in
     :class:`RMSNorm`.
 
     Args:
         normalized_shape: number of channels C (an int, or a sequence of one).
-        eps: added to the mean square, inside the square root; None takes that of the dtype computed in.
+        eps: added to the mean square, inside the square root; None: ``torch.finfo(dtype).eps`` of the dtype computed
+            in.
         elementwise_affine: whether to learn ``weight`` [C].
-        unit_offset: the gain is ``1 + weight``; the weight then starts at 0.
+        unit_offset: use the gain ``1 + weight``; the weight then starts at 0.
         device: of the parameters; None: PyTorch's default.
         dtype: of the parameters; None: PyTorch's default.
 

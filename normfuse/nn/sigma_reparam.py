@@ -93,7 +93,7 @@ def sigma_reparam(
     iterate_in_evaluation: bool = False,
     program: str = "speech",
 ) -> nn.Module:
-    """Let ``module`` compute with ``gain * W / σ(W)`` (Zhai et al., 2023, arXiv 2303.06296).
+    """Replace the weight W of ``module`` by ``gain * W / σ(W)`` (σReparam, Zhai et al., 2023, arXiv 2303.06296).
 
     ``gain`` is learned; σ(W), the largest singular value, follows W by one power iteration per training forward and has
     a gradient in W, but not in the singular vectors. Both are computed in float32 or wider, under autocast too. A

@@ -10,27 +10,27 @@ from .region_norm import LearnableRegionNorm, RegionNorm
 
 
 def convert_sync(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
-    """Let every norm with running statistics in ``model`` take its training statistics over a process group.
+    """Compute the training statistics of every norm with running statistics in ``model`` over a process group.
 
     k ranks then give the same outputs, gradients and statistics as one process with all rows, also if ranks have
     different numbers of rows, none at all, or padding. Each layer costs one collective forward and one backward, of
     about C numbers (2C in the BatchNorm family, which has a mean as well). In evaluation, and in a group of one,
     nothing changes. A DomainSplitNorm shares the statistics of each domain.
 
-    Call it before the model is wrapped (DistributedDataParallel, ``fully_shard``) or compiled. Every rank has
-    to run the same norms in the same order. BatchNorms of PyTorch stay as they are: for them there is
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+    Call it before the model is wrapped (DistributedDataParallel, ``fully_shard``) or compiled. Every rank has to run
+    the same norms in the same order. BatchNorms of PyTorch are not changed; use
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` for them.
 
     Args:
         model: changed in place.
-        process_group: the ranks that share statistics; None: all, whoever they are when training begins.
+        process_group: the ranks that share statistics; None: all ranks.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: there is no such norm, or one for which this makes no sense: with ``ghost_size``, or a RegionNorm
-            with ``pool="batch"``. The model is then as before.
+        ValueError: there is no such norm, or one has ``ghost_size``, or is a RegionNorm with ``pool="batch"``. The
+            model is then unchanged.
 
     Example:
         >>> from normfuse.nn import UnifiedNorm, convert_sync

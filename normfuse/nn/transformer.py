@@ -128,7 +128,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """A stack of :class:`TransformerBlock` with the norms that its placement wants around it.
+    """A stack of :class:`TransformerBlock`, with the outer norms of its placement.
 
     "peri" has a norm on the embeddings and a final one (Kim et al., 2025, arXiv 2502.02732), "post" the one on the
     embeddings, "pre" and "mix" the final one.

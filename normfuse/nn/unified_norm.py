@@ -20,31 +20,33 @@ class UnifiedNorm(RunningNorm):
 
     Args:
         num_features: number of channels C.
-        window_size: number of steps that the forward and the backward window hold, or the pair of both; 1
-            switches windows off.
+        window_size: number of steps in the forward and the backward window, or a pair of both numbers; 1 switches the
+            windows off.
         warmup_iters: training steps that use the statistic of the batch alone.
         outlier_filtration: skip the window in steps whose window holds an outlier (the authors: off for
             language, on for vision).
         momentum: share of the old value in each update of the running statistics.
-        **options: those that follow.
-        eps: added to the quadratic mean, inside the square root.
-        affine: whether to learn ``weight`` and ``bias``, both [C].
-        channel_dim: dimension of the channels in the input; -1 for [..., C], 1 for [N, C, L]
-            and [N, C, H, W].
-        ghost_size: samples (along the first dimension) per ghost batch: in training each is a step of its own, with
-            its own statistics; a rest joins the last. ``warmup_iters`` then counts ghost batches. None: one batch.
-        skip_nonfinite: take a training pass with a batch or gradient that is not finite back as a whole and
-            count it in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``).
-            Without it such a pass moves the channels that are finite. Statistics are finite either way.
-        device: of parameters and buffers; None: PyTorch's default.
-        dtype: of the parameters; None: PyTorch's default. Statistics are float32, or float64 for dtype float64.
+        **options: the options below, by name.
+        eps: added to the quadratic mean, inside the square root (default 1e-5).
+        affine: whether to learn ``weight`` and ``bias``, both [C] (default True).
+        channel_dim: dimension of the channels in the input: -1 (default) for [..., C], 1 for [N, C, L] and [N, C, H,
+            W].
+        ghost_size: samples (along the first dimension) per ghost batch: in training each is a separate step with its
+            own statistics; a remainder joins the last one. ``warmup_iters`` then counts ghost batches. None (default):
+            one batch.
+        skip_nonfinite: whether to undo a training pass completely if its batch or gradient is not finite, and count it
+            in the buffers ``skipped_forwards`` and ``skipped_backwards`` (not in ``state_dict``). With False (default)
+            such a pass updates the channels that are finite. Statistics stay finite in both cases.
+        device: of parameters and buffers; None (default): PyTorch's default.
+        dtype: of the parameters; None (default): PyTorch's default. Statistics are float32, or float64 for dtype
+            float64.
 
     Shape:
         x: any, with C channels along ``channel_dim``; float32, bfloat16 or float16
             (float64 in a float64 module).
         pad_mask: the shape of x without its channel dimension, bool, True = padding.
-        residual: like x. ``y, s = norm(x, residual=r)``: s = x + r is what is normalised, in the same pass, and
-            returned for the next skip.
+        residual: like x. ``y, s = norm(x, residual=r)`` computes s = x + r and normalises s in the same pass; s is
+            returned for the next skip connection.
         Output: like x; two of them with ``residual``.
 
     Raises:

@@ -76,7 +76,7 @@ def output_axis(module: nn.Module, name: str) -> int:
 
 
 def center_weight(module: nn.Module, name: str = "weight") -> nn.Module:
-    """Let ``module`` compute with ``W - mean(W)``, the mean per output filter; what MABN asks of its convolutions.
+    """Replace the weight W of ``module`` by ``W - mean(W)`` (mean per output filter), as MABN needs.
 
     Args:
         module: a linear layer or a convolution; changed in place.
@@ -102,7 +102,7 @@ def center_weight(module: nn.Module, name: str = "weight") -> nn.Module:
 def weight_standardization(
     module: nn.Module, name: str = "weight", *, eps: float = 1e-5, form: str = "std"
 ) -> nn.Module:
-    """Let ``module`` compute with a standardised weight (Qiao et al., 2019, arXiv 1903.10520).
+    """Replace the weight of ``module`` by its standardised form (Qiao et al., 2019, arXiv 1903.10520).
 
     Per output filter, with the *unbiased* variance: ``(W - mean) / (std + eps)`` or, with ``form="variance"``,
     ``(W - mean) / sqrt(var + eps)``.
@@ -110,7 +110,7 @@ def weight_standardization(
     Args:
         module: a linear layer or a convolution; changed in place.
         name: of the weight.
-        eps: see above; positive.
+        eps: the eps of these formulas; positive.
         form: "std" or "variance".
 
     Returns:

@@ -73,21 +73,20 @@ def bench(
     threads: int = 1,
     seed: int = 0,
 ) -> Timing:
-    """Times ONNX files on the same random inputs.
+    """Time ONNX files on the same random inputs.
 
-    Every round runs each file once, in rotated order, and threads do not spin between runs: so a busy moment
-    of the machine meets all files alike, and the ratio of a round means something where its milliseconds do
-    not.
+    Every round runs each file once, in rotated order, and threads do not spin between runs. So noise on the machine
+    affects all files alike, and ratios are more reliable than milliseconds.
 
     Args:
         paths: files with the same inputs. Their dtypes may differ in width, and one may have a size fixed that is
             dynamic in the other.
-        sizes: of dynamic dimensions by name (``x.1`` for one of input x without a name). Those left out are 1 for
-            batches, 224 for pictures, else 128; where a file cannot take that, others are tried and a note says so.
-        mapping: for inputs that have another name in the other files: the first file's name to theirs.
+        sizes: of dynamic dimensions by name (``x.1`` for one of input x without a name). Default: 1 for batches, 224
+            for pictures, 128 for others; if a file does not accept that size, others are tried and a note says so.
+        mapping: for inputs with different names: from the name in the first file to the name in the others.
         rounds: timed rounds, at least 4; a tenth more runs first to warm up.
         threads: of ONNX Runtime within an operation.
-        seed: of the inputs. Integers are 0 or 1, because the file does not tell which are admissible.
+        seed: of the inputs. Integers are 0 or 1, because the file does not contain their range.
 
     Returns:
         Milliseconds of every round, and ratios to the first file.

@@ -37,7 +37,7 @@ class References:
         model: the model.
         rounds: random inputs.
         seed: of the random inputs.
-        edges: whether inputs that look for trouble are tried.
+        edges: whether edge cases are tried.
     """
 
     def __init__(self, model: ExportableModel, *, rounds: int = 4, seed: int = 0, edges: bool = True) -> None:
@@ -120,7 +120,8 @@ def _live(model: ExportableModel, trial: Trial, traced: list[Tensor]) -> list[Te
             if difference > TIMES_ITS_OWN * rounding[index] * coarser:
                 raise VerificationError(
                     f"the traced program differs from the live model on {trial.label}: output {index} by "
-                    f"{difference:.2e} of its largest value; the model does in Python what torch.export does not see"
+                    f"{difference:.2e} of its largest value; torch.export does not see a part that the model computes "
+                    "in Python"
                 )
     return [want if want.dtype == torch.float32 else got for want, got in zip(live, traced, strict=True)]
 

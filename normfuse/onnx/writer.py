@@ -55,7 +55,7 @@ def write(
     passes: Collection[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
 ) -> list[Path]:
-    """Writes a program as ONNX and checks the file with ``onnx.checker``; it appears when it is complete.
+    """Write a program as ONNX and check the file with ``onnx.checker``. The file appears when it is complete.
 
     Args:
         program: an exported program, folded or not.

@@ -155,8 +155,8 @@ def recompute_safe(operation: torch._ops.OpOverload, positions: list[int]) -> Ca
 def keep_norms() -> tuple[object, object]:
     """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint``: keep what norms return, recompute the rest.
 
-    Needed where the checkpoint is inside of what ``torch.compile`` compiles; without it torch refuses with "modified by
-    an inplace operation". Elsewhere it is a choice: memory for the norms' results against the time to recompute them.
+    Needed for a checkpoint inside a function that ``torch.compile`` compiles; without it torch raises "modified by an
+    inplace operation". Elsewhere it is optional: it stores the norms' results instead of recomputing them.
 
     Returns:
         Two context managers, for the first and for the second run.

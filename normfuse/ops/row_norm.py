@@ -283,7 +283,8 @@ def crms_norm(
         x: any shape with C channels in the last dimension; float32, bfloat16, float16 or float64.
         weight: [C] in any floating dtype; None stands for 1.
         residual: like x; added to it first.
-        eps: added to the mean square, inside the square root; None takes that of the dtype computed in.
+        eps: added to the mean square, inside the square root; None: ``torch.finfo(dtype).eps`` of the dtype computed
+            in.
         unit_offset: the gain is ``1 + weight``, as in Gemma, instead of ``weight``.
         fused: False computes the same in plain ATen operations, which ``torch.export`` and folding know.
 

@@ -12,7 +12,7 @@ from .projection import Projected
 
 
 class AdamP(Projected):
-    """AdamW with projection; a drop-in for ``torch.optim.AdamW``.
+    """AdamP (Heo et al., 2021, arXiv 2006.08217): AdamW with projection; takes the arguments of ``torch.optim.AdamW``.
 
     Args:
         params: parameters, or groups of them.
@@ -23,7 +23,7 @@ class AdamP(Projected):
         delta: threshold of the cosine, times the root of the number of entries.
         wd_ratio: factor on weight decay where an update is projected.
         nesterov: use the next step's running mean of the gradient.
-        maximize: climb instead of descending.
+        maximize: maximise the objective instead of minimising it.
 
     Raises:
         ValueError: an option is out of its range. TypeError (from ``step``): a sparse or complex gradient.
@@ -108,7 +108,7 @@ class AdamP(Projected):
 
 
 class SGDP(Projected):
-    """SGD with momentum and projection; weight decay is decoupled and divided by ``1 - momentum``.
+    """SGDP (Heo et al., 2021, arXiv 2006.08217): SGD with projection; weight decay is decoupled, ÷ ``1 - momentum``.
 
     Args:
         params: parameters, or groups of them.
@@ -120,7 +120,7 @@ class SGDP(Projected):
         eps: added to lengths.
         delta: threshold of the cosine, times the root of the number of entries.
         wd_ratio: factor on weight decay where an update is projected.
-        maximize: climb instead of descending.
+        maximize: maximise the objective instead of minimising it.
         project_buffer: without ``nesterov`` the velocity itself is projected, as in the authors' program, where update
             and velocity are the same tensor. False: only the update is, as in their paper's algorithm. With
             ``nesterov`` or without momentum the two are the same.

@@ -26,17 +26,17 @@ def load(
     outputs: Sequence[str] | None = None,
     trust: bool = False,
 ) -> ExportableModel:
-    """Loads a model as a traced program, without running anything that the file holds.
+    """Load a model as a traced program, without running code from the file.
 
     Args:
         path: a checkpoint of :func:`normfuse.save`, a program of ``torch.export.save``, the weights that a training
             script saved (``torch.save``, ``.safetensors``, an index of shards or a folder with one), or a folder that
             transformers wrote (``save_pretrained``; needs ``pip install "normfuse[hf]"``). Weights are found under the
-            names that training scripts use, whatever wrappers left in front of theirs.
+            keys that training scripts use, also with the prefixes of wrappers.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well),
             ``"timm:NAME"`` or ``"torchvision:NAME"`` (which need no `inputs`), a callable, or a module to load into.
             None: the program that the file holds.
-        model_args: keyword arguments for it; they go over those that the file records.
+        model_args: keyword arguments for it; they override those in the file.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records, or the model's configuration says.
         weights: which weights to take, where a file holds more than one group that fits (``"state_dict_ema"``). None:
@@ -46,15 +46,14 @@ def load(
         outputs: for a folder of transformers: names of what the model returns that go into the file
             (``["last_hidden_state", "pooler_output"]``). None: those that optimum gives.
         trust: also read what can run code: pickled modules, ``.pt2`` archives with pickles in them, the class that a
-            file of format 1 names, and the code of a folder. Only for files whose maker you know.
+            file of format 1 names, and the code of a folder. Only for files whose author you trust.
 
     Returns:
         The program with its inputs and outputs, ready for :func:`normfuse.onnx.export`.
 
     Raises:
         CheckpointError: in one line, for a file that is missing, damaged, not data, does not fit the module, or holds
-            numbers that no training leaves behind (not finite, a negative variance). Nothing is changed on disk, and
-            nothing is fetched.
+            invalid numbers (not finite, a negative variance). Nothing is changed on disk, and nothing is downloaded.
 
     Example:
         >>> import normfuse

@@ -80,6 +80,17 @@ class Public:
         return [name for name in signature.parameters if name not in ("self", "cls")]
 
     @property
+    def without_default(self) -> list[str]:
+        """Options that no signature shows, because they are passed on, and whose default the docstring leaves out."""
+        if not inspect.isclass(self.thing):
+            return []
+        entries = _ENTRY.split(self.sections.get("Args", ""))
+        texts = dict(zip(entries[1::2], entries[2::2], strict=True))
+        return [
+            name for name, text in texts.items() if name.lstrip("*") not in self.parameters and "default" not in text
+        ]
+
+    @property
     def raises(self) -> bool:
         """Whether its own code has a ``raise``; of a class, its ``__init__``."""
         code = (
@@ -118,6 +129,7 @@ class Public:
             return []
         lacks = [f"Args: {name}" for name in self.parameters if name not in self.described]
         lacks += [f"an argument {name}" for name in sorted(self.unknown)]
+        lacks += [f"the default of {name}" for name in self.without_default]
         if self.returns and "Returns" not in self.sections and "Yields" not in self.sections:
             lacks.append("Returns")
         if self.raises and "Raises" not in self.sections:

@@ -58,24 +58,25 @@ def fold_file(
     progress: Callable[[str], None] = lambda stage: None,
     before_publish: Callable[[ExportResult], None] = lambda result: None,
 ) -> ExportResult:
-    """Folds the norms of an ONNX file; all that folding does not touch stays as it was.
+    """Fold the norms of an ONNX file. All else in the file stays the same.
 
     BatchNormalization and Mul, Add, Sub and Div with a constant go into the weights around them. Names, types,
     dimensions, operator sets, properties, functions and the order of operations stay. Operations that folding does not
     know (If, Loop, quantised parts, operations of other domains) stay, and so do the values that they read. If nothing
     folds, or nothing would be gained, the result is a copy, and its ``notes`` say so. Original and result are compared
-    in ONNX Runtime, both without optimisations, on inputs that the file itself describes.
+    in ONNX Runtime, both without optimisations, on inputs generated from the file's types and sizes.
 
     Args:
         source: the file to read, of any operator set from 7 on, with weights in it or beside it.
         path: the file to write; weights lie beside it if they did before.
-        inputs: bounds for made-up inputs, if the file says too little: ``"tokens:int64[batch,seq<=512]<30000"``.
+        inputs: bounds for the generated inputs, if the file does not contain them:
+            ``"tokens:int64[batch,seq<=512]<30000"``.
         dtype: ``float32`` leaves types as they are; ``float16`` converts weights and operations of a float32 file,
             while inputs and outputs stay float32.
         rtol: allowed difference, relative to the largest value of an output. None is 1e-4 for float32, 2e-2 for
             float16 and for quantised files, and never less than four times the difference that ONNX Runtime's own
             optimisations make.
-        atol: allowed difference on top.
+        atol: allowed absolute difference on top of that.
         copy_shared: whether a weight that several operations read may be stored more than once.
         keep_dynamic_norms: whether LayerNormalization keeps its gain, shift and mean where it would lose them.
         max_scale_range: the largest ratio between the scales of one channel in different places; None is the
@@ -87,8 +88,8 @@ def fold_file(
             set 23; files of older sets are left as they are, and ``notes`` say so.
         disable_passes: graph passes to leave out.
         progress: called with the name of each stage when it begins.
-        before_publish: called with the result when the file is ready and not yet in its place; what it raises is
-            raised, and nothing is written then.
+        before_publish: called with the result just before the file is renamed to ``path``. If it raises an exception,
+            nothing is written.
 
     Returns:
         What was done. Its ``verification`` compares the new file with the old one; a copy has no comparison.
