@@ -25,7 +25,7 @@ SANITIZE_TESTS ?= $(addprefix tests/,ops/test_fuzz.py ops/test_native_bounds.py 
   ops/test_gradients.py ops/test_autograd.py kernels/test_bindings.py kernels/test_host_kernels.py)
 # Without a sanitizer, pytest goes on in the same folder.
 CMAKE_BUILD := build/emulator
-CODE := normfuse tests examples benchmarks tools setup.py
+CODE := normfuse tests examples benchmarks tools setup.py docs $(wildcard *.md)
 SOURCES := $(shell find csrc -type f)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 

@@ -13,8 +13,11 @@ import pytest
 import tomllib
 from setuptools import find_packages
 
+import normfuse
+
 ROOT = Path(__file__).parents[1]
 
+in_the_repository = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="needs the repository")
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout: the package is installed")
 
 
@@ -61,3 +64,32 @@ def test_only_the_package_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = find_packages(str(ROOT), **project["tool"]["setuptools"]["packages"]["find"])
     assert "normfuse.folding" in packages and all(name.partition(".")[0] == "normfuse" for name in packages)
+
+
+@in_the_repository
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*(ROOT / ".github" / "workflows").glob("*.yml"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"(?:run: |`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"test", "docs", "test-wheel", "compat", "sanitize"} <= named <= targets
+
+
+@in_the_repository
+def test_hooks_have_the_versions_of_the_pins() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements" / "dev.in").read_text(), re.MULTILINE))
+    found = dict(re.findall(r"/([\w-]+)\n    rev: v(\S+)", hooks))
+    assert found == {"ruff-pre-commit": pins["ruff"], "mirrors-clang-format": pins["clang-format"]}
+
+
+@in_the_repository
+def test_the_release_reads_the_version_of_the_package() -> None:
+    """From the one place where it stands, by the command of the workflow."""
+    (command,) = re.findall(
+        r'"\$\((sed .*)\)" = "\$GITHUB_REF_NAME"', (ROOT / ".github/workflows/release.yml").read_text()
+    )
+    tag = subprocess.run(command, shell=True, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert tag.strip() == f"v{normfuse.__version__}"
+    assert f"## {normfuse.__version__}" in (ROOT / "CHANGELOG.md").read_text()
