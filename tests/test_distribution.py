@@ -44,6 +44,7 @@ def test_every_source_is_in_the_source_distribution(tmp_path: Path) -> None:
     needed = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     assert {str(p.relative_to(ROOT)) for p in needed} <= held
     assert {"pyproject.toml", "setup.py", "CMakeLists.txt", "LICENSE", "README.md", "normfuse/py.typed"} <= held
+    assert {"docs/architecture.md", "docs/norms.md", "mkdocs.yml", "tools/compat.sh", "SECURITY.md"} <= held
     assert not any(name.endswith(".so") for name in held)
 
 

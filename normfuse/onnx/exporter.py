@@ -176,7 +176,7 @@ def export(
     plans = {name: plan(target=name, **options) for name in targets}
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
-        raise ExportError("example_inputs is missing; a module needs it to be exported")
+        raise ExportError("a module needs example_inputs: a tuple of the arguments of its forward")
     reads = [model.source] if isinstance(model, ExportableModel) else []
     with Output(path, reads=reads, error=ExportError) as output:
         program = traced(model, example_inputs, dynamic_shapes, progress)
