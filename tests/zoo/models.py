@@ -33,6 +33,12 @@ class Expected:
     swapped: tuple[int, int] | None = None
     why: str = ""
 
+    @classmethod
+    def of(cls, counts: str, why: str = "") -> Expected:
+        """From text such as "rms 0/1, swapped 5/5"."""
+        found = (entry.split(" ") for entry in counts.split(", "))
+        return cls(**{name: tuple(map(int, numbers.split("/"))) for name, numbers in found}, why=why)
+
     def complete(self) -> bool:
         """Whether nothing stays."""
         return all(a == b for a, b in (self.rms, self.gains, self.static, self.swapped or (0, 0)))
@@ -121,16 +127,19 @@ BATCH = ({0: Dim("batch")},)
 SEQUENCE = ({0: Dim("batch"), 1: Dim("length", min=2, max=16)},)
 
 
-def timm(name: str, model: str, size: int = IMAGE, **options: Any) -> Callable[..., Entry]:
+Options = dict[str, Any]
+
+
+def timm(name: str, model: str, options: Options, counts: str, size: int = IMAGE, why: str = "", **more: bool) -> Entry:
     """An entry for a model of timm, made small by `options`."""
 
     def build() -> nn.Module:
         return importlib.import_module("timm").create_model(model, pretrained=False, num_classes=5, **options)
 
-    return lambda **known: Entry(name, "timm", build, images(size), BATCH, **known)
+    return Entry(name, "timm", build, images(size), BATCH, Expected.of(counts, why), **more)
 
 
-def timm_class(name: str, module: str, cls: str, **options: Any) -> Callable[..., Entry]:
+def timm_class(name: str, module: str, cls: str, options: Options, counts: str, why: str) -> Entry:
     """An entry for a class of timm whose registered models cannot be made small by options."""
 
     def build() -> nn.Module:
@@ -138,12 +147,21 @@ def timm_class(name: str, module: str, cls: str, **options: Any) -> Callable[...
         given = {key: getattr(found, value[1:]) if str(value)[0] == "$" else value for key, value in options.items()}
         return getattr(found, cls)(num_classes=5, **given)
 
-    return lambda **known: Entry(name, "timm", build, images(), BATCH, **known)
+    return Entry(name, "timm", build, images(), BATCH, Expected.of(counts, why))
 
 
 def transformer(
-    name: str, cls: str, config: str, kind: type[Plain], output: str, dynamic: Any = SEQUENCE, **options: Any
-) -> Callable[..., Entry]:
+    name: str,
+    cls: str,
+    config: str,
+    kind: type[Plain],
+    output: str,
+    options: Options,
+    counts: str,
+    dynamic: Any = SEQUENCE,
+    why: str = "",
+    **more: bool,
+) -> Entry:
     """An entry for a class of transformers."""
     names = {
         Words: ("input_ids",),
@@ -161,7 +179,7 @@ def transformer(
 
     inputs = {Words: words(), Values: images(), Encoder: features, Pairs: words(2)}[kind]
     dynamic = (SEQUENCE[0],) * len(names) if dynamic is SEQUENCE else dynamic
-    return lambda **known: Entry(name, "transformers", build, inputs, dynamic, **known)
+    return Entry(name, "transformers", build, inputs, dynamic, Expected.of(counts, why), **more)
 
 
 SMALL = {
@@ -185,187 +203,87 @@ VIT = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_hea
 SWIN = {"img_size": IMAGE, "patch_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
 STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20)}
 POOL = {
-    "norm_layers": "$GroupNorm1",
-    "downsample_norm": None,
-    "mlp_act": nn.GELU,
-    "mlp_bias": True,
-    "use_mlp_head": False,
-}
+    "norm_layers": "$GroupNorm1", "downsample_norm": None, "mlp_act": nn.GELU, "mlp_bias": True, "use_mlp_head": False,
+}  # fmt: skip
 LM, LAST = "logits", "last_hidden_state"
 POST_NORM = "post-norm: LayerNorms write the stream that LayerNorms read"
 
+# fmt: off
 ZOO: tuple[Entry, ...] = (
-    timm("ViT", "vit_tiny_patch16_224", **VIT)(quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))),
-    timm("ViT, norms on queries and keys", "vit_tiny_patch16_224", **VIT, qk_norm=True)(
-        expected=Expected(
-            rms=(5, 9),
-            gains=(5, 9),
-            swapped=(9, 9),
-            why="norms on queries and keys: attention takes neither their gain nor their shift",
-        )
-    ),
-    timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", **VIT)(
-        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
-    ),
-    timm("BEiT", "beit_base_patch16_224", **VIT)(expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))),
-    timm("EVA-02", "eva02_tiny_patch14_224", **VIT)(expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))),
-    timm("CaiT", "cait_xxs24_224", **VIT)(expected=Expected(rms=(9, 9), gains=(9, 9), swapped=(9, 9))),
-    timm("XCiT", "xcit_nano_12_p16_224", **VIT)(
-        expected=Expected(
-            rms=(0, 11),
-            gains=(7, 11),
-            static=(3, 5),
-            swapped=(8, 16),
-            why="depthwise convolutions with padding take no shift and write the stream that LayerNorms read; class "
-            "attention adds the results of norms to themselves",
-        )
-    ),
-    timm("Swin", "swin_tiny_patch4_window7_224", **SWIN)(
-        expected=Expected(
-            rms=(3, 7),
-            gains=(6, 7),
-            swapped=(7, 7),
-            why="the norm behind the patches writes the stream that the first stage's LayerNorms read; the norm at the "
-            "merging of patches takes the mean over four of them",
-        )
-    ),
-    timm("Swin V2", "swinv2_tiny_window8_256", **SWIN)(
-        expected=Expected(
-            rms=(3, 7),
-            gains=(2, 7),
-            swapped=(7, 7),
-            why="norms at the end of a branch write the stream, which takes the gain of one of them and, in the last "
-            "stage, of none, because a LayerNorm ends it",
-        )
-    ),
-    timm("MaxViT", "maxvit_pico_rw_256", 64, img_size=64, embed_dim=(32, 32), depths=(1, 1), stem_width=8)(
-        expected=Expected(rms=(0, 9), gains=(9, 9), static=(7, 7), swapped=(16, 16))
-    ),
-    timm_class("MLP-Mixer", "mlp_mixer", "MlpMixer", img_size=IMAGE, patch_size=8, embed_dim=32, num_blocks=2)(
-        expected=Expected(
-            rms=(0, 5),
-            gains=(3, 5),
-            swapped=(3, 5),
-            why="the layers that mix tokens have no weight for each channel to take a gain or to write a mean of zero",
-        )
-    ),
-    timm_class("PoolFormer", "metaformer", "MetaFormer", **STAGES, **POOL, layer_scale_init_values=1e-5)(
-        expected=Expected(
-            rms=(0, 1),
-            gains=(5, 9),
-            swapped=(1, 1),
-            why="a pooled norm is a branch without weights, on a stream that GroupNorms read; scales of the stream "
-            "between two norms stay, the last in front of the last LayerNorm",
-        )
-    ),
-    timm("ConvNeXt", "convnext_atto", **STAGES)(
-        expected=Expected(
-            rms=(0, 9),
-            gains=(8, 9),
-            swapped=(9, 9),
-            why="depthwise convolutions write the LayerNorms' inputs and read the stream; the stem's norm writes one "
-            "that a LayerNorm reads",
-        )
-    ),
-    timm("ConvNeXt V2", "convnextv2_atto", **STAGES)(
-        expected=Expected(
-            rms=(0, 9),
-            gains=(8, 9),
-            static=(0, 4),
-            swapped=(9, 13),
-            why="as ConvNeXt; the four global response norms add what they scale to the result of GELU itself, so that "
-            "no weight sees their gain alone",
-        )
-    ),
-    timm("LeViT", "levit_128s", 64, img_size=64, embed_dim=(16, 32), num_heads=(2, 2), depth=(1, 1), key_dim=8)(
-        expected=Expected(static=(19, 19))
-    ),
-    timm("EfficientFormer", "efficientformer_l1", 56, depths=(1, 1), embed_dims=(8, 16), num_vit=1)(
-        expected=Expected(rms=(3, 3), gains=(3, 3), static=(5, 5), swapped=(8, 8))
-    ),
-    timm("ResNet", "resnet18", layers=(1, 1, 1, 1), channels=(8, 12, 16, 20))(expected=Expected(static=(13, 13))),
-    transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, **SMALL)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
-    ),
-    transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, **SMALL)(
-        expected=Expected(
-            rms=(0, 5), gains=(0, 5), swapped=(5, 5), why=f"{POST_NORM}; the last one's result is the output"
-        )
-    ),
-    transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, **DISTIL)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
-    ),
-    transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, **SMALL, embedding_size=16)(
-        expected=Expected(
-            rms=(1, 5),
-            gains=(2, 5),
-            swapped=(3, 3),
-            why=f"{POST_NORM}, all but that of the embeddings, which a linear reads; the two norms of the shared layer "
-            "count twice as LayerNorms",
-        )
-    ),
-    transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, **DEBERTA)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
-    ),
-    transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, **DEBERTA)(
-        expected=Expected(rms=(0, 5), gains=(1, 5), swapped=(5, 5), why=POST_NORM)
-    ),
-    transformer("GPT-2", "GPT2LMHeadModel", "GPT2Config", Words, LM, **GPT2)(
-        quick=True, expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
-    ),
-    transformer("OPT", "OPTForCausalLM", "OPTConfig", Words, LM, **SMALL, ffn_dim=48, word_embed_proj_dim=32)(
-        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
-    ),
-    transformer("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", Words, LM, **SMALL)(
-        expected=Expected(rms=(5, 5), gains=(5, 5), swapped=(5, 5))
-    ),
-    transformer("Llama", "LlamaForCausalLM", "LlamaConfig", Words, LM, **LLAMA)(
-        quick=True, expected=Expected(gains=(5, 5), swapped=(5, 5))
-    ),
-    transformer("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", Words, LM, **LLAMA, head_dim=16)(
-        expected=Expected(
-            gains=(5, 9), swapped=(9, 9), why="gains on queries and keys: rotations and attention take none"
-        )
-    ),
-    transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, **LLAMA, head_dim=16)(
-        expected=Expected(
-            gains=(5, 9), swapped=(9, 9), why="norms at the end of a branch write the stream that RMSNorms read"
-        )
-    ),
-    transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, **T5, decoder_start_token_id=0)(
-        expected=Expected(gains=(12, 12), swapped=(12, 12))
-    ),
-    transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, **SEQ2SEQ)(
-        expected=Expected(rms=(0, 12), gains=(2, 12), swapped=(12, 12), why=POST_NORM)
-    ),
-    transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, BATCH, **WHISPER)(
-        expected=Expected(
-            rms=(0, 5),
-            gains=(4, 5),
-            swapped=(4, 5),
-            why="GELU writes the stream that LayerNorms read; the last one's result is the output",
-        )
-    ),
-    transformer("CLIP, text", "CLIPTextModel", "CLIPTextConfig", Words, LAST, **SMALL)(
-        expected=Expected(rms=(4, 5), gains=(4, 5), swapped=(5, 5), why="the last one's result is the output")
-    ),
-    transformer(
-        "CLIP, images",
-        "CLIPVisionModel",
-        "CLIPVisionConfig",
-        Values,
-        "pooler_output",
-        BATCH,
-        **CLIP,
-        image_size=32,
-        patch_size=8,
-    )(
-        expected=Expected(
-            rms=(0, 6),
-            gains=(4, 6),
-            swapped=(6, 6),
-            why="the norm in front of the layers writes the stream that LayerNorms read; the last one's result is the "
-            "output",
-        )
-    ),
+    timm("ViT", "vit_tiny_patch16_224", VIT, "rms 5/5, gains 5/5, swapped 5/5", quick=True),
+    timm("ViT, norms on queries and keys", "vit_tiny_patch16_224", {**VIT, "qk_norm": True},
+        "rms 5/9, gains 5/9, swapped 9/9",
+        why="norms on queries and keys: attention takes neither their gain nor their shift"),
+    timm("DeiT, distilled", "deit_tiny_distilled_patch16_224", VIT, "rms 5/5, gains 5/5, swapped 5/5"),
+    timm("BEiT", "beit_base_patch16_224", VIT, "rms 5/5, gains 5/5, swapped 5/5"),
+    timm("EVA-02", "eva02_tiny_patch14_224", VIT, "rms 5/5, gains 5/5, swapped 5/5"),
+    timm("CaiT", "cait_xxs24_224", VIT, "rms 9/9, gains 9/9, swapped 9/9"),
+    timm("XCiT", "xcit_nano_12_p16_224", VIT, "rms 0/11, gains 7/11, static 3/5, swapped 8/16",
+        why="depthwise convolutions with padding take no shift and write the stream that LayerNorms read; class "
+        "attention adds the results of norms to themselves"),
+    timm("Swin", "swin_tiny_patch4_window7_224", SWIN, "rms 3/7, gains 6/7, swapped 7/7",
+        why="the norm behind the patches writes the stream that the first stage's LayerNorms read; the norm at the "
+        "merging of patches takes the mean over four of them"),
+    timm("Swin V2", "swinv2_tiny_window8_256", SWIN, "rms 3/7, gains 2/7, swapped 7/7",
+        why="norms at the end of a branch write the stream, which takes the gain of one of them and, in the last "
+        "stage, of none, because a LayerNorm ends it"),
+    timm("MaxViT", "maxvit_pico_rw_256", {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1), "stem_width": 8},
+        "rms 0/9, gains 9/9, static 7/7, swapped 16/16", size=64),
+    timm_class("MLP-Mixer", "mlp_mixer", "MlpMixer",
+        {"img_size": IMAGE, "patch_size": 8, "embed_dim": 32, "num_blocks": 2}, "rms 0/5, gains 3/5, swapped 3/5",
+        why="the layers that mix tokens have no weight for each channel to take a gain or to write a mean of zero"),
+    timm_class("PoolFormer", "metaformer", "MetaFormer", {**STAGES, **POOL, "layer_scale_init_values": 1e-5},
+        "rms 0/1, gains 5/9, swapped 1/1",
+        why="a pooled norm is a branch without weights, on a stream that GroupNorms read; scales of the stream "
+        "between two norms stay, the last in front of the last LayerNorm"),
+    timm("ConvNeXt", "convnext_atto", STAGES, "rms 0/9, gains 8/9, swapped 9/9",
+        why="depthwise convolutions write the LayerNorms' inputs and read the stream; the stem's norm writes one "
+        "that a LayerNorm reads"),
+    timm("ConvNeXt V2", "convnextv2_atto", STAGES, "rms 0/9, gains 8/9, static 0/4, swapped 9/13",
+        why="as ConvNeXt; the four global response norms add what they scale to the result of GELU itself, so that "
+        "no weight sees their gain alone"),
+    timm("LeViT", "levit_128s",
+        {"img_size": 64, "embed_dim": (16, 32), "num_heads": (2, 2), "depth": (1, 1), "key_dim": 8}, "static 19/19",
+        size=64),
+    timm("EfficientFormer", "efficientformer_l1", {"depths": (1, 1), "embed_dims": (8, 16), "num_vit": 1},
+        "rms 3/3, gains 3/3, static 5/5, swapped 8/8", size=56),
+    timm("ResNet", "resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 20)}, "static 13/13"),
+    transformer("BERT", "BertForSequenceClassification", "BertConfig", Words, LM, SMALL,
+        "rms 0/5, gains 1/5, swapped 5/5", why=POST_NORM),
+    transformer("RoBERTa", "RobertaModel", "RobertaConfig", Words, LAST, SMALL, "rms 0/5, gains 0/5, swapped 5/5",
+        why=f"{POST_NORM}; the last one's result is the output"),
+    transformer("DistilBERT", "DistilBertForSequenceClassification", "DistilBertConfig", Words, LM, DISTIL,
+        "rms 0/5, gains 1/5, swapped 5/5", why=POST_NORM),
+    transformer("ALBERT", "AlbertForSequenceClassification", "AlbertConfig", Words, LM, {**SMALL, "embedding_size": 16},
+        "rms 1/5, gains 2/5, swapped 3/3",
+        why=f"{POST_NORM}, all but that of the embeddings, which a linear reads; the two norms of the shared layer "
+        "count twice as LayerNorms"),
+    transformer("DeBERTa", "DebertaForSequenceClassification", "DebertaConfig", Words, LM, DEBERTA,
+        "rms 0/5, gains 1/5, swapped 5/5", why=POST_NORM),
+    transformer("DeBERTa V2", "DebertaV2ForSequenceClassification", "DebertaV2Config", Words, LM, DEBERTA,
+        "rms 0/5, gains 1/5, swapped 5/5", why=POST_NORM),
+    transformer("GPT-2", "GPT2LMHeadModel", "GPT2Config", Words, LM, GPT2, "rms 5/5, gains 5/5, swapped 5/5",
+        quick=True),
+    transformer("OPT", "OPTForCausalLM", "OPTConfig", Words, LM, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        "rms 5/5, gains 5/5, swapped 5/5"),
+    transformer("GPT-NeoX", "GPTNeoXForCausalLM", "GPTNeoXConfig", Words, LM, SMALL, "rms 5/5, gains 5/5, swapped 5/5"),
+    transformer("Llama", "LlamaForCausalLM", "LlamaConfig", Words, LM, LLAMA, "gains 5/5, swapped 5/5", quick=True),
+    transformer("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", Words, LM, {**LLAMA, "head_dim": 16},
+        "gains 5/9, swapped 9/9", why="gains on queries and keys: rotations and attention take none"),
+    transformer("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", Words, LM, {**LLAMA, "head_dim": 16},
+        "gains 5/9, swapped 9/9", why="norms at the end of a branch write the stream that RMSNorms read"),
+    transformer("T5", "T5ForConditionalGeneration", "T5Config", Pairs, LM, {**T5, "decoder_start_token_id": 0},
+        "gains 12/12, swapped 12/12"),
+    transformer("BART", "BartForConditionalGeneration", "BartConfig", Pairs, LM, SEQ2SEQ,
+        "rms 0/12, gains 2/12, swapped 12/12", why=POST_NORM),
+    transformer("Whisper, encoder", "WhisperModel", "WhisperConfig", Encoder, LAST, WHISPER,
+        "rms 0/5, gains 4/5, swapped 4/5", dynamic=BATCH,
+        why="GELU writes the stream that LayerNorms read; the last one's result is the output"),
+    transformer("CLIP, text", "CLIPTextModel", "CLIPTextConfig", Words, LAST, SMALL, "rms 4/5, gains 4/5, swapped 5/5",
+        why="the last one's result is the output"),
+    transformer("CLIP, images", "CLIPVisionModel", "CLIPVisionConfig", Values, "pooler_output",
+        {**CLIP, "image_size": 32, "patch_size": 8}, "rms 0/6, gains 4/6, swapped 6/6", dynamic=BATCH,
+        why="the norm in front of the layers writes the stream that LayerNorms read; the last one's result is the "
+        "output"),
 )
+# fmt: on
