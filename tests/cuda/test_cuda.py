@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from norms import running
 from torch import Tensor, nn
 
-from normfuse import _native
-from normfuse.nn import CRMSNorm, Derf, DyT, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
+import normfuse
+from normfuse.nn.registry import NORMS as REGISTRY
 
 needs_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _native.available and _native.build_info()["cuda"]),
+    not (torch.cuda.is_available() and normfuse.build_info()["available"] and normfuse.build_info()["cuda"]),
     reason="needs a GPU and a build with CUDA kernels",
 )
 pytestmark = needs_gpu
@@ -36,20 +38,22 @@ class AfterSum(nn.Module):
         return self.norm(s) if residual is None else (self.norm(s), s)
 
 
+def running_form(name: str, channels: int, groups: int | None = None, **options: object) -> nn.Module:
+    """A norm of :func:`norms.running`, with groups where they divide the channels."""
+    options |= {"group_num": groups if channels % groups == 0 else 1} if groups else {}
+    return running(channels, name)[name](**options)
+
+
 RUNNING: dict[str, Callable[..., nn.Module]] = {
-    "unified": lambda c, **o: UnifiedNorm(c, window_size=3, warmup_iters=5, **o),
-    "unified-filtered": lambda c, **o: UnifiedNorm(c, window_size=3, warmup_iters=5, outlier_filtration=True, **o),
-    "power": lambda c, **o: PowerNorm(c, group_num=None, warmup_iters=5, **o),
-    "power-grouped": lambda c, **o: PowerNorm(c, group_num=1, warmup_iters=5, **o),
-    "power-groups": lambda c, **o: PowerNorm(c, group_num=3 if c % 3 == 0 else 1, warmup_iters=5, **o),
+    name: partial(running_form, name, groups=3 if name == "power" else None) for name in running(1)
 }
+RUNNING["power, one group"] = partial(running_form, "power", groups=1)
+ROWS = {entry.name: entry.make for entry in REGISTRY}
 NORMS: dict[str, Callable[..., nn.Module]] = {
     **RUNNING,
-    "layer": lambda c, **o: LayerNorm(c, eps=1e-3, **o),
-    "rms": lambda c, **o: RMSNorm(c, eps=1e-3, **o),
-    "crms": lambda c, **o: CRMSNorm(c, eps=1e-3, **o),
-    "dyt": lambda c, **o: AfterSum(DyT(c, **o)),
-    "derf": lambda c, **o: AfterSum(Derf(c, shift=0.3, **o)),
+    **{name: partial(ROWS[name], eps=1e-3) for name in ("LayerNorm", "RMSNorm", "CRMSNorm")},
+    "DyT": lambda c, **o: AfterSum(ROWS["DyT"](c, **o)),
+    "Derf": lambda c, **o: AfterSum(ROWS["Derf"](c, shift=0.3, **o)),
 }
 # A warp a row, a block of 4 and of 16 warps, rows too wide to keep; aligned or not; few and many rows.
 SHAPES = [
@@ -189,7 +193,7 @@ def test_a_captured_step_equals_an_eager_one(name: str) -> None:
         assert_same_bits(results, step(eager, batch[0], batch[1], residual=batch[2]))
 
 
-@pytest.mark.parametrize("name", ["unified", "power", "layer", "derf"])
+@pytest.mark.parametrize("name", ["unified", "power, no groups", "LayerNorm", "Derf"])
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     norm = NORMS[name](64).to(DEVICE)
     x, dy = torch.randn(2, 500, 64, device=DEVICE)
@@ -201,7 +205,7 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["unified", "power", "layer", "rms"])
+@pytest.mark.parametrize("name", ["unified", "power, no groups", "LayerNorm", "RMSNorm"])
 def test_more_than_two_to_the_31_elements(name: str) -> None:
     rows, channels = 2**21 + 3, 1024
     needed = 5 * 2 * rows * channels
@@ -228,7 +232,7 @@ def test_more_than_two_to_the_31_elements_of_a_dynamic_activation() -> None:
     needed = 5 * 2 * rows * channels
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
-    norm = DyT(channels).to(DEVICE)
+    norm = ROWS["DyT"](channels).to(DEVICE)
     x = torch.zeros(rows, channels, dtype=torch.bfloat16, device=DEVICE)
     x[-1] = 64.0  # beyond 2^31; its tanh is 1, with slope 0
     y = norm(x.requires_grad_())
@@ -239,7 +243,7 @@ def test_more_than_two_to_the_31_elements_of_a_dynamic_activation() -> None:
     assert abs(float(norm.alpha.grad)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["unified", "power"])
+@pytest.mark.parametrize("name", ["unified", "power, no groups"])
 def test_cuda_graph_trees(name: str) -> None:
     """``torch.compile(mode="reduce-overhead")`` over steps, statistics included."""
     eager = NORMS[name](64).to(DEVICE)

@@ -7,29 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from norms import makers
 from test_cuda import TOLERANCE, assert_near, needs_gpu
 from torch import Tensor, nn
 
-from normfuse.nn import (
-    AdaptiveInstanceNorm,
-    EstimatedBatchNorm,
-    MaskedBatchNorm,
-    MovingAverageBatchNorm,
-    RegionNorm,
-    RepBatchNorm,
-)
+from normfuse.nn import AdaptiveInstanceNorm, MaskedBatchNorm, RegionNorm
 
 pytestmark = needs_gpu
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": lambda c: MaskedBatchNorm(c, channel_dim=1),
-    "ghost": lambda c: MaskedBatchNorm(c, channel_dim=1, ghost_size=2, momentum=None),
-    "rep": lambda c: RepBatchNorm(c, channel_dim=1),
-    "estimated": lambda c: EstimatedBatchNorm(c, channel_dim=1),
-    "moving": lambda c: MovingAverageBatchNorm(c, window_size=3, warmup_iters=2),
+    **makers(static=True, channel_dim=1, window_size=3, warmup_iters=2),
+    "ghosts, mean of all steps": partial(MaskedBatchNorm, channel_dim=1, ghost_size=2, momentum=None),
     "regions": RegionNorm,
     "pooled regions": lambda c: RegionNorm(c, pool="batch"),
     "style": lambda c: AdaptiveInstanceNorm(),

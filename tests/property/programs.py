@@ -9,16 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normfuse.nn import (
-    DomainSplitNorm,
-    EstimatedBatchNorm,
-    MaskedBatchNorm,
-    MovingAverageBatchNorm,
-    PowerNorm,
-    RegularizedBatchNorm,
-    RepBatchNorm,
-    UnifiedNorm,
-)
+from normfuse.nn import DomainSplitNorm, RepBatchNorm
+from tests.norms import makers
 
 from .steps import Steps
 
@@ -36,13 +28,7 @@ class Map(nn.Module):
 
 # Every norm of the package that is one affine map in evaluation.
 FAMILY = (
-    UnifiedNorm,
-    lambda width: PowerNorm(width, group_num=None),
-    MaskedBatchNorm,
-    RegularizedBatchNorm,
-    EstimatedBatchNorm,
-    RepBatchNorm,
-    lambda width: MovingAverageBatchNorm(width, channel_dim=-1),
+    *makers(static=True, channel_dim=-1).values(),
     lambda width: DomainSplitNorm(RepBatchNorm(width), domain=1),
 )
 
