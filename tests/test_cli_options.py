@@ -1,39 +1,37 @@
 """Options of the command: what needs no torch, what every command has, what Python's functions have too."""
 
-import dataclasses
 import inspect
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import tiny_models
 import torch
-from test_cli import ENVIRONMENT, save_perceptron
-from typer.testing import CliRunner
+from test_cli import ENVIRONMENT, run, save_perceptron
 
 import normfuse
 from normfuse import onnx, plotting
-from normfuse.cli import app, options, running
+from normfuse.cli import options, running
 from normfuse.onnx import graph_passes
 from normfuse.options import PASS_NAMES
 
 COMMANDS = ("export", "fold", "inspect", "verify", "bench", "plot")
-WITHOUT_TORCH = """
-import sys
+# Of each command its status, what it prints, what is loaded then and what lies in the working directory.
+RUN_EACH = """
+import contextlib, io, json, os, sys
 from normfuse.cli import main
-sys.argv = ["normfuse", *sys.argv[1:]]
-try:
-    main()
-finally:
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
     heavy = {"torch", "numpy", "onnx", "onnxruntime", "transformers"} & sys.modules.keys()
-    print("loaded", *heavy, file=sys.stderr)
+    print(json.dumps([status, out.getvalue(), err.getvalue(), sorted(heavy), os.listdir()]))
 """
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -51,45 +49,56 @@ def folder(tmp_path_factory):
 # What needs no torch
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"),
-    [
-        (["--help"], 0, "Commands"),
-        (["-h"], 0, "Commands"),
-        (["--version"], 0, normfuse.__version__),
-        *(([command, "-h"], 0, "--json") for command in COMMANDS),
-        (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "target 'gpu' is not one of portable"),
-        (["export", "m.pt", "--out", "m.onnx", "--disable-pass", "gemm"], 1, "no graph pass 'gemm'"),
-        (["export", "m.pt", "--out", "absent/m.onnx"], 1, "there is no folder absent"),
-        (["export", "m.pt", "--out", "m.onnx", "--report", "absent/r.json"], 1, "there is no folder absent"),
-        (["export", "m.pt", "--out", "m.onnx", "--opset", "99"], 1, "opset 99 is outside 18 to 23"),
-        (["export", "m.pt", "--out", "m.onnx", "--dtype", "int4"], 1, "dtype 'int4' is not one of"),
-        (["fold", "m.onnx", "--out", "n.onnx", "--dtype", "int8"], 1, "folded in its own type"),
-        (["export", "m.pt", "--out", "m.onnx", "--dtype", "bfloat16"], 1, "ONNX Runtime's CPU has no bfloat16"),
-        (["export", "m.pt", "--out", "m.onnx", "--model-arg", "width"], 1, "'width' is not of the form name=value"),
-        (["export", "absent.pt", "--out", "m.onnx"], 1, "cannot read absent.pt: No such file"),
-        (["fold", "absent.onnx", "--out", "m.onnx"], 1, "cannot read absent.onnx: No such file"),
-        (["fold", "m.pt", "--out", "m.onnx", "--max-scale-range", "0.5"], 1, "max_scale_range 0.5 is below 1"),
-        (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "cuda, auto"),
-        (["export", "m.pt", "--out", "m.onnx", "--threads", "2"], 1, "are for timing with target 'auto'"),
-        (["export", "m.pt", "--out", "m.onnx", "--calibrate", "a.npz"], 1, "calibrate is for dtype 'int8'"),
-        (["inspect", "m.pt", "--target", "gpu"], 1, "target 'gpu'"),
-        (["inspect", "m.pt", "--target", "auto"], 1, "only export can choose one"),
-        (["verify", "m.pt", "absent.onnx"], 1, "cannot read absent.onnx"),
-        (["bench", "m.pt", "m.pt", "m.pt"], 1, "3 files given; one or two can be timed"),
-        (["bench", "m.pt", "--size", "seq=many"], 1, "--size seq=many: give a whole number of at least 1"),
-        (["bench", "m.pt", "--map", "seq"], 1, "'seq' is not of the form name=value"),
-    ],
-)
-def test_help_and_refused_options_load_nothing(tmp_path, arguments, status, said):
-    (tmp_path / "m.pt").touch()
+QUICK = [
+    (["--help"], 0, "Commands"),
+    (["-h"], 0, "Commands"),
+    (["--version"], 0, normfuse.__version__),
+    *(([command, "-h"], 0, "--json") for command in COMMANDS),
+    (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "target 'gpu' is not one of portable"),
+    (["export", "m.pt", "--out", "m.onnx", "--disable-pass", "gemm"], 1, "no graph pass 'gemm'"),
+    (["export", "m.pt", "--out", "absent/m.onnx"], 1, "there is no folder absent"),
+    (["export", "m.pt", "--out", "m.onnx", "--report", "absent/r.json"], 1, "there is no folder absent"),
+    (["export", "m.pt", "--out", "m.onnx", "--opset", "99"], 1, "opset 99 is outside 18 to 23"),
+    (["export", "m.pt", "--out", "m.onnx", "--dtype", "int4"], 1, "dtype 'int4' is not one of"),
+    (["fold", "m.onnx", "--out", "n.onnx", "--dtype", "int8"], 1, "folded in its own type"),
+    (["export", "m.pt", "--out", "m.onnx", "--dtype", "bfloat16"], 1, "ONNX Runtime's CPU has no bfloat16"),
+    (["export", "m.pt", "--out", "m.onnx", "--model-arg", "width"], 1, "'width' is not of the form name=value"),
+    (["export", "absent.pt", "--out", "m.onnx"], 1, "cannot read absent.pt: No such file"),
+    (["fold", "absent.onnx", "--out", "m.onnx"], 1, "cannot read absent.onnx: No such file"),
+    (["fold", "m.pt", "--out", "m.onnx", "--max-scale-range", "0.5"], 1, "max_scale_range 0.5 is below 1"),
+    (["export", "m.pt", "--out", "m.onnx", "--target", "gpu"], 1, "cuda, auto"),
+    (["export", "m.pt", "--out", "m.onnx", "--threads", "2"], 1, "are for timing with target 'auto'"),
+    (["export", "m.pt", "--out", "m.onnx", "--calibrate", "a.npz"], 1, "calibrate is for dtype 'int8'"),
+    (["inspect", "m.pt", "--target", "gpu"], 1, "target 'gpu'"),
+    (["inspect", "m.pt", "--target", "auto"], 1, "only export can choose one"),
+    (["verify", "m.pt", "absent.onnx"], 1, "cannot read absent.onnx"),
+    (["bench", "m.pt", "m.pt", "m.pt"], 1, "3 files given; one or two can be timed"),
+    (["bench", "m.pt", "--size", "seq=many"], 1, "--size seq=many: give a whole number of at least 1"),
+    (["bench", "m.pt", "--map", "seq"], 1, "'seq' is not of the form name=value"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """What came of each command of QUICK, all in one process."""
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "m.pt").touch()
+    commands = json.dumps([arguments for arguments, _, _ in QUICK])
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", RUN_EACH, commands], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.returncode == status and said in done.stdout + done.stderr, done
-    assert done.stderr.splitlines()[-1] == "loaded", "torch and its like were imported"
-    assert status == 0 or done.stderr.count("\n") == 2, "a refusal is one line"
-    assert os.listdir(tmp_path) == ["m.pt"]
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("row", range(len(QUICK)), ids=lambda row: " ".join(QUICK[row][0]))
+def test_help_and_refused_options_load_nothing(ended, row):
+    _, status, said = QUICK[row]
+    ended_with, out, err, loaded, files = ended[row]
+    assert ended_with == status and said in out + err
+    assert not loaded, "torch and its like were imported"
+    assert status == 0 or err.count("\n") == 1, "a refusal is one line"
+    assert files == ["m.pt"]
 
 
 @pytest.mark.parametrize(
@@ -163,9 +172,18 @@ def defaults(function):
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def shown(group):
+    """The defaults that typer shows for a group of options."""
+
+    def takes(group):
+        pass
+
+    takes.__annotations__ = {"group": group}
+    return defaults(running.command(takes))
+
+
 GROUPS = {
     onnx.export: (options.ModelFolding, options.Tolerance, options.ModelWriting),
-    onnx.fold_file: (options.Folding, options.Tolerance),
     onnx.fold_model: (options.ModelFolding,),
     onnx.fold_file: (options.Folding, options.Inputs, options.Tolerance),
     normfuse.load: (options.Loading,),
@@ -176,10 +194,10 @@ GROUPS = {
 def test_options_have_the_names_and_defaults_of_arguments(function):
     own = defaults(function)
     for group in GROUPS[function]:
-        for field in dataclasses.fields(group):
-            if group is not options.ModelWriting or field.name == "opset":
-                assert field.name in own, f"{function.__name__} lacks {field.name}"
-                assert (running._default(field) or None) == (own[field.name] or None), field.name
+        given = shown(group)
+        for name in ("opset",) if group is options.ModelWriting else given:
+            assert name in own, f"{function.__name__} lacks {name}"
+            assert (given[name] or None) == (own[name] or None), name
 
 
 def test_commands_have_the_defaults_of_their_functions():

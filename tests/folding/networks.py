@@ -26,6 +26,7 @@ NORMS = {
     "power-grouped": lambda c: normfuse.nn.PowerNorm(c, group_num=1),
     "batch": ChannelNorm,
     "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
 }
 PLACEMENTS = ("pre", "post", "peri", "mix")
 
@@ -136,7 +137,8 @@ def look_trained(model: nn.Module, seed: int = 0) -> nn.Module:
         with torch.no_grad():
             sign = torch.where(rand(module.weight) < 0.2, -1.0, 1.0)
             module.weight.copy_(sign * torch.exp((rand(module.weight) - 0.5) * 2.0))
-            module.bias.copy_(rand(module.bias) - 0.5) if module.bias is not None else None
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(rand(module.bias) - 0.5)
             for name in ("running_var", "running_phi"):
                 if hasattr(module, name):
                     getattr(module, name).copy_(torch.exp((rand(getattr(module, name)) - 0.5) * 2.0))

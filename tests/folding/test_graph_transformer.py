@@ -86,21 +86,27 @@ def packed(nodes: int, edges: int, dtype: torch.dtype = torch.float64) -> tuple[
     return torch.randint(9, (nodes,)), positions, torch.randint(4, (edges,)), torch.stack([source, target]), graph
 
 
+@pytest.fixture(scope="module")
+def without_norms() -> list[str]:
+    """The operations of the same network without norms."""
+    return operations(folded(GraphTransformer(lambda width: nn.Identity()), packed(14, 40), SHAPES)[0])
+
+
 @pytest.mark.parametrize("kind", NORMS)
-def test_every_norm_of_nodes_and_edges_vanishes(kind: str) -> None:
+def test_every_norm_of_nodes_and_edges_vanishes(kind: str, without_norms: list[str]) -> None:
     torch.manual_seed(0)
     model = look_trained(GraphTransformer(NORMS[kind]))
     program, report = folded(model, packed(14, 40), SHAPES)
     assert_nothing_left(program, report)
     # The last layer's edges are read by nobody, so their norms are not in the program.
     assert len(report.norms) == 2 * 4 - 2
-    bare = GraphTransformer(lambda width: nn.Identity())
-    assert operations(program) == operations(folded(bare, packed(14, 40), SHAPES)[0])
+    assert operations(program) == without_norms
     for sizes in ((8, 17), (30, 99)):
         inputs = packed(*sizes)
         torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_at_its_authors_size_every_norm_vanishes() -> None:
     model = look_trained(GraphTransformer(nn.BatchNorm1d, depth=10, width=64, heads=8))
     program, report = folded(model, packed(14, 40), SHAPES)
@@ -108,6 +114,7 @@ def test_at_its_authors_size_every_norm_vanishes() -> None:
     assert len(report.norms) == 10 * 4 - 2
 
 
+@pytest.mark.slow
 def test_the_file_agrees_with_the_model(tmp_path) -> None:
     model = look_trained(GraphTransformer(nn.BatchNorm1d))
     result = export(model, tmp_path / "graph.onnx", example_inputs=packed(14, 40, torch.float32))
