@@ -121,7 +121,7 @@ def _entropy(targets: Tensor, classes: int) -> float:
     return float(-(share * share.clamp(min=1e-12).log()).sum())
 
 
-def _text() -> dict[str, Tensor]:
+def library_text() -> dict[str, Tensor]:
     """Bytes of the standard library's top-level modules. Every tenth is held out, in turns to choose and to test."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     held_out = files[::10]
@@ -144,7 +144,7 @@ def language_model(width: int = 128, depth: int = 4, batch: int = 16, held_out: 
         batch: pieces of ``CONTEXT`` bytes in a step.
         held_out: pieces of each of the two held-out splits, evenly spaced over it.
     """
-    text = _text()
+    text = library_text()
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return _windows(text["training"], torch.randint(len(text["training"]) - CONTEXT, (batch,), generator=generator))

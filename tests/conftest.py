@@ -1,11 +1,16 @@
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
+# Threads that wait for work would take the cores from the other processes of a run. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What is compiled here is small: a pool of processes that import torch costs more than it gives.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
-
-from normfuse import _native
+from native import HAS_KERNELS, autograd_in_python
 
 _TESTS = Path(__file__).parent
 # Files and folders of tests, and how their tests are marked.
@@ -22,14 +27,25 @@ _MARKS = {
 }
 
 
+def _marks(path):
+    """The marks of a file or folder, which its tests have."""
+    if not path.is_relative_to(_TESTS):
+        return []
+    place = path.relative_to(_TESTS)
+    return [mark for mark, places in _MARKS.items() if {place.parts[0] if place.parts else "", str(place)} & {*places}]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files are not even imported where ``-m "not … and not …"`` leaves all of their tests out."""
+    first, *parts = config.option.markexpr.split("not ")
+    left_out = {part.removesuffix(" and ") for part in parts}
+    return True if not first and left_out & {*_marks(collection_path)} else None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if not item.path.is_relative_to(_TESTS):
-            continue
-        file = item.path.relative_to(_TESTS)
-        for mark, places in _MARKS.items():
-            if file.parts[0] in places or str(file) in places:
-                item.add_marker(mark)
+        for mark in _marks(item.path):
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +66,10 @@ def one_thread():
 def implementation(request, monkeypatch):
     """Runs a test on the PyTorch references with autograd in Python, and on the compiled kernels with it in C++."""
     if request.param == "kernel":
-        if not _native.available:
-            pytest.skip(f"no kernels: {_native.unavailable_reason}")
-        return request.param
-    monkeypatch.setattr(_native, "autograd", None)
+        if not HAS_KERNELS:
+            pytest.skip("no kernels")
+        yield request.param
+        return
     for name in ("unified_norm", "power_norm", "row_norm", "dynamic_activation"):
         module = importlib.import_module(f"normfuse.ops.{name}")
         forward, backward = (getattr(module, f"{name}_{way}_reference") for way in ("forward", "backward"))
@@ -62,4 +78,5 @@ def implementation(request, monkeypatch):
         else:
             monkeypatch.setattr(module, "_forward", forward)
             monkeypatch.setattr(module, "_backward", backward)
-    return request.param
+    with autograd_in_python():
+        yield request.param

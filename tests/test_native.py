@@ -1,75 +1,92 @@
+"""What was built, whether it is used, and what is said where it is not."""
+
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from native import needs_autograd, needs_kernels
 
-from normfuse import _native
+import normfuse
 
+PACKAGE = Path(normfuse.__file__).parent
 KEYS = {"available", "reason", "path", "autograd", "emulator"}
 KEYS |= {"torch", "cuda", "architectures", "compiler", "python_abi", "interface"}
 
 
-def facts_in_a_new_process(**environment):
-    code = "import json; from normfuse import _native; print(json.dumps(_native.build_info()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def info_in(folder, package="normfuse", library=None, **facts):
+    """What the loader says in a package with this library, or the one that is in use, and these facts."""
+    shutil.copy(PACKAGE / "_native.py", folder)
+    if library is not None:
+        (folder / "_C.abi3.so").write_bytes(library)
+    elif facts:
+        (folder / "_C.abi3.so").symlink_to(normfuse.build_info()["path"])
+    if facts:
+        (folder / "_build_info.json").write_text(json.dumps(facts))
+    spec = importlib.util.spec_from_file_location(f"{package}._native", folder / "_native.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_info()
 
 
 def test_build_info():
-    info = _native.build_info()
+    info = normfuse.build_info()
     assert set(info) == KEYS
-    assert info["available"] is _native.available
-    assert bool(info["reason"]) is not _native.available
+    assert bool(info["reason"]) is not info["available"]
     json.dumps(info)
 
 
+@needs_kernels
 def test_build_info_of_a_build():
-    if not _native.available:
-        pytest.skip(f"no native library: {_native.unavailable_reason}")
-    info = _native.build_info()
+    info = normfuse.build_info()
     assert info["torch"][0].isdigit() and "abi3" in info["python_abi"] and info["path"].endswith("_C.abi3.so")
     assert (info["cuda"] is None) == (info["architectures"] == [])
 
 
 def test_can_be_switched_off():
-    info = facts_in_a_new_process(NORMFUSE_DISABLE_NATIVE="1")
+    code = "import json, normfuse; print(json.dumps(normfuse.build_info()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"NORMFUSE_DISABLE_NATIVE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    info = json.loads(done.stdout.splitlines()[-1])
     assert not info["available"] and "NORMFUSE_DISABLE_NATIVE" in info["reason"]
     assert not info["autograd"]
 
 
-def test_autograd_in_another_torch_or_python(monkeypatch, tmp_path):
+@needs_autograd
+@pytest.mark.parametrize(
+    ("built_with", "package", "loads"),
+    [
+        ("0.0", "normfuse", False),
+        (torch.__version__, "normfuse", True),
+        (torch.__version__, "normfuse.nn", False),  # where there is none
+    ],
+)
+def test_autograd_in_another_torch_or_python(tmp_path, built_with, package, loads):
     """It is bound to the torch that it was built with: another must not even try to load it."""
-    if _native.autograd is None:
-        pytest.skip("autograd was built for another torch or Python")
-    facts = tmp_path / "_build_info.json"
-    monkeypatch.setattr(_native, "_FACTS", facts)
-    facts.write_text(json.dumps({"torch": "2.11.0"}))
-    assert _native._load_autograd() is None
-    facts.write_text(json.dumps({"torch": torch.__version__}))
-    assert _native._load_autograd() is _native.autograd
-    monkeypatch.setattr(_native, "__package__", "normfuse.nn")  # where there is none
-    assert _native._load_autograd() is None
+    info = info_in(tmp_path, package, torch=built_with, interface=normfuse.build_info()["interface"])
+    assert info["available"] and info["autograd"] is loads
 
 
-def test_says_when_nothing_was_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_C.abi3.so")
-    monkeypatch.setattr(_native, "_FACTS", tmp_path / "_build_info.json")
-    assert "pip install --no-build-isolation" in _native._load()
-    assert _native.build_info()["torch"] is None
+def test_says_when_nothing_was_built(tmp_path):
+    info = info_in(tmp_path)
+    assert "pip install --no-build-isolation" in info["reason"] and info["torch"] is None
 
 
-def test_says_when_the_library_does_not_load(monkeypatch, tmp_path):
-    (tmp_path / "_C.abi3.so").write_bytes(b"no library")
-    facts = tmp_path / "_build_info.json"
-    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "_C.abi3.so")
-    monkeypatch.setattr(_native, "_FACTS", facts)
-    for interface in ({}, {"interface": _native.INTERFACE - 1}):
-        facts.write_text(json.dumps(interface))
-        assert "built from other sources than these" in _native._load()
-    facts.write_text(json.dumps({"interface": _native.INTERFACE}))
-    assert "does not load" in _native._load()
+@needs_kernels
+@pytest.mark.parametrize(
+    ("older", "reason"), [(None, "built from other sources"), (1, "built from other sources"), (0, "does not load")]
+)
+def test_says_when_the_library_does_not_load(tmp_path, older, reason):
+    facts = {"torch": "0.0"} if older is None else {"interface": normfuse.build_info()["interface"] - older}
+    info = info_in(tmp_path, library=b"no library", **facts)
+    assert reason in info["reason"] and not info["available"]

@@ -34,15 +34,15 @@ def test_a_killed_training_goes_on_bit_for_bit(quality, training, tmp_path, monk
     whole = quality.Trainer(training, task, tmp_path).run()
     monkeypatch.setattr(quality, "STORE_EVERY", -1.0)
     killed = quality.Trainer(training, task, tmp_path)
-    take_step = killed._take_step
+    draw = task.batch
 
-    def until_the_seventh():
+    def until_the_seventh(generator):
         if killed.step == 7:
             raise KeyboardInterrupt
-        take_step()
+        return draw(generator)
 
-    monkeypatch.setattr(killed, "_take_step", until_the_seventh)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task, "batch", until_the_seventh)
         killed.run()
     torch.rand(3)  # the state of the process is not what the training goes on with
     again = quality.Trainer(training, task, tmp_path)
@@ -96,7 +96,7 @@ def test_no_picture_that_is_judged_on_is_trained_on(quality):
 def test_no_text_that_is_judged_on_is_trained_on(quality):
     import quality_tasks
 
-    text = {name: bytes(part.numpy()) for name, part in quality_tasks._text().items()}
+    text = {name: bytes(part.numpy()) for name, part in quality_tasks.library_text().items()}
     assert len({len(part) for part in text.values()}) == 3
     for split, others in (("validation", ("training", "test")), ("test", ("training", "validation"))):
         assert not any(text[split][at : at + 2000] in text[other] for at in (0, 100_000) for other in others)

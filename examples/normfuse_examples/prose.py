@@ -34,7 +34,7 @@ def sentences_of(text: str) -> list[str]:
     return found
 
 
-def _texts(source: str) -> Iterator[str]:
+def texts(source: str) -> Iterator[str]:
     """Docstrings and comments of more than one line."""
     try:
         tree = ast.parse(source)
@@ -64,7 +64,7 @@ def sentences() -> list[str]:
     """All distinct sentences of the documentation on this machine, sorted."""
     found: set[str] = set()
     for file in sources():
-        for text in _texts(file.read_text(encoding="utf-8", errors="ignore")):
+        for text in texts(file.read_text(encoding="utf-8", errors="ignore")):
             found.update(sentences_of(text))
     return sorted(found)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Tokens whose losses the authors of :class:`RegularizedBatchNorm` add up in a step.
 AUTHORS_TOKENS = 4096
 # So many penalties in a row that nobody asked for are a loss term that somebody forgot.
-_FORGOTTEN = 1000
+FORGOTTEN = 1000
 
 
 class BatchOptions(ChannelOptions, total=False):
@@ -199,9 +199,9 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         return y if pad_mask is None else y.masked_fill(pad_mask.unsqueeze(self.channel_dim), 0.0)
 
     def _add_penalty(self, penalty: Tensor) -> None:
-        if self._summed >= _FORGOTTEN:
+        if self._summed >= FORGOTTEN:
             warnings.warn(
-                f"{_FORGOTTEN} penalties of a RegularizedBatchNorm were not used and are dropped: add "
+                f"{FORGOTTEN} penalties of a RegularizedBatchNorm were not used and are dropped: add "
                 "normfuse.nn.batch_norm_penalty(model) to the loss, or give mean_penalty=0, var_penalty=0",
                 RuntimeWarning,
                 stacklevel=3,

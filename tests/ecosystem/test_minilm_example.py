@@ -127,11 +127,11 @@ def test_the_tables_absorb_the_norm_behind_them(original):
 def test_sentences_are_found_in_docstrings_and_comments():
     docstring = '"""One sentence that is long enough. Another one follows it here."""'
     source = f"{docstring}\n\n# A comment that goes on\n# over two lines.\n"
-    texts = [s for text in prose._texts(source) for s in prose.sentences_of(text)]
+    texts = [s for text in prose.texts(source) for s in prose.sentences_of(text)]
     assert texts == [
         "One sentence that is long enough.", "Another one follows it here.", "A comment that goes on over two lines.",
     ]  # fmt: skip
-    assert not list(prose._texts("def broken(:")) and not prose.sentences_of("x = 1; y[2] == {3: 4} # 5, 6, 7, 8")
+    assert not list(prose.texts("def broken(:")) and not prose.sentences_of("x = 1; y[2] == {3: 4} # 5, 6, 7, 8")
 
 
 GLOSSES = """\

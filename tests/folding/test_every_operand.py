@@ -16,7 +16,7 @@ from torch.fx import Node
 from normfuse.folding import fold, relate
 from normfuse.folding.gauge import Facts
 from normfuse.folding.rules import Match, match
-from normfuse.folding.rules.base import _RULES
+from normfuse.folding.rules.base import RULES
 
 from .cases import CASES, Case
 from .checks import any_gauge, difference
@@ -131,10 +131,10 @@ def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(relate, "match", matched)
     compare()
-    assert rules >= set(_RULES[target]), "a rule for this operation takes none of its cases"
+    assert rules >= set(RULES[target]), "a rule for this operation takes none of its cases"
     with any_gauge(0):
         compare(carry_biases=True)
 
 
 def test_every_operation_that_has_a_rule_has_cases() -> None:
-    assert set(CASES) == set(_RULES)
+    assert set(CASES) == set(RULES)

@@ -3,12 +3,8 @@
 import sys
 from dataclasses import dataclass
 
-import pytest
 import torch
 
-from normfuse import _native
-
-needs_host_kernels = pytest.mark.skipif(not _native.available, reason=f"no host kernels: {_native.unavailable_reason}")
 STATES = {"unified": ("running_var", "ema_gz", "buffer_x2", "buffer_gz"), "power": ("running_phi", "ema_gz")}
 WINDOW = 3
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from native import needs_kernels
 
-from normfuse import _native
-
-pytestmark = pytest.mark.skipif(not _native.available, reason=f"no native library: {_native.unavailable_reason}")
+pytestmark = needs_kernels
 
 ROWS, CHANNELS, WINDOW = 6, 8, 4
 

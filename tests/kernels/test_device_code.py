@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from normfuse import _native
+import normfuse
 
 # kernel: matrices it reads and writes per row
 COLUMN_KERNELS = {
@@ -59,7 +59,7 @@ def _cuobjdump() -> str:
 
 def _dump(*options: str) -> dict[tuple[str, str], str]:
     """cuobjdump's text for each architecture and function of the library."""
-    command = [_cuobjdump(), *options, _native.build_info()["path"]]
+    command = [_cuobjdump(), *options, normfuse.build_info()["path"]]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True).stdout
     functions = defaultdict(str)
@@ -77,7 +77,7 @@ def _dump(*options: str) -> dict[tuple[str, str], str]:
 def compiled_for_sm_90():
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("NO NVCC: the device code of the kernels is not checked here")
-    architectures = [a.removesuffix("+PTX") for a in _native.build_info()["architectures"] or ()]
+    architectures = [a.removesuffix("+PTX") for a in normfuse.build_info()["architectures"] or ()]
     assert "90" in architectures, "there is an nvcc, but the library has no sm_90 code: build with NORMFUSE_CUDA=1"
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from steps import assert_same_results, host, needs_host_kernels, reference
+from native import needs_kernels
+from steps import assert_same_results, host, reference
 
 from normfuse.ops.dynamic_activation import ERF, TANH
 
@@ -142,7 +143,7 @@ def test_one_unaligned_operand(emulator, name):
     step.check(emulator)
 
 
-@needs_host_kernels
+@needs_kernels
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
 def test_many_rows_on_the_host(on_threads, curve):
     """Results larger than what is cached; the same bits for any number of threads."""

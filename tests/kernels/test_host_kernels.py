@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from steps import Step, assert_same_results, host, needs_host_kernels, reference
+from native import needs_kernels
+from steps import Step, assert_same_results, host, reference
 
-pytestmark = needs_host_kernels
+pytestmark = needs_kernels
 
 CASES = [("unified", {}), ("power", {}), ("power", {"warmup_iters": 100}), ("power", {"group_num": 2})]
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from steps import assert_same_results, host, needs_host_kernels, reference
+from native import needs_kernels
+from steps import assert_same_results, host, reference
 
 from normfuse.ops.row_norm import CRMS, LAYER, RMS
 
@@ -112,7 +113,7 @@ def test_a_mean_far_from_zero(implementation):
     rows.check(implementation, 1000 * FLOAT32_TOLERANCE)
 
 
-@needs_host_kernels
+@needs_kernels
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_many_rows_on_the_host(on_threads, kind):
     """Results larger than what is cached; the same bits for any number of threads."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from steps import assert_same_results, host, needs_host_kernels, reference
+from native import needs_kernels
+from steps import assert_same_results, host, reference
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -226,7 +227,7 @@ def test_what_is_not_finite_stays_on_its_side_of_the_mask(implementation, kind, 
     torch.testing.assert_close(results["y"][keep], clean["y"].float()[keep], rtol=1e-5, atol=1e-5)
 
 
-@needs_host_kernels
+@needs_kernels
 @pytest.mark.parametrize("kind", ["batch", "regions", "moving"])
 @pytest.mark.parametrize("shape", [(70_000, 32, 1, 20_000), (9, 32, 8192, 2)], ids=["rows", "planes"])
 def test_many_numbers_on_the_host(on_threads, kind, shape):
@@ -246,7 +247,7 @@ def test_many_numbers_on_the_host(on_threads, kind, shape):
         assert_same_results({name: value}, {name: expected[name]}, FLOAT32_TOLERANCE)
 
 
-@needs_host_kernels
+@needs_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,5 +1,7 @@
 """Inputs that look for trouble: what a program does with its inputs, and what is tried because of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import MaskedAttention
@@ -155,12 +157,23 @@ def test_the_largest_sizes_stay_within_what_a_run_may_take():
     assert not [trial for trial in edges(checkpoint, pace=1.0) if "largest" in trial.label]
 
 
-def test_integers_have_the_ends_that_are_given_or_seen():
-    spec, seen = parse_input("n:int64[2]<30"), torch.tensor([3, 5])
-    assert trials._ends(seen, spec, trials.Role()) == (0, 29)
-    unbounded = InputSpec("n", torch.int64, (2,))
-    assert trials._ends(seen, unbounded, trials.Role()) == (3, 5)
-    assert trials._ends(seen, unbounded, trials.Role(rows=11)) == (0, 10)
+class Twice(nn.Module):
+    def forward(self, n):
+        return n * 2.0
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "ends"),
+    [
+        (Twice(), parse_input("n:int64[2]<30"), (0, 29)),
+        (Twice(), InputSpec("n", torch.int64, (2,)), (3, 5)),
+        (nn.Embedding(11, 4), InputSpec("n", torch.int64, (2,)), (0, 10)),
+    ],
+)
+def test_integers_have_the_ends_that_are_given_or_seen(model, spec, ends):
+    checkpoint = replace(captured(model, torch.tensor([3, 5])), inputs=[spec])
+    found = [trial.tensors[0].tolist() for trial in edges(checkpoint) if trial.label.startswith("all integers")]
+    assert found == [[end, end] for end in ends]
 
 
 def test_examples_and_random_inputs_come_first():

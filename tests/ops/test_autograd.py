@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from native import autograd_in_python, needs_autograd
 from norms import running
 
-from normfuse import _native
 from normfuse.nn import CRMSNorm, LayerNorm, PowerNorm, RMSNorm, UnifiedNorm
 
 C = 6
@@ -15,7 +15,7 @@ MAKE = running(C) | {
     "rms": lambda **o: RMSNorm(C, **o),
     "crms": lambda **o: CRMSNorm(C, **o),
 }
-pytestmark = pytest.mark.skipif(_native.autograd is None, reason="autograd was built for another torch or Python")
+pytestmark = needs_autograd
 
 
 @pytest.fixture(params=MAKE)
@@ -23,9 +23,8 @@ def make(request):
     return MAKE[request.param]
 
 
-def in_python(monkeypatch, call):
-    with monkeypatch.context() as patch:
-        patch.setattr(_native, "autograd", None)
+def in_python(call):
+    with autograd_in_python():
         return call()
 
 
@@ -51,33 +50,33 @@ def assert_equal(actual, expected):
 
 @pytest.mark.parametrize("used", ["y", "ys", "s"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_four_steps(make, used, dtype, monkeypatch):
+def test_four_steps(make, used, dtype):
     one = make(dtype=torch.float64 if dtype == torch.float64 else None)
     two = copy.deepcopy(one)
     for _ in range(4):
-        expected = in_python(monkeypatch, lambda: step(two, used, dtype=dtype))
+        expected = in_python(lambda: step(two, used, dtype=dtype))
         assert_equal(step(one, used, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize("shape", [(C,), (0, C), (1, C), (2, 5, 3, C)], ids=str)
-def test_shapes(make, shape, monkeypatch):
+def test_shapes(make, shape):
     one, two = make(), make()
-    assert_equal(step(one, "ys", shape), in_python(monkeypatch, lambda: step(two, "ys", shape)))
+    assert_equal(step(one, "ys", shape), in_python(lambda: step(two, "ys", shape)))
 
 
-def test_padding(monkeypatch):
+def test_padding():
     mask = torch.rand(4, 3) < 0.4
     for make in (MAKE["unified"], MAKE["power"], MAKE["power, no groups"]):
         one, two = make(), make()
         for _ in range(4):
-            expected = in_python(monkeypatch, lambda: step(two, "ys", pad_mask=mask))  # noqa: B023
+            expected = in_python(lambda: step(two, "ys", pad_mask=mask))  # noqa: B023
             assert_equal(step(one, "ys", pad_mask=mask), expected)
 
 
-def test_who_runs_it(make, monkeypatch):
+def test_who_runs_it(make):
     x = torch.randn(4, C, requires_grad=True)
     assert "normfuse::" in node_name(make()(x))
-    assert "normfuse::" not in in_python(monkeypatch, lambda: node_name(make()(x)))
+    assert "normfuse::" not in in_python(lambda: node_name(make()(x)))
 
 
 @pytest.mark.parametrize("options", [{"channel_dim": 1}, {"skip_nonfinite": True}], ids=str)
@@ -87,12 +86,12 @@ def test_other_cases_run_in_python(options):
         assert "normfuse::" not in y.grad_fn.next_functions[0][0].name() + node_name(y)
 
 
-def test_strided_input_and_gradient(make, monkeypatch):
+def test_strided_input_and_gradient(make):
     def run(norm):
         x = torch.linspace(-1, 1, 3 * C * 4).view(3, C, 4).transpose(1, 2).requires_grad_()
         return torch.autograd.grad(norm(x), x, torch.linspace(1, 2, 3 * C * 4).view(4, 3, C).transpose(0, 1))
 
-    assert_equal(run(make()), in_python(monkeypatch, lambda: run(make())))
+    assert_equal(run(make()), in_python(lambda: run(make())))
 
 
 def test_a_frozen_part_gets_no_gradient(make):
@@ -106,8 +105,8 @@ def test_a_frozen_part_gets_no_gradient(make):
     assert x.grad is not None and norm.weight.grad is None
 
 
-def test_without_gain_and_shift(make, monkeypatch):
-    assert_equal(step(bare(make), "ys"), in_python(monkeypatch, lambda: step(bare(make), "ys")))
+def test_without_gain_and_shift(make):
+    assert_equal(step(bare(make), "ys"), in_python(lambda: step(bare(make), "ys")))
 
 
 def bare(make):
@@ -118,7 +117,7 @@ def bare(make):
     return module
 
 
-def test_a_second_derivative(make, monkeypatch):
+def test_a_second_derivative(make):
     """Where the gradient is an approximation, both ways say why there is none."""
 
     def twice():
@@ -132,7 +131,7 @@ def test_a_second_derivative(make, monkeypatch):
         gradient.square().sum().backward()
         return gradient.detach(), x.grad, norm.weight.grad
 
-    assert_equal(twice(), in_python(monkeypatch, twice))
+    assert_equal(twice(), in_python(twice))
 
 
 def test_a_second_backward_needs_the_graph(make):

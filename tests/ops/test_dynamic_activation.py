@@ -1,10 +1,12 @@
 """The functional forms of Dynamic Tanh and Dynamic erf: the formulas, true gradients, compiled, exported, refusals."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from native import autograd_in_python, needs_autograd, needs_kernels
 from torch.utils.checkpoint import checkpoint
 
-from normfuse import _native
 from normfuse.nn import Derf, DyT
 from normfuse.ops import dynamic_erf, dynamic_tanh
 from normfuse.ops.dynamic_activation import (
@@ -114,28 +116,28 @@ def test_empty(activation, shape, implementation):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in others)
 
 
-def test_what_is_kept_for_backward(activation, monkeypatch):
+def test_what_is_kept_for_backward(activation):
     """x and the parameters, no copies."""
-    monkeypatch.setattr(_native, "autograd", None)  # whose graph does not show it
     x, others = leaf(50, C, dtype=torch.float32), parameters(activation, torch.float32)
-    kept = activation(x, *others).grad_fn.saved_tensors
+    with autograd_in_python():  # the graph in C++ does not show it
+        kept = activation(x, *others).grad_fn.saved_tensors
     given = {tensor.data_ptr() for tensor in (x, *others)}
     assert {tensor.data_ptr() for tensor in kept if tensor is not None} <= given
 
 
-@pytest.mark.skipif(_native.autograd is None, reason="autograd was built for another torch or Python")
+@needs_autograd
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=str)
-def test_autograd_in_cpp_gives_the_same_bits(activation, dtype, frozen, monkeypatch):
+def test_autograd_in_cpp_gives_the_same_bits(activation, dtype, frozen):
     tensors = [leaf(4, C, 3, dtype=dtype), *parameters(activation, torch.float64 if dtype == torch.float64 else dtype)]
     results = []
-    for autograd in (_native.autograd, None):
-        monkeypatch.setattr(_native, "autograd", autograd)
+    for in_cpp in (True, False):
         own = detached(tensors)
         if frozen is not None:
             own[frozen].requires_grad_(False)
-        y = activation(own[0].transpose(1, 2), *own[1:])
-        assert ("normfuse::" in y.grad_fn.name()) == (autograd is not None)
+        with nullcontext() if in_cpp else autograd_in_python():
+            y = activation(own[0].transpose(1, 2), *own[1:])
+        assert ("normfuse::" in y.grad_fn.name()) == in_cpp
         y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape[::-1]).permute(2, 1, 0))
         results.append([y, *(tensor.grad for tensor in own)])
     for a, b in zip(*results, strict=True):
@@ -233,7 +235,7 @@ def test_refusals_of_the_modules(make):
             make(4).train(training)(X)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no kernels: {_native.unavailable_reason}")
+@needs_kernels
 def test_refusals_of_the_operations():
     forward, backward = torch.ops.normfuse.dynamic_activation_forward, torch.ops.normfuse.dynamic_activation_backward
     with pytest.raises(RuntimeError, match=r"curve is 2; it must be 0 \(tanh\) or 1 \(erf\)"):

@@ -8,9 +8,8 @@ PROGRAM = """
 import copy, warnings
 import torch
 import normfuse.nn
-from normfuse import _native
 
-assert not _native.available
+assert not normfuse.build_info()["available"]
 eager = torch.nn.Sequential(
     torch.nn.Linear(4, 6), normfuse.nn.UnifiedNorm(6, warmup_iters=1, window_size=2),
     normfuse.nn.PowerNorm(6, warmup_iters=2, group_num=2),

@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from normfuse import _native
+from native import needs_kernels
 
 PROGRAM = Path(__file__).with_name("fuzz.py")
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no kernels: {_native.unavailable_reason}")
+@needs_kernels
 def test_fuzz():
     done = subprocess.run([sys.executable, str(PROGRAM), "8", "0"], capture_output=True, text=True, timeout=300)
     last = (done.stderr.strip().splitlines() or ["nothing"])[-1]

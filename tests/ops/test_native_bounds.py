@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from native import needs_kernels
 from raw_operations import OPERATIONS, Sizes, arguments, call
 
-from normfuse import _native
 from normfuse.nn import MaskedBatchNorm, MovingAverageBatchNorm, PowerNorm, ProgressiveNorm, RepBatchNorm, UnifiedNorm
 
-pytestmark = pytest.mark.skipif(not _native.available, reason=f"no kernels: {_native.unavailable_reason}")
+pytestmark = needs_kernels
 
 TENSORS = [
     (name, argument)

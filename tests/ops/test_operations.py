@@ -2,12 +2,10 @@
 
 import pytest
 import torch
+from native import needs_kernels
 
-from normfuse import _native
 from normfuse.ops.power_norm import power_norm_backward_reference, power_norm_forward_reference
 from normfuse.ops.unified_norm import unified_norm_backward_reference, unified_norm_forward_reference
-
-needs_kernels = pytest.mark.skipif(not _native.available, reason=f"no kernels: {_native.unavailable_reason}")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((0, 5), (1, 1), (1, 7), (3, 1), (5, 8), (17, 33), (64, 64), (515, 130), (2, 1025))

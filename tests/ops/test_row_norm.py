@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from native import needs_kernels
 from torch.utils.checkpoint import checkpoint
 
-from normfuse import _native
 from normfuse.ops import crms_norm, layer_norm, rms_norm
 from normfuse.ops.row_norm import LAYER, RMS, row_norm_backward_reference, row_norm_forward_reference
 
@@ -218,7 +218,7 @@ def test_refusals(norm, arguments, options, error, message, fused):
         norm(*arguments, fused=fused, **options)
 
 
-@pytest.mark.skipif(not _native.available, reason=f"no kernels: {_native.unavailable_reason}")
+@needs_kernels
 def test_refusals_of_the_operations():
     x, weight, stats = torch.randn(3, C), torch.ones(C), torch.ones(2, 3)
     with pytest.raises(RuntimeError, match=r"kind is 3; it must be 0 \(LayerNorm\), 1 \(RMSNorm\) or 2 \(CRMSNorm\)"):

@@ -264,9 +264,10 @@ class Opaque(Match):
         return relations.fixed(self.node, reason)
 
 
-__all__ = ["Match", "MeanRole", "Opaque", "Use", "argument", "is_float", "match", "rule_for"]
+__all__ = ["RULES", "Match", "MeanRole", "Opaque", "Use", "argument", "is_float", "match", "rule_for"]
 
-_RULES: dict[object, list[type[Match]]] = {}
+#: Of each operation the rules that may match it, in order.
+RULES: dict[object, list[type[Match]]] = {}
 R = TypeVar("R", bound=type[Match])
 
 
@@ -275,7 +276,7 @@ def rule_for(*targets: object) -> Any:
 
     def register(rule: R) -> R:
         for target in targets:
-            _RULES.setdefault(target, []).append(rule)
+            RULES.setdefault(target, []).append(rule)
         return rule
 
     return register
@@ -286,5 +287,5 @@ def match(node: Node, facts: Facts) -> Match | None:
 
     No rule knows a factor, an exponent or a bound that is computed, from a size say.
     """
-    candidates = _RULES.get(node.target, ()) if node.op == "call_function" and not computes_number(node) else ()
+    candidates = RULES.get(node.target, ()) if node.op == "call_function" and not computes_number(node) else ()
     return next((found for rule in candidates if (found := rule.of(node, facts)) is not None), None)
