@@ -20,6 +20,7 @@ _MARKS = {
     "slow": (
         *("kernels", "property", "onnx", "checkpoint", "convert", "zoo", "ecosystem"),
         *("test_archive_mutations.py", "test_distribution.py", "test_examples.py", "test_inference_benchmark.py"),
+        "test_optimizer_benchmark.py",
         *("test_pt2_reader.py", "test_pt2_refusals.py", "nn/test_norm_programs.py", "nn/test_sync.py"),
         *("folding/test_cancel.py", "folding/test_centring.py", "folding/test_every_operand.py"),
         *("folding/test_placements.py", "folding/test_scales.py", "folding/test_travelling.py"),
