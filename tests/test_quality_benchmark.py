@@ -1,6 +1,7 @@
 """The study of training: it goes on after a kill, repeats nothing, and judges on a split that chose nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,14 @@ def test_a_killed_training_goes_on_bit_for_bit(quality, training, tmp_path, monk
     task = quality.TASKS["cnn"]()
     whole = quality.Trainer(training, task, tmp_path).run()
     monkeypatch.setattr(quality, "STORE_EVERY", -1.0)
-    killed = quality.Trainer(training, task, tmp_path)
-    draw = task.batch
 
     def until_the_seventh(generator):
         if killed.step == 7:
             raise KeyboardInterrupt
-        return draw(generator)
+        return task.batch(generator)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(task, "batch", until_the_seventh)
+    killed = quality.Trainer(training, replace(task, batch=until_the_seventh), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
         killed.run()
     torch.rand(3)  # the state of the process is not what the training goes on with
     again = quality.Trainer(training, task, tmp_path)

@@ -67,7 +67,7 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_opened_regions_compute_the_same_bits(context: str, body: str, dynamic: bool) -> None:
     model, x = Inside(CONTEXTS[context], BODIES[body]).eval(), torch.randn(3, C)
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None

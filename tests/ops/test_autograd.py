@@ -161,6 +161,7 @@ def test_no_gradient_wanted(make):
     assert not before or any(not torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_captured_backward(make):
     """Compiled autograd looks into what the graph keeps, and statistics move all the same."""
     one, two = make(), make()
