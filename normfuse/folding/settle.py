@@ -18,6 +18,7 @@ import numpy as np
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal
+from .follow import Followed
 from .gains import choose_shifts, keep_shift
 from .gauge import Gauge
 from .nodes import coarseness
@@ -348,24 +349,18 @@ def _cost(source: Node, gauge: Gauge) -> int:
 def _needed_at_source(route: _Route, gauge: Gauge) -> np.ndarray | None:
     """The change of the source's shift that cancels the shift at the end of the route; None where none does."""
     shape = gauge.scale(route.source).shape
-    entries = np.arange(int(np.prod(shape))).reshape(shape)
-    factor = np.ones(shape)
+    followed = Followed.along(shape)
     try:
         for operand, reader in route.steps:
-            rule = gauge.matches.of[reader]
-            entries, factor = (rule.carry(operand, a, collapse_equal, gauge) for a in (entries, factor))
-            if not isinstance(factor, list):
-                factor = factor * rule.factor(operand, gauge)
-                entries = np.broadcast_to(entries, factor.shape)
+            followed = followed.behind(gauge.matches.of[reader], operand, gauge)
     except CannotCarry:
         return None
-    shift = gauge.shifts.of[route.end]
-    if np.broadcast_shapes(shift.shape, entries.shape) != entries.shape or not factor.all():
+    shift, reached = gauge.shifts.of[route.end], followed.channels.shape
+    if np.broadcast_shapes(shift.shape, reached) != reached or not followed.factor.all():
         return None
     change = np.zeros(int(np.prod(shape)))
-    needed = -np.broadcast_to(shift, entries.shape) / factor
-    change[entries] = needed
-    return change.reshape(shape) if np.array_equal(change[entries], needed) else None
+    cancels = followed._replace(shift=np.broadcast_to(shift, reached)).become_zero(change)
+    return change.reshape(shape) if cancels else None
 
 
 def _resettle(source: Node, last: int, order: dict[Node, int], gauge: Gauge) -> None:

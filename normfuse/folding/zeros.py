@@ -7,15 +7,15 @@ zeros, say, passes no constant: then the weight writes the number of which the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from torch.fx import Node, map_arg
 
 from .arrays import CannotCarry, collapse_equal, varying
+from .follow import Followed
 from .gauge import Gauge
 from .rules import Match, Use
 from .rules.base import Coefficients
@@ -39,65 +39,73 @@ def _moved(node: Node, matches: Mapping[Node, Match], gauge: Gauge) -> tuple[Nod
 
     None where there is no such operation, or the map multiplies one of these channels also by something else.
     """
-    way = [node]  # from the map back to the weights, through what computes each channel from itself
-    while way[-1] is node or not matches[way[-1]].writes_constants:
-        match = matches[way[-1]]
-        if match.coefficients is None and not match.moves:
-            return None
-        operand = match.operand() if match.coefficients is None else match.coefficients.operand
-        if operand not in matches or not _reads_alone(way[-1], operand, gauge):
-            return None
-        way.append(operand)
-    writer = way.pop()
-    axes = matches[writer].output_axes()
-    shape = [int(size) if axis in axes else 1 for axis, size in enumerate(writer.meta["val"].shape)]
-    known = matches[writer].held
-    held = np.full(shape, np.nan) if known is None else np.broadcast_to(known, shape)
-    # Of a number w that a channel holds, ``factor * w + shift`` is left further on.
-    channels: Any = np.arange(held.size).reshape(shape)
-    factor: Any = np.where(np.isnan(held), 1.0, 0.0)
-    shift: Any = np.where(np.isnan(held), 0.0, held)
-    zeros: list[tuple[np.ndarray, ...]] = []  # the same in front of what only passes zeros
-    operand, before = writer, channels
-    for reader in reversed(way[1:]):
-        rule = matches[reader]
-        use = Use.PASS if isinstance(factor, list) else rule.use(operand, factor + shift, gauge)
-        try:
-            channels = rule.carry(operand, channels, collapse_equal, gauge)
-            if use is Use.PASS:
-                factor, shift = (rule.carry(operand, n, collapse_equal, gauge) for n in (factor, shift))
-        except CannotCarry:
-            return None
-        if use is not Use.PASS:
-            if isinstance(channels, list):
-                return None
-            zeros += [np.broadcast_arrays(before, factor, shift)] if use is Use.STOP else []
-            factor = shift = gauge.no_shift(reader)
-        elif not isinstance(factor, list):
-            factor, shift = (n * rule.factor(operand, gauge) for n in (factor, shift))
-            shift = shift + (0.0 if rule.coefficients is None else rule.coefficients.b)
-        operand, before = reader, channels
-    map_ = matches[node].coefficients
-    assert map_ is not None
-    spread, zero = np.broadcast_arrays(channels, map_.a == 0)
-    constant = np.isin(np.arange(held.size), spread[zero])
-    if constant[spread[~zero]].any():
+    steps, map_ = _way_back(node, matches, gauge), matches[node].coefficients
+    if not steps or map_ is None:
+        return None
+    writer = steps[0][0]
+    held = _held(matches[writer])
+    try:
+        followed, stopped = _follow(held, steps[:-1], matches, gauge)
+    except CannotCarry:
+        return None
+    channels, zero = np.broadcast_arrays(followed.channels, map_.a == 0)
+    constant = np.isin(np.arange(held.size), channels[zero])
+    if constant[channels[~zero]].any():
         return None
     numbers = np.where(constant & np.isnan(held.ravel()), 0.0, held.ravel())
-    for entries, a, b in zeros:
-        found = constant[entries]
-        if (b[found & (a == 0)] != 0).any():
-            return None
-        free = found & (a != 0)
-        needed = -b[free] / a[free]
-        numbers[entries[free]] = needed
-        if (numbers[entries[free]] != needed).any():
-            return None
-    left = factor * numbers[spread] + shift
+    if not all(value.become_zero(numbers, constant[value.channels]) for value in stopped):
+        return None
+    left = followed.factor * numbers[channels] + followed.shift
     b = np.where(map_.a == 0, map_.b - left, map_.b)
     if len(varying(b)) > 1:
         return None
-    return writer, numbers.reshape(shape), map_._replace(a=np.where(map_.a == 0, 1.0, map_.a), b=b)
+    return writer, numbers.reshape(held.shape), map_._replace(a=np.where(map_.a == 0, 1.0, map_.a), b=b)
+
+
+def _way_back(node: Node, matches: Mapping[Node, Match], gauge: Gauge) -> list[tuple[Node, Node]]:
+    """The steps (operand, reader) from weights to a map, through what computes each channel from itself; or none."""
+    steps: list[tuple[Node, Node]] = []
+    while not steps or not matches[node].writes_constants:
+        match = matches[node]
+        if match.coefficients is None and not match.moves:
+            return []
+        operand = match.operand() if match.coefficients is None else match.coefficients.operand
+        if operand not in matches or not _reads_alone(node, operand, gauge):
+            return []
+        steps.insert(0, (operand, node))
+        node = operand
+    return steps
+
+
+def _held(writer: Match) -> np.ndarray:
+    """The numbers that the channels of a weight operation's result hold already, as an array over them."""
+    axes, sizes = writer.output_axes(), writer.value.shape
+    shape = [int(size) if axis in axes else 1 for axis, size in enumerate(sizes)]
+    return np.full(shape, np.nan) if writer.held is None else np.broadcast_to(writer.held, shape)
+
+
+def _follow(
+    held: np.ndarray, steps: Iterable[tuple[Node, Node]], matches: Mapping[Node, Match], gauge: Gauge
+) -> tuple[Followed, list[Followed]]:
+    """What the last value holds of the numbers of a weight's result, and the values in front of what passes zeros only.
+
+    Numbers that are held already are no more to be chosen. Raises :class:`CannotCarry`.
+    """
+    known = ~np.isnan(held)
+    followed = Followed.along(held.shape)._replace(factor=np.where(known, 0.0, 1.0), shift=np.where(known, held, 0.0))
+    stopped = []
+    for operand, reader in steps:
+        rule, several = matches[reader], isinstance(followed.factor, list)
+        use = Use.PASS if several else rule.use(operand, followed.factor + followed.shift, gauge)
+        if use is Use.PASS:
+            followed = followed.behind(rule, operand, gauge)
+            continue
+        stopped += [followed] if use is Use.STOP else []
+        channels = rule.carry(operand, followed.channels, collapse_equal, gauge)
+        if isinstance(channels, list):
+            raise CannotCarry
+        followed = Followed(channels, np.zeros(channels.shape), np.zeros(channels.shape))
+    return followed, stopped
 
 
 def _reads_alone(reader: Node, operand: Node, gauge: Gauge) -> bool:
