@@ -13,9 +13,9 @@ from ..gauge import Facts, Gauge
 from ..operations import CASTS, COPIES, DROPOUTS, HANDED_ON, RESHAPES
 from ..relations import MAX_FREE_ENTRIES, Relations
 from .base import Match, Use, argument, is_float, rule_for
-from .bilinear import ProductOfTwo
 from .carry import varying_of
 from .contraction import contraction_of, factors_of, lay
+from .equations import ProductOfTwo
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)

@@ -13,7 +13,7 @@ from ..gauge import Facts, Gauge
 from ..operations import SUMS
 from ..relations import Relations
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
-from .bilinear import ProductOfTwo
+from .equations import ProductOfTwo
 
 aten = torch.ops.aten
 
@@ -275,8 +275,9 @@ class Gate(ProductOfTwo):
     def factors(self) -> tuple[Node, Node]:
         return self.args[0], self.args[1]
 
-    def power(self) -> int:
-        return -1 if self.target is aten.div.Tensor else 1
+    @property
+    def power(self) -> float:
+        return -1.0 if self.target is aten.div.Tensor else 1.0
 
     def laid(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
         return to_rank(numbers, self.value.dim())

@@ -11,7 +11,8 @@ from ..gauge import Facts, Gauge
 from ..operations import EXPONENTS
 from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import Match, Use, is_float, rule_for
+from .base import Use, is_float, rule_for
+from .equations import Equation
 
 aten = torch.ops.aten
 _EXPONENTS = {**EXPONENTS, aten.mul.Tensor: 2.0}  # a product of a value by itself
@@ -19,11 +20,11 @@ _EACH = 0  # how mse_loss says that squares are neither averaged nor added up
 
 
 @rule_for(aten.pow.Tensor_Scalar, *_EXPONENTS)
-class Power(Match):
+class Power(Equation):
     """``(s * x)^p = s^p * x^p``; for a p that is no integer the scale is positive.
 
-    The equation is no ratio. It is met when the ratios are: see :mod:`normfuse.folding.solve`. Where a shift has
-    nowhere else to go, a square subtracts it: ``(s * x + t)^2 = s^2 * (x - (-t / s))^2``, which is one operation.
+    Where a shift has nowhere else to go, a square subtracts it, which is one operation:
+    ``(s * x + t)^2 = s^2 * (x - (-t / s))^2``.
     """
 
     def operand(self) -> Node:
@@ -35,43 +36,28 @@ class Power(Match):
             return False
         if self.target is aten.mul.Tensor:
             return self.args[0] is self.args[1]
-        return self.args[0].meta["val"].dtype == self.value.dtype and self.exponent != 0
+        return self.args[0].meta["val"].dtype == self.value.dtype and self.power != 0
 
     @property
-    def exponent(self) -> float:
+    def power(self) -> float:
         """The power to which the operand is raised."""
         return self.args[1] if self.target is aten.pow.Tensor_Scalar else _EXPONENTS.get(self.target, 2.0)
 
     def relate(self, relations: Relations) -> np.ndarray:
         scale = relations.scale(self.operand())
         result = relations.scales.fresh(scale.shape)
-        if self.exponent % 1:
+        if self.power % 1:
             relations.scales.require_positive(scale)
             relations.scales.require_positive(result)
         relations.equations.append(self.node)
         return result
 
     def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
-        return gauge.scale(self.operand()), gauge.scale(self.node)
-
-    def is_determined(self, gauge: Gauge) -> bool:
-        return any(not np.isnan(gauge.scales.known(side)).any() for side in self.sides(gauge))
-
-    def meet(self, gauge: Gauge) -> bool:
-        """Where the scale of one side is fixed, the other follows; where both are free, the operand's is chosen."""
-        scales, (x, y) = gauge.scales, self.sides(gauge)
-        behind = scales.known(y)
-        follows = np.isnan(scales.known(x)) & ~np.isnan(behind)
-        if self.exponent % 2 != 1 and (behind[follows] < 0).any():
-            return False
-        root = np.sign(behind[follows]) * np.abs(behind[follows]) ** (1.0 / self.exponent)
-        if not scales.demand(x[follows], np.zeros_like(x[follows]), root):
-            return False
-        scales.choose(x)
-        return bool(scales.demand(y, np.zeros_like(y), scales.known(x) ** self.exponent))
+        scale = gauge.scale(self.operand())
+        return np.zeros_like(scale), scale, gauge.scale(self.node)  # the first one is one
 
     def last_resort(self) -> Use:
-        return Use.ABSORB if self.exponent == 2 else Use.STOP
+        return Use.ABSORB if self.power == 2 else Use.STOP
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.ABSORB if self.node in gauge.shifts.bent else Use.STOP

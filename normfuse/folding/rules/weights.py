@@ -38,8 +38,6 @@ class Weighted(Match):
     writes_constants = True
     #: Name of the bias in the operation's schema.
     bias_name = "bias"
-    #: Whether the operation adds a bias itself; otherwise one that folding creates follows as an Add.
-    has_bias = True
 
     def fits(self, facts: Facts) -> bool:
         operand, weight, bias = self.operands()
@@ -62,14 +60,6 @@ class Weighted(Match):
 
     def price(self) -> int:
         return 0 if self.operands()[2] is not None else 1
-
-    def input_axes(self) -> tuple[int, ...]:
-        """The axes of the input that the weight reads."""
-        raise NotImplementedError
-
-    def output_axes(self) -> tuple[int, ...]:
-        """The axes of the result that the weight writes."""
-        raise NotImplementedError
 
     def columns(self, numbers: np.ndarray) -> Tensor:
         """Numbers about the input, which vary along the axes that the weight reads, laid against the weight."""
