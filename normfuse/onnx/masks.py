@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from normfuse.onnx.graph_passes.editing import Editor, constant, producer
+from normfuse.onnx.graph_passes.editing import Editor, constant, dtype_of, producer
 
 _ATTENTION_SINCE = 23  # the operator set that Attention came with; before, torch.onnx writes Softmax and products
 _MASKED = re.compile(r"scaled_dot_product_attention\.default\]\(args = \((?:%\w+, ){3}%|attn_mask: %")
@@ -58,7 +58,7 @@ def _raised(mask: ir.Value, before: ir.Node, editor: Editor, dtype: torch.dtype)
     tensor = None if mask.is_graph_input() else ir.convenience.get_const_tensor(mask)
     if tensor is not None and not np.any(tensor.numpy() == lowest):
         return mask
-    floor = editor.constant(np.array(lowest / 2, mask.dtype.numpy()), f"{mask.name}_floor")
+    floor = editor.constant(np.array(lowest / 2, dtype_of(mask).numpy()), f"{mask.name}_floor")
     shape = None if mask.shape is None else list(mask.shape)
     infinite = editor.node("IsInf", [mask], mask, [shape], dtype=ir.DataType.BOOL)
     higher = editor.node("Clip", [mask, floor], mask, [shape])  # Max would stay float32 in a float16 file
@@ -79,7 +79,7 @@ def _empty_rows(softmax: ir.Node, editor: Editor) -> bool:
     weights = softmax.outputs[0]
     if any(use.node.op_type == "IsNaN" for use in weights.uses()):
         return _hide_with_infinity(softmax, editor)
-    zero = editor.constant(np.zeros((), weights.dtype.numpy()), f"{weights.name}_zero")
+    zero = editor.constant(np.zeros((), dtype_of(weights).numpy()), f"{weights.name}_zero")
     shape = None if weights.shape is None else list(weights.shape)
     empty = editor.node("IsNaN", [weights], weights, [shape], dtype=ir.DataType.BOOL)
     filled = editor.node("Where", [empty.outputs[0], zero, weights], weights, [shape])
@@ -95,7 +95,7 @@ def _hide_with_infinity(softmax: ir.Node, editor: Editor) -> bool:
     masks = [] if scores is None else [producer(value, "Where") for value in scores.inputs]
     for mask in masks:
         hidden = None if mask is None else constant(mask.inputs[2])
-        if hidden is not None and hidden.size == 1 and hidden.item() < 0:
+        if mask is not None and hidden is not None and hidden.size == 1 and hidden.item() < 0:
             infinity = editor.constant(np.full(hidden.shape, -np.inf, hidden.dtype), f"{softmax.name}_hidden")
             mask.replace_input_with(2, infinity)
             return True

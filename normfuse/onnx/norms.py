@@ -13,7 +13,7 @@ import torch
 from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
-from normfuse.onnx.graph_passes.editing import Editor
+from normfuse.onnx.graph_passes.editing import Editor, dtype_of, operand
 
 aten = torch.ops.aten
 RMS_NORM_SINCE = 23  # the operator set that RMSNormalization came with
@@ -59,10 +59,12 @@ def spell_out(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.domain or node.op_type != "RMSNormalization":
             continue
-        (x, gain), result = node.inputs, node.outputs[0]
+        x, gain, result = operand(node, 0), operand(node, 1), node.outputs[0]
         axis, eps = node.attributes["axis"].as_int(), node.attributes["epsilon"].as_float()
         axes = editor.constant(np.arange(axis, 0), "axes")
-        two, small = (editor.constant(np.array(v, x.dtype.numpy()), name) for v, name in ((2.0, "two"), (eps, "eps")))
+        two, small = (
+            editor.constant(np.array(v, dtype_of(x).numpy()), name) for v, name in ((2.0, "two"), (eps, "eps"))
+        )
         shape = None if result.shape is None else list(result.shape)
         reduced = None if shape is None else [*shape[:axis], *(1,) * -axis]
         square = editor.node("Pow", [x, two], result, [shape])

@@ -22,6 +22,10 @@ _LIBRARY = torch.library.Library("normfuse_onnx", "DEF")
 _DEFINED: set[str] = set()
 
 
+class NotATensor(Exception):
+    """Nothing is known of an operand or a result, or it is no tensor: the operation has no translation then."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where an argument of an operation in the program stands in the file.
@@ -85,10 +89,26 @@ class Call:
     def is_constant(self, operand: int) -> bool:
         return operand < len(self.node.input) and self.node.input[operand] in self._reader.file.constants
 
-    def shape(self, operand: int) -> list[Any] | None:
-        """The sizes of an operand; None where it is not known to be a tensor."""
-        value = self.operands[operand].meta["val"] if self.operand(operand) is not None else None
-        return list(value.shape) if isinstance(value, torch.Tensor) else None
+    def is_tensor(self, operand: int) -> bool:
+        """Whether an operand is there, and known to be a tensor."""
+        node = self.operand(operand)
+        return node is not None and isinstance(node.meta["val"], torch.Tensor)
+
+    def only_tensors(self) -> bool:
+        """Whether every operand is one."""
+        return all(self.is_tensor(operand) for operand in range(len(self.operands)))
+
+    def tensor(self, operand: int) -> torch.Tensor:
+        """What an operand looks like. Raises :class:`NotATensor`."""
+        node = self.operand(operand)
+        value = None if node is None else node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            raise NotATensor(f"operand {operand} of {self.node.op_type}")
+        return value
+
+    def shape(self, operand: int) -> list[Any]:
+        """The sizes of an operand. Raises :class:`NotATensor`."""
+        return list(self.tensor(operand).shape)
 
     def is_fixed(self) -> bool:
         """Whether all operands are constants, so that the result is one."""
@@ -97,9 +117,12 @@ class Call:
     def operand(self, number: int) -> Node | None:
         return self.operands[number] if number < len(self.operands) else None
 
-    def result(self, number: int = 0) -> torch.Tensor | None:
-        """What a result looks like."""
-        return self._reader.fake(self.node.output[number])
+    def result(self, number: int = 0) -> torch.Tensor:
+        """What a result looks like. Raises :class:`NotATensor`."""
+        result = self._reader.fake(self.node.output[number])
+        if result is None:
+            raise NotATensor(f"result {number} of {self.node.op_type}")
+        return result
 
     def only_first(self) -> bool:
         """Whether no result but the first is asked for."""
@@ -187,8 +210,9 @@ class Call:
             if path in {slot.path for slot in given}:
                 continue
             if isinstance(value, Node) and waiting.get(value):
-                found.append(Slot(path, self._position, waiting[value].pop(0)))
-                self._placed.add(found[-1].operand)
+                operand = waiting[value].pop(0)
+                found.append(Slot(path, self._position, operand))
+                self._placed.add(operand)
             elif value is None and path[0] in optional:
                 found.append(Slot(path, self._position, optional[path[0]]))
         return found

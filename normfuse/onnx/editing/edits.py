@@ -87,7 +87,7 @@ class _Editor:
         self._proto = ModelProto()
         self._proto.CopyFrom(reading.file.proto)
         self._graph = self._proto.graph
-        self._nodes: list[NodeProto | None] = list(self._graph.node)
+        self._nodes = dict(enumerate(self._graph.node))  # by position; those that go leave
         self._used_before = uses_of(self._graph)
         self._taken = all_names(self._proto)
         self._names = dict(reading.names)
@@ -106,17 +106,16 @@ class _Editor:
             if name in alive:
                 self._places[name] = max(origin.nodes)
         norms = self._norms_that_stay()
+        products = {product for _, product in norms.values()}
         for node in nodes:
             if node.op == "call_function" and node.name in self._reading.origins:
                 self._rewire(node, self._reading.origins[node.name])
             elif node in norms:
-                if norms[node] is not None:
-                    self._readjust(*norms[node])
-            elif node.op == "call_function" and node.name not in self._before and node.users:
+                self._readjust(node, *norms[node])
+            elif node not in products and node.op == "call_function" and node.name not in self._before and node.users:
                 self._insert(node)
-        stay = {norm[0] for norm in norms.values() if norm is not None}
-        for position in self._gone(alive) - stay:
-            self._nodes[position] = None
+        for position in self._gone(alive) - {position for position, _ in norms.values()}:
+            del self._nodes[position]
         self._keep_output_names(nodes[-1])
         unlisted = self._unlist()
         self._assemble()
@@ -159,22 +158,28 @@ class _Editor:
     def _set(self, slot: Slot, old: Node | None, new: Node | None, origin: Origin) -> None:
         target = self._nodes[slot.node]
         if new is None and len(origin.nodes) > 1 and slot.node == origin.nodes[-1]:
-            self._drop_bias(origin)
+            # A product whose bias went writes what the Add behind it wrote.
+            product, addition = (self._nodes[position] for position in origin.nodes)
+            self._call(product.output[0], addition.output[0])
+            del self._nodes[slot.node]
             return
-        if new is None and not slot.required:
+        if new is None and not slot.required and slot.operand is not None:
             if slot.operand < len(target.input):
                 target.input[slot.operand] = ""
             while target.input and not target.input[-1]:
                 target.input.pop()
             return
         if new is None:
+            assert old is not None, "only what was there can go"
             fill = 1.0 if target.op_type in ("LayerNormalization", "RMSNormalization") else 0.0
-            tensor = torch.full_like(self._value(old), fill)
+            value = old.meta["val"]
+            tensor = torch.full(tuple(value.shape), fill, dtype=value.dtype)
             name = self._store(f"{old.name}:{fill}", slot.store, tensor, self._wish(old) or old.name)
         else:
             name = self._name(new, slot.store, old)
         remove_attribute(target, slot.factor)
         if slot.operand is None:
+            assert old is not None, "graphs read only what was there"
             for graph in graphs_of(target):
                 rename(graph, {self._names[old.name]: name})
             return
@@ -182,29 +187,24 @@ class _Editor:
             target.input.append("")
         target.input[slot.operand] = name
 
-    def _drop_bias(self, origin: Origin) -> None:
-        """A product whose bias went: it writes what the Add behind it wrote."""
-        product, addition = (self._nodes[position] for position in origin.nodes)
-        self._call(product.output[0], addition.output[0])
-        self._nodes[origin.nodes[-1]] = None
-
-    def _norms_that_stay(self) -> dict[Node, tuple[int, Node, Node] | None]:
+    def _norms_that_stay(self) -> dict[Node, tuple[int, Node]]:
         """BatchNormalizations of which a Mul and an Add are left: one operation with other numbers does the same.
 
-        By the Add, with the position in the file and the Mul; the Mul itself stands for nothing.
+        By the Add: the position in the file, and the Mul.
         """
-        found: dict[Node, tuple[int, Node, Node] | None] = {}
+        found: dict[Node, tuple[int, Node]] = {}
         for position, pieces in rewritten_maps(self._reading, self._folded).items():
             kinds = [piece.target for piece in pieces]
-            if self._nodes[position].op_type == "BatchNormalization" and kinds == [aten.mul.Tensor, aten.add.Tensor]:
+            norm = self._nodes[position]
+            if norm.op_type == "BatchNormalization" and kinds == [aten.mul.Tensor, aten.add.Tensor]:
                 product, addition = pieces
-                channels = self._reading.file.array(self._nodes[position].input[3]).size
+                channels = self._reading.file.array(norm.input[3]).size
                 single = all(self._stored(piece.args[1]).numel() in (1, channels) for piece in pieces)
                 if single and list(product.users) == [addition]:
-                    found[product], found[addition] = None, (position, product, addition)
+                    found[addition] = (position, product)
         return found
 
-    def _readjust(self, position: int, product: Node, addition: Node) -> None:
+    def _readjust(self, addition: Node, position: int, product: Node) -> None:
         """Let a BatchNormalization compute ``x * scale + shift``."""
         norm, file = self._nodes[position], self._reading.file
         names = list(norm.input)
@@ -259,9 +259,7 @@ class _Editor:
         alive = {self._names[node.name] for node in self._folded.graph.nodes if node.name in self._names}
         for name, returned in zip(own, output.args[0], strict=False):
             result = returned.args[0][0]
-            written = self._names.get(result.name)
-            if written is None:
-                written = self._name(result)
+            written = self._name(result)
             if written == name:
                 continue
             maker = self._source(result).name
@@ -313,9 +311,6 @@ class _Editor:
             self._fresh[key, store] = name
         return self._fresh[key, store]
 
-    def _value(self, node: Node) -> torch.Tensor:
-        return torch.empty(tuple(node.meta["val"].shape), dtype=node.meta["val"].dtype)
-
     def _free(self, base: str) -> str:
         name, count = f"{base}_folded" if base in self._taken else base, 1
         while name in self._taken:
@@ -331,8 +326,8 @@ class _Editor:
         Whoever sets one has to see that it no longer does what it did.
         """
         used = set()
-        for before, after in zip(self._reading.file.proto.graph.node, self._nodes, strict=True):
-            if after is None or before != after:
+        for position, before in enumerate(self._reading.file.proto.graph.node):
+            if before != self._nodes.get(position):
                 used.update(before.input)
         used &= {*self._reading.file.listed} - {*self._reading.file.settable}
         if used:
@@ -342,8 +337,8 @@ class _Editor:
     def _assemble(self) -> None:
         """Operations in the order of the file, new ones behind what they read."""
         order = list(self._behind.get(-1, []))
-        for position, node in enumerate(self._nodes):
-            order += [node] if node is not None else []
+        for position in range(len(self._graph.node)):
+            order += [self._nodes[position]] if position in self._nodes else []
             order += self._behind.get(position, [])
         replace_entries(self._graph.node, order)
         if self._renamed:

@@ -15,7 +15,7 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 @operation("FusedMatMul", domain=_MICROSOFT)
 def _fused_matmul(call: Call) -> bool:
     """A product of two values, either of which may be transposed; a factor."""
-    ranks = [len(call.shape(place) or ()) for place in (0, 1)]
+    ranks = [len(call.shape(place)) for place in (0, 1)]
     if call.get("transBatchA", 0) or call.get("transBatchB", 0) or min(ranks) < 2:
         return False
     x, weight, slots = call.operands[0], call.operands[1], []
@@ -42,7 +42,7 @@ def _fused_conv(call: Call) -> bool:
 @operation("Attention", domain=_MICROSOFT)
 def _attention(call: Call) -> bool:
     """Its product with the weights of queries, keys and values."""
-    if not call.is_constant(1) or len(call.shape(1) or ()) != 2:
+    if not call.is_constant(1) or len(call.shape(1)) != 2:
         return False
     if call.operand(2) is not None and not call.is_constant(2):
         return False
@@ -56,15 +56,16 @@ def _attention(call: Call) -> bool:
 @operation(*_GATES)
 def _recurrent(call: Call) -> bool:
     """The product of every step's input: weights [directions, gates, inputs], biases [directions, 2 * gates]."""
-    if not call.is_constant(1) or (call.operand(3) is not None and not call.is_constant(3)):
+    biases = call.number(3)
+    if not call.is_constant(1) or (call.operand(3) is not None and biases is None):
         return False
     directions, rows, width = call.shape(1)
     weight = call.derived(aten.reshape.default, call.operands[1], [directions * rows, width])
     bias, rest = None, torch.zeros(directions, rows)
-    if call.operand(3) is not None:
+    if biases is not None:
         half = call.derived(aten.slice.Tensor, call.operands[3], 1, 0, rows)
         bias = call.derived(aten.reshape.default, half, [-1])
-        rest = torch.tensor(call.number(3)[:, rows:])
+        rest = torch.tensor(biases[:, rows:])
 
     def unfold(value: torch.Tensor) -> torch.Tensor:
         return value.reshape(directions, rows, width)

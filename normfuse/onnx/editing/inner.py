@@ -33,16 +33,16 @@ def inner_values(reading: Reading, edited: ModelProto) -> list[tuple[str, str]]:
     pending, seen, found = [(name, name) for name in sorted(own)], set(), []
     while pending:
         pair = pending.pop(0)
-        makers = before.get(pair[0]), after.get(pair[1])
-        if pair in seen or None in makers or makers[0].op_type != makers[1].op_type:
+        if pair in seen or pair[0] not in before or pair[1] not in after:
+            continue
+        old, new = before[pair[0]], after[pair[1]]
+        if old.op_type != new.op_type:
             continue
         seen.add(pair)
-        if makers[0].op_type in _MOVING and file.is_own(makers[0]):
-            pending.append((makers[0].input[0], makers[1].input[0]))
-        elif positions[id(makers[0])] in reading.opaque:
-            read = [
-                (a, b) for a, b in zip(makers[0].input, makers[1].input, strict=False) if a in before and b in after
-            ]
+        if old.op_type in _MOVING and file.is_own(old):
+            pending.append((old.input[0], new.input[0]))
+        elif positions[id(old)] in reading.opaque:
+            read = [(a, b) for a, b in zip(old.input, new.input, strict=False) if a in before and b in after]
             found += [(a, b) for a, b in read if (a, b) not in found and a not in own and b not in own]
             pending += read
     return [pair for pair in found if _is_frontier(before[pair[0]], positions, reading)][:_MOST]

@@ -13,7 +13,7 @@ from .translating import axes_of, axis_of, operation, rank_of
 @operation("Shape", "Size")
 def _shape(call: Call) -> bool:
     """What reads no numbers; the result's own type and sizes are not those of the operand."""
-    return rank_of(call, 0) is not None and call.emit(aten.empty_like.default, call.operands[0])
+    return call.is_tensor(0) and call.emit(aten.empty_like.default, call.operands[0])
 
 
 @operation("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -49,9 +49,7 @@ def _expand(call: Call) -> bool:
 
 @operation("Concat")
 def _concat(call: Call) -> bool:
-    if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
-        return False
-    return call.emit(aten.cat.default, list(call.operands), axis_of(call, 0))
+    return call.only_tensors() and call.emit(aten.cat.default, list(call.operands), axis_of(call, 0))
 
 
 @operation("Split")
@@ -61,10 +59,7 @@ def _split(call: Call) -> bool:
     if len(call.node.output) == 1:  # as tools unpack an axis of size one
         return call.emit(aten.clone.default, call.operands[0])
     axis = axis_of(call, 0)
-    results = [call.result(number) for number in range(len(call.node.output))]
-    if any(result is None for result in results):
-        return False
-    sizes = [result.shape[axis] for result in results]
+    sizes = [call.result(number).shape[axis] for number in range(len(call.node.output))]
     if not all(isinstance(size, int) for size in sizes):
         return False
     extra = [o for o in call.operands[1:] if o is not None and not _is_placeholder(o)]

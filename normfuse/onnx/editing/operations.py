@@ -77,8 +77,7 @@ def weight_of(call: Call, operand: int, *, transposed: bool) -> tuple[torch.fx.N
 
 @operation("MatMul")
 def _matmul(call: Call) -> bool:
-    ranks = (rank_of(call, 0), rank_of(call, 1))
-    if None in ranks or min(ranks) < 2:
+    if min(len(call.shape(0)), len(call.shape(1))) < 2:
         return False
     return call.emit(aten.matmul.default, *call.operands)
 
@@ -112,7 +111,7 @@ def _gather(call: Call) -> bool:
 
 @operation("Add", "Sub", "Mul", "Div")
 def _arithmetic(call: Call) -> bool:
-    if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
+    if not call.only_tensors():
         return False
     if call.get("broadcast") is not None or len(call.operands) != 2:  # of operator sets before 7
         return False
@@ -125,7 +124,7 @@ def _arithmetic(call: Call) -> bool:
 @operation("Sum")
 def _sum(call: Call) -> bool:
     """Of any number of values."""
-    if any(operand is None or not isinstance(operand.meta["val"], torch.Tensor) for operand in call.operands):
+    if not call.only_tensors():
         return False
     *before, last = call.operands
     if not before:
@@ -139,7 +138,7 @@ def _sum(call: Call) -> bool:
 @operation("Max", "Min")
 def _extreme(call: Call) -> bool:
     """Of two values, of which one may be a constant."""
-    if len(call.operands) != 2 or any(rank_of(call, place) is None for place in (0, 1)):
+    if len(call.operands) != 2 or not call.only_tensors():
         return False
     target = aten.maximum.default if call.node.op_type == "Max" else aten.minimum.default
     first, second = call.operands
@@ -148,9 +147,7 @@ def _extreme(call: Call) -> bool:
 
 @operation("Where")
 def _where(call: Call) -> bool:
-    if any(rank_of(call, place) is None for place in range(3)):
-        return False
-    return call.emit(aten.where.self, *call.operands)
+    return len(call.operands) == 3 and call.only_tensors() and call.emit(aten.where.self, *call.operands)
 
 
 @operation("BatchNormalization")
@@ -164,8 +161,8 @@ def _batch_norm(call: Call) -> bool:
 
 @operation("LayerNormalization")
 def _layer_norm(call: Call) -> bool:
-    rank = rank_of(call, 0)
-    last = rank is not None and call.get("axis", -1) % max(rank, 1) == rank - 1
+    rank = len(call.shape(0))
+    last = call.get("axis", -1) % max(rank, 1) == rank - 1
     if not last or not call.only_first() or rank_of(call, 1) != 1 or call.get("stash_type", 1) != 1:
         return False
     x, weight, bias = (*call.operands, None)[:3]
@@ -178,8 +175,8 @@ def _layer_norm(call: Call) -> bool:
 
 @operation("RMSNormalization")
 def _rms_norm(call: Call) -> bool:
-    rank = rank_of(call, 0)
-    if rank is None or call.get("axis", -1) % rank != rank - 1 or rank_of(call, 1) != 1:
+    rank = len(call.shape(0))
+    if call.get("axis", -1) % max(rank, 1) != rank - 1 or rank_of(call, 1) != 1:
         return False
     x, weight = call.operands
     slots = [call.slot(2, 1, required=True)]
@@ -219,8 +216,8 @@ def _leaky_relu(call: Call) -> bool:
 @operation("PRelu")
 def _prelu(call: Call) -> bool:
     """With one slope, or one for each channel."""
-    shape, rank = call.shape(1), rank_of(call, 0)
-    if not call.is_constant(1) or rank in (None, 0):
+    shape, rank = call.shape(1), len(call.shape(0))
+    if not call.is_constant(1) or rank == 0:
         return False
     aligned = [1] * (rank - len(shape)) + shape
     if math.prod(shape) != 1 and (rank < 2 or any(size != 1 for axis, size in enumerate(aligned) if axis != 1)):
@@ -266,7 +263,7 @@ def _identity(call: Call) -> bool:
 @operation("Cast")
 def _cast(call: Call) -> bool:
     """One that changes nothing is a copy, which stays."""
-    before, after = call.operands[0].meta["val"].dtype, call.result().dtype
+    before, after = call.tensor(0).dtype, call.result().dtype
     if before == after:
         return call.emit(aten.clone.default, call.operands[0])
     return call.emit(aten.to.dtype, call.operands[0], after)

@@ -242,9 +242,8 @@ class Reader:
                 place, maker = makers.get(product, (None, None))
                 if maker is None or bias not in constants or maker.op_type != "MatMul" or product in kept:
                     continue
-                weight = constants.get(maker.input[1])
-                fits = weight is not None and len(weight.dims) == 2
-                fits = fits and list(constants[bias].dims) == [weight.dims[1]]
+                weight = list(constants[maker.input[1]].dims) if maker.input[1] in constants else []
+                fits = len(weight) == 2 and list(constants[bias].dims) == [weight[1]]
                 free = self.file.is_own(maker) and place not in self._pinned and readers[product] == [position]
                 known = self.fake(node.output[0]) is not None and maker.input[0] not in constants
                 if fits and free and known:
@@ -261,7 +260,7 @@ class Reader:
         return node
 
     def _program(self) -> ExportedProgram:
-        results = [self.value(value.name) for value in self.file.proto.graph.output]
+        results: list[Node] = [self.value(value.name) for value in self.file.proto.graph.output]
         # What nobody reads is kept from being cleared away by being a result.
         idle = [n for n in self.graph.nodes if n.op == "call_function" and not n.users and n not in results]
         results += [node for node in idle if not isinstance(node.meta["val"], list)]

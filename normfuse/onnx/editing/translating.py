@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from .calls import Call, NotATensor
 
-from .calls import Call
-
-_TABLE: dict[tuple[str, str], Callable[[Call], bool]] = {}
+_TABLE: dict[tuple[str | None, str], Callable[[Call], bool]] = {}
 # What is translated completely, so that the value of a result may be computed where all operands are constants.
 _EXACT = frozenset(
     "Abs Add Cast Concat Div Dropout Expand Flatten Identity Mul Neg Relu Reshape Squeeze Sub Transpose "
@@ -27,15 +25,13 @@ def translate(call: Call) -> bool:
     first = next((number for number, name in enumerate(call.node.output) if name), None)
     if translation is None or first is None:
         return False
-    if call.node.op_type in _ABOUT_SIZES:
-        return translation(call)
-    result = call.result(first)
-    if result is None or not result.is_floating_point() or (call.operands and call.operands[0] is None):
+    try:
+        if call.node.op_type in _ABOUT_SIZES:
+            return translation(call)
+        known = call.result(first).is_floating_point() and call.is_tensor(0)
+        return known and (call.node.op_type in _EXACT or not call.is_fixed()) and translation(call)
+    except NotATensor:
         return False
-    if call.is_fixed() and call.node.op_type not in _EXACT:
-        return False
-    operand = call.operands[0].meta["val"] if call.operands else None
-    return isinstance(operand, torch.Tensor) and translation(call)
 
 
 def operation(*kinds: str, domain: str = "") -> Callable:
@@ -50,8 +46,7 @@ def operation(*kinds: str, domain: str = "") -> Callable:
 
 def rank_of(call: Call, operand: int) -> int | None:
     """The number of an operand's axes, if it is known."""
-    shape = call.shape(operand)
-    return None if shape is None else len(shape)
+    return len(call.shape(operand)) if call.is_tensor(operand) else None
 
 
 def axis_of(call: Call, default: int) -> int:

@@ -6,7 +6,7 @@ import math
 
 import onnx_ir as ir
 
-from .editing import Editor, constant, dims, is_permutation, only_user, producer
+from .editing import Editor, constant, dims, is_permutation, only_user, operand, producer, sizes
 
 _PACKED = 3  # queries, keys and values in one tensor
 
@@ -34,20 +34,20 @@ def attention3d(model: ir.Model) -> int:
 def _rewrite(node: ir.Node, editor: Editor, thirds: dict[ir.Value, ir.Node]) -> bool:
     if node.domain or "q_num_heads" in node.attributes or len(node.inputs) > 4 or len(node.outputs) > 1:
         return False
-    heads = [dims(value) for value in node.inputs[:3]]
-    sources = [unsplit(value) for value in node.inputs[:3]]
+    split = [operand(node, place) for place in range(3)]
+    sources = [source for value in split if (source := unsplit(value)) is not None]
     merged = merged_heads(node.outputs[0])
-    if merged is None or not all(sources) or not all(isinstance(h[1], int) for h in heads if h):
+    if merged is None or len(sources) < len(split):
         return False
-    flat = [take(source, editor, thirds) for source in sources if source]
-    for old, new in zip(node.inputs[:3], flat, strict=True):
+    flat = [take(source, editor, thirds) for source in sources]
+    for old, new in zip(split, flat, strict=True):
         _redirect_lengths(old, new, editor)
     attributes = dict(node.attributes.items())
     fused = editor.node("Attention", [*flat, *node.inputs[3:]], merged, [dims(merged)])
-    for name, value in attributes.items():
-        fused.attributes[name] = value
-    fused.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", int(heads[0][1]))
-    fused.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", int(heads[1][1]))
+    for name, attribute in attributes.items():
+        fused.attributes[name] = attribute
+    for name, value in zip(("q_num_heads", "kv_num_heads"), split, strict=False):
+        fused.attributes[name] = ir.AttrInt64(name, int(sizes(value)[1]))
     editor.graph.insert_after(node, fused)
     editor.replace(merged, fused.outputs[0])
     editor.drop(merged)
@@ -68,7 +68,7 @@ def unsplit(value: ir.Value) -> tuple[ir.Value, int | None] | None:
         transpose = producer(value, "Transpose")
         if not is_permutation(transpose, 0, 2, 1, 3):
             return None
-        part, packed = _part(transpose.inputs[0], 2)
+        part, packed = _part(operand(transpose, 0), 2)
         reshape = producer(transpose.inputs[0] if packed is None else packed, "Reshape")
     if reshape is None:
         return None
@@ -77,7 +77,7 @@ def unsplit(value: ir.Value) -> tuple[ir.Value, int | None] | None:
     merged = int(heads) * int(size) * (1 if packed is None else _PACKED)
     if source != (batch, length, merged) or split != (batch, length, *parts, heads, size):
         return None
-    return reshape.inputs[0], part
+    return operand(reshape, 0), part
 
 
 def _part(value: ir.Value, axis: int) -> tuple[int | None, ir.Value | None]:
@@ -91,12 +91,13 @@ def _part(value: ir.Value, axis: int) -> tuple[int | None, ir.Value | None]:
         return None, None
     squeeze = producer(value, "Squeeze")
     axes = constant(squeeze.inputs[1]) if squeeze is not None and len(squeeze.inputs) > 1 else None
-    if axes is None or axes.tolist() != [axis]:
+    if squeeze is None or axes is None or axes.tolist() != [axis]:
         return None, None
-    split = producer(squeeze.inputs[0], "Split")
+    piece = operand(squeeze, 0)
+    split = producer(piece, "Split")
     if split is not None and len(split.outputs) == _PACKED and split.attributes.get_int("axis", 0) == axis:
-        return squeeze.inputs[0].index(), split.inputs[0]
-    cut = producer(squeeze.inputs[0], "Slice")
+        return piece.index(), split.inputs[0]
+    cut = producer(piece, "Slice")
     if cut is None:
         return None, None
     start, end, along, *step = [constant(operand) for operand in cut.inputs[1:]]
@@ -114,10 +115,13 @@ def _part(value: ir.Value, axis: int) -> tuple[int | None, ir.Value | None]:
 def merged_heads(value: ir.Value) -> ir.Value | None:
     """The [B, S, H·D] to which the heads of a result are put together."""
     transpose = only_user(value, "Transpose")
-    reshape = only_user(transpose.outputs[0], "Reshape") if is_permutation(transpose, 0, 2, 1, 3) else None
-    if reshape is None or reshape.inputs[0] is not transpose.outputs[0]:
+    if not is_permutation(transpose, 0, 2, 1, 3):
         return None
-    apart, together = dims(transpose.outputs[0]), dims(reshape.outputs[0])
+    moved = transpose.outputs[0]
+    reshape = only_user(moved, "Reshape")
+    if reshape is None or reshape.inputs[0] is not moved:
+        return None
+    apart, together = dims(moved), dims(reshape.outputs[0])
     if apart is None or together is None or not all(isinstance(size, int) for size in apart[2:]):
         return None
     width = math.prod(size for size in apart[2:] if isinstance(size, int))
@@ -130,7 +134,7 @@ def take(source: tuple[ir.Value, int | None], editor: Editor, thirds: dict[ir.Va
     if part is None:
         return value
     if value not in thirds:
-        batch, length, packed = dims(value)
+        batch, length, packed = sizes(value)
         shape = (batch, length, int(packed) // _PACKED)
         split = editor.node("Split", [value], value, [shape] * _PACKED, {"axis": -1, "num_outputs": _PACKED})
         editor.put([split], after=value)

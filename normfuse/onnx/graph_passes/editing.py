@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,31 @@ def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
     """
     if value is None or value.shape is None:
         return None
-    sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    return None if None in sizes else sizes
+    known = [size if isinstance(size, int) else size.value for size in value.shape]
+    named = tuple(size for size in known if size is not None)
+    return named if len(named) == len(known) else None
+
+
+def sizes(value: ir.Value) -> tuple[Dim, ...]:
+    """What :func:`dims` gives of a value whose sizes are known."""
+    if (known := dims(value)) is None:
+        raise ValueError(f"the sizes of {value.name!r} are not known")
+    return known
+
+
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """The type of a value whose type is known."""
+    if value.dtype is None:
+        raise ValueError(f"the type of {value.name!r} is not known")
+    return value.dtype
+
+
+def operand(node: ir.Node, place: int) -> ir.Value:
+    """An operand that a node has."""
+    value = node.inputs[place] if place < len(node.inputs) else None
+    if value is None:
+        raise ValueError(f"{node.op_type} {node.name!r} has no operand {place}")
+    return value
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -43,7 +66,7 @@ def only_user(value: ir.Value, *kinds: str) -> ir.Node | None:
     return users[0].node if users[0].node.domain in ("", "ai.onnx") and users[0].node.op_type in kinds else None
 
 
-def is_permutation(node: ir.Node | None, *perm: int) -> bool:
+def is_permutation(node: ir.Node | None, *perm: int) -> TypeGuard[ir.Node]:
     """Whether a node is the Transpose with this permutation."""
     return node is not None and node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == perm
 
@@ -94,7 +117,8 @@ class Editor:
         node = ir.node(kind, inputs, attributes or {}, num_outputs=len(shapes), name=self.name(f"{like.name}_node"))
         for output, shape in zip(node.outputs, shapes, strict=True):
             output.name = self.name(str(like.name))
-            output.dtype = dtype or like.dtype
+            if (known := dtype or like.dtype) is not None:
+                output.dtype = known
             output.shape = None if shape is None else ir.Shape(shape)
         return node
 
@@ -119,7 +143,7 @@ class Editor:
             return
         node = value.producer()
         if node is None:
-            if value.is_initializer() and not value.is_graph_input():
+            if value.name is not None and value.is_initializer() and not value.is_graph_input():
                 del self.graph.initializers[value.name]
             return
         if node.graph is None or any(output.uses() or output.is_graph_output() for output in node.outputs):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .editing import Dim, Editor, constant, dims, only_user, producer
+from .editing import Dim, Editor, constant, dims, only_user, operand, producer, sizes
 
 _ELEMENTWISE = frozenset(
     "Abs Add Celu Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Max Min Mish Mul Neg Relu Selu Sigmoid "
@@ -62,21 +62,23 @@ def _regions(graph: ir.Graph) -> Iterator[list[ir.Node]]:
 def _rows(node: ir.Node) -> list[ir.Value]:
     """The operands that become matrices if this node does; none if it cannot."""
     shape = dims(node.outputs[0]) if len(node.outputs) == 1 else None
-    if node.domain or shape is None or len(shape) < 3 or not isinstance(shape[-1], int) or not node.inputs:
+    x = node.inputs[0] if node.inputs else None
+    if node.domain or x is None or shape is None or len(shape) < 3 or not isinstance(shape[-1], int):
         return []
-    first = dims(node.inputs[0])
+    first = dims(x)
     if node.op_type == "MatMul":
         weight = dims(node.inputs[1])
-        whole = first is not None and weight is not None and len(weight) == 2 and first[:-1] == shape[:-1]
-        whole = whole and isinstance(first[-1], int) and isinstance(weight[1], int)
-        return [node.inputs[0]] if whole and node.outputs[0].dtype in _FLOATING else []
+        if first is None or weight is None or len(weight) != 2 or first[:-1] != shape[:-1]:
+            return []
+        known = isinstance(first[-1], int) and isinstance(weight[1], int)
+        return [x] if known and node.outputs[0].dtype in _FLOATING else []
     if node.op_type in _BY_ROW:
         over_last = node.attributes.get_int("axis", -1) in (-1, len(shape) - 1)
         vectors = all(len(dims(value) or (0, 0)) <= 1 for value in node.inputs[1:] if value is not None)
-        return [node.inputs[0]] if first == shape and over_last and vectors else []
+        return [x] if first == shape and over_last and vectors else []
     if node.op_type not in _ELEMENTWISE:
         return []
-    rows = [value for value in node.inputs if dims(value) == shape]
+    rows = [value for value in node.inputs if value is not None and dims(value) == shape]
     others = [value for value in node.inputs if value is not None and dims(value) != shape]
     return rows if all(_broadcasts(value) for value in others) else []
 
@@ -110,7 +112,7 @@ class _Flattening:
         saved = sum(only_user(node.outputs[0], "Add") in inside for node in products)
         if not saved or 2 * saved < len(entries) + len(exits):
             return 0
-        leading = dims(entries[0])[:-1]
+        leading = sizes(entries[0])[:-1]
         if sum(not isinstance(size, int) for size in leading) > 1 and leading not in self._leading:
             self._leading[leading] = self._read_leading(entries[0])
         for value in entries:
@@ -131,8 +133,8 @@ class _Flattening:
 
     def _flatten(self, value: ir.Value) -> ir.Value:
         maker = producer(value, "Reshape")
-        source = value if maker is None else maker.inputs[0]  # one reshape instead of two
-        shape: Any = dims(value)
+        source = value if maker is None else operand(maker, 0)  # one reshape instead of two
+        shape: Any = sizes(value)
         reshape = self.editor.node("Reshape", [source, self._constant(-1, shape[-1])], value, [_matrix(shape)])
         self.editor.put([reshape], after=value)
         return reshape.outputs[0]
@@ -140,15 +142,15 @@ class _Flattening:
     def _flatten_node(self, node: ir.Node, inside: set[ir.Node]) -> list[ir.Node]:
         """Puts the matrix form of a node behind it; returns the nodes that this stands for."""
         result, covered = node.outputs[0], [node]
-        inputs = [self.flat.get(value, value) for value in node.inputs]
+        inputs = [None if value is None else self.flat.get(value, value) for value in node.inputs]
         kind = node.op_type
         if kind == "MatMul":
             add = only_user(result, "Add")
             bias = next((v for v in add.inputs if v is not result), None) if add in inside else None
-            if bias is not None and dims(bias) == (dims(result)[-1],):
+            if add is not None and dims(bias) == sizes(result)[-1:]:
                 kind, result, covered = "Gemm", add.outputs[0], [node, add]
                 inputs.append(bias)
-        new = self.editor.node(kind, inputs, result, [_matrix(dims(result))])
+        new = self.editor.node(kind, inputs, result, [_matrix(sizes(result))])
         for name, value in node.attributes.items():
             new.attributes[name] = ir.AttrInt64("axis", -1) if name == "axis" else value
         self.editor.graph.insert_after(covered[-1], new)
@@ -163,7 +165,7 @@ class _Flattening:
             node.replace_input_with(0, self.flat[value])
         if len(reshapes) == len(outside) and not value.is_graph_output():
             return
-        shape = dims(value)
+        shape = sizes(value)
         restored = self.editor.node("Reshape", [self.flat[value], self._shape(shape)], value, [shape])
         self.editor.put([restored], after=self.flat[value])
         self.editor.replace(value, restored.outputs[0])
@@ -182,7 +184,7 @@ class _Flattening:
         return self._shapes[shape]
 
     def _read_leading(self, value: ir.Value) -> ir.Value:
-        count = len(dims(value)) - 1
+        count = len(sizes(value)) - 1
         where = {"start": 0, "end": count}
         shape = self.editor.node("Shape", [value], value, [(count,)], where, dtype=ir.DataType.INT64)
         self.editor.put([shape], after=value)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .attention import merged_heads, take, unsplit
-from .editing import Dim, Editor, dims
+from .editing import Dim, Editor, dims, operand, sizes
 
 
 def single_token(model: ir.Model) -> int:
@@ -47,7 +47,7 @@ class _Rewriting:
 
     def merge(self, node: ir.Node) -> bool:
         """[B, 1, H·D] out of heads [B, H, 1, D]."""
-        heads = node.inputs[0]
+        heads = operand(node, 0)
         merged, shape = merged_heads(heads), dims(heads)
         if merged is None or shape is None or shape[2] != 1:
             return False
@@ -56,7 +56,7 @@ class _Rewriting:
 
     def _reshape(self, value: ir.Value, old: ir.Value) -> None:
         """Puts a Reshape of a value in the place of another, which has sizes that are known behind the first."""
-        shape = dims(old)
+        shape = sizes(old)
         known = shape[1:]
         if known not in self._shapes:
             self._shapes[known] = self.editor.constant(np.array([-1, *known], np.int64), "shape")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from normfuse.onnx.graph_passes.editing import dtype_of, operand
+
 
 def expand_attention_masks(model: ir.Model) -> int:
     """Spell out masks that broadcast over the queries, and say how many there were.
@@ -18,12 +20,13 @@ def expand_attention_masks(model: ir.Model) -> int:
         mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
         if mask is None or mask.shape is None or len(mask.shape) < 2 or mask.shape[-2] != 1:
             continue
-        query = node.inputs[0]
+        query = operand(node, 0)
         rank = len(mask.shape)
         rows = ir.node("Shape", [query], {"start": 2, "end": 3})
         target = ir.node("Concat", [_ones(model, rank - 2), rows.outputs[0], _ones(model, 1)], {"axis": 0})
         expanded = _expand(model, mask, rows, target, f"{node.name}_mask", before=node)
-        expanded.shape = ir.Shape([*mask.shape[:-2], query.shape[2], mask.shape[-1]])
+        queries = None if query.shape is None else query.shape[2]
+        expanded.shape = ir.Shape([*mask.shape[:-2], queries, mask.shape[-1]])
         node.replace_input_with(3, expanded)
         count += 1
     return count
@@ -39,8 +42,9 @@ def expand_rotary_caches(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "RotaryEmbedding" or (len(node.inputs) > 3 and node.inputs[3] is not None):
             continue
-        x = node.inputs[0]
-        for place, cache in ((1, node.inputs[1]), (2, node.inputs[2])):
+        x = operand(node, 0)
+        for place in (1, 2):
+            cache = operand(node, place)
             if cache.shape is not None and x.shape is not None and cache.shape[0] == x.shape[0]:
                 continue
             if cache not in expanded:
@@ -60,7 +64,7 @@ def _expand(
         new.outputs[0].name = f"{label}_{name}"
         new.name = f"{label}_{name}_node"
     size.outputs[0].dtype = target.outputs[0].dtype = ir.DataType.INT64
-    expand.outputs[0].dtype = value.dtype or before.inputs[0].dtype  # torch.onnx leaves that of caches out
+    expand.outputs[0].dtype = value.dtype or dtype_of(operand(before, 0))  # torch.onnx leaves that of caches out
     model.graph.insert_before(before, [size, target, expand])
     return expand.outputs[0]
 
