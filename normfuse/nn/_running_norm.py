@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops._layout import accumulation_dtype, check_input, to_rows
+from ..ops._layout import accumulation_dtype, check_input, check_tensor, to_rows
 from ..ops._recompute import State
 from ._traced_as_one import Proxy, traced_as_one
 from ._update_bn import refuse_update_bn
@@ -59,6 +59,16 @@ def refuse_negative_counters(
         if isinstance(value, Tensor) and not value.is_meta and (value < 0).any():
             errors.append(f"{prefix}{name} is {value.flatten().tolist()}; it counts steps and must be at least 0")
             state_dict[prefix + name] = module.get_buffer(name)
+
+
+def check_width(x: Tensor, channels: int, option: str) -> None:
+    """Raise unless ``x`` is a tensor whose last dimension has the channels that ``option`` of its norm says."""
+    check_tensor("x", x)
+    if x.dim() == 0 or x.shape[-1] != channels:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} must have {channels} channels in its last dimension: "
+            f"check {option}, or move the channels with x.movedim(1, -1)"
+        )
 
 
 def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
@@ -228,8 +238,9 @@ class ChannelNorm(nn.Module):
             if self._buffers[name].is_meta:  # the others have left with assign=True
                 self._buffers[name] = torch.zeros_like(self._buffers[name], device=device)
 
-    def _describe(self, **options: object) -> str:
-        shown = {**options, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
+    def _describe(self, *names: str, **others: object) -> str:
+        options = {name: getattr(self, name) for name in names}
+        shown = {**options, **others, "eps": self.eps, "affine": self.affine, "channel_dim": self.channel_dim}
         if self.ghost_size is not None:
             shown["ghost_size"] = self.ghost_size
         if self.synchronised:
@@ -317,5 +328,5 @@ class RunningNorm(ChannelNorm):
     def _normalise(self, x: Tensor, pad_mask: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _describe(self, **options: object) -> str:
-        return super()._describe(**options) + (", skip_nonfinite=True" if self.skip_nonfinite else "")
+    def _describe(self, *names: str, **others: object) -> str:
+        return super()._describe(*names, **others) + (", skip_nonfinite=True" if self.skip_nonfinite else "")

@@ -126,7 +126,7 @@ class MaskedBatchNorm(ChannelNorm):
         )
 
     def extra_repr(self) -> str:
-        return self._describe(momentum=self.momentum)
+        return self._describe("momentum")
 
 
 class RegularizedBatchNorm(MaskedBatchNorm):
@@ -223,7 +223,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         return {**self.__dict__, "penalty": None, "_summed": 0}
 
     def extra_repr(self) -> str:
-        return self._describe(momentum=self.momentum, mean_penalty=self.mean_penalty, var_penalty=self.var_penalty)
+        return self._describe("momentum", "mean_penalty", "var_penalty")
 
 
 def deviation_of(norm: nn.Module, var: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dynamic_erf, dynamic_tanh
-from ..ops._layout import check_tensor
-from ._running_norm import check_count
+from ._running_norm import check_count, check_width
 from ._traced_as_one import Proxy, traced_as_one
 
 
@@ -31,15 +30,15 @@ class _DynamicActivation(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
-    def _fused(self, x: Tensor) -> bool:
-        """Whether the kernels compute this; raises if x cannot be. Exported programs hold plain ATen operations."""
-        check_tensor("x", x)
-        if x.dim() == 0 or x.shape[-1] != self.num_features:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} must have {self.num_features} channels in its last dimension: "
-                "check num_features, or move the channels with x.movedim(1, -1)"
-            )
-        return self.training and not torch.compiler.is_exporting()
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return traced_as_one(self, x)
+        check_width(x, self.num_features, "num_features")
+        # Exported programs hold plain ATen operations.
+        return self._apply_curve(x, fused=self.training and not torch.compiler.is_exporting())
+
+    def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return str(self.num_features)
@@ -69,10 +68,8 @@ class DyT(_DynamicActivation):
         tensor(True)
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            return traced_as_one(self, x)
-        return dynamic_tanh(x, self.alpha, self.weight, self.bias, fused=self._fused(x))
+    def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:
+        return dynamic_tanh(x, self.alpha, self.weight, self.bias, fused=fused)
 
 
 class Derf(_DynamicActivation):
@@ -111,7 +108,5 @@ class Derf(_DynamicActivation):
         super().__init__(num_features, alpha, device=device, dtype=dtype)
         self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            return traced_as_one(self, x)
-        return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias, fused=self._fused(x))
+    def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:
+        return dynamic_erf(x, self.alpha, self.shift, self.weight, self.bias, fused=fused)

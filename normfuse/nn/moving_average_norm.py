@@ -90,4 +90,4 @@ class MovingAverageBatchNorm(ChannelNorm):
         )
 
     def extra_repr(self) -> str:
-        return self._describe(window_size=self.window_size, warmup_iters=self.warmup_iters, momentum=self.momentum)
+        return self._describe("window_size", "warmup_iters", "momentum")

@@ -102,11 +102,5 @@ class PowerNorm(RunningNorm):
         return group_scaling(super().rows_to_measure(x), self.group_num or 0, self.group_eps)[0]
 
     def extra_repr(self) -> str:
-        return self._describe(
-            group_num=self.group_num,
-            group_eps=self.group_eps,
-            alpha_fwd=self.alpha_fwd,
-            alpha_bkw=self.alpha_bkw,
-            warmup_iters=self.warmup_iters,
-            backward=self.backward_form,
-        )
+        names = ("group_num", "group_eps", "alpha_fwd", "alpha_bkw", "warmup_iters")
+        return self._describe(*names, backward=self.backward_form)

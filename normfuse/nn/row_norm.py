@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import crms_norm, layer_norm, rms_norm
-from ..ops._layout import check_tensor
+from ._running_norm import check_width
 from ._traced_as_one import Proxy, traced_as_one
 
 
@@ -45,12 +45,7 @@ class _RowNorm:
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, residual)
-        check_tensor("x", x)
-        if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0]:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} must have {self.normalized_shape[0]} channels in its last dimension: "
-                "check normalized_shape, or move the channels with x.movedim(1, -1)"
-            )
+        check_width(x, self.normalized_shape[0], "normalized_shape")
         return self._normalise(x, residual=residual, eps=self.eps, unit_offset=self.unit_offset, fused=self.training)
 
     def _normalise(self, x: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -114,9 +114,4 @@ class UnifiedNorm(RunningNorm):
         )
 
     def extra_repr(self) -> str:
-        return self._describe(
-            window_size=self.window_size,
-            warmup_iters=self.warmup_iters,
-            outlier_filtration=self.outlier_filtration,
-            momentum=self.momentum,
-        )
+        return self._describe("window_size", "warmup_iters", "outlier_filtration", "momentum")

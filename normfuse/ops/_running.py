@@ -57,6 +57,15 @@ def fake_gradients(grad_y: Tensor, x: Tensor, weight: Tensor, *_: object) -> tup
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
+def fakes_of_window(counters: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a forward and its step of the statistics return, empty: y, ``stats`` [2, C], and so many counters."""
+
+    def move(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return q.new_empty(2, q.shape[0]), q.new_empty(counters, dtype=torch.int64)
+
+    return lambda x, pad_mask, weight, *_: (torch.empty_like(x), *move(weight)), move
+
+
 def register_running_norm(
     prefix: str,
     *,

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from ._group import sum_in_group
 from ._layout import ThreeAxes, affine_map, as_they_are, check_input, gain_and_shift, masked, mean_or
 from ._recompute import state_of_this_run
-from ._running import register_running_norm, training_step
+from ._running import fakes_of_window, register_running_norm, training_step
 from .unified_norm import MAX_RATIO, RATIO_FREE_STEPS
 
 
@@ -130,28 +130,22 @@ def moving_average_norm_backward_reference(
     )[:3]
 
 
+_fake_forward, _fake_move = fakes_of_window(1)
 _NORM = register_running_norm(
     "moving_average_norm",
     name="Moving Average Batch Normalization",
     layout=ThreeAxes,
     statistics=("running_var", "buffer_x2", "iters"),
     gradient_statistics=("buffer_gz",),
-    forward=(
-        moving_average_norm_forward_reference,
-        lambda x, pad_mask, weight, *_: (
-            torch.empty_like(x), weight.new_empty(2, x.shape[1]), weight.new_empty(1, dtype=torch.int64),
-        ),
-    ),
+    forward=(moving_average_norm_forward_reference, _fake_forward),
     backward=moving_average_norm_backward_reference,
-    move_forward=(
-        move_forward_statistics, lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(1, dtype=torch.int64)),
-    ),
+    move_forward=(move_forward_statistics, _fake_move),
     move_gradient=(move_gradient_statistics, lambda mean_gz, *_: torch.empty_like(mean_gz)),
     forward_by=_forward_on_stat_groups,
     backward_by=_backward_on_stat_groups,
     mean=sum_in_group,
     sound=lambda stats: stats[0] > 0,
-)  # fmt: skip
+)
 
 
 def moving_average_norm(

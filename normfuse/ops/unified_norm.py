@@ -35,7 +35,7 @@ from ._layout import (
 )
 from ._recompute import state_of_this_run
 from ._registry import can_run_cpp_autograd
-from ._running import register_running_norm, training_step
+from ._running import fakes_of_window, register_running_norm, training_step
 
 MAX_RATIO = 5.0  # r is clamped to [1 / MAX_RATIO, MAX_RATIO]
 RATIO_FREE_STEPS = 1000  # r is 1 for at least that many steps
@@ -206,29 +206,23 @@ def unified_norm_backward_reference(
     return grad_x if grad_s is None else grad_x + grad_s, grad_weight, grad_bias
 
 
+_fake_forward, _fake_move = fakes_of_window(2)
 _NORM = register_running_norm(
     "unified_norm",
     name="Unified Norm",
     layout=ChannelsLast,
     statistics=("running_var", "buffer_x2", "iters", "skip_counter"),
     gradient_statistics=("ema_gz", "buffer_gz"),
-    forward=(
-        unified_norm_forward_reference,
-        lambda x, pad_mask, weight, *_: (
-            torch.empty_like(x), weight.new_empty(2, x.shape[-1]), weight.new_empty(2, dtype=torch.int64),
-        ),
-    ),
+    forward=(unified_norm_forward_reference, _fake_forward),
     backward=unified_norm_backward_reference,
-    move_forward=(
-        move_forward_statistics, lambda q, *_: (q.new_empty(2, q.shape[0]), q.new_empty(2, dtype=torch.int64)),
-    ),
+    move_forward=(move_forward_statistics, _fake_move),
     move_gradient=(move_gradient_statistics, lambda mean_gz, *_: torch.empty_like(mean_gz)),
     forward_by=_forward_on_rows,
     backward_by=_backward_on_rows,
     mean=mean_square_in_group,
     sound=lambda stats: stats[0] > 0,
     mutates=("s",),
-)  # fmt: skip
+)
 
 
 def unified_norm(
