@@ -134,7 +134,7 @@ def trials(norm: nn.Module, channels: int) -> Iterator[tuple[int, Tensor, Tensor
     a, b, c = (*(size for size in _SIZES if size != channels), 2)[:3]
     last: list[tuple[int, ...]] = [(2, a, b, channels), (2, a, channels)]
     first: list[tuple[int, ...]] = [(2, channels, a, b), (2, channels, a), (2, channels, a, b, c)]
-    matrix = (a, channels)  # last, as both layouts are the same there
+    matrix: tuple[int, ...] = (a, channels)  # last, as both layouts are the same there
     for channel_dim, shapes in ((-1, last), (1, first), (-1, [matrix])):
         for x, y in _results(norm, shapes):
             yield channel_dim, x, y

@@ -43,34 +43,41 @@ class References:
     def __init__(self, model: ExportableModel, *, rounds: int = 4, seed: int = 0, edges: bool = True) -> None:
         self.model = model
         self._options = (rounds, seed, edges)
-        self._kept: dict[bool, list[tuple[Trial, list[Tensor] | None]]] = {}
-        self._notes: dict[bool, list[str]] = {}
-        self._bytes = 0
+        self._kept: list[tuple[Trial, list[Tensor] | None]] | None = None
+        self._unknown: list[Trial] = []
         self._pace = math.inf
 
     def on(self, half: bool = False) -> Iterator[tuple[Trial, list[Tensor]]]:
-        """The trials for a form that computes in float16, or for others. The second time, nothing is computed.
+        """The trials for a form that computes in float16 (``half``), or for others.
+
+        The second time, nothing is computed: all forms are compared on the same inputs.
 
         Raises:
             VerificationError: the model fails on its own inputs, or its program is not the live model.
         """
-        if half in self._kept:
-            for trial, outputs in self._kept[half]:
-                yield trial, self.model.run(trial.tensors) if outputs is None else outputs
-            return
-        kept: list[tuple[Trial, list[Tensor] | None]] = []
-        self._notes[half] = []
-        for trial, outputs in self._compute(half):
-            self._bytes += sum(output.nbytes for output in outputs)
-            kept.append((trial, outputs if self._bytes <= _MOST_BYTES else None))
-            yield trial, outputs
-        self._kept[half] = kept
+        for trial, outputs in self._all():
+            if (tried := trial.in_half() if half else trial) is not None:
+                yield tried, self.model.run(trial.tensors) if outputs is None else outputs
 
     def notes(self, half: bool = False) -> list[str]:
         """In words, where nothing could be compared."""
-        return self._notes[half]
+        unknown = [trial.label for trial in self._unknown if not half or trial.in_half() is not None]
+        return [f"where the model gives NaN nothing is compared: {some_of(unknown)}"] if unknown else []
 
-    def _compute(self, half: bool) -> Iterator[tuple[Trial, list[Tensor]]]:
+    def _all(self) -> Iterator[tuple[Trial, list[Tensor] | None]]:
+        """Every trial with the model's outputs; None where they are too large to be kept."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[Trial, list[Tensor] | None]] = []
+        size, self._unknown = 0, []
+        for trial, outputs in self._compute():
+            size += sum(output.nbytes for output in outputs)
+            kept.append((trial, outputs if size <= _MOST_BYTES else None))
+            yield trial, outputs
+        self._kept = kept
+
+    def _compute(self) -> Iterator[tuple[Trial, list[Tensor]]]:
         rounds, seed, edges = self._options
         trial = trials.example(self.model)
         yield trial, _live(self.model, trial, self._run(trial))
@@ -85,17 +92,14 @@ class References:
                 if not _has_nan(outputs):
                     yield trial, outputs
                     break
-        unknown: list[str] = []
-        for trial in trials.edges(self.model, generator, half, self._pace) if edges else ():
+        for trial in trials.edges(self.model, generator, self._pace) if edges else ():
             try:
                 outputs = self._run(trial)
             except Exception:  # it takes no such inputs, so neither need the other forms
                 continue
             if _has_nan(outputs):
-                unknown.append(trial.label)
+                self._unknown.append(trial)
             yield trial, outputs
-        if unknown:
-            self._notes[half].append(f"where the model gives NaN nothing is compared: {some_of(unknown)}")
 
     def _run(self, trial: Trial) -> list[Tensor]:
         """The model's outputs; notes how long a run takes for its size, after whatever the first run has to set up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from normfuse.checkpoint import ExportableModel, InputSpec
 from normfuse.checkpoint import inputs as specs
 from normfuse.onnx.roles import Role, roles
 
-EXAMPLE, RANDOM, EDGE, SOFT = "example", "random", "edge", "soft"
+EXAMPLE, RANDOM, EDGE, MASK, LARGE, SOFT = "example", "random", "edge", "mask", "large", "soft"
 _LARGE = 100.0  # times the example: far outside of training, far inside of float32
 _HIDDEN = -100.0  # what is lower in a mask that is added hides
 _GROWTH = 4  # times the example's size, where a dimension has no largest one
@@ -29,12 +29,22 @@ class Trial:
         label: what they are, with their shapes.
         tensors: one per input.
         kind: ``example``; ``random``, which the model must take; ``edge``, which it need not take, but if it does,
-            the other forms must agree; ``soft``, where a form that does not agree is a note.
+            the other forms must agree; ``mask`` and ``large``, edges of which :meth:`in_half` says more; ``soft``,
+            where a form that does not agree is a note.
     """
 
     label: str
     tensors: tuple[Tensor, ...]
     kind: str
+
+    def in_half(self) -> Trial | None:
+        """The trial for a form that computes in float16, whose numbers end early; None where it cannot agree.
+
+        What hides in float32 is no number of float16: where every key is hidden, the two may differ.
+        """
+        if self.kind == LARGE:
+            return None
+        return replace(self, kind=SOFT) if self.kind == MASK else self
 
 
 def example(model: ExportableModel) -> Trial:
@@ -56,13 +66,12 @@ def random(model: ExportableModel, number: int, generator: torch.Generator) -> T
     return Trial(f"random inputs {shapes(tensors)}", tensors, RANDOM)
 
 
-def edges(model: ExportableModel, generator: torch.Generator, half: bool = False, pace: float = 0.0) -> Iterator[Trial]:
+def edges(model: ExportableModel, generator: torch.Generator, pace: float = 0.0) -> Iterator[Trial]:
     """Inputs that look for trouble: masks, integers, sizes and numbers at their ends.
 
     Args:
         model: the model.
         generator: of what is random in them.
-        half: whether the form to try computes in float16, whose numbers end early.
         pace: seconds that a run takes ÷ the square of the entries of its inputs.
     """
     now = specs.consistent_sizes(model.inputs, model.example_inputs)
@@ -70,9 +79,9 @@ def edges(model: ExportableModel, generator: torch.Generator, half: bool = False
     several = {name: specs.clamp(max(now[name], _SEVERAL), dim) for name, dim in dims.items()}
     drawn = _drawn(model, several, generator)
     found = roles(model.program)
-    yield from _masks(model, found, drawn, half)
+    yield from _masks(model, found, drawn)
     yield from _integers(model, found, drawn)
-    yield from _floats(model, found, drawn, half)
+    yield from _floats(model, found, drawn)
     alone = list(dims)[:_MOST_ALONE] if len(dims) > 1 else []
     for name in alone:
         tensors = _drawn(model, several | {name: _smallest(dims[name])}, generator)
@@ -88,19 +97,17 @@ def edges(model: ExportableModel, generator: torch.Generator, half: bool = False
         yield Trial(f"an empty {rows} {shapes(tensors)}", tensors, SOFT)
 
 
-def _masks(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _masks(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor]) -> Iterator[Trial]:
     """Every mask by itself: nothing hidden, one row hidden, everything hidden."""
     for index, (spec, role) in enumerate(zip(model.inputs, found, strict=True)):
         example = model.example_inputs[index]
         if not _is_mask(example, role):
             continue
         for value, what in _mask_values(example, spec):
-            # What hides in float32 is no number of float16: where every key is hidden, they may differ.
-            kind = SOFT if half else EDGE
             whole = torch.full_like(drawn[index], value)
             for part, changed in (("all of it", whole), *_parts(drawn[index], value)):
                 tensors = (*drawn[:index], changed, *drawn[index + 1 :])
-                yield Trial(f"mask {spec.name} with {part} {what} {shapes(tensors)}", tensors, kind)
+                yield Trial(f"mask {spec.name} with {part} {what} {shapes(tensors)}", tensors, MASK)
 
 
 def _is_mask(example: Tensor, role: Role) -> bool:
@@ -166,19 +173,21 @@ def _ends(example: Tensor, spec: InputSpec, role: Role) -> tuple[int, int]:
     return (int(example.min()), int(example.max())) if example.numel() else (0, 1)
 
 
-def _floats(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor], half: bool) -> Iterator[Trial]:
+def _floats(model: ExportableModel, found: Sequence[Role], drawn: Sequence[Tensor]) -> Iterator[Trial]:
     """All numbers zero, all the same, and all large."""
     places = [
         index
         for index, spec in enumerate(model.inputs)
         if spec.dtype.is_floating_point and not _is_mask(model.example_inputs[index], found[index])
     ]
-    changes: list[tuple[str, Callable[[Tensor], Tensor]]] = [("zeros", torch.zeros_like), ("ones", torch.ones_like)]
-    if not half:
-        changes.append(("large numbers", lambda x: x * _LARGE))
-    for what, change in changes if places else ():
+    changes: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+        ("zeros", EDGE, torch.zeros_like),
+        ("ones", EDGE, torch.ones_like),
+        ("large numbers", LARGE, lambda x: x * _LARGE),
+    ]
+    for what, kind, change in changes if places else ():
         tensors = tuple(change(x) if index in places else x for index, x in enumerate(drawn))
-        yield Trial(f"{what} {shapes(tensors)}", tensors, EDGE)
+        yield Trial(f"{what} {shapes(tensors)}", tensors, kind)
 
 
 def _largest(model: ExportableModel, now: dict[str, int], pace: float) -> dict[str, int]:

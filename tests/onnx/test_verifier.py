@@ -181,7 +181,8 @@ def test_an_empty_batch_that_would_end_the_process_is_noted(tmp_path):
     assert any("fails on an empty batch" in note and "Einsum ends the process" in note for note in report.notes)
 
 
-def test_the_model_runs_once_for_all_forms(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_model_runs_once_for_all_forms(tmp_path, monkeypatch, dtype):
     model = tiny_models.trained(tiny_models.Perceptron())
     checkpoint = ExportableModel.from_model(model, torch.ones(2, 4), ({0: "batch"},))
     runs = []
@@ -193,7 +194,7 @@ def test_the_model_runs_once_for_all_forms(tmp_path, monkeypatch):
     assert len(trials) <= once
     assert [trial.label for trial, _ in references.on()] == trials and len(runs) == once
     runs.clear()
-    export(checkpoint, tmp_path / "m.onnx")
+    export(checkpoint, tmp_path / "m.onnx", dtype=dtype)
     assert len(runs) <= once + 1  # and once to see how long it takes at the largest sizes
 
 
