@@ -31,6 +31,19 @@ class MapNorm(Map):
     """See :class:`Map`."""
 
 
+class Net(nn.Module):
+    """Parts under their names, and what they do with an input."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], object], **parts: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self, x)
+
+
 class Sandwich(nn.Module):
     """linear - norm - the operation under test - linear."""
 

@@ -17,7 +17,7 @@ from normfuse.folding import FoldError, constants, fold
 from normfuse.folding.program import Program
 
 from .checks import difference, folded, operations
-from .maps import MapNorm
+from .maps import MapNorm, Net
 
 aten = torch.ops.aten
 C = 4
@@ -117,32 +117,25 @@ def test_values_beyond_what_is_kept_are_computed_again(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("shape", [(10**12,), (10**6, 10**6)])
 def test_a_constant_of_any_size_is_not_evaluated(shape: tuple[int, ...]) -> None:
     """A program of a few bytes may ask for a tensor that fits no memory."""
-
-    class Huge(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = MapNorm(C), nn.Linear(C, C)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.norm(x)) * torch.full(shape, 2.0, dtype=x.dtype).expand(shape).sum()
-
-    program = export(Huge().eval(), (torch.randn(3, C),))
+    program = export(
+        Net(
+            lambda m, x: m.linear(m.norm(x)) * torch.full(shape, 2.0, dtype=x.dtype).expand(shape).sum(),
+            norm=MapNorm(C),
+            linear=nn.Linear(C, C),
+        ).eval(),
+        (torch.randn(3, C),),
+    )
     with Counting() as running:
         _, report = fold(program, verify=False)
     assert not report.remaining and not any("full" in str(operation) for operation in running.counts)
 
 
 def test_a_parameter_that_is_read_in_two_dtypes_is_stored_in_both() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = MapNorm(C), nn.Linear(C, C)
+    def both(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.norm(x)
+        return m.linear(y), F.linear(y.double(), m.linear.weight.double(), m.linear.bias.double())
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = self.norm(x)
-            return self.linear(y), F.linear(y.double(), self.linear.weight.double(), self.linear.bias.double())
-
-    model, x = Both().eval(), torch.randn(3, C)
+    model, x = Net(both, norm=MapNorm(C), linear=nn.Linear(C, C)).eval(), torch.randn(3, C)
     program, report = fold(export(model, (x,)))
     assert not report.remaining
     results = program.module()(x)
@@ -150,15 +143,14 @@ def test_a_parameter_that_is_read_in_two_dtypes_is_stored_in_both() -> None:
 
 
 def test_an_empty_tensor_with_one_axis_leaves_a_concatenation() -> None:
-    class Cache(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = MapNorm(C), nn.Linear(C, C)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(torch.cat([torch.tensor([], dtype=x.dtype), self.norm(x), x.new_empty(0)], 1))
-
-    program, report = folded(Cache(), (torch.randn(2, 3, C, dtype=torch.float64),))
+    program, report = folded(
+        Net(
+            lambda m, x: m.linear(torch.cat([torch.tensor([], dtype=x.dtype), m.norm(x), x.new_empty(0)], 1)),
+            norm=MapNorm(C),
+            linear=nn.Linear(C, C),
+        ),
+        (torch.randn(2, 3, C, dtype=torch.float64),),
+    )
     assert report.norms[0].status == "folded"
     assert operations(program)[-2:] == ["aten.cat.default", "aten.linear.default"]
 

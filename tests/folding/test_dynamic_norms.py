@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from normfuse.folding import DynamicNormRecord, fold, fuse
 
 from .checks import difference, folded, operations
-from .maps import C, MapNorm, sequence, status
+from .maps import C, MapNorm, Net, sequence, status
 from .networks import PLACEMENTS, Transformer, look_trained
 
 aten = torch.ops.aten
@@ -73,16 +73,10 @@ def test_a_missing_bias_is_created_for_the_shift() -> None:
 
 def test_a_weight_without_a_bias_of_its_own_leaves_the_shift_in_the_norm() -> None:
     """A product x W would need an Add behind it, which costs more than the shift inside the norm."""
-
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.weight = trained(nn.LayerNorm(C)), nn.Parameter(torch.randn(C, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x) @ self.weight
-
-    program, report = folded(Product(), sequence())
+    program, report = folded(
+        Net(lambda m, x: m.norm(x) @ m.weight, norm=trained(nn.LayerNorm(C)), weight=nn.Parameter(torch.randn(C, 4))),
+        sequence(),
+    )
     record = only(report.dynamic)
     assert (record.gain, record.shift) == ("folded", "kept") and "has no bias to take it" in record.reasons["shift"]
     assert operations(program) == ["aten.layer_norm.default", "aten.matmul.default"]
@@ -195,16 +189,9 @@ def test_zero_gains_stay_where_the_result_is_added() -> None:
 
 def test_a_shift_that_varies_between_the_inputs_of_a_weight_stays() -> None:
     """It varies along an axis that the linear does not keep apart."""
-
-    class Transposed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = trained(nn.LayerNorm(C)), nn.Linear(5, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.norm(x).mT)
-
-    program, report = folded(Transposed(), sequence())
+    program, report = folded(
+        Net(lambda m, x: m.linear(m.norm(x).mT), norm=trained(nn.LayerNorm(C)), linear=nn.Linear(5, 4)), sequence()
+    )
     record = only(report.dynamic)
     assert (record.gain, record.shift) == ("kept", "kept") and "linear in linear cannot" in record.reasons["shift"]
     assert "aten.add.Tensor" not in operations(program)

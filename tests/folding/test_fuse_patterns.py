@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from normfuse.folding import fold
 
 from .checks import folded, operations
-from .maps import C, sequence
+from .maps import C, Net, sequence
 
 EPS = 1e-5
 
@@ -118,15 +118,9 @@ def test_what_only_looks_like_a_norm_is_left(name: str) -> None:
 
 
 def test_casts_that_change_the_dtype_stay_around_the_operation() -> None:
-    class Narrow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.last = WrittenRMSNorm(llama), nn.Linear(C, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.norm(x))
-
-    model = Narrow().to(torch.bfloat16).eval()
+    model = (
+        Net(lambda m, x: m.last(m.norm(x)), norm=WrittenRMSNorm(llama), last=nn.Linear(C, 4)).to(torch.bfloat16).eval()
+    )
     program, report = fold(export(model, (torch.randn(3, 5, C, dtype=torch.bfloat16),)))
     assert operations(program) == [
         "aten.to.dtype",
@@ -140,15 +134,12 @@ def test_casts_that_change_the_dtype_stay_around_the_operation() -> None:
 def test_a_norm_that_is_read_in_between_keeps_its_gain_outside() -> None:
     """The value before the gain is an output as well: the gain is a factor of its own, and folds as one."""
 
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last, self.weight = nn.Linear(C, C), nn.Linear(C, 4), nn.Parameter(torch.rand(C) + 0.5)
+    def both(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = m.first(x)
+        y = x * torch.rsqrt(mean_square(x) + EPS)
+        return y, m.last(y * m.weight)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.first(x)
-            y = x * torch.rsqrt(mean_square(x) + EPS)
-            return y, self.last(y * self.weight)
-
-    program, _ = folded(Both(), sequence())
+    program, _ = folded(
+        Net(both, first=nn.Linear(C, C), last=nn.Linear(C, 4), weight=nn.Parameter(torch.rand(C) + 0.5)), sequence()
+    )
     assert operations(program) == ["aten.linear.default", "aten.rms_norm.default", "aten.linear.default"]

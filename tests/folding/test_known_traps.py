@@ -11,6 +11,7 @@ from normfuse.folding import fold
 from normfuse.nn import UnifiedNorm
 
 from .checks import folded, operations
+from .maps import Net
 from .networks import look_trained
 
 
@@ -26,76 +27,64 @@ def batch_norm(kind: type[nn.Module], channels: int) -> nn.Module:
 
 def test_a_layer_used_twice_with_a_norm_behind_one_use() -> None:
     """Folding the norm into the layer in place changes the other use as well."""
-
-    class Reused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.norm(self.linear(x))) + F.relu(self.linear(x))
-
-    _, report = folded(Reused(), (torch.randn(5, 6, dtype=torch.float64),))
+    _, report = folded(
+        Net(
+            lambda m, x: F.relu(m.norm(m.linear(x))) + F.relu(m.linear(x)),
+            linear=nn.Linear(6, 6),
+            norm=batch_norm(nn.BatchNorm1d, 6),
+        ),
+        (torch.randn(5, 6, dtype=torch.float64),),
+    )
     assert not report.remaining
 
 
 def test_linear_with_a_batch_norm_over_another_axis() -> None:
     """BatchNorm1d on [batch, positions, features] normalises positions; a linear's weight knows features only."""
-
-    class OtherAxis(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(self.norm(self.linear(x)))
-
-    program, report = folded(OtherAxis(), (torch.randn(5, 6, 6, dtype=torch.float64),))
+    program, report = folded(
+        Net(lambda m, x: F.gelu(m.norm(m.linear(x))), linear=nn.Linear(6, 6), norm=batch_norm(nn.BatchNorm1d, 6)),
+        (torch.randn(5, 6, 6, dtype=torch.float64),),
+    )
     assert [record.status for record in report.norms] == ["kept"]
     assert "aten.mul.Tensor" in operations(program) or "aten.batch_norm.default" in operations(program)
 
 
 def test_a_vector_that_broadcasts_over_the_width_is_no_channel_scale() -> None:
     """Conv, then a product with a vector of as many entries as there are channels and columns."""
-
-    class Width(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.factor = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.rand(4) + 0.5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(self.conv(x) * self.factor)
-
-    program, _ = folded(Width(), (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
+    program, _ = folded(
+        Net(
+            lambda m, x: F.gelu(m.conv(x) * m.factor),
+            conv=nn.Conv2d(3, 4, 3, padding=1),
+            factor=nn.Parameter(torch.rand(4) + 0.5),
+        ),
+        (torch.randn(2, 3, 4, 4, dtype=torch.float64),),
+    )
     assert "aten.mul.Tensor" in operations(program)
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(0.5, 1.0), (1.0, 3.0), (0.0, 1.0)])
 def test_a_product_with_beta_and_alpha(beta: float, alpha: float) -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = batch_norm(nn.BatchNorm1d, 6)
-            self.w, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.b, self.norm(x), self.w, beta=beta, alpha=alpha)
-
-    folded(Scaled(), (torch.randn(5, 6, dtype=torch.float64),))
+    folded(
+        Net(
+            lambda m, x: torch.addmm(m.b, m.norm(x), m.w, beta=beta, alpha=alpha),
+            norm=batch_norm(nn.BatchNorm1d, 6),
+            w=nn.Parameter(torch.randn(6, 4)),
+            b=nn.Parameter(torch.randn(4)),
+        ),
+        (torch.randn(5, 6, dtype=torch.float64),),
+    )
 
 
 @pytest.mark.parametrize("groups", [2, 3, 6])
 def test_a_grouped_convolution_between_additions(groups: int) -> None:
-    class Grouped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(6, 6, 3, groups=groups), batch_norm(nn.BatchNorm2d, 6)
-            self.constant = nn.Parameter(torch.randn(6, 1, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(self.norm(self.conv(self.norm(F.gelu(x)) + self.constant) + self.constant))
-
-    _, report = folded(Grouped(), (torch.randn(2, 6, 5, 5, dtype=torch.float64),))
+    _, report = folded(
+        Net(
+            lambda m, x: F.gelu(m.norm(m.conv(m.norm(F.gelu(x)) + m.constant) + m.constant)),
+            conv=nn.Conv2d(6, 6, 3, groups=groups),
+            norm=batch_norm(nn.BatchNorm2d, 6),
+            constant=nn.Parameter(torch.randn(6, 1, 1)),
+        ),
+        (torch.randn(2, 6, 5, 5, dtype=torch.float64),),
+    )
     assert not report.remaining
 
 
@@ -137,35 +126,31 @@ def test_quantised_weights_are_left_alone() -> None:
 
 
 def test_control_flow_is_left_alone() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = batch_norm(nn.BatchNorm1d, 6), nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (self.norm(x),)))
-
-    _, report = folded(Branching(), (torch.randn(5, 6, dtype=torch.float64),))
+    _, report = folded(
+        Net(
+            lambda m, x: m.linear(torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (m.norm(x),))),
+            norm=batch_norm(nn.BatchNorm1d, 6),
+            linear=nn.Linear(6, 4),
+        ),
+        (torch.randn(5, 6, dtype=torch.float64),),
+    )
     assert [record.status for record in report.norms] == ["kept"]
 
 
 def test_rotary_embeddings_stop_what_comes_from_queries() -> None:
     """Rotation mixes pairs of channels with computed angles: a norm in front of it goes into the projection."""
 
-    class Rotary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.norm = nn.Linear(8, 8), batch_norm(nn.BatchNorm1d, 8)
+    def rotary(m: nn.Module, x: Tensor) -> Tensor:
+        q = m.norm(m.q(x).mT).mT
+        angle = torch.arange(x.shape[1], device=x.device)[:, None] * torch.exp(-torch.arange(4, dtype=x.dtype))
+        cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+        rotated = torch.cat([-q[..., 4:], q[..., :4]], -1)
+        q = q * cos + rotated * sin
+        return (q @ q.mT).softmax(-1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            q = self.norm(self.q(x).mT).mT
-            angle = torch.arange(x.shape[1], device=x.device)[:, None] * torch.exp(-torch.arange(4, dtype=x.dtype))
-            cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
-            rotated = torch.cat([-q[..., 4:], q[..., :4]], -1)
-            q = q * cos + rotated * sin
-            return (q @ q.mT).softmax(-1)
-
-    _, report = folded(Rotary(), (torch.randn(2, 5, 8, dtype=torch.float64),))
+    _, report = folded(
+        Net(rotary, q=nn.Linear(8, 8), norm=batch_norm(nn.BatchNorm1d, 8)), (torch.randn(2, 5, 8, dtype=torch.float64),)
+    )
     assert {record.status for record in report.norms if record.kind == "BatchNorm1d"} == {"folded"}
 
 
@@ -208,112 +193,103 @@ def test_zero_gains_in_front_of_a_maximum_keep_their_signs() -> None:
 
 def test_a_number_that_is_read_from_a_tensor() -> None:
     """``item()`` looks at values although its result is no tensor."""
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.norm(self.linear(x)).amax(0)[2].item()
-
-    folded(Scaled(), (torch.randn(5, 6, dtype=torch.float64),))
+    folded(
+        Net(
+            lambda m, x: x * m.norm(m.linear(x)).amax(0)[2].item(),
+            linear=nn.Linear(6, 6),
+            norm=batch_norm(nn.BatchNorm1d, 6),
+        ),
+        (torch.randn(5, 6, dtype=torch.float64),),
+    )
 
 
 def test_channels_that_move_by_padding() -> None:
     """Padding by one on one side and by minus one on the other keeps the size and moves every channel."""
-
-    class Moved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm, self.head = nn.Linear(6, 6), batch_norm(nn.BatchNorm1d, 6), nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(F.pad(self.norm(self.linear(x)), (1, -1)))
-
-    folded(Moved(), (torch.randn(5, 6, dtype=torch.float64),))
+    folded(
+        Net(
+            lambda m, x: m.head(F.pad(m.norm(m.linear(x)), (1, -1))),
+            linear=nn.Linear(6, 6),
+            norm=batch_norm(nn.BatchNorm1d, 6),
+            head=nn.Linear(6, 4),
+        ),
+        (torch.randn(5, 6, dtype=torch.float64),),
+    )
 
 
 def test_a_shift_that_one_reader_carries_only_when_it_is_equal_everywhere() -> None:
     """Cancelling a shift in front of one reader must not hand the other one what it cannot arrange."""
 
-    class Chosen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.constant, self.head = nn.Linear(6, 6), nn.Parameter(torch.randn(6)), nn.Linear(4, 4)
+    def chosen(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.linear(x)
+        return F.gelu(y + m.constant), m.head(y.index_select(-1, torch.tensor([0, 2, 3, 5])))
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = self.linear(x)
-            return F.gelu(y + self.constant), self.head(y.index_select(-1, torch.tensor([0, 2, 3, 5])))
-
-    folded(Chosen(), (torch.randn(2, 5, 6, dtype=torch.float64),))
+    folded(
+        Net(chosen, linear=nn.Linear(6, 6), constant=nn.Parameter(torch.randn(6)), head=nn.Linear(4, 4)),
+        (torch.randn(2, 5, 6, dtype=torch.float64),),
+    )
 
 
 def test_a_view_of_what_a_norm_made_contiguous() -> None:
     """Without the norm the view meets an expanded tensor, which has no such view."""
-
-    class Expanded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm, self.head = nn.Linear(6, 6), UnifiedNorm(6), nn.Linear(24, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.norm(self.linear(x)[:, :1].expand(-1, 4, -1)).view(-1, 24))
-
-    _, report = folded(Expanded(), (torch.randn(5, 3, 6, dtype=torch.float64),))
+    _, report = folded(
+        Net(
+            lambda m, x: m.head(m.norm(m.linear(x)[:, :1].expand(-1, 4, -1)).view(-1, 24)),
+            linear=nn.Linear(6, 6),
+            norm=UnifiedNorm(6),
+            head=nn.Linear(24, 2),
+        ),
+        (torch.randn(5, 3, 6, dtype=torch.float64),),
+    )
     assert not report.remaining
 
 
 def test_position_embeddings_behind_a_dropout() -> None:
     """In evaluation it is nothing, but no constant by itself: what stands behind it must read the folded parameter."""
 
-    class Dropped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.positions = nn.Parameter(torch.randn(4, 6))
-            self.dropout, self.linear, self.norm, self.head = (
-                nn.Dropout(),
-                nn.Linear(6, 6),
-                UnifiedNorm(6),
-                nn.Linear(6, 2),
+    def dropped(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.linear(x) + m.dropout(m.positions))
+        return m.head(y + F.gelu(y))
+
+    _, report = folded(
+        look_trained(
+            Net(
+                dropped,
+                positions=nn.Parameter(torch.randn(4, 6)),
+                dropout=nn.Dropout(),
+                linear=nn.Linear(6, 6),
+                norm=UnifiedNorm(6),
+                head=nn.Linear(6, 2),
             )
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(self.linear(x) + self.dropout(self.positions))
-            return self.head(y + F.gelu(y))
-
-    _, report = folded(look_trained(Dropped()), (torch.randn(5, 4, 6, dtype=torch.float64),))
+        ),
+        (torch.randn(5, 4, 6, dtype=torch.float64),),
+    )
     assert not report.remaining and "positions" in report.norms[0].absorbed_by
 
 
 def test_a_shift_that_reaches_a_sum_on_two_ways() -> None:
     """What cancels it on one of them changes the other as well."""
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix, self.constant, self.head = nn.Linear(24, 24), nn.Parameter(torch.randn(24)), nn.Linear(6, 6)
+    def twice(m: nn.Module, x: Tensor) -> Tensor:
+        y = (m.mix(x.flatten(1)) + m.constant).unflatten(-1, (4, 6))
+        return m.head(y + y[:, :1])
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = (self.mix(x.flatten(1)) + self.constant).unflatten(-1, (4, 6))
-            return self.head(y + y[:, :1])
-
-    folded(Twice(), (torch.randn(3, 4, 6, dtype=torch.float64),))
+    folded(
+        Net(twice, mix=nn.Linear(24, 24), constant=nn.Parameter(torch.randn(24)), head=nn.Linear(6, 6)),
+        (torch.randn(3, 4, 6, dtype=torch.float64),),
+    )
 
 
 def test_a_zero_gain_in_front_of_a_shift_that_no_weight_takes() -> None:
     """Behind a scale of zero the shift cannot be written out: then the zero stays in the norm."""
-
-    class Zero(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.last = nn.Linear(6, 6), UnifiedNorm(6), nn.Linear(6, 2)
-            self.position = nn.Parameter(torch.randn(4, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.norm(self.first(x) + (self.first(x) + self.position)))
-
-    model = look_trained(Zero()).double()
+    model = look_trained(
+        Net(
+            lambda m, x: m.last(m.norm(m.first(x) + (m.first(x) + m.position))),
+            first=nn.Linear(6, 6),
+            norm=UnifiedNorm(6),
+            last=nn.Linear(6, 2),
+            position=nn.Parameter(torch.randn(4, 1)),
+        )
+    ).double()
     model.norm.weight.data[2] = 0.0
     _, report = folded(model, (torch.randn(3, 4, 6, dtype=torch.float64),))
     (record,) = report.norms

@@ -14,7 +14,7 @@ import normfuse.nn
 from normfuse.folding import FoldError, fold
 
 from .checks import folded, operations
-from .maps import C, MapNorm, sequence, status
+from .maps import C, MapNorm, Net, sequence, status
 from .networks import Transformer, look_trained
 
 
@@ -168,16 +168,11 @@ def test_zero_gains_stay_where_the_stream_needs_the_value() -> None:
 
 
 def test_a_norm_added_to_its_own_input_stays() -> None:
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.last = nn.Linear(C, C), MapNorm(), nn.Linear(C, 2)
+    def loop(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.first(x)
+        return m.last(x + m.norm(x))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.last(x + self.norm(x))
-
-    _, report = folded(Loop(), sequence())
+    _, report = folded(Net(loop, first=nn.Linear(C, C), norm=MapNorm(), last=nn.Linear(C, 2)), sequence())
     assert status(report) == ["kept"] and "meets its own input" in report.norms[0].reason
 
 
@@ -257,16 +252,11 @@ def test_constants_that_float64_would_change_are_computed_as_written() -> None:
 
 
 def test_reading_only_a_shape_stops_nothing() -> None:
-    class ShapeOnly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.norm = nn.Linear(C, C, bias=False), MapNorm()
+    def shapeonly(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.linear(x)
+        return F.gelu(m.norm(y.flatten(0, 1)).reshape_as(y))
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.linear(x)
-            return F.gelu(self.norm(y.flatten(0, 1)).reshape_as(y))
-
-    _, report = folded(ShapeOnly(), sequence())
+    _, report = folded(Net(shapeonly, linear=nn.Linear(C, C, bias=False), norm=MapNorm()), sequence())
     assert status(report) == ["folded"]
 
 
@@ -278,17 +268,12 @@ def test_report_is_json() -> None:
 
 
 def test_dead_ends_do_no_harm() -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = MapNorm(), nn.Linear(C, 2)
+    def dead(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        F.gelu(y)
+        return m.linear(y)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(x)
-            F.gelu(y)
-            return self.linear(y)
-
-    program, report = folded(Dead(), sequence())
+    program, report = folded(Net(dead, norm=MapNorm(), linear=nn.Linear(C, 2)), sequence())
     assert operations(program) == ["aten.linear.default"] and status(report) == ["folded"]
 
 

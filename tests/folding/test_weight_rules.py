@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import folded, operations
-from .maps import BehindAnInput, C, MapNorm, sequence, status
+from .maps import BehindAnInput, C, MapNorm, Net, sequence, status
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,15 @@ def test_every_way_to_write_a_projection(product: Callable[..., Tensor]) -> None
 
 
 def test_a_product_that_needs_its_bias_keeps_it_when_it_is_zero() -> None:
-    class Addmm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.w, self.b = (
-                MapNorm(shift=False),
-                nn.Parameter(torch.randn(C, 4)),
-                nn.Parameter(torch.zeros(4)),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.b, self.norm(x), self.w)
-
-    _, report = folded(Addmm(), (torch.randn(3, C, dtype=torch.float64),))
+    _, report = folded(
+        Net(
+            lambda m, x: torch.addmm(m.b, m.norm(x), m.w),
+            norm=MapNorm(shift=False),
+            w=nn.Parameter(torch.randn(C, 4)),
+            b=nn.Parameter(torch.zeros(4)),
+        ),
+        (torch.randn(3, C, dtype=torch.float64),),
+    )
     assert status(report) == ["folded"]
 
 
