@@ -90,12 +90,12 @@ def test_example_inputs_that_are_no_data_are_refused_and_do_not_run(good, tmp_pa
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"sizes": [{"as_int": 2**62}, {"as_int": 4}]}, "no natural numbers"),
+        ({"sizes": [{"as_int": 2**62}, {"as_int": 4}]}, "not natural numbers"),
         ({"sizes": [{"as_int": 2**40}, {"as_int": 4}]}, "does not fit the 96 bytes"),
         ({"sizes": [{"as_int": 7}, {"as_int": 4}]}, "does not fit the 96 bytes"),
-        ({"sizes": [{"as_int": -6}, {"as_int": 4}]}, "no natural numbers"),
+        ({"sizes": [{"as_int": -6}, {"as_int": 4}]}, "not natural numbers"),
         ({"sizes": [{"as_int": 6}]}, "1 sizes and 2 strides"),
-        ({"strides": [{"as_int": -4}, {"as_int": 1}]}, "no natural numbers"),
+        ({"strides": [{"as_int": -4}, {"as_int": 1}]}, "not natural numbers"),
         ({"strides": [{"as_int": 5}, {"as_int": 1}]}, "does not fit the 96 bytes"),
         ({"storage_offset": {"as_int": 1}}, "does not fit the 96 bytes"),
         ({"storage_offset": {"as_int": 2**61}}, "does not fit the 96 bytes"),
@@ -107,7 +107,7 @@ def test_example_inputs_that_are_no_data_are_refused_and_do_not_run(good, tmp_pa
         ({"dtype": 99}, "no ScalarType"),
         ({"dtype": True}, "bool where int belongs"),
         ({"layout": 1}, "SparseCoo"),
-        ({"sizes": [{"as_expr": {"expr_str": "9**9", "hint": None}}, {"as_int": 4}]}, "no natural numbers"),
+        ({"sizes": [{"as_expr": {"expr_str": "9**9", "hint": None}}, {"as_int": 4}]}, "not natural numbers"),
     ],
 )
 def test_weights_that_do_not_fit_their_bytes(good, change, why):
@@ -137,8 +137,8 @@ def test_weights_lie_in_records_of_weights(good, record):
         ('{"config": {}, "more": 1}', "has no 'more'"),
         ("{}", "lacks 'config'"),
         ('{"config": []}', "list where dict belongs"),
-        ("", "no JSON"),
-        ("\ufeff{}", "no JSON"),
+        ("", "is not JSON"),
+        ("\ufeff{}", "is not JSON"),
     ],
 )
 def test_json_is_strict(good, text, why):
@@ -146,7 +146,7 @@ def test_json_is_strict(good, text, why):
 
 
 def test_json_is_utf8(good):
-    assert "no JSON" in refusal(archives.pack(archives.unpack(good) | {WEIGHTS: '{"config": {}}'.encode("utf-16")}))
+    assert "is not JSON" in refusal(archives.pack(archives.unpack(good) | {WEIGHTS: '{"config": {}}'.encode("utf-16")}))
 
 
 # What is refused: the graph
@@ -230,7 +230,7 @@ def test_values_are_defined_once_and_before_they_are_read(good):
 def test_names_are_words(good, name):
     contents = archives.unpack(good)
     text = contents[MODEL].decode().replace('"linear_1"', json.dumps(name))
-    assert "is no name" in refusal(archives.pack(contents | {MODEL: text.encode()}))
+    assert "is not a valid name" in refusal(archives.pack(contents | {MODEL: text.encode()}))
 
 
 @pytest.mark.parametrize("name", ["torch", "lambda", "device", "self", "output", "input", "None", "print"])

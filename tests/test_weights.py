@@ -186,7 +186,7 @@ def test_tied_tensors_that_differ_are_refused(state):
 
 
 def test_files_without_tensors():
-    with pytest.raises(CheckpointError, match="no state_dict: it holds epoch, args"):
+    with pytest.raises(CheckpointError, match="not a state_dict: it holds epoch, args"):
         weights.take({"epoch": 1, "args": {"lr": 0.1}}, Net(), "c.pt")
     with pytest.raises(CheckpointError, match="holds a list, not a state_dict"):
         weights.take([torch.ones(2)], Net(), "c.pt")
@@ -259,8 +259,8 @@ def test_shards(tmp_path, state, kind):
         sharded.read_index(index, trust=False)
     for content, because in (
         ('{"weight_map": {"w": "../other.bin"}}', "only files beside the index are read"),
-        ('{"weight_map": ["w"]}', "is no index of weights"),
-        ("{", "is no index of weights"),
+        ('{"weight_map": ["w"]}', "is not an index of weights"),
+        ("{", "is not an index of weights"),
         ('{"weight_map": {"w": "absent.bin"}}', "cannot read"),
     ):
         index.write_text(content)

@@ -223,7 +223,7 @@ def _with_rows(specs: Sequence[InputSpec], tensors: list[torch.Tensor], notes: l
     if not empty:
         return tensors
     sizes |= {name: specs_module.clamp(3, dims[name]) for name in empty}
-    notes.append(f"the examples have no {some_of(empty)}: made up instead, with {sizes[empty[0]]}")
+    notes.append(f"the examples have no {some_of(empty)}: generated instead, with {sizes[empty[0]]}")
     generator = torch.Generator().manual_seed(0)
     return [
         x if spec.shape(sizes) == list(x.shape) else specs_module.redraw(spec, x, sizes, generator)

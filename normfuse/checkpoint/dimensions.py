@@ -89,7 +89,7 @@ def _axis(
         if isinstance(dim, Derived):
             return dim  # of a dimension that is the size of no axis, such as 32 * height
         raise CheckpointError(
-            f"axis {axis} of {spec.name!r} can only be {size} (in torch.export's symbols), which is no sum of other "
+            f"axis {axis} of {spec.name!r} can only be {size} (in torch.export's symbols), which is not a sum of other "
             "dimensions: make it fixed"
         )
     terms = tuple((symbols[symbol], factor) for symbol, factor in affine[0])

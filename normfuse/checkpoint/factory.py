@@ -37,7 +37,7 @@ def recorded(text: str, source: str) -> type[nn.Module]:
     way_out = f"give the model yourself: --model {_FORM.replace('Class', 'factory')}"
     module_name, path = parse(text)
     if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise CheckpointError(f"{source} names the factory {text!r}, which is no module class; {way_out}")
+        raise CheckpointError(f"{source} names the factory {text!r}, which is not a module class; {way_out}")
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the imported module is free to fail in its own way

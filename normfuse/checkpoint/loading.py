@@ -182,7 +182,7 @@ def _checked(
     metadata: Any = content.get("metadata")
     whole = isinstance(metadata, str) and all(_only_tensors(group) for group in groups.values())
     if not whole:
-        raise CheckpointError(f"{path} is no complete normfuse checkpoint; save it again")
+        raise CheckpointError(f"{path} is not a complete normfuse checkpoint; save it again")
     if archive.digest(metadata, groups) != content.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum; copy or save it again")
     return _parsed(metadata, path), groups["state_dict"], groups["examples"]

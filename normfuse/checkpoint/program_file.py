@@ -199,19 +199,19 @@ def _dimension(entry: Mapping[str, Any]) -> Dimension:
 
 def _list(entry: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(entry[key], list):
-        raise TypeError(f"{key} is no list")
+        raise TypeError(f"{key} is not a list")
     return entry[key]
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
     return value
 
 
 def _whole(value: Any) -> int:
     if type(value) is not int:
-        raise TypeError("a number is no integer")
+        raise TypeError("a number is not an integer")
     return value
 
 

@@ -89,7 +89,7 @@ def _specs(program: ExportedProgram, names: Sequence[str], source: str) -> tuple
     for name in names:
         value = values[name]
         if not isinstance(value, torch.Tensor) or value.dtype not in specs_module.DTYPES.values():
-            raise CheckpointError(f"{source}: input {name!r} of the program is no tensor of a dtype that can be read")
+            raise CheckpointError(f"{source}: input {name!r} of the program is not a tensor of a supported dtype")
         dims = tuple(_axis(program, size, f"{source}: input {name!r}") for size in value.shape)
         specs.append(InputSpec(name, value.dtype, dims))
     return tuple(specs)
@@ -100,7 +100,9 @@ def _axis(program: ExportedProgram, size: Any, what: str) -> Axis:
         return size
     sum_of = linear(size.node.expr)
     if sum_of is None:
-        raise CheckpointError(f"{what} has a size of {size}, which is no sum of other sizes: export it with fixed ones")
+        raise CheckpointError(
+            f"{what} has a size of {size}, which is not a sum of other sizes: export it with fixed ones"
+        )
     terms = tuple((_dimension(program, symbol), factor) for symbol, factor in sum_of[0])
     return terms[0][0] if terms[0][1:] == (1,) and sum_of[1] == 0 and len(terms) == 1 else Derived(terms, sum_of[1])
 

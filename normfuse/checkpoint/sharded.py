@@ -40,7 +40,7 @@ def weight_file(folder: Path) -> Path:
 def read_index(path: Path, trust: bool) -> dict[str, Any]:
     """The tensors of all files that an index (``….index.json``) names, by name."""
     with kinds.opened(path) as file:
-        index = parse_json(file.read(_INDEX_BYTES), f"{path} is no index of weights: it")
+        index = parse_json(file.read(_INDEX_BYTES), f"{path} is not an index of weights: it")
     try:
         files = index["weight_map"]
         by_file: dict[str, list[str]] = {}
@@ -49,7 +49,7 @@ def read_index(path: Path, trust: bool) -> dict[str, Any]:
         # A name with a folder in it could lead anywhere on the disk.
         outside = [file for file in by_file if Path(file).name != file]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of weights ({one_line(error, 120)})") from error
+        raise CheckpointError(f"{path} is not an index of weights ({one_line(error, 120)})") from error
     if outside:
         raise CheckpointError(f"{path} names {outside[0]!r}; only files beside the index are read")
     tensors: dict[str, Any] = {}

@@ -23,7 +23,7 @@ def parse_json(data: bytes, what: str) -> Any:
             parse_float=_number,
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is no JSON of the allowed form ({one_line(error, 120)})") from error
+        raise CheckpointError(f"{what} is not JSON of the allowed form ({one_line(error, 120)})") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _integer(text: str) -> int:

@@ -283,7 +283,7 @@ def _without_tensors(content: Any, source: str) -> str:
     if isinstance(content, Mapping):
         keys = some_of([str(key) for key in content], 6)
         return (
-            f"{source} is no state_dict: it holds {keys or 'nothing'}; save the module's state_dict by itself, or use "
-            "normfuse.save"
+            f"{source} is not a state_dict: it holds {keys or 'nothing'}; save the module's state_dict by itself, or "
+            "use normfuse.save"
         )
     return f"{source} holds a {type(content).__name__}, not a state_dict"

@@ -52,7 +52,9 @@ def freeze_to_norms(
     check_choice("init", init, INITS)
     names = dict(model.named_modules())
     if also is not None and also not in names:
-        raise ValueError(f"also={also!r} is no module of the model; give one of its names, such as {list(names)[-1]!r}")
+        raise ValueError(
+            f"also={also!r} is not a module of the model; give one of its names, such as {list(names)[-1]!r}"
+        )
     affine = {p: neutral for module in names.values() for p, neutral in gains_and_shifts(module).items()}
     if not affine:
         raise ValueError(f"model of class {type(model).__name__} has no norm with a gain to train")
@@ -199,7 +201,7 @@ def _why_not(found: Dead, model: nn.Module, gauge: Gauge) -> str:
         path = module_of(node)[0]
         layer, names = model.get_submodule(path), gauge.program.names(argument(node, "weight"))
         if type(layer) not in _WEIGHTED or names != [f"{path}.weight"]:
-            return f"{gauge.describe(node)} is no call of a plain linear layer or convolution"
+            return f"{gauge.describe(node)} is not a call of a plain linear layer or convolution"
         held |= {f"{path}.weight", f"{path}.bias"}
     for node in found.inside:
         constants = [c for c in node.all_input_nodes if gauge.program.is_constant(c) and c.meta["val"].numel() > 1]

@@ -188,7 +188,7 @@ def _fit(
     _, got, _ = pair.run(conversion.model, batches[0], device)
     if not torch.allclose(got, predicted, rtol=0, atol=1e-2 * predicted.abs().max().item()):
         layer.weight -= change.T
-        raise ValueError(f"the output of the layer before {name} is no summand of the norm's input; name another")
+        raise ValueError(f"the output of the layer before {name} is not added to the norm's input; name another")
     return before, set_affine(static, *moments.of_the_norm(change)).item()
 
 

@@ -106,8 +106,8 @@ def _learned(name: str, norm: nn.Module) -> _Learned:
         found = measure(norm)
         if found is None:
             raise ValueError(
-                f"{name}, a {type(norm).__name__} of {type(norm).__module__}, is no LayerNorm or RMSNorm over one "
-                "dimension of channels when it is tried: leave it out with `where`"
+                f"{name}, a {type(norm).__name__} of {type(norm).__module__}, does not compute a LayerNorm or RMSNorm "
+                "over one dimension of channels on random input: leave it out with `where`"
             )
         return _of_measured(found)
     gain, shift = (getattr(norm, label, None) for label in ("weight", "bias"))

@@ -101,7 +101,7 @@ def fold(
     report = FoldReport(removed=removed, nodes_before=operations, bytes_before=size)
     options = Options(copy_shared, carry_biases, max_scale_range, keep_dynamic_norms)
     if balance is None and example_inputs is not None:
-        raise ValueError("example_inputs are what balance chooses by; give balance='int8' or leave them out")
+        raise ValueError("example_inputs are only used by balance; give balance='int8' or leave them out")
     examples = None if balance is None else _examples(program, balance, example_inputs)
     untouched: dict[str, str] = {}
     while True:

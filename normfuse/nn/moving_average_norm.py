@@ -60,7 +60,7 @@ class MovingAverageBatchNorm(ChannelNorm):
         **options: Unpack[ChannelOptions],
     ) -> None:
         if options.get("ghost_size") is not None:
-            raise ValueError("ghost_size is no option of MovingAverageBatchNorm, whose windows hold several steps")
+            raise ValueError("ghost_size is not an option of MovingAverageBatchNorm, whose windows hold several steps")
         super().__init__(num_features, channel_dim=channel_dim, **options)
         check_count("window_size", window_size, 1)
         check_count("warmup_iters", warmup_iters, 0)

@@ -69,7 +69,7 @@ def output_axis(module: nn.Module, name: str) -> int:
         return 0
     if module.groups > 1:
         raise ValueError(
-            f"{type(module).__name__} has groups={module.groups}: an output filter is no slice of its weight; "
+            f"{type(module).__name__} has groups={module.groups}: an output filter is not a slice of its weight; "
             "use one group"
         )
     return 1

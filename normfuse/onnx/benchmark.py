@@ -148,7 +148,9 @@ def _matched(
     for row in matched:
         for path, entry in zip(paths, row, strict=True):
             if entry.type not in _NUMPY:
-                raise BenchError(f"input {entry.name!r} is a {entry.type}; only dense tensors can be made up")
+                raise BenchError(
+                    f"input {entry.name!r} is a {entry.type}; values can only be generated for dense tensors"
+                )
             if len(entry.shape) != len(row[0].shape) or _kind(entry) != _kind(row[0]):
                 raise BenchError(
                     f"{path} takes other inputs than {paths[0]}: {entry.name!r} is a {entry.type} of "

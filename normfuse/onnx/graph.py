@@ -74,7 +74,7 @@ def summarize(path: str | os.PathLike[str]) -> GraphSummary:
         What the file holds.
 
     Raises:
-        GraphError: it is no ONNX file, or cannot be read.
+        GraphError: it is not an ONNX file, or cannot be read.
 
     Example:
         >>> import normfuse
@@ -90,9 +90,9 @@ def summarize(path: str | os.PathLike[str]) -> GraphSummary:
     except OSError as error:
         raise GraphError(f"cannot read {path}: {error.strerror or error}") from error
     except DecodeError as error:
-        raise GraphError(f"{path} is no ONNX file") from error
+        raise GraphError(f"{path} is not an ONNX file") from error
     if not model.graph.node:
-        raise GraphError(f"{path} is no ONNX file, or an empty one")
+        raise GraphError(f"{path} is not an ONNX file, or it is empty")
     graph = model.graph
     constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:

@@ -37,7 +37,7 @@ def _external(path: Path) -> list[ir.ExternalTensor]:
         return []
     try:
         model = ir.load(path)
-    except Exception:  # whatever a parser makes of a file that is no ONNX file
+    except Exception:  # whatever a parser makes of a file that is not an ONNX file
         return []
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]

@@ -113,11 +113,11 @@ def fold_in_range(
             if first is None:
                 return folded, scale_range, grown, ""
             span = f"{dtype}: the scales of a channel span {scale_range:g} at most"
-            return folded, scale_range, grown, f"{span}; with more, values go beyond {dtype}: {some_of(first.beyond)}"
+            return folded, scale_range, grown, f"{span}; with more, values exceed {dtype}: {some_of(first.beyond)}"
         first = first or grown
     raise RangeError(
-        f"{dtype} holds numbers up to {grown.limit:.0f}; folded, {len(grown.beyond)} value(s) go beyond on the example "
-        f"inputs that do not in the model: {some_of(grown.beyond)}; export float32"
+        f"{dtype} holds numbers up to {grown.limit:.0f}; after folding, {len(grown.beyond)} value(s) exceed it on the "
+        f"example inputs, but not in the model: {some_of(grown.beyond)}; export float32"
     )
 
 

@@ -286,7 +286,7 @@ def refuse_overflow(model: ir.Model) -> None:
                 beyond.append(f"{value.name} of {some_of(users, 1)} (up to {np.abs(numbers).max():.3g})")
     if beyond:
         raise WriteError(
-            f"float16 holds numbers up to {_FLOAT16_MAX:.0f}, and {len(beyond)} weight(s) go beyond: "
+            f"float16 holds numbers up to {_FLOAT16_MAX:.0f}, and {len(beyond)} weight(s) exceed it: "
             f"{some_of(beyond)}; "
             "export float32"
         )

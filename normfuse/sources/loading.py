@@ -67,7 +67,7 @@ def load(
         return huggingface.load(path, task=task, with_past=with_past, inputs=specs, outputs=outputs, trust=trust)
     if task is not None or with_past or outputs is not None:
         raise CheckpointError(
-            f"{path} is no folder of transformers with a config.json: only those have tasks (--task), a past "
+            f"{path} is not a folder of transformers with a config.json: only those have tasks (--task), a past "
             "(--with-past) and outputs to choose from (--output)"
         )
     if isinstance(model, str) and libraries.is_library(model):

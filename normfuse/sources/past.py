@@ -33,7 +33,7 @@ def with_past(model: PreTrainedModel, signature: Signature) -> tuple[Signature, 
     """
     name = type(model).__name__
     if not signature.causal:
-        raise CheckpointError(f"{name} is no decoder that predicts tokens; it takes no past (--with-past)")
+        raise CheckpointError(f"{name} is not a decoder that predicts tokens, so it takes no past (--with-past)")
     signature = replace(signature, examples={name: x[:, :_TOKENS] for name, x in signature.examples.items()})
     keys = _keys_and_values(model, signature)
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def _keys_and_values(model: PreTrainedModel, signature: Signature) -> list[tuple
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not found or any(not isinstance(t, torch.Tensor) or t.dim() != 4 for pair in found for t in pair):
         raise CheckpointError(
-            f"{type(model).__name__} keeps a {type(cache).__name__} that is no list of keys and values: export it "
+            f"{type(model).__name__} keeps a {type(cache).__name__} that is not a list of keys and values: export it "
             "without its past"
         )
     return found

@@ -81,7 +81,7 @@ FOUND = {
                      ({0: "n"}, {0: "m"}), ["n,8", "2<=m"],
                      ["traced for sizes with n - m != 3; with others the model takes another path",
                       "m >= 2: the model takes another path with 1"]),
-    "no rows": (lambda x, y: x, (X[:0],), ({0: "n"},), ["n,8"], ["the examples have no n: made up instead, with 3"]),
+    "no rows": (lambda x, y: x, (X[:0],), ({0: "n"},), ["n,8"], ["the examples have no n: generated instead, with 3"]),
 }  # fmt: skip
 
 

@@ -241,7 +241,10 @@ class Between(nn.Module):
         (lambda m, x: m.read(m.norm(m.write(x))) + m.norm.bias, "norm.bias is read at another place, too"),
         (lambda m, x: m.read(m.norm(m.write(x))) + m.norm(x), "norm.weight is read at another place, too"),
         (lambda m, x: m.read(m.norm(m.write(x)) * m.read.bias), "mul has constants of its own for these channels"),
-        (lambda m, x: nn.functional.linear(m.norm(m.write(x)), m.read.weight), "linear is no call of a plain linear"),
+        (
+            lambda m, x: nn.functional.linear(m.norm(m.write(x)), m.read.weight),
+            "linear is not a call of a plain linear",
+        ),
         (lambda m, x: m.read(x + m.norm(m.write(x))), "add is among its readers"),
         (lambda m, x: m.norm(m.write(x)), "the model's output is among its readers"),
         (lambda m, x: m.read(m.norm(x)), "it does not stand between linear layers or ungrouped convolutions alone"),
@@ -279,7 +282,7 @@ def test_a_padded_convolution_behind_a_constant_and_a_shortcut_keep_their_channe
     ("build", "message"),
     [
         (lambda: freeze_to_norms(nn.Linear(1, 1)), "Linear has no norm with a gain"),
-        (lambda: freeze_to_norms(net(), also="head"), "also='head' is no module"),
+        (lambda: freeze_to_norms(net(), also="head"), "also='head' is not a module"),
         (lambda: freeze_to_norms(net(), init="zero"), "init='zero' is unknown"),
         (lambda: remove_dead_channels(net(), (), threshold=-1), "threshold=-1 is not allowed"),
     ],

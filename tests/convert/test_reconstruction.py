@@ -152,7 +152,7 @@ def test_refusals(pair):
     with pytest.raises(ValueError, match="ridge=0 is not allowed"):
         reconstruct(conversion, teacher, batches(1), writer, ridge=0)
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(ValueError, match=r"the layer before blocks\.0\.norm is no summand"):
+    with pytest.raises(ValueError, match=r"the layer before blocks\.0\.norm is not added"):
         reconstruct(conversion, teacher, batches(), lambda name: name.replace("norm", "mix"))
     torch.testing.assert_close(student.blocks[0].mix.weight, before["blocks.0.mix.weight"])
     with pytest.raises(ValueError, match=r"with 24 outputs for 8 channels"):

@@ -162,7 +162,7 @@ def test_a_task_chooses_the_head_if_it_was_trained(saved):
         normfuse.load(folder, task="text-classification")
     with pytest.raises(ValueError, match="task 'translation' is not one of audio-classification"):
         normfuse.load(folder, task="translation")
-    with pytest.raises(CheckpointError, match=r"no decoder that predicts tokens.*--with-past"):
+    with pytest.raises(CheckpointError, match=r"not a decoder that predicts tokens.*--with-past"):
         normfuse.load(folder, with_past=True)
 
 

@@ -140,7 +140,7 @@ def test_scales_that_float16_bounds_keep_their_bounds():
         (
             {"example_inputs": (inputs(0),)},
             ValueError,
-            "example_inputs are what balance chooses by; give balance='int8'",
+            "example_inputs are only used by balance; give balance='int8'",
         ),
     ],
 )

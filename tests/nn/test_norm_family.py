@@ -136,7 +136,7 @@ def test_centred_weights_have_filters_of_mean_zero():
     [
         (lambda: weight_standardization(nn.ReLU()), "ReLU.weight is not a weight"),
         (lambda: center_weight(nn.LayerNorm(3)), "LayerNorm.weight is not a weight"),
-        (lambda: center_weight(nn.ConvTranspose1d(4, 4, 1, groups=2)), "groups=2: an output filter is no slice"),
+        (lambda: center_weight(nn.ConvTranspose1d(4, 4, 1, groups=2)), "groups=2: an output filter is not a slice"),
         (lambda: weight_standardization(nn.Linear(2, 2), eps=0), "eps=0 is not allowed"),
         (lambda: weight_standardization(nn.Linear(2, 2), form="biased"), "form='biased' is unknown"),
         (lambda: BatchChannelNorm(6, 4), "num_groups=4 is not allowed with 6 channels"),
@@ -150,7 +150,7 @@ def test_centred_weights_have_filters_of_mean_zero():
         (lambda: AdaptiveInstanceNorm().fix(torch.randn(2, 2, 3)), "style holds 2 samples"),
         (lambda: DyT(3, alpha=math.inf), "alpha=inf is not allowed"),
         (lambda: MovingAverageBatchNorm(3, window_size=0), "window_size=0 is not allowed"),
-        (lambda: MovingAverageBatchNorm(3, ghost_size=2), "ghost_size is no option of MovingAverageBatchNorm"),
+        (lambda: MovingAverageBatchNorm(3, ghost_size=2), "ghost_size is not an option of MovingAverageBatchNorm"),
         (lambda: DomainSplitNorm(nn.LayerNorm(2), 2, domain=2), "domain=2 does not exist"),
         (lambda: DomainSplitNorm(nn.LayerNorm(2))(torch.randn(3, 2)), "3 samples, which 2 domains cannot share"),
         (lambda: choose_domain(nn.Linear(1, 1), 0), "has no DomainSplitNorm"),

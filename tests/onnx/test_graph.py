@@ -63,7 +63,7 @@ def test_a_square_root_of_something_else_is_no_norm(tmp_path):
 def test_what_is_no_onnx_file_is_refused(tmp_path):
     for name, data in (("text", b"hello"), ("empty", b"")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(GraphError, match="no ONNX file"):
+        with pytest.raises(GraphError, match="not an ONNX file"):
             summarize(tmp_path / name)
     with pytest.raises(GraphError, match="cannot read"):
         summarize(tmp_path / "absent")

@@ -43,7 +43,7 @@ def sizes_of(graphs: Iterable[schema.Graph]) -> dict[str, int]:
             if symbol is None:
                 continue
             if str(hint.type) != "as_int" or not 0 <= hint.value < LARGEST_SIZE:
-                raise CheckpointError(f"size {symbol} of the example is no size")
+                raise CheckpointError(f"size {symbol} of the example is not a size")
             if sizes.setdefault(symbol, hint.value) != hint.value:
                 raise CheckpointError(f"size {symbol} of the example is {hint.value} here, {sizes[symbol]} there")
     return sizes
@@ -232,7 +232,7 @@ class GraphReader:
 
     def _free(self, name: str) -> str:
         if not _NAME.fullmatch(name) or name.startswith("__") or len(name) > 300:
-            raise CheckpointError(f"{one_line(repr(name), 60)} is no name")
+            raise CheckpointError(f"{one_line(repr(name), 60)} is not a valid name")
         new = name
         while new in self._counts or new in _TAKEN or keyword.iskeyword(new):
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -296,7 +296,7 @@ def read_samples(archive: Archive) -> Any:
     data = archive.read(name, archive.records.sizes[name])
     source = f"{archive.source}: {name}"
     if not data.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{source} is no zip archive, which torch.save writes")
+        raise CheckpointError(f"{source} is not a zip archive as torch.save writes it")
     Records(io.BytesIO(data), source)  # nothing compressed, nothing twice, nothing overlapping
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

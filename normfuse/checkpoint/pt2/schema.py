@@ -84,7 +84,7 @@ def _member(kind: type[enum.IntEnum], data: Any) -> enum.IntEnum:
     try:
         return kind(_exactly(int, data))
     except ValueError:
-        raise _Unfit(f"{data} is no {kind.__name__}") from None
+        raise _Unfit(f"{data} is not a {kind.__name__}") from None
 
 
 def _union_builder(kind: Any) -> Callable[[Any], Any]:

@@ -239,7 +239,7 @@ class _Parser:
 
     def _operands(self, name: str, depth: int) -> list[tuple]:
         if name not in _FUNCTIONS:
-            raise _Unfit(f"{name!r} is no function of sizes")
+            raise _Unfit(f"{name!r} is not a function of sizes")
         operands = [self._expression(depth + 1)]
         while self._next_is(","):
             self._take("mark", ",")
@@ -252,7 +252,7 @@ class _Parser:
     def _symbol(self) -> tuple:
         name = self._take("text")[1:-1]
         if not _SYMBOL.fullmatch(name):
-            raise _Unfit(f"{name!r} is no size of an input")
+            raise _Unfit(f"{name!r} is not a size of an input")
         assumptions = {}
         while self._next_is(","):
             self._take("mark", ",")
@@ -260,7 +260,7 @@ class _Parser:
             self._take("mark", "=")
             value = self._take("word")
             if assumption not in _ASSUMPTIONS or value not in ("True", "False"):
-                raise _Unfit(f"{assumption}={value} is no assumption")
+                raise _Unfit(f"{assumption}={value} is not an assumption")
             assumptions[assumption] = value == "True"
         return ("Symbol", name, assumptions)
 

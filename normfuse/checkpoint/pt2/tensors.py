@@ -74,7 +74,9 @@ class TensorReader:
                 advice=["--trust"],
             )
         if number == meta.path_name or not (number.isascii() and number.isdecimal()):
-            raise CheckpointError(f"{what} is in a record called {one_line(meta.path_name, 60)!r}, which is no name")
+            raise CheckpointError(
+                f"{what} is in a record called {one_line(meta.path_name, 60)!r}, which is not a valid name"
+            )
         dtype, sizes, strides, offset = plain_meta(meta.tensor_meta, what)
         record = folder + meta.path_name
         if record not in self._storages:
@@ -126,7 +128,7 @@ def check_booleans(storage: torch.Tensor, dtype: torch.dtype, what: str) -> None
 
 def _whole(value: Any, what: str) -> int:
     if value.type != "as_int" or not 0 <= value.as_int < 1 << 62:
-        raise CheckpointError(f"{what} has sizes, strides or an offset that are no natural numbers")
+        raise CheckpointError(f"{what} has sizes, strides or an offset that are not natural numbers")
     return value.as_int
 
 

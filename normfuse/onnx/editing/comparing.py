@@ -70,7 +70,7 @@ class Comparison:
         try:
             outputs = after.plain(trial)
         except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
-            raise VerificationError(f"folded, it fails on {trial.shapes}: {runtime_problem(error)}") from error
+            raise VerificationError(f"after folding it fails on {trial.shapes}: {runtime_problem(error)}") from error
         cases: list[Case] = []
         own: list[Any] | None = None
         for place, (name, want, got) in enumerate(zip(names, wanted, outputs, strict=True)):
@@ -86,7 +86,7 @@ class Comparison:
             case = Case(trial.shapes, "ONNX file", name, relative, difference, allowed)
             if not case.passed:
                 raise VerificationError(
-                    f"folded, it differs on {trial.shapes}: {name!r} by {difference:.3g} ({relative:.2e} of its "
+                    f"after folding it differs on {trial.shapes}: {name!r} by {difference:.3g} ({relative:.2e} of its "
                     f"largest value), allowed are {allowed:.3g}"
                 )
             cases.append(case)

@@ -153,7 +153,7 @@ class _Editor:
         known = {slot.path for slot in origin.slots}
         for path, value in new.items():
             if path not in known and isinstance(value, Node) and value.name != getattr(old.get(path), "name", None):
-                raise EditError(f"{node.name} got an operand that the file has no place for", max(origin.nodes))
+                raise EditError(f"{node.name} got an operand that cannot be stored in the file", max(origin.nodes))
 
     def _set(self, slot: Slot, old: Node | None, new: Node | None, origin: Origin) -> None:
         target = self._nodes[slot.node]

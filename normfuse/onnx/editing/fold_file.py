@@ -95,7 +95,7 @@ def fold_file(
         What was done. Its ``verification`` compares the new file with the old one; a copy has no comparison.
 
     Raises:
-        GraphError: it is no ONNX file, contradicts itself, or runs at no size that was tried.
+        GraphError: it is not an ONNX file, contradicts itself, or runs at no size that was tried.
         ExportError: an option is wrong, or the result cannot be written there.
         WriteError, VerificationError: float16 cannot hold a weight, or changes the results too much.
 

@@ -46,7 +46,7 @@ class OnnxFile:
         functions: domain and name of every operation that the file defines itself.
 
     Raises:
-        GraphError: it is no ONNX file, or one that contradicts itself; one line.
+        GraphError: it is not an ONNX file, or one that contradicts itself; one line.
     """
 
     def __init__(self, path: str | os.PathLike[str], fold_defaults: bool | None = False) -> None:
@@ -132,11 +132,13 @@ class OnnxFile:
         location = entries.get("location", "")
         inside, said = Path(os.path.normpath(location)), one_line(repr(location), 80)
         if not location or inside.is_absolute() or ".." in inside.parts or "\0" in location:
-            raise GraphError(f"{self.path}: the weight {tensor.name!r} is said to lie in {said}, not beside it")
+            raise GraphError(f"{self.path}: the weight {tensor.name!r} is stored in {said}, which is not in its folder")
         file = self.path.parent / inside
         roots = {Path(os.path.realpath(folder)) for folder in (self.path.parent, self.path.resolve().parent)}
         if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in roots):
-            raise GraphError(f"{self.path}: {said}, where {tensor.name!r} is said to lie, leads outside")
+            raise GraphError(
+                f"{self.path}: the weight {tensor.name!r} is stored in {said}, which is outside of its folder"
+            )
         if not os.path.isfile(file):  # nor a name too long to be one
             raise GraphError(f"the weights of {self.path} cannot be read: there is no file {one_line(str(file), 120)}")
         needed = _bytes(tensor, self.path)
@@ -144,7 +146,7 @@ class OnnxFile:
             offset = int(entries.get("offset") or 0)
             length = int(entries.get("length") or needed)
         except ValueError:
-            raise GraphError(f"{self.path}: where the weight {tensor.name!r} begins is no number") from None
+            raise GraphError(f"{self.path}: the offset of the weight {tensor.name!r} is not a number") from None
         if offset < 0 or length != needed or offset + length > file.stat().st_size:
             raise GraphError(
                 f"the weights of {self.path} cannot be read: {file.name} does not hold the {needed} bytes of "
@@ -255,9 +257,9 @@ def _parse(path: Path) -> ModelProto:
     try:
         model.ParseFromString(data)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise GraphError(f"{path} is no ONNX file: {one_line(error)}") from error
+        raise GraphError(f"{path} is not an ONNX file: {one_line(error)}") from error
     if not model.graph.node or not model.opset_import or model.ir_version < 1:
-        raise GraphError(f"{path} is no ONNX file with a graph: no operations, operator set or version in it")
+        raise GraphError(f"{path} is not an ONNX file with a graph: no operations, operator set or version in it")
     return model
 
 

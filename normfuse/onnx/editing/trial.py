@@ -125,7 +125,7 @@ def _input(value: ValueInfoProto, hints: Hints, spec: InputSpec | None) -> Input
     if kind.HasField("sequence_type"):
         kind, sequence = kind.sequence_type.elem_type, True
     if not kind.HasField("tensor_type"):
-        raise GraphError(f"the input {value.name!r} is no tensor: what it takes cannot be made up")
+        raise GraphError(f"the input {value.name!r} is not a tensor, so its values cannot be generated")
     tensor = kind.tensor_type
     dims: tuple[int | str, ...] | None = None
     if tensor.HasField("shape"):
@@ -184,7 +184,7 @@ class Search:
                 return found
             if self._late():
                 break
-        raise GraphError(f"it runs at no size that was tried: {self._failure}")
+        raise GraphError(f"it does not run at any size that was tried: {self._failure}")
 
     def others(self, trial: Trial) -> Iterator[Trial]:
         """The same file at other sizes, as many dimensions changed as it allows; nothing where all are fixed."""

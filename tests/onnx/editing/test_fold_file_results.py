@@ -64,13 +64,13 @@ def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
 
 
 REFUSED = {
-    "a size that nothing takes": ("float[batch, 5, 8, 8] x", "y = Conv (x, k)", "runs at no size that was tried"),
+    "a size that nothing takes": ("float[batch, 5, 8, 8] x", "y = Conv (x, k)", "does not run at any size"),
     "an operation nobody knows": (
         "float[2, 2] x",
         "y = com.microsoft.Unheard (x)",
         "ONNX Runtime cannot load it.*Unheard",
     ),
-    "an input that is no tensor": ("map(int64, float) x", "y = ai.onnx.ml.DictVectorizer (x)", "is no tensor"),
+    "an input that is no tensor": ("map(int64, float) x", "y = ai.onnx.ml.DictVectorizer (x)", "is not a tensor"),
 }
 
 
@@ -124,4 +124,4 @@ def test_the_command_line(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["source"].endswith("in.onnx")
     (tmp_path / "in.onnx").write_bytes(b"\xff" * 99)
     done = CliRunner().invoke(app, command)
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is no ONNX file" in done.stderr
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is not an ONNX file" in done.stderr
