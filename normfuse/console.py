@@ -143,7 +143,7 @@ def print_report(console: Console, report: FoldReport) -> None:
     _print_dynamic(console, report.dynamic)
     if report.cancel_difference is not None:
         console.print(
-            f"norms cancel: on the example inputs, other weights of eps and rounding change outputs by at most "
+            f"norms cancelled: on the example inputs, rounding and the changed effect of eps change outputs by at most "
             f"{report.cancel_difference:.1e} of the largest",
             highlight=False,
         )

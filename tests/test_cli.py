@@ -104,7 +104,7 @@ def test_export_drops_norms_that_cancel_if_asked_and_prints_what_eps_changes(tmp
     save(tiny_models.Normalised(), tmp_path / "model.pt", example_inputs=torch.ones(2, 4))
     done = run("export", "model.pt", "--out", "model.onnx", "--cancel-norms", "--report", "report.json", cwd=tmp_path)
     assert done.exit_code == 0, done.stderr
-    assert "1 none, 1 RMSNorm" in done.stdout and "norms cancel: on the example inputs" in done.stdout
+    assert "1 none, 1 RMSNorm" in done.stdout and "norms cancelled: on the example inputs" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())["fold"]
     assert report["dynamic"][0]["measured_by"] == ["3"] and report["cancel_difference"] < 1e-3
 

@@ -184,7 +184,7 @@ def fold_norms(references: References, asked: Plan, typical: Inputs, progress: P
         return Folded((plain,), tuple(notes))
     best = replace(plain, passes=asked.passes)
     if "carry_biases" in asked.passes:
-        progress("let biases travel")
+        progress("move biases along residual streams")
         best, note = _with_carried_biases(references, best, own, asked, {**folding, "max_scale_range": scale_range})
         notes.append(note)
     return Folded((best, plain), tuple(notes))

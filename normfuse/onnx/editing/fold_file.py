@@ -115,7 +115,7 @@ def fold_file(
     given = [parse_input(spec) if isinstance(spec, str) else spec for spec in inputs or ()]
     file = OnnxFile(source, fold_defaults)
     with Output(path, reads=[source, *file.beside()], error=ExportError) as output:
-        progress("find inputs that it takes")
+        progress("generate inputs")
         types, trials = find_trials(file, given)
         own = file_dtype(file)
         job = _Job(file, types, trials, output.staged, dtype if dtype == "float16" else own, rtol, atol, progress)
@@ -218,7 +218,7 @@ class _Job:
         if len(self._comparison.random) == len(self._comparison.names):
             return _Result(FoldReport())  # nothing could be compared
         file, trials = self._file, self._trials
-        self._progress("see what flows through it")
+        self._progress("run it to find the shapes inside")
         observed, shapes = observe(file, self._types, trials), observe_inputs(file, trials)
         evaluate_constants(file, observed, trials[0])
         refused: list[str] = []
