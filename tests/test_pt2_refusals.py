@@ -104,7 +104,7 @@ def test_example_inputs_that_are_no_data_are_refused_and_do_not_run(good, tmp_pa
         ({"dtype": 8}, "does not fit the 96 bytes"),
         ({"dtype": 0}, "UNKNOWN"),
         ({"dtype": 12}, "other bytes than 0 and 1"),
-        ({"dtype": 99}, "no ScalarType"),
+        ({"dtype": 99}, "not a ScalarType"),
         ({"dtype": True}, "bool where int belongs"),
         ({"layout": 1}, "SparseCoo"),
         ({"sizes": [{"as_expr": {"expr_str": "9**9", "hint": None}}, {"as_int": 4}]}, "not natural numbers"),

@@ -95,6 +95,6 @@ def _check(name: str, norm: nn.Module) -> None:
     if any(differs) or not differs:
         parts = f" and then {', '.join(behind)}" if behind else ""
         raise ValueError(
-            f"{name}, a {type(norm).__name__} of {type(norm).__module__}, does not behave like a norm{parts} on random "
-            "input: leave it out with `where`"
+            f"{name}, a {type(norm).__name__} of {type(norm).__module__}, does not behave like a norm{parts} when it "
+            "runs on random input: leave it out with `where`"
         )

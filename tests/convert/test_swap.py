@@ -221,7 +221,7 @@ def test_a_class_that_does_something_else_is_refused_or_kept_whole(make):
         swap_norms(net, to="batch")
         torch.testing.assert_close(net(x), expected)
         return
-    with pytest.raises(ValueError, match=r"1, a \w+ of .*test_swap, is .*leave it out with `where`"):
+    with pytest.raises(ValueError, match=r"1, a \w+ of .*test_swap, does not .*leave it out with `where`"):
         swap_norms(net, to="batch")
     assert net[1] is old
 

@@ -48,7 +48,7 @@ def test_values_that_folding_lifts_out_of_float16_are_seen_and_the_range_of_scal
 
 def test_without_a_range_that_helps_the_export_is_refused_with_names(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALE_RANGES, "float16", SCALE_RANGES["float16"][:1])
-    with pytest.raises(ExportError, match=r"65504; folded, .*blocks\.1.*in the model.*export float32"):
+    with pytest.raises(ExportError, match=r"65504; after folding, .*blocks\.1.*in the model.*export float32"):
         export(loud_encoder(12_000.0), tmp_path / "m.onnx", dtype="float16", **arguments())
     assert not list(tmp_path.iterdir())
 
