@@ -14,7 +14,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-PYTEST_ARGS ?= -q -n $(JOBS)
+# Each process takes a row of tests, so that what the tests of a file share is made once; then they help each other.
+PYTEST_ARGS ?= -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
