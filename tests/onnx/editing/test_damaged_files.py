@@ -256,7 +256,7 @@ def refused(folder, data):
     """What is wrong with the way a file is refused; empty if nothing is."""
     (folder / "in.onnx").write_bytes(data)
     files, modules = sorted(os.listdir(folder)), set(sys.modules)
-    started = time.monotonic()
+    started = time.process_time()
     try:
         fold_file(folder / "in.onnx", folder / "out.onnx")
         wrong = "it was not refused"
@@ -266,7 +266,7 @@ def refused(folder, data):
         wrong = f"{type(error).__name__}: {error}"
     if sorted(os.listdir(folder)) != files:
         wrong = wrong or "files were left"
-    if time.monotonic() - started > SECONDS:
+    if time.process_time() - started > SECONDS:
         wrong = wrong or "it took too long"
     imported = {name for name in set(sys.modules) - modules if not name.startswith(("normfuse", "torch", "sympy"))}
     return wrong or (f"imported {sorted(imported)}" if imported else "")
