@@ -11,6 +11,7 @@ import sympy
 from normfuse.checkpoint.archive import CheckpointError
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.inputs import dimensions as dimensions_of
+from normfuse.checkpoint.loops import loop_over
 from normfuse.checkpoint.tracing import Traced, linear, user_sizes
 
 
@@ -35,7 +36,7 @@ def found(
             for axis, (dim, size) in enumerate(zip(spec.dims, row, strict=True))]  # fmt: skip
     symbols = _name_symbols(traced, asked, axes, unnamed)
     notes: list[str] = []
-    dims = [_axis(spec, axis, dim, size, symbols, unnamed, notes) for spec, axis, dim, size in axes]
+    dims = [_axis(traced, spec, axis, dim, size, symbols, unnamed, notes) for spec, axis, dim, size in axes]
     wanted = dimensions_of(asked)
     for dim in symbols.values():
         before = wanted.get(dim.name, Dimension(dim.name))
@@ -70,6 +71,7 @@ def _name_symbols(
 
 
 def _axis(
+    traced: Traced,
     spec: InputSpec,
     axis: int,
     dim: Axis,
@@ -82,7 +84,9 @@ def _axis(
         return dim
     if isinstance(size, int) or size.is_Integer:
         label = f"axis {axis} of {spec.name}" if isinstance(dim, Derived) or dim.name in unnamed else dim.name
-        notes.append(f"{label} is fixed at {int(size)}: the model takes no other size")
+        loop = loop_over(traced.program, int(size))
+        why = f"the model runs step by step along it ({loop})" if loop else "the model takes no other size"
+        notes.append(f"{label} is fixed at {int(size)}: {why}")
         return int(size)
     affine = linear(size)
     if affine is None or not all(symbol in symbols for symbol, _ in affine[0]):

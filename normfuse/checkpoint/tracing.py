@@ -25,6 +25,7 @@ from normfuse.checkpoint.arguments import Call
 from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec
 from normfuse.checkpoint.pure import copy_what_changes
 from normfuse.checkpoint.structure import Path
+from normfuse.folding.functional import functionalised, has_vmap
 
 _INNER = "model"  # what the traced module is called inside the one that flattens its arguments
 
@@ -83,8 +84,10 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     }
     try:
         # torch.export prints the graph of a model that it gives up; the error says what is wrong with it.
-        with torch.no_grad(), redirect_stderr(StringIO()), _masks_as_they_are():
+        with torch.no_grad(), redirect_stderr(StringIO()), _masks_as_they_are(), _conversions_to_the_same_left_out():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
+            if has_vmap(program):
+                program = functionalised(program)
     except Exception as error:  # torch.export has no common base for what it raises
         raise CheckpointError(f"torch.export cannot trace {type(module).__name__}: {_problem(error)}") from error
     if not paths:
@@ -112,6 +115,27 @@ def _masks_as_they_are() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _conversions_to_the_same_left_out() -> Iterator[None]:
+    """``module.to(dtype)`` in a forward does nothing where the module has that dtype: it cannot be traced.
+
+    Routers of mixtures of experts do that.
+    """
+    convert = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
+        same = all(device in (None, t.device) and dtype in (None, t.dtype) for t in tensors)
+        return self if same and layout is None else convert(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = convert  # type: ignore[method-assign]
 
 
 def _as_tensor(leaf: Any) -> torch.Tensor | None:

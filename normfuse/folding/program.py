@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from .aliases import memory_of, output_values, separate_outputs, shared_by_outputs
 from .constants import Constants, storage_of, widen
 from .exported import copy_graph, copy_signature, rebuild
+from .functional import functionalised, has_vmap
 from .nodes import argument, module_of, operation_name
 from .operations import NORMALISING
 from .regions import bodies, open_regions
@@ -35,8 +36,8 @@ class Program:
 
     def __init__(self, program: ExportedProgram) -> None:
         program = open_regions(program)
-        if any(_mutates(node) for node in program.graph.nodes):
-            program = _restore_batch_norms(program.run_decompositions({}))  # functionalises
+        if has_vmap(program) or any(_mutates(node) for node in program.graph.nodes):
+            program = functionalised(program)
         self._original = program
         self.graph = copy_graph(program.graph)
         for node in self.graph.nodes:
@@ -289,24 +290,6 @@ def _fingerprint(tensor: torch.Tensor) -> Any:
     """What equal tensors have in common, and few others: shape, dtype and some entries."""
     entries = tensor.flatten()
     return tensor.shape, tensor.dtype, tuple(entries[:: max(1, len(entries) // 16)].tolist())
-
-
-def _restore_batch_norms(program: ExportedProgram) -> ExportedProgram:
-    """Functionalising takes batch_norm apart into an operation with three results; only the first is read."""
-    native = aten._native_batch_norm_legit_no_training.default
-    for node in list(program.graph.nodes):
-        if node.target is operator.getitem and node.args[0].target is native and node.args[1] == 0:
-            *inputs, momentum, eps = node.args[0].args
-            with program.graph.inserting_before(node):
-                whole = program.graph.call_function(
-                    aten.batch_norm.default, (*inputs, False, momentum, eps, False), name=f"{node.name}_whole"
-                )
-            whole.meta = dict(node.args[0].meta) | {"val": node.meta["val"]}
-            program.graph_signature.replace_all_uses(node.name, whole.name)
-            node.replace_all_uses_with(whole)
-            program.graph.erase_node(node)
-    program.graph.eliminate_dead_code()
-    return program
 
 
 def _fake_mode(node: Node) -> torch._subclasses.FakeTensorMode:

@@ -114,7 +114,7 @@ def exportable(
     Raises:
         CheckpointError: its inputs are not known, or it cannot be traced.
     """
-    signature = signature_of(model, processor or {})
+    signature = signature_of(model, processor or {}, inputs)
     chosen = _Outputs(model, outputs)
     with _quiet(), _gathering_experts(model):
         if with_past:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normfuse.checkpoint.archive import CheckpointError
-from normfuse.checkpoint.inputs import Axis, Dimension, InputSpec, first_sizes, resize
+from normfuse.checkpoint.archive import CheckpointError, some_of
+from normfuse.checkpoint.inputs import Axis, Dimension, InputSpec, first_sizes, make_up, resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,23 +66,41 @@ class Signature:
         return replace(self, examples=examples, dims=dims)
 
 
-def signature_of(model: PreTrainedModel, processor: Mapping[str, Any]) -> Signature:
+def signature_of(model: PreTrainedModel, processor: Mapping[str, Any], given: Sequence[InputSpec] = ()) -> Signature:
     """The inputs of a model, in optimum's order.
 
     Args:
         model: of transformers.
         processor: what files beside it say: ``size``, ``model_input_names``, ``num_mel_bins``.
+        given: inputs that somebody described; they are those of a model of a kind that is not known here.
 
     Raises:
         CheckpointError: what the model takes is not known here.
     """
+    try:
+        return _known(model, processor)
+    except (_Unknown, AttributeError, TypeError):  # of configurations that have other names
+        if not given:
+            raise _unknown(model) from None
+    sizes, generator = first_sizes(given), torch.Generator().manual_seed(0)
+    return Signature(
+        {spec.name: make_up(spec, sizes, generator) for spec in given},
+        {spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)} for spec in given},
+    )
+
+
+class _Unknown(Exception):
+    """What a model takes does not follow from its configuration."""
+
+
+def _known(model: PreTrainedModel, processor: Mapping[str, Any]) -> Signature:
     parameters = inspect.signature(type(model).forward).parameters
     generator = torch.Generator().manual_seed(0)
     parts: list[tuple[str, torch.Tensor, dict[int, Axis | str]]] = []
     main = model.main_input_name
     both = main == "input_ids" and "pixel_values" in parameters and hasattr(model.config, "vision_config")
     if both and not hasattr(model.config, "projection_dim") and "siglip" not in model.config.model_type:
-        raise _unknown(model)  # a language model that may be shown pictures
+        raise _Unknown  # a language model that may be shown pictures
     batch = (lambda kind: f"{kind}_{BATCH}") if both else (lambda kind: BATCH)
     if main == "input_ids":
         parts += _text(model, parameters, processor, batch("text"), generator)
@@ -93,7 +111,7 @@ def signature_of(model: PreTrainedModel, processor: Mapping[str, Any]) -> Signat
     if main == "input_values":
         parts.append(_waves(model, processor, generator))
     if not parts:
-        raise _unknown(model)
+        raise _Unknown
     if _has_decoder(model, parameters):
         parts.append(_tokens(model, "decoder_input_ids", f"decoder_{SEQUENCE}", generator))
     return Signature(
@@ -108,10 +126,16 @@ def _has_decoder(model: PreTrainedModel, parameters: Mapping[str, Any]) -> bool:
 
 
 def _unknown(model: PreTrainedModel) -> CheckpointError:
-    name = type(model).__name__
+    """What to do about a model whose inputs do not follow from its configuration."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    tensors = [p.name for p in parameters if "Tensor" in str(p.annotation)] or [p.name for p in parameters]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = needed or [name for name in (model.main_input_name, *tensors) if name in tensors]
     return CheckpointError(
-        f"what {name} takes is not known here: export it from Python, normfuse.onnx.export(model, path, "
-        "example_inputs={…}, dynamic_shapes={…})"
+        f"what {type(model).__name__} takes is not known here: give its inputs, such as --input "
+        f"{named[0]}:float32[batch,16] (inputs=[…]) with its own dtype and sizes, or export it from Python, "
+        "normfuse.onnx.export(model, path, example_inputs={…}, dynamic_shapes={…}); its forward takes "
+        f"{some_of(tensors, 6)}"
     )
 
 
@@ -203,7 +227,7 @@ def _features(
     width = getattr(config, "input_feat_per_channel", None) or getattr(config, "feature_projection_input_dim", None)
     width = width or processor.get("num_mel_bins") or processor.get("feature_size")
     if not width:
-        raise _unknown(model)
+        raise _Unknown
     return "input_features", torch.randn(_ROWS, _FRAMES, width, generator=generator), {0: BATCH, 1: SEQUENCE}
 
 

@@ -258,3 +258,64 @@ def test_the_notes_are_in_the_result(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4)).double()
     result = normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=X.double(), opset=20)
     assert result.notes == ["traced in float32; the model has float64"]
+
+
+class Mapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1])
+        seen = torch.vmap(torch.vmap(torch.ge, in_dims=(None, 0)), in_dims=(0, None))(at, at)
+        y = torch.vmap(self.linear)(self.norm(x.mT).mT)
+        return nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=seen)
+
+
+def test_vmap_is_written_out_for_any_size(tmp_path):
+    model, x = Mapped().eval(), torch.randn(2, 5, 4)
+    expected = model(x)
+    normfuse.save(model, tmp_path / "m.pt", example_inputs=x, dynamic_shapes=({0: "batch", 1: "length"},))
+    loaded = normfuse.load(tmp_path / "m.pt")
+    assert [getattr(dim, "name", dim) for dim in loaded.inputs[0].dims] == ["batch", "length", 4]
+    assert agrees(loaded, expected)
+    (more,) = loaded.run([x := torch.randn(3, 7, 4)])
+    torch.testing.assert_close(more, model(x))
+    assert [norm.status for norm in normfuse.onnx.export(loaded, tmp_path / "m.onnx").report.norms] == ["folded"]
+
+
+class Router(nn.Module):
+    """Converts a part to the dtype that it has, as routers of mixtures of experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.inner = self.inner.to(x.dtype)
+        return self.inner(x)
+
+
+def test_a_part_that_is_converted_to_what_it_is_can_be_traced():
+    model, before = Router(), nn.Module.to
+    assert agrees(ExportableModel.from_model(model, X), model(X))
+    assert nn.Module.to is before and list(model.state_dict()) == ["inner.weight", "inner.bias"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        state = x[:, 0]
+        for step in range(x.shape[1]):
+            state = torch.tanh(self.inner(state) + x[:, step])
+        return state
+
+
+def test_a_loop_over_time_is_named():
+    line = Recurrent.forward.__code__.co_firstlineno + 3
+    checkpoint = ExportableModel.from_model(Recurrent(), torch.randn(2, 5, 4), ({0: "batch", 1: "time"},))
+    why = f"time is fixed at 5: the model runs step by step along it (test_capture.py, line {line})"
+    assert why in checkpoint.notes

@@ -285,8 +285,26 @@ def test_what_cannot_be_guessed_is_said():
     model = type("Odd", (transformers.BertModel,), {"main_input_name": "odd"})(
         transformers.BertConfig(**MODELS["BERT"][2])
     )
-    with pytest.raises(CheckpointError, match="what Odd takes is not known here: export it from Python"):
+    with pytest.raises(CheckpointError, match="what Odd takes is not known here: give its inputs, such as --input"):
         huggingface.exportable(model)
+
+
+def test_inputs_that_cannot_be_guessed_can_be_given(tmp_path):
+    sizes = {
+        "num_input_channels": 2,
+        "context_length": 16,
+        "patch_length": 4,
+        "patch_stride": 4,
+        "prediction_length": 4,
+    }
+    small = {"d_model": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 32}
+    model = transformers.PatchTSTForPrediction(transformers.PatchTSTConfig(**sizes, **small)).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"--input past_values:float32.*takes past_values, past_observed_mask"):
+        normfuse.load(tmp_path)
+    exported = normfuse.load(tmp_path, inputs=["past_values:float32[batch,16,2]"])
+    (x,) = exported.example_inputs
+    torch.testing.assert_close(exported.run([x])[0], model(past_values=x).prediction_outputs)
 
 
 def test_a_missing_library_is_said(saved, monkeypatch):

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram, export
 
 from normfuse.folding import program as programs
 from normfuse.folding.program import Program
+from normfuse.nn import UnifiedNorm
 
 from .checks import assert_nothing_left, folded
 from .networks import Transformer, look_trained
@@ -106,3 +107,26 @@ def test_sizes_count_tied_tensors_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     assert Program(export(model, (torch.ones(2, 4),))).bytes() == 4 * 4 * 4
+
+
+class Mapped(nn.Module):
+    """torch.vmap around norms and weights, and twice around a comparison, as masks are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.group, self.batch = nn.LayerNorm(4), nn.GroupNorm(2, 4), UnifiedNorm(4)
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        seen = torch.vmap(torch.vmap(torch.ge, in_dims=(None, 0)), in_dims=(0, None))(at, at)
+        y = torch.vmap(lambda row: self.inner(self.batch(self.group(self.layer(row)))))(x)
+        return self.outer(nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=seen))
+
+
+def test_what_runs_under_vmap_folds() -> None:
+    model = look_trained(Mapped())
+    _, report = folded(model, (torch.randn(2, 5, 4).double(),))
+    assert "batch" in {norm.name for norm in report.norms}
+    assert {norm.status for norm in report.norms} == {"folded"}
+    assert "layer" in {norm.name for norm in report.dynamic}
