@@ -72,6 +72,25 @@ def joined(norm: nn.Module, behind: dict[str, nn.Module]) -> nn.Module:
     return whole
 
 
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks"),
+)
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Moves a norm's hooks to what takes its place, handles included: ``handle.remove()`` still removes them.
+
+    What torch.nn.utils computes a weight with in front of a forward stays: it is for the weight of that norm.
+    """
+    for kind in _HOOKS:
+        hooks = getattr(old, kind)
+        own = [key for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")]
+        setattr(old, kind, OrderedDict((key, hooks.pop(key)) for key in own))
+        setattr(new, kind, hooks)
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
 @torch.no_grad()
 def _check(name: str, norm: nn.Module) -> None:
     whole = copy.deepcopy(norm).eval()

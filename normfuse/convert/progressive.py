@@ -14,7 +14,7 @@ from torch import nn
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_choice, check_count
 from ..nn.progressive_norm import SHAPES
-from .composite import joined, split
+from .composite import joined, split, take_hooks
 from .fitting import fit_static_norms
 from .swap import Swap, SwapReport, Where, find_norms, put, successor
 
@@ -179,6 +179,7 @@ class Conversion:
                 )
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, ProgressiveNorm):
+                take_hooks(module.static, module)
                 put(self.model, name, module.static)
         if self._hook is not None:
             self._hook.remove()
@@ -266,6 +267,8 @@ def progressive(
             alone, static, begin=begin, end=end, frozen=frozen, shape=schedule.shape, momentum=moving_average
         )
         replaced[old] = new, joined(new, behind)
+    for old, (_, module) in replaced.items():
+        take_hooks(module, old)
     report, norms = SwapReport(kept=kept), dict[str, ProgressiveNorm]()
     for name, old in places:
         new, module = replaced[old]

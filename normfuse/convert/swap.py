@@ -24,7 +24,7 @@ from ..nn import (
 )
 from ..nn._running_norm import ChannelNorm
 from ..nn.foreign_norms import ForeignNorm, eps_of, is_foreign_norm, is_measurable, measure, shape_of_channels
-from .composite import joined, split
+from .composite import joined, split, take_hooks
 
 Where = str | re.Pattern[str] | type | tuple[type, ...] | Callable[[str, nn.Module], bool]
 
@@ -242,7 +242,8 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
     its own, [heads, 1, C], the new norm (one for all heads) and those gains do. A norm without parameters says its
     number of channels by its ``normalized_shape`` or another attribute that is a number.
 
-    A norm that the model uses at several places stays one norm. The new norms' statistics start fresh (from one
+    Hooks on a norm run on its successor. A norm that the model uses at several places stays one norm.
+    The new norms' statistics start fresh (from one
     BatchNorm to another: where they were; else from a BatchNorm: at its mean of x²): train, or run
     :func:`normfuse.nn.calibrate`. The norm that replaces an RMSNorm has a bias of zero. Create the optimiser
     afterwards.
@@ -279,6 +280,8 @@ def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = N
             new = successor(name, alone, to, options, next(old.parameters(recurse=False), fallback))
             successors[old] = joined(new, behind)
         report.swaps.append(Swap(name, type(old).__name__, type(new).__name__, channels_of(name, old)))
+    for old, new in successors.items():
+        take_hooks(new, old)
     for name, old in places:
         put(model, name, successors[old])
     return report

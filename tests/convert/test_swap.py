@@ -462,3 +462,31 @@ def test_a_norm_that_does_not_say_its_width_can_be_told():
     net[1].normalized_shape = C
     swap_norms(net)
     assert isinstance(net[1], UnifiedNorm)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(C), lambda: HeadLayerNorm(3, 1, C)])
+def test_hooks_run_on_what_takes_the_place_of_a_norm(make):
+    net, x = nn.Sequential(make()), torch.randn(2, 3, 5, C)
+    handle = net[0].register_forward_hook(lambda module, arguments, result: 2 * result)
+    net[0].register_forward_pre_hook(lambda module, arguments, named: ((arguments[0] + 1,), named), with_kwargs=True)
+    expected = net(x)
+    gradual = copy.deepcopy(net)
+    swap_norms(net, to="layer")
+    torch.testing.assert_close(net(x), expected)
+    handle.remove()
+    torch.testing.assert_close(2 * net(x), expected)
+    conversion = progressive(gradual, to="batch", schedule=Schedule(steps=1))
+    torch.testing.assert_close(gradual(x), expected)
+    conversion.step()
+    before = gradual.eval()(x)
+    conversion.finish()
+    torch.testing.assert_close(gradual(x), before)
+
+
+def test_a_weight_that_a_hook_computes_is_taken_over():
+    net, x = nn.Sequential(nn.Linear(4, C), nn.LayerNorm(C)), torch.randn(3, 4)
+    nn.utils.weight_norm(net[1], dim=None)
+    net[1].weight_g.data.mul_(2)
+    expected = net(x)
+    swap_norms(net, to="layer")
+    torch.testing.assert_close(net(x), expected)
