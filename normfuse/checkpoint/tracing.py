@@ -183,6 +183,11 @@ def _problem(error: Exception) -> str:
         return (
             f"a decision or a number depends on the values of a tensor{place}; torch.where and its like can be traced"
         )
+    if "functorch tensor" in text or "fake tensor in the exported program constant" in text:
+        return (
+            f"a part of it runs out of torch.export's sight{place}, such as torch.func.grad or torch.autograd.grad in "
+            "forward; export the part that it differentiates, or write its gradient with other operations"
+        )
     return f"{type(error).__name__}: {one_line(text.split('The error above occurred')[0], 300)}"
 
 

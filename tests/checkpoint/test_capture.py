@@ -319,3 +319,32 @@ def test_a_loop_over_time_is_named():
     checkpoint = ExportableModel.from_model(Recurrent(), torch.randn(2, 5, 4), ({0: "batch", 1: "time"},))
     why = f"time is fixed at 5: the model runs step by step along it (test_capture.py, line {line})"
     assert why in checkpoint.notes
+
+
+class Energy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(4), nn.Linear(4, 1)
+
+    def energy(self, x):
+        return self.last(torch.tanh(self.norm(x))).sum()
+
+
+class FunctionalForces(Energy):
+    def forward(self, x):
+        return torch.func.grad(self.energy)(x)
+
+
+class Forces(Energy):
+    """The gradient of an energy, as models of molecules return it."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.energy(x), x)[0]
+
+
+@pytest.mark.parametrize("kind", [FunctionalForces, Forces])
+def test_a_forward_that_differentiates_is_refused_with_that_reason(kind):
+    with pytest.raises(CheckpointError, match=r"out of torch.export's sight.*torch.autograd.grad in forward"):
+        ExportableModel.from_model(kind(), X)
