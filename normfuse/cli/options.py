@@ -57,9 +57,9 @@ class Inputs:
         typer.Option(
             "--input",
             metavar="SPEC",
-            help='What the model takes: "tokens:int64[batch,seq<=512]<30000". A word is a dynamic dimension, a number '
-            "a fixed one; <=N bounds a dimension; <N behind the bracket bounds integers (default: 0 and 1). "
-            "Repeatable.",
+            help='Name, type and sizes of an input: "tokens:int64[batch,seq<=512]<30000". A word is a dynamic '
+            "dimension, a number a fixed one; <=N is a largest size; <N after the bracket bounds integers (default: 0 "
+            "and 1). Repeatable.",
         ),
     ] = field(default_factory=list)
 
