@@ -16,34 +16,6 @@ void parallel(int64_t tasks, int64_t grain, const TaskRange& body) {
   torch::stable::parallel_for(0, tasks, grain, body);
 }
 
-// On the host and on the device, the kernel that takes these arguments.
-template <class Args>
-struct Kernel;
-
-#ifdef NORMFUSE_WITH_CUDA
-#define NORMFUSE_DEVICE(kernel) &kernel
-#else
-#define NORMFUSE_DEVICE(kernel) nullptr
-#endif
-#define NORMFUSE_KERNEL(Args, name)                                                           \
-  template <>                                                                                 \
-  struct Kernel<Args> {                                                                       \
-    static constexpr void (*host)(const Args&, Parallel) = &name##_cpu;                       \
-    static constexpr int (*device)(const Args&, void*, void*) = NORMFUSE_DEVICE(name##_cuda); \
-  }
-NORMFUSE_KERNEL(UnifiedForward, unified_forward);
-NORMFUSE_KERNEL(UnifiedBackward, unified_backward);
-NORMFUSE_KERNEL(PowerForward, power_forward);
-NORMFUSE_KERNEL(PowerBackward, power_backward);
-NORMFUSE_KERNEL(RowNormForward, row_norm_forward);
-NORMFUSE_KERNEL(RowNormBackward, row_norm_backward);
-NORMFUSE_KERNEL(DynamicActivationForward, dynamic_activation_forward);
-NORMFUSE_KERNEL(DynamicActivationBackward, dynamic_activation_backward);
-NORMFUSE_KERNEL(BatchNormForward, batch_norm_forward);
-NORMFUSE_KERNEL(BatchNormBackward, batch_norm_backward);
-NORMFUSE_KERNEL(MovingAverageForward, moving_average_forward);
-NORMFUSE_KERNEL(MovingAverageBackward, moving_average_backward);
-
 #ifdef NORMFUSE_WITH_CUDA
 // Only torch's CUDA library has this function; weak, so that the same file also loads in a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -134,7 +106,7 @@ struct Torch {
   // `shape` is what cuda_workspace_bytes asks for.
   template <class Args, class... Shape>
   static void run(const Args& args, const Tensor& x, const Shape&... shape) {
-    if (x.is_cpu()) return Kernel<Args>::host(args, parallel);
+    if (x.is_cpu()) return run_cpu(args, parallel);
 #ifdef NORMFUSE_WITH_CUDA
     const auto index = x.get_device_index();
     torch::stable::accelerator::DeviceGuard guard(index);
@@ -143,7 +115,7 @@ struct Torch {
       refuse("this torch gives no CUDA stream.");
     const auto bytes = static_cast<int64_t>(cuda_workspace_bytes(shape...));
     const Tensor workspace = empty(x, {bytes}, ScalarType::Byte);
-    const int error = Kernel<Args>::device(args, workspace.mutable_data_ptr(), stream);
+    const int error = run_cuda(args, workspace.mutable_data_ptr(), stream);
     if (error != 0) refuse("the kernel launch failed with CUDA error ", error, ".");
 #else
     refuse("it was built without CUDA; rebuild it where nvcc is installed.");

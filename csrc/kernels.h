@@ -279,24 +279,26 @@ struct MovingAverageBackward {
   void* grad_bias;    // acc [channels]
 };
 
+// Every operation's kernel is found by its arguments.
+//
 // On the host. The caller brings the threads: parallel(tasks, grain, body) calls body(begin, end) on ranges that
 // cover [0, tasks) once; with no more tasks than grain, once and in the calling thread. Results do not depend on how the
 // tasks are split.
 using TaskRange = std::function<void(int64_t begin, int64_t end)>;
 using Parallel = void (*)(int64_t tasks, int64_t grain, const TaskRange& body);
 
-void unified_forward_cpu(const UnifiedForward& args, Parallel parallel);
-void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel);
-void power_forward_cpu(const PowerForward& args, Parallel parallel);
-void power_backward_cpu(const PowerBackward& args, Parallel parallel);
-void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel);
-void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel);
-void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel);
-void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel);
-void batch_norm_forward_cpu(const BatchNormForward& args, Parallel parallel);
-void batch_norm_backward_cpu(const BatchNormBackward& args, Parallel parallel);
-void moving_average_forward_cpu(const MovingAverageForward& args, Parallel parallel);
-void moving_average_backward_cpu(const MovingAverageBackward& args, Parallel parallel);
+void run_cpu(const UnifiedForward& args, Parallel parallel);
+void run_cpu(const UnifiedBackward& args, Parallel parallel);
+void run_cpu(const PowerForward& args, Parallel parallel);
+void run_cpu(const PowerBackward& args, Parallel parallel);
+void run_cpu(const RowNormForward& args, Parallel parallel);
+void run_cpu(const RowNormBackward& args, Parallel parallel);
+void run_cpu(const DynamicActivationForward& args, Parallel parallel);
+void run_cpu(const DynamicActivationBackward& args, Parallel parallel);
+void run_cpu(const BatchNormForward& args, Parallel parallel);
+void run_cpu(const BatchNormBackward& args, Parallel parallel);
+void run_cpu(const MovingAverageForward& args, Parallel parallel);
+void run_cpu(const MovingAverageBackward& args, Parallel parallel);
 
 // Asks for huge pages under a fresh result before its first write. Does nothing where there are none.
 void prefer_huge_pages(void* data, size_t bytes);
@@ -305,20 +307,20 @@ void prefer_huge_pages(void* data, size_t bytes);
 // launches. The workspace is uninitialised device memory of at least cuda_workspace_bytes. Returns a cudaError_t.
 size_t cuda_workspace_bytes(const Matrix& shape, int64_t group_num);
 
-int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream);
-int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream);
-int power_forward_cuda(const PowerForward& args, void* workspace, void* stream);
-int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream);
-int row_norm_forward_cuda(const RowNormForward& args, void* workspace, void* stream);
-int row_norm_backward_cuda(const RowNormBackward& args, void* workspace, void* stream);
-int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
-int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
+int run_cuda(const UnifiedForward& args, void* workspace, void* stream);
+int run_cuda(const UnifiedBackward& args, void* workspace, void* stream);
+int run_cuda(const PowerForward& args, void* workspace, void* stream);
+int run_cuda(const PowerBackward& args, void* workspace, void* stream);
+int run_cuda(const RowNormForward& args, void* workspace, void* stream);
+int run_cuda(const RowNormBackward& args, void* workspace, void* stream);
+int run_cuda(const DynamicActivationForward& args, void* workspace, void* stream);
+int run_cuda(const DynamicActivationBackward& args, void* workspace, void* stream);
 
 size_t cuda_workspace_bytes(const StatGroups& stat_groups);
 
-int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream);
-int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream);
-int moving_average_forward_cuda(const MovingAverageForward& args, void* workspace, void* stream);
-int moving_average_backward_cuda(const MovingAverageBackward& args, void* workspace, void* stream);
+int run_cuda(const BatchNormForward& args, void* workspace, void* stream);
+int run_cuda(const BatchNormBackward& args, void* workspace, void* stream);
+int run_cuda(const MovingAverageForward& args, void* workspace, void* stream);
+int run_cuda(const MovingAverageBackward& args, void* workspace, void* stream);
 
 }  // namespace normfuse

@@ -19,6 +19,16 @@ struct Operations {
   static void* data(const Tensor& t) { return Backend::data(t); }
   static int64_t* integers(const Tensor& t) { return static_cast<int64_t*>(Backend::data(t)); }
 
+  // New gradients of x, weight and bias, which the arguments `a` of a backward are to write.
+  template <class Args>
+  static Three new_gradients(Args& a, const Row& in, Tensor grad_weight, Tensor grad_bias) {
+    Tensor grad_x = in.new_like_x();
+    a.grad_x = data(grad_x);
+    a.grad_weight = data(grad_weight);
+    a.grad_bias = data(grad_bias);
+    return {grad_x, grad_weight, grad_bias};
+  }
+
   // -- Unified and Power Norm --
 
   static Three unified_forward(Tensor x, Maybe pad_mask, Tensor weight, Tensor bias, Tensor running_var,
@@ -52,7 +62,6 @@ struct Operations {
   static Three unified_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step, Tensor ema_gz,
                                 Tensor buffer_gz, int64_t warmup_iters, double momentum, Maybe grad_s) {
     const Row in(x);
-    Tensor grad_x = in.new_like_x(), grad_weight = in.new_vector(), grad_bias = in.new_vector();
     UnifiedBackward a{};
     a.shape = in.shape;
     a.grad_y = in.like_x("grad_y", grad_y);
@@ -65,12 +74,10 @@ struct Operations {
     a.momentum = momentum;
     a.ema_gz = in.vector("ema_gz", ema_gz);
     a.buffer_gz = in.stack("buffer_gz", buffer_gz, a.window);
-    a.grad_x = data(grad_x);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
     a.grad_s = in.like_x("grad_s", grad_s);
+    const Three gradients = new_gradients(a, in, in.new_vector(), in.new_vector());
     Backend::run(a, x, a.shape, int64_t(0));
-    return {grad_x, grad_weight, grad_bias};
+    return gradients;
   }
 
   static Three power_forward(Tensor x, Maybe pad_mask, Tensor weight, Tensor bias, Tensor running_phi, Tensor iters,
@@ -104,7 +111,6 @@ struct Operations {
   static Three power_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor row_scale, Tensor ema_gz,
                               int64_t group_num, double alpha_bkw, bool paper, Maybe grad_s) {
     const Row in(x);
-    Tensor grad_x = in.new_like_x(), grad_weight = in.new_vector(), grad_bias = in.new_vector();
     PowerBackward a{};
     a.shape = in.shape;
     a.grad_y = in.like_x("grad_y", grad_y);
@@ -117,12 +123,10 @@ struct Operations {
     a.alpha_bkw = alpha_bkw;
     a.paper = paper;
     a.ema_gz = in.vector("ema_gz", ema_gz);
-    a.grad_x = data(grad_x);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
     a.grad_s = in.like_x("grad_s", grad_s);
+    const Three gradients = new_gradients(a, in, in.new_vector(), in.new_vector());
     Backend::run(a, x, a.shape, group_num);
-    return {grad_x, grad_weight, grad_bias};
+    return gradients;
   }
 
   // -- LayerNorm and its relatives --
@@ -158,7 +162,6 @@ struct Operations {
 
   static Three row_norm_backward(Tensor grad_y, Maybe grad_s, Tensor s, Maybe weight, Tensor stats, int64_t kind) {
     const Row in(s, "s");
-    Tensor grad_x = in.new_like_x(), grad_weight = in.new_vector(), grad_bias = in.new_vector();
     RowNormBackward a{};
     a.shape = in.shape;
     a.grad_y = in.like_x("grad_y", grad_y);
@@ -169,11 +172,9 @@ struct Operations {
     void* from = in.of_type("stats", stats, in.acc, {a.kind == RowNorm::kRms ? 1 : 2, in.shape.rows});
     a.inv_std = from;
     a.mean = means_of(from, in, a.kind);
-    a.grad_x = data(grad_x);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
+    const Three gradients = new_gradients(a, in, in.new_vector(), in.new_vector());
     Backend::run(a, s, a.shape, int64_t(0));
-    return {grad_x, grad_weight, grad_bias};
+    return gradients;
   }
 
   // -- Dynamic Tanh and Dynamic erf --
@@ -203,7 +204,6 @@ struct Operations {
   static Five dynamic_activation_backward(Tensor grad_y, Tensor x, Tensor alpha, Maybe shift, Tensor weight,
                                           int64_t curve) {
     const Row in(x);
-    Tensor grad_x = in.new_like_x(), grad_weight = in.new_vector(), grad_bias = in.new_vector();
     Tensor grad_alpha = Backend::empty(x, {}, in.acc), grad_shift = Backend::empty(x, {}, in.acc);
     DynamicActivationBackward a{};
     a.shape = in.shape;
@@ -213,11 +213,9 @@ struct Operations {
     a.shift = in.scalar("shift", shift);
     a.weight = in.vector("weight", weight);
     a.curve = curve_of(curve);
-    a.grad_x = data(grad_x);
     a.grad_alpha = data(grad_alpha);
     a.grad_shift = data(grad_shift);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
+    const auto [grad_x, grad_weight, grad_bias] = new_gradients(a, in, in.new_vector(), in.new_vector());
     Backend::run(a, x, a.shape, int64_t(0));
     return {grad_x, grad_alpha, grad_shift, grad_weight, grad_bias};
   }
@@ -282,7 +280,6 @@ struct Operations {
                                    Maybe shortcut, Tensor stats, Tensor count, int64_t group_size, bool regions,
                                    int64_t correction, bool estimated, double floor) {
     const Grouped in(x, mask, group_size, regions);
-    Tensor grad_x = in.in.new_like_x(), grad_weight = in.new_per_stat_group(), grad_bias = in.new_per_stat_group();
     BatchNormBackward a{};
     a.stat_groups = in.stat_groups;
     a.grad_y = in.in.like_x("grad_y", grad_y);
@@ -297,11 +294,9 @@ struct Operations {
     a.correction = correction_of(correction);
     a.estimated = estimated;
     a.floor = floor;
-    a.grad_x = data(grad_x);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
+    const Three gradients = new_gradients(a, in.in, in.new_per_stat_group(), in.new_per_stat_group());
     Backend::run(a, x, a.stat_groups);
-    return {grad_x, grad_weight, grad_bias};
+    return gradients;
   }
 
   static Three moving_average_forward(Tensor x, Maybe pad_mask, Tensor weight, Tensor bias, Tensor running_var,
@@ -332,7 +327,6 @@ struct Operations {
   static Three moving_average_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor stats, Tensor step,
                                        Tensor buffer_gz, int64_t warmup_iters) {
     const Grouped in(x, std::nullopt, 0, false);
-    Tensor grad_x = in.in.new_like_x(), grad_weight = in.new_vector(), grad_bias = in.new_vector();
     MovingAverageBackward a{};
     a.stat_groups = in.stat_groups;
     a.grad_y = in.in.like_x("grad_y", grad_y);
@@ -343,11 +337,9 @@ struct Operations {
     a.window = in.in.window("buffer_gz", buffer_gz);
     a.warmup_iters = warmup_iters;
     a.buffer_gz = in.stack("buffer_gz", buffer_gz, a.window);
-    a.grad_x = data(grad_x);
-    a.grad_weight = data(grad_weight);
-    a.grad_bias = data(grad_bias);
+    const Three gradients = new_gradients(a, in.in, in.new_vector(), in.new_vector());
     Backend::run(a, x, a.stat_groups);
-    return {grad_x, grad_weight, grad_bias};
+    return gradients;
   }
 };
 

@@ -90,11 +90,11 @@ void backward(const BatchNormBackward& a, Parallel parallel) {
 }  // namespace
 }  // namespace cpu
 
-void batch_norm_forward_cpu(const BatchNormForward& args, Parallel parallel) {
+void run_cpu(const BatchNormForward& args, Parallel parallel) {
   cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
-void batch_norm_backward_cpu(const BatchNormBackward& args, Parallel parallel) {
+void run_cpu(const BatchNormBackward& args, Parallel parallel) {
   cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 

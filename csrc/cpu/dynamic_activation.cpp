@@ -146,11 +146,11 @@ void with_types(const Args& args, const Run& run) {
 }  // namespace
 }  // namespace cpu
 
-void dynamic_activation_forward_cpu(const DynamicActivationForward& args, Parallel parallel) {
+void run_cpu(const DynamicActivationForward& args, Parallel parallel) {
   cpu::with_types(args, [&](auto curve, auto t) { cpu::forward<curve, decltype(t)>(args, parallel); });
 }
 
-void dynamic_activation_backward_cpu(const DynamicActivationBackward& args, Parallel parallel) {
+void run_cpu(const DynamicActivationBackward& args, Parallel parallel) {
   cpu::with_types(args, [&](auto curve, auto t) { cpu::backward<curve, decltype(t)>(args, parallel); });
 }
 

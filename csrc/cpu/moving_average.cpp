@@ -68,11 +68,11 @@ void backward(const MovingAverageBackward& a, Parallel parallel) {
 }  // namespace
 }  // namespace cpu
 
-void moving_average_forward_cpu(const MovingAverageForward& args, Parallel parallel) {
+void run_cpu(const MovingAverageForward& args, Parallel parallel) {
   cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
-void moving_average_backward_cpu(const MovingAverageBackward& args, Parallel parallel) {
+void run_cpu(const MovingAverageBackward& args, Parallel parallel) {
   cpu::with_element_type(args.stat_groups.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 

@@ -216,11 +216,11 @@ void backward(const PowerBackward& a, Parallel parallel) {
 }  // namespace
 }  // namespace cpu
 
-void power_forward_cpu(const PowerForward& args, Parallel parallel) {
+void run_cpu(const PowerForward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
-void power_backward_cpu(const PowerBackward& args, Parallel parallel) {
+void run_cpu(const PowerBackward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 

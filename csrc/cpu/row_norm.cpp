@@ -177,11 +177,11 @@ void backward(const RowNormBackward& a, Parallel parallel) {
 }  // namespace
 }  // namespace cpu
 
-void row_norm_forward_cpu(const RowNormForward& args, Parallel parallel) {
+void run_cpu(const RowNormForward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
-void row_norm_backward_cpu(const RowNormBackward& args, Parallel parallel) {
+void run_cpu(const RowNormBackward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 

@@ -165,11 +165,11 @@ void backward(const UnifiedBackward& a, Parallel parallel) {
 }  // namespace
 }  // namespace cpu
 
-void unified_forward_cpu(const UnifiedForward& args, Parallel parallel) {
+void run_cpu(const UnifiedForward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::forward<decltype(t)>(args, parallel); });
 }
 
-void unified_backward_cpu(const UnifiedBackward& args, Parallel parallel) {
+void run_cpu(const UnifiedBackward& args, Parallel parallel) {
   cpu::with_element_type(args.shape.dtype, [&](auto t) { cpu::backward<decltype(t)>(args, parallel); });
 }
 

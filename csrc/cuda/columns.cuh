@@ -149,6 +149,16 @@ int with_element_type(DType dtype, const Run& run) {
   return 1;  // cudaErrorInvalidValue
 }
 
+// The same with the channels per thread, as run(T{}, V).
+template <class Run>
+int with_packs(DType dtype, int64_t group_width, std::initializer_list<const void*> matrices, const Run& run) {
+  return with_element_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    return can_pack<T>(group_width, matrices) ? run(t, std::integral_constant<int, 16 / sizeof(T)>())
+                                              : run(t, std::integral_constant<int, 1>());
+  });
+}
+
 // The number behind a pointer, or 0 where it is null.
 template <class Acc>
 __device__ __forceinline__ Acc number(const void* given) {

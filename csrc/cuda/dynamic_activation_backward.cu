@@ -75,15 +75,11 @@ int launch(const DynamicActivationBackward& a, const Workspace& workspace, void*
 }  // namespace
 }  // namespace cuda
 
-int dynamic_activation_backward_cuda(const DynamicActivationBackward& args, void* workspace, void* stream) {
+int run_cuda(const DynamicActivationBackward& args, void* workspace, void* stream) {
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   return with_curve(args.curve, [&](auto curve) {
-    return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-      using T = decltype(t);
-      return cuda::can_pack<T>(args.shape.channels, {args.grad_y, args.x, args.grad_x})
-                 ? cuda::launch<curve, T, 16 / sizeof(T)>(args, w, stream)
-                 : cuda::launch<curve, T, 1>(args, w, stream);
-    });
+    return cuda::with_packs(args.shape.dtype, args.shape.channels, {args.grad_y, args.x, args.grad_x},
+                            [&](auto t, auto pack) { return cuda::launch<curve, decltype(t), pack>(args, w, stream); });
   });
 }
 

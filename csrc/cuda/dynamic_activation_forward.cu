@@ -35,14 +35,10 @@ int launch(const DynamicActivationForward& a, [[maybe_unused]] void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int dynamic_activation_forward_cuda(const DynamicActivationForward& args, void*, void* stream) {
+int run_cuda(const DynamicActivationForward& args, void*, void* stream) {
   return with_curve(args.curve, [&](auto curve) {
-    return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-      using T = decltype(t);
-      return cuda::can_pack<T>(args.shape.channels, {args.x, args.y})
-                 ? cuda::launch<curve, T, 16 / sizeof(T)>(args, stream)
-                 : cuda::launch<curve, T, 1>(args, stream);
-    });
+    return cuda::with_packs(args.shape.dtype, args.shape.channels, {args.x, args.y},
+                            [&](auto t, auto pack) { return cuda::launch<curve, decltype(t), pack>(args, stream); });
   });
 }
 

@@ -175,15 +175,11 @@ int launch(const PowerBackward& a, const Workspace& workspace, void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int power_backward_cuda(const PowerBackward& args, void* workspace, void* stream) {
+int run_cuda(const PowerBackward& args, void* workspace, void* stream) {
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   const int64_t width = args.shape.channels / (args.group_num > 0 ? args.group_num : 1);
-  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-    using T = decltype(t);
-    return cuda::can_pack<T>(width, {args.grad_y, args.x, args.grad_s, args.grad_x})
-               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-               : cuda::launch<T, 1>(args, w, stream);
-  });
+  return cuda::with_packs(args.shape.dtype, width, {args.grad_y, args.x, args.grad_s, args.grad_x},
+                          [&](auto t, auto pack) { return cuda::launch<decltype(t), pack>(args, w, stream); });
 }
 
 }  // namespace normfuse

@@ -218,15 +218,11 @@ int launch(const PowerForward& a, const Workspace& workspace, void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int power_forward_cuda(const PowerForward& args, void* workspace, void* stream) {
+int run_cuda(const PowerForward& args, void* workspace, void* stream) {
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
   const int64_t width = args.shape.channels / (args.group_num > 0 ? args.group_num : 1);
-  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-    using T = decltype(t);
-    return cuda::can_pack<T>(width, {args.x, args.residual, args.bias, args.y, args.s})
-               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-               : cuda::launch<T, 1>(args, w, stream);
-  });
+  return cuda::with_packs(args.shape.dtype, width, {args.x, args.residual, args.bias, args.y, args.s},
+                          [&](auto t, auto pack) { return cuda::launch<decltype(t), pack>(args, w, stream); });
 }
 
 }  // namespace normfuse

@@ -118,13 +118,10 @@ int launch(const RowNormForward& a, void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int row_norm_forward_cuda(const RowNormForward& args, void*, void* stream) {
-  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-    using T = decltype(t);
-    const bool pack =
-        cuda::can_pack<T>(args.shape.channels, {args.x, args.residual, args.weight, args.bias, args.y, args.s});
-    return pack ? cuda::launch<T, 16 / sizeof(T)>(args, stream) : cuda::launch<T, 1>(args, stream);
-  });
+int run_cuda(const RowNormForward& args, void*, void* stream) {
+  return cuda::with_packs(args.shape.dtype, args.shape.channels,
+                          {args.x, args.residual, args.weight, args.bias, args.y, args.s},
+                          [&](auto t, auto pack) { return cuda::launch<decltype(t), pack>(args, stream); });
 }
 
 }  // namespace normfuse

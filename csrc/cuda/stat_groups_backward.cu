@@ -175,7 +175,7 @@ int launch(const StatGroups& stat_groups, const void* grad_y, const void* given,
 }  // namespace
 }  // namespace cuda
 
-int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, void* stream) {
+int run_cuda(const BatchNormBackward& args, void* workspace, void* stream) {
   const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
   return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {
     using T = decltype(t);
@@ -183,7 +183,7 @@ int batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, voi
   });
 }
 
-int moving_average_backward_cuda(const MovingAverageBackward& args, void* workspace, void* stream) {
+int run_cuda(const MovingAverageBackward& args, void* workspace, void* stream) {
   const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
   return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {
     using T = decltype(t);

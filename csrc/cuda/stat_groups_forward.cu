@@ -235,7 +235,7 @@ int launch(const StatGroups& stat_groups, const void* x, void* y, const ForwardF
 }  // namespace
 }  // namespace cuda
 
-int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void* stream) {
+int run_cuda(const BatchNormForward& args, void* workspace, void* stream) {
   const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
   const cuda::Counter counter{args.num_batches_tracked, args.count, args.stat_groups.groups()};
   return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {
@@ -245,7 +245,7 @@ int batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, void*
   });
 }
 
-int moving_average_forward_cuda(const MovingAverageForward& args, void* workspace, void* stream) {
+int run_cuda(const MovingAverageForward& args, void* workspace, void* stream) {
   const cuda::StatGroupWorkspace w = cuda::lay_out_workspace(workspace, args.stat_groups);
   const cuda::Counter counter{args.iters, args.step, 1};
   return cuda::with_element_type(args.stat_groups.dtype, [&](auto t) {

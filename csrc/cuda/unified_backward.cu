@@ -76,14 +76,10 @@ int launch(const UnifiedBackward& a, const Workspace& workspace, void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int unified_backward_cuda(const UnifiedBackward& args, void* workspace, void* stream) {
+int run_cuda(const UnifiedBackward& args, void* workspace, void* stream) {
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
-  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-    using T = decltype(t);
-    return cuda::can_pack<T>(args.shape.channels, {args.grad_y, args.x, args.grad_s, args.grad_x})
-               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-               : cuda::launch<T, 1>(args, w, stream);
-  });
+  return cuda::with_packs(args.shape.dtype, args.shape.channels, {args.grad_y, args.x, args.grad_s, args.grad_x},
+                          [&](auto t, auto pack) { return cuda::launch<decltype(t), pack>(args, w, stream); });
 }
 
 }  // namespace normfuse

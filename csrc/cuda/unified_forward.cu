@@ -157,14 +157,10 @@ int launch(const UnifiedForward& a, const Workspace& workspace, void* stream) {
 }  // namespace
 }  // namespace cuda
 
-int unified_forward_cuda(const UnifiedForward& args, void* workspace, void* stream) {
+int run_cuda(const UnifiedForward& args, void* workspace, void* stream) {
   const cuda::Workspace w = cuda::lay_out_workspace(workspace, args.shape);
-  return cuda::with_element_type(args.shape.dtype, [&](auto t) {
-    using T = decltype(t);
-    return cuda::can_pack<T>(args.shape.channels, {args.x, args.residual, args.y, args.s})
-               ? cuda::launch<T, 16 / sizeof(T)>(args, w, stream)
-               : cuda::launch<T, 1>(args, w, stream);
-  });
+  return cuda::with_packs(args.shape.dtype, args.shape.channels, {args.x, args.residual, args.y, args.s},
+                          [&](auto t, auto pack) { return cuda::launch<decltype(t), pack>(args, w, stream); });
 }
 
 }  // namespace normfuse

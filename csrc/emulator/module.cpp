@@ -16,21 +16,6 @@ using namespace normfuse;
 
 namespace {
 
-#define NORMFUSE_KERNEL(Args, name) \
-  int launch(const Args& args, void* workspace) { return name##_cuda(args, workspace, nullptr); }
-NORMFUSE_KERNEL(UnifiedForward, unified_forward)
-NORMFUSE_KERNEL(UnifiedBackward, unified_backward)
-NORMFUSE_KERNEL(PowerForward, power_forward)
-NORMFUSE_KERNEL(PowerBackward, power_backward)
-NORMFUSE_KERNEL(RowNormForward, row_norm_forward)
-NORMFUSE_KERNEL(RowNormBackward, row_norm_backward)
-NORMFUSE_KERNEL(DynamicActivationForward, dynamic_activation_forward)
-NORMFUSE_KERNEL(DynamicActivationBackward, dynamic_activation_backward)
-NORMFUSE_KERNEL(BatchNormForward, batch_norm_forward)
-NORMFUSE_KERNEL(BatchNormBackward, batch_norm_backward)
-NORMFUSE_KERNEL(MovingAverageForward, moving_average_forward)
-NORMFUSE_KERNEL(MovingAverageBackward, moving_average_backward)
-
 struct Numpy {
   using Tensor = py::array;
   struct Type {
@@ -73,7 +58,7 @@ struct Numpy {
   static void run(const Args& args, const Tensor&, const Shape&... shape) {
     std::vector<char> workspace(cuda_workspace_bytes(shape...), char(0xff));
     py::gil_scoped_release nothing_of_python_below;
-    if (launch(args, workspace.data()) != cudaSuccess) throw std::runtime_error("the launch failed");
+    if (run_cuda(args, workspace.data(), nullptr) != cudaSuccess) throw std::runtime_error("the launch failed");
   }
 
  private:

@@ -159,10 +159,10 @@ template <class T>
 void check_unified(int64_t rows, int64_t n, bool filter, bool residual = false) {
   Step<T> device(rows, n, 0, residual), host(rows, n, 0, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
-  unified_forward_cuda(device.unified_forward(filter), workspace.data(), nullptr);
-  unified_backward_cuda(device.unified_backward(), workspace.data(), nullptr);
-  unified_forward_cpu(host.unified_forward(filter), serial);
-  unified_backward_cpu(host.unified_backward(), serial);
+  run_cuda(device.unified_forward(filter), workspace.data(), nullptr);
+  run_cuda(device.unified_backward(), workspace.data(), nullptr);
+  run_cpu(host.unified_forward(filter), serial);
+  run_cpu(host.unified_backward(), serial);
   check_same(device, host);
 }
 
@@ -170,10 +170,10 @@ template <class T>
 void check_power(int64_t rows, int64_t n, int64_t groups, int64_t warmup, bool residual = false) {
   Step<T> device(rows, n, groups, residual), host(rows, n, groups, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, groups), char(0xff));
-  power_forward_cuda(device.power_forward(groups, warmup), workspace.data(), nullptr);
-  power_backward_cuda(device.power_backward(groups, warmup == 0), workspace.data(), nullptr);
-  power_forward_cpu(host.power_forward(groups, warmup), serial);
-  power_backward_cpu(host.power_backward(groups, warmup == 0), serial);
+  run_cuda(device.power_forward(groups, warmup), workspace.data(), nullptr);
+  run_cuda(device.power_backward(groups, warmup == 0), workspace.data(), nullptr);
+  run_cpu(host.power_forward(groups, warmup), serial);
+  run_cpu(host.power_backward(groups, warmup == 0), serial);
   check_same(device, host);
 }
 
@@ -181,23 +181,18 @@ template <class T>
 void check_row_norm(int64_t rows, int64_t n, RowNorm kind, bool residual) {
   Step<T> device(rows, n, 0, residual), host(rows, n, 0, residual);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
-  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward) {
+  const auto train = [&](Step<T>& step, const auto& run) {
     std::vector<T>& s = step.s;
     std::vector<Acc<T>> inv_std(rows), mean(rows);
     void* mean_or_null = kind == RowNorm::kRms ? nullptr : mean.data();
-    forward(RowNormForward{step.shape, step.x.data(), residual ? step.dy.data() : nullptr, step.weight.data(),
-                           step.bias.data(), kind, 1e-5, step.y.data(), residual ? s.data() : nullptr, inv_std.data(),
-                           mean_or_null});
-    backward(RowNormBackward{step.shape, step.dy.data(), residual ? step.x.data() : nullptr, s.data(),
-                             step.weight.data(), inv_std.data(), mean_or_null, kind, step.dx.data(), step.dw.data(),
-                             step.db.data()});
+    run(RowNormForward{step.shape, step.x.data(), residual ? step.dy.data() : nullptr, step.weight.data(),
+                       step.bias.data(), kind, 1e-5, step.y.data(), residual ? s.data() : nullptr, inv_std.data(),
+                       mean_or_null});
+    run(RowNormBackward{step.shape, step.dy.data(), residual ? step.x.data() : nullptr, s.data(), step.weight.data(),
+                        inv_std.data(), mean_or_null, kind, step.dx.data(), step.dw.data(), step.db.data()});
   };
-  run(
-      device, [&](const auto& a) { CHECK(row_norm_forward_cuda(a, workspace.data(), nullptr) == cudaSuccess); },
-      [&](const auto& a) { CHECK(row_norm_backward_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
-  run(
-      host, [](const auto& a) { row_norm_forward_cpu(a, serial); },
-      [](const auto& a) { row_norm_backward_cpu(a, serial); });
+  train(device, [&](const auto& a) { CHECK(run_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
+  train(host, [](const auto& a) { run_cpu(a, serial); });
   check_same(device, host);
 }
 
@@ -205,21 +200,16 @@ template <class T>
 void check_dynamic_activation(int64_t rows, int64_t n, Curve curve, bool shifted) {
   Step<T> device(rows, n, 0), host(rows, n, 0);
   std::vector<char> workspace(cuda_workspace_bytes(device.shape, 0), char(0xff));
-  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward) {
+  const auto train = [&](Step<T>& step, const auto& run) {
     const Acc<T>*alpha = step.running.data(), *shift = shifted ? alpha + 1 : nullptr;
-    forward(DynamicActivationForward{step.shape, step.x.data(), alpha, shift, step.weight.data(), step.bias.data(),
-                                     curve, step.y.data()});
-    backward(DynamicActivationBackward{step.shape, step.dy.data(), step.x.data(), alpha, shift, step.weight.data(),
-                                       curve, step.dx.data(), step.stats.data(), step.stats.data() + 1, step.dw.data(),
-                                       step.db.data()});
+    run(DynamicActivationForward{step.shape, step.x.data(), alpha, shift, step.weight.data(), step.bias.data(), curve,
+                                 step.y.data()});
+    run(DynamicActivationBackward{step.shape, step.dy.data(), step.x.data(), alpha, shift, step.weight.data(), curve,
+                                  step.dx.data(), step.stats.data(), step.stats.data() + 1, step.dw.data(),
+                                  step.db.data()});
   };
-  run(
-      device,
-      [&](const auto& a) { CHECK(dynamic_activation_forward_cuda(a, workspace.data(), nullptr) == cudaSuccess); },
-      [&](const auto& a) { CHECK(dynamic_activation_backward_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
-  run(
-      host, [](const auto& a) { dynamic_activation_forward_cpu(a, serial); },
-      [](const auto& a) { dynamic_activation_backward_cpu(a, serial); });
+  train(device, [&](const auto& a) { CHECK(run_cuda(a, workspace.data(), nullptr) == cudaSuccess); });
+  train(host, [](const auto& a) { run_cpu(a, serial); });
   check_same(device, host);
 }
 
@@ -228,19 +218,19 @@ template <class T>
 void check_stat_groups(int64_t samples, int64_t n, int64_t positions, bool masked, bool regions) {
   const int64_t rows = samples * positions;
   Step<T> device(rows, n, 0), host(rows, n, 0);
-  const auto run = [&](Step<T>& step, const auto& forward, const auto& backward, const auto& move, const auto& pull) {
+  const auto train = [&](Step<T>& step, const auto& run) {
     const StatGroups stat_groups{
         samples, n, positions, step.shape.dtype, samples / 2, masked ? step.pad_mask() : nullptr, regions};
     StatGroups whole = stat_groups;
     whole.group_size = samples;
     whole.regions = false;
-    move(MovingAverageForward{whole, step.x.data(), step.weight.data(), step.bias.data(), 3, 2, 1e-3, 0.9,
-                              step.running.data(), step.window_x2.data(), step.iters.data(), step.y.data(),
-                              step.stats.data(), step.step.data()});
+    run(MovingAverageForward{whole, step.x.data(), step.weight.data(), step.bias.data(), 3, 2, 1e-3, 0.9,
+                             step.running.data(), step.window_x2.data(), step.iters.data(), step.y.data(),
+                             step.stats.data(), step.step.data()});
     whole.mask = nullptr;
-    pull(MovingAverageBackward{whole, step.dy.data(), step.x.data(), step.weight.data(), step.stats.data(),
-                               step.step.data(), 3, 2, step.window_gz.data(), step.dx.data(), step.dw.data(),
-                               step.db.data()});
+    run(MovingAverageBackward{whole, step.dy.data(), step.x.data(), step.weight.data(), step.stats.data(),
+                              step.step.data(), 3, 2, step.window_gz.data(), step.dx.data(), step.dw.data(),
+                              step.db.data()});
     step.s = step.dx;  // compared too
 
     const int64_t size = stat_groups.groups() * stat_groups.sets() * n;
@@ -261,7 +251,7 @@ void check_stat_groups(int64_t samples, int64_t n, int64_t positions, bool maske
     a.y = step.y.data();
     a.stats = stats.data();
     a.count = count.data();
-    forward(a);
+    run(a);
     BatchNormBackward b{};
     b.stat_groups = stat_groups;
     b.grad_y = step.dy.data();
@@ -272,21 +262,15 @@ void check_stat_groups(int64_t samples, int64_t n, int64_t positions, bool maske
     b.grad_x = step.dx.data();
     b.grad_weight = grads.data();
     b.grad_bias = grads.data() + size;
-    backward(b);
+    run(b);
     std::copy_n(grads.begin(), n, step.dw.begin());
     std::copy_n(grads.begin() + size, n, step.db.begin());
   };
-  const auto on_device = [](const auto& kernel) {
-    return [kernel](const auto& a) {
-      std::vector<char> workspace(cuda_workspace_bytes(a.stat_groups), char(0xff));
-      CHECK(kernel(a, workspace.data(), nullptr) == cudaSuccess);
-    };
-  };
-  const auto on_host = [](const auto& kernel) { return [kernel](const auto& a) { kernel(a, serial); }; };
-  run(device, on_device(batch_norm_forward_cuda), on_device(batch_norm_backward_cuda),
-      on_device(moving_average_forward_cuda), on_device(moving_average_backward_cuda));
-  run(host, on_host(batch_norm_forward_cpu), on_host(batch_norm_backward_cpu), on_host(moving_average_forward_cpu),
-      on_host(moving_average_backward_cpu));
+  train(device, [](const auto& a) {
+    std::vector<char> workspace(cuda_workspace_bytes(a.stat_groups), char(0xff));
+    CHECK(run_cuda(a, workspace.data(), nullptr) == cudaSuccess);
+  });
+  train(host, [](const auto& a) { run_cpu(a, serial); });
   check_same(device, host);
 }
 
