@@ -173,11 +173,11 @@ def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Chan
         _, a, b = gauge.matches.affine[node]
         if np.broadcast_shapes(index.shape, a.shape, b.shape) == index.shape and len(varying(index)) <= 1:
             constant = constant | (a == 0)
-            return Channels(index, constant, np.where(constant, np.where(a == 0, 0.0, a) * number + b, 0.0))
+            return Channels(index, constant, _rounded(np.where(a == 0, 0.0, a) * number + b, constant, node))
     elif _is_elementwise(node):
-        value = torch.from_numpy(number)
+        value = torch.from_numpy(number).to(operand.meta["val"].dtype)
         args, kwargs = (torch.fx.map_arg(part, lambda _: value) for part in (node.args, node.kwargs))
-        return Channels(index, constant, np.where(constant, node.target(*args, **kwargs).double().numpy(), 0.0))
+        return Channels(index, constant, _rounded(node.target(*args, **kwargs).double().numpy(), constant, node))
     elif rule is not None and (rule.keeps_channels() or node.target in PERMUTATIONS | SQUEEZES):
         if rule.use(operand, number, gauge) is not Use.PASS:
             constant = constant & (number == 0)
@@ -186,6 +186,12 @@ def _behind(node: Node, operand: Node, channels: Channels, gauge: Gauge) -> Chan
         except CannotCarry:
             pass
     raise _Stop(f"{gauge.describe(node)} is among its readers")
+
+
+def _rounded(number: np.ndarray, constant: np.ndarray, node: Node) -> np.ndarray:
+    """The constants in the precision of the program, which a step such as floor behind them depends on."""
+    rounded = torch.from_numpy(np.asarray(number, np.float64)).to(node.meta["val"].dtype)
+    return np.where(constant, rounded.double().numpy(), 0.0)
 
 
 def _is_elementwise(node: Node) -> bool:

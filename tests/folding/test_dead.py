@@ -206,3 +206,22 @@ def test_random_chains_compute_the_same(seed):
         width = new
     model = nn.Sequential(*layers, nn.Conv2d(width, 2, 1))
     checked(model, torch.randn(2, 4, 12, 12, generator=generator).double())
+
+
+@pytest.mark.parametrize("step", [torch.floor, torch.ceil, torch.trunc, torch.frac])
+def test_steps_fall_where_the_program_rounds(step):
+    """0.7 · 10 is 7 in float32, and less in float64."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.norm = killed(nn.BatchNorm1d(6), 0, 1, shift=0.7)
+
+        def forward(self, x):
+            return self.last(step(self.norm(self.first(x)) * 10))
+
+    model, x = Steps().eval(), torch.randn(5, 4)
+    smaller, (removed,) = remove_dead_channels(torch.export.export(model, (x,)))
+    assert removed.channels == 2
+    torch.testing.assert_close(smaller.module()(x), model(x))
