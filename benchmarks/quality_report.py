@@ -143,6 +143,8 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
         low = min(point[2] for found in runs.values() for r in found if not r["diverged"] for point in r["curve"])
         panel.set_ylim(0.95 * low, None)
         panel.set_yscale("log")
+        for labelled in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            labelled("{x:g}")
         panel.grid(color="#e8e8e8")
     figure.legend(
         seen.values(), [NORMS[name].title for name in seen], ncols=3, frameon=False, loc="outside lower center"
