@@ -24,6 +24,7 @@ import numpy as np
 from normfuse.onnx import fold_file
 from normfuse.onnx.editing.fold_file import find_trials
 from normfuse.onnx.editing.onnx_file import OnnxFile
+from normfuse.onnx.runtime import clock
 from normfuse.onnx.verifier import session
 
 COLUMNS = ("file", "opset", "nodes", "folded", "largest difference", "time", "what to know")
@@ -59,17 +60,9 @@ def compare(before: Path, after: Path, rounds: int) -> dict[str, Any]:
     trials = find_trials(OnnxFile(before))[1]
     feeds = max(trials, key=lambda trial: sum(np.size(value) for value in trial.feeds.values())).feeds
     sessions = [session(path, 1, {"session.force_spinning_stop": "1"}) for path in (before, after)]
-    for one in sessions:
-        one.run(None, feeds)
-    ratios: list[float] = []
-    deadline = time.perf_counter() + _SECONDS
-    while len(ratios) < rounds and (len(ratios) < 4 or time.perf_counter() < deadline):
-        took = [0.0, 0.0]
-        for index in (0, 1) if len(ratios) % 2 else (1, 0):
-            start = time.perf_counter()
-            sessions[index].run(None, feeds)
-            took[index] = time.perf_counter() - start
-        ratios.append(took[1] / took[0])
+    once = sum(time for (time,) in clock(sessions, [feeds, feeds], warm_up=1, rounds=1))
+    rounds = max(4, min(rounds, int(1e3 * _SECONDS / once)))
+    ratios = [b / a for a, b in zip(*clock(sessions, [feeds, feeds], warm_up=0, rounds=rounds), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"ratio": middle, "quartiles": [low, high], "rounds": len(ratios)}
 

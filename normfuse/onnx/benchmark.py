@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from normfuse.checkpoint.inputs import Dimension, clamp, dimensions, parse_input
 from normfuse.errors import NormfuseError
 from normfuse.onnx import sizes as sizes_module
+from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, clock
 from normfuse.onnx.verifier import runtime_problem, session
 from normfuse.onnx.writer import INPUTS
 
@@ -25,6 +24,7 @@ _NUMPY = {
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int16)": np.int16, "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_,
 }  # fmt: skip
+_LONGEST_RUN = 3600.0  # seconds of the first run of a file
 
 
 class BenchError(NormfuseError):
@@ -106,32 +106,28 @@ def bench(
     sessions = [session(Path(path), threads, {"session.force_spinning_stop": "1"}) for path in paths]
     entries = _matched(paths, sessions, mapping or {})
     feeds, notes = _fitting(paths, sessions, entries, sizes or {}, seed)
-    times: list[list[float]] = [[] for _ in sessions]
-    order = list(range(len(sessions)))
     warm_up = max(3, rounds // 10)
-    for number in range(warm_up + rounds):
-        for index in order[number % len(order) :] + order[: number % len(order)]:
-            start = time.perf_counter()
-            sessions[index].run(None, feeds[index])
-            if number >= warm_up:
-                times[index].append(1e3 * (time.perf_counter() - start))
+    try:
+        times = clock(sessions, feeds, warm_up=warm_up, rounds=rounds)
+    except RuntimeFailure as error:
+        raise BenchError(f"{' or '.join(map(str, paths))} fails: {runtime_problem(error)}") from error
     shapes = {name: list(array.shape) for name, array in feeds[0].items()}
     return Timing([str(path) for path in paths], shapes, threads, times, notes)
 
 
 def _matched(
     paths: Sequence[str | os.PathLike[str]],
-    sessions: Sequence[onnxruntime.InferenceSession],
+    sessions: Sequence[Session],
     mapping: Mapping[str, str],
 ) -> list[list[Any]]:
     """For each input of the first file, its entry in every file."""
-    first = {entry.name: entry for entry in sessions[0].get_inputs()}
+    first = {entry.name: entry for entry in sessions[0].inputs}
     unknown = [name for name in mapping if name not in first]
     if unknown:
         raise BenchError(f"{paths[0]} has no input {unknown[0]!r} to map; it takes {', '.join(first)}")
     matched = [[entry] for entry in first.values()]
     for path, other in zip(paths[1:], sessions[1:], strict=True):
-        entries = {entry.name: entry for entry in other.get_inputs()}
+        entries = {entry.name: entry for entry in other.inputs}
         wanted = {name: mapping.get(name, name) for name in first}
         missing = [name for name in first if wanted[name] not in entries]
         left = [name for name in entries if name not in wanted.values()]
@@ -166,7 +162,7 @@ def _kind(entry: Any) -> str:
 
 def _fitting(
     paths: Sequence[str | os.PathLike[str]],
-    sessions: Sequence[onnxruntime.InferenceSession],
+    sessions: Sequence[Session],
     entries: Sequence[Sequence[Any]],
     given: Mapping[str, int],
     seed: int,
@@ -202,23 +198,25 @@ def _fitting(
     raise refusal
 
 
-def _bounds(loaded: onnxruntime.InferenceSession) -> dict[str, Dimension]:
+def _bounds(loaded: Session) -> dict[str, Dimension]:
     """The dynamic dimensions with their bounds, where normfuse wrote the file."""
-    text = loaded.get_modelmeta().custom_metadata_map.get(INPUTS, "")
+    text = loaded.properties.get(INPUTS, "")
     # Names of inputs may be none that an option takes (past_key_values.0.key); their dimensions are what counts.
     return dimensions([parse_input(f"x:{line.rpartition(':')[2]}") for line in text.splitlines()])
 
 
 def _first_problem(
     paths: Sequence[str | os.PathLike[str]],
-    sessions: Sequence[onnxruntime.InferenceSession],
+    sessions: Sequence[Session],
     feeds: Sequence[dict[str, np.ndarray]],
 ) -> BenchError | None:
     for path, loaded, feed in zip(paths, sessions, feeds, strict=True):
         try:
-            loaded.run(None, feed)
-        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+            loaded.run(feed, seconds=_LONGEST_RUN)
+        except RuntimeFailure as error:
             shapes = {name: list(array.shape) for name, array in feed.items()}
+            if isinstance(error, RuntimeEnded):  # not only sizes that do not fit
+                raise BenchError(f"{path} fails on {shapes}: {runtime_problem(error)}") from error
             return BenchError(f"{path} fails on {shapes}: {runtime_problem(error)}; give other sizes (--size NAME=N)")
     return None
 

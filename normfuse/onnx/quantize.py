@@ -11,12 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
@@ -30,8 +24,8 @@ _CHOOSE_BY = 8  # batches of calibration inputs, at most, that scales are chosen
 _PRODUCTS = ["MatMul", "Gemm"]
 
 
-class _Reader(CalibrationDataReader):
-    """Hands inputs to the tool, one call after another."""
+class _Reader:
+    """Hands inputs to the tool, one call after another: what it calls a CalibrationDataReader."""
 
     def __init__(self, inputs: Sequence[Mapping[str, np.ndarray]]) -> None:
         self._left = iter(inputs)
@@ -51,6 +45,8 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
     Raises:
         WriteError: the tool refuses the file; it is as it was then.
     """
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+
     proto = onnx.load(path)
     proto.graph.ClearField("value_info")  # the tool infers shapes anew, and trips over torch's names of dimensions
     target = path.with_suffix(".int8.onnx")

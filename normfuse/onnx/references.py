@@ -46,6 +46,8 @@ class References:
         self._kept: list[tuple[Trial, list[Tensor] | None]] | None = None
         self._unknown: list[Trial] = []
         self._pace = math.inf
+        #: Seconds that the longest run of the model took.
+        self.slowest = 0.0
 
     def on(self, half: bool = False) -> Iterator[tuple[Trial, list[Tensor]]]:
         """The trials for a form that computes in float16 (``half``), or for others.
@@ -106,7 +108,8 @@ class References:
         start = time.perf_counter()
         outputs = self.model.run(trial.tensors)
         entries = sum(tensor.numel() for tensor in trial.tensors)
-        self._pace = min(self._pace, (time.perf_counter() - start) / max(entries, 1) ** 2)
+        seconds = time.perf_counter() - start
+        self._pace, self.slowest = min(self._pace, seconds / max(entries, 1) ** 2), max(self.slowest, seconds)
         return outputs
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
+from normfuse.onnx.runtime import LONGEST_RUN, RuntimeFailure, Session
 from normfuse.onnx.trials import EXAMPLE, SOFT, Trial, shapes
 from normfuse.options import INT8_FILE
 from normfuse.programs import Runner, own_rounding
@@ -26,6 +25,7 @@ from normfuse.programs import Runner, own_rounding
 # float16 rounds at 5e-4, and its sums in ONNX Runtime are as long.
 # int8: of the output's size (root of summed squares), see compare_int8. A fifth is a cosine of 0.98.
 RTOL = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
+_SLOWER = 20.0  # times as long as the model itself a run may take, beyond what any may
 _COARSER = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
 
 
@@ -169,7 +169,7 @@ def compare_forms(
         runner = Runner(program)
         forms["folded program"] = lambda tensors: runner(*tensors)
     if path is not None:
-        forms["ONNX file"] = onnx_runner(path, model)
+        forms["ONNX file"] = onnx_runner(path, model, lambda: LONGEST_RUN + _SLOWER * references.slowest)
     if half is None:
         half = path is not None and summarize(path).dtype == "float16"
     if rtol is None:
@@ -275,47 +275,30 @@ def _judged(case: Case, trial: Trial, rounding: float, rtol: float) -> Case:
     )
 
 
-def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = None) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps errors to its exceptions.
-
-    Raises VerificationError if the file cannot be loaded.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions too: one line there, not several on the terminal
-    options.intra_op_num_threads = threads
-    for key, value in (settings or {}).items():
-        options.add_session_config_entry(key, value)
+def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = None) -> Session:
+    """A file in ONNX Runtime. Raises VerificationError if it cannot be loaded."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+        return Session(path, threads=threads, settings=settings)
+    except RuntimeFailure as error:
         raise VerificationError(f"ONNX Runtime cannot load {path}: {runtime_problem(error)}") from error
 
 
-def onnx_runner(path: Path, model: ExportableModel) -> Any:
-    """A function from tensors in the order of the model's inputs to the file's outputs."""
+def onnx_runner(path: Path, model: ExportableModel, seconds: Callable[[], float] = lambda: LONGEST_RUN) -> Any:
+    """A function from tensors in the order of the model's inputs to the file's outputs; a run may take `seconds`."""
     loaded = session(path)
-    wanted = [entry.name for entry in loaded.get_inputs()]
+    wanted = [entry.name for entry in loaded.inputs]
     missing = [name for name in wanted if name not in model.input_names]
     if missing:
         raise VerificationError(
             f"{path} wants an input {missing[0]!r}; the module takes {', '.join(model.input_names)}"
         )
 
-    needs_rows = _needs_rows(path)
-
     def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if needs_rows and any(tensor.dim() and not tensor.shape[0] for tensor in tensors):
-            raise RuntimeError("ONNX Runtime's Einsum ends the process there")
         named = dict(zip(model.input_names, tensors, strict=True))
-        return [torch.from_numpy(array) for array in loaded.run(None, {name: named[name].numpy() for name in wanted})]
+        feeds = {name: named[name].numpy() for name in wanted}
+        return [torch.from_numpy(array) for array in loaded.run(feeds, seconds=seconds())]
 
     return run
-
-
-def _needs_rows(path: Path) -> bool:
-    """Whether a file has a product of two values written as Einsum, in which ONNX Runtime 1.32 divides by the batch."""
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return any(node.op_type == "Einsum" and len(node.input) > 1 for node in nodes)
 
 
 def runtime_problem(error: Exception) -> str:

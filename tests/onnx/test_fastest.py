@@ -86,7 +86,7 @@ def test_weights_beside_the_fastest_come_along(tmp_path, monkeypatch):
         chosen = fastest.fastest(export, output, {}, 1, print)
         publish(output)
     x = torch.randn(3, 32)
-    (got,) = session(tmp_path / "m.onnx").run(None, {"input": x.numpy()})
+    (got,) = session(tmp_path / "m.onnx").run({"input": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), programs["cpu"].module()(x))
     assert chosen.target == "cpu" and len(list(tmp_path.iterdir())) == 2
 

@@ -9,7 +9,8 @@ from onnx_text import draw, model
 from torch import nn
 
 from normfuse.onnx import export
-from normfuse.onnx.workarounds.ort_float16 import crashes, lift_weights
+from normfuse.onnx.runtime import crashes
+from normfuse.onnx.workarounds.ort_float16 import lift_weights
 
 HALF = {"w": draw(6, 5).astype(np.float16), "k": draw(2, 6).astype(np.float16)}
 #: Body, shape of x, products that change. Operations of more than three axes turn the first one, too.

@@ -51,7 +51,7 @@ def test_products_are_int8_and_the_error_is_told_for_every_output(model, result)
     cases = [case for case in result.verification.cases if case.form == INT8_FILE]
     assert [case.output for case in cases] == ["output 0", "output 1"] and result.verification.worst("ONNX file") < 1e-4
     x = inputs(0)
-    got = normfuse.onnx.verifier.session(path).run(None, {"x": x.numpy()})
+    got = normfuse.onnx.verifier.session(path).run({"x": x.numpy()})
     for case, value, want in zip(cases, got, model.run([x]), strict=True):
         off = np.linalg.norm(value - want.numpy()) / np.linalg.norm(want.numpy())
         assert 1e-4 < case.error < 0.1 and case.error == pytest.approx(off, rel=1e-3)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
+from normfuse.onnx.runtime import RuntimeFailure, Session
 from normfuse.onnx.verifier import RTOL, Case, VerificationError, runtime_problem
 
 from .inner import is_bounded
@@ -42,8 +42,8 @@ class Comparison:
         self._given = rtol is not None
         self._rtol = rtol if rtol is not None else max(RTOL.get(dtype, RTOL["float32"]), _QUANTISED * quantised)
         plain = plain_session(str(file.path))
-        self.names = [output.name for output in plain.get_outputs()]
-        once, again = (run_session(plain, trials[0].feeds) for _ in range(2))
+        self.names = [output.name for output in plain.outputs]
+        once, again = (run_session(plain, trials[0]) for _ in range(2))
         #: Names of results that differ from run to run.
         self.random = [name for name, a, b in zip(self.names, once, again, strict=True) if not _same(a, b)]
         #: Results that lie between -1 and 1 by what writes them: what that reads is compared beside them.
@@ -69,7 +69,7 @@ class Comparison:
         wanted = before.plain(trial) if len(names) > len(self.names) else trial.outputs
         try:
             outputs = after.plain(trial)
-        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+        except RuntimeFailure as error:
             raise VerificationError(f"after folding it fails on {trial.shapes}: {runtime_problem(error)}") from error
         cases: list[Case] = []
         own: list[Any] | None = None
@@ -106,17 +106,17 @@ class _Sessions:
             self._source, self._folder = wider.SerializeToString(), str(path.parent.resolve())
 
     def plain(self, trial: Trial) -> list[Any]:
-        return run_session(self._plain, trial.feeds)
+        return run_session(self._plain, trial)
 
     def optimised(self, trial: Trial) -> list[Any]:
-        return run_session(self._optimised, trial.feeds)
+        return run_session(self._optimised, trial)
 
     @cached_property
-    def _plain(self) -> onnxruntime.InferenceSession:
+    def _plain(self) -> Session:
         return plain_session(self._source, self._folder)
 
     @cached_property
-    def _optimised(self) -> onnxruntime.InferenceSession:
+    def _optimised(self) -> Session:
         return plain_session(self._source, self._folder, optimised="")
 
 

@@ -24,8 +24,8 @@ from normfuse.onnx.exporter import ExportResult
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
+from normfuse.onnx.runtime import crashes
 from normfuse.onnx.verifier import Case, VerificationError, VerificationReport
-from normfuse.onnx.workarounds.ort_float16 import crashes
 from normfuse.onnx.writer import WriteError, as_float16, refuse_overflow, save_model
 from normfuse.options import ExportError, check_dtype, check_scale_range, passes_for
 

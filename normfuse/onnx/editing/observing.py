@@ -43,7 +43,7 @@ def value_types(file: OnnxFile) -> dict[str, int]:
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in outputs)
     found = {}
-    for value in plain_session(model.SerializeToString(), str(file.path.parent.resolve())).get_outputs():
+    for value in plain_session(model.SerializeToString(), str(file.path.parent.resolve())).outputs:
         kind = _KINDS.get(value.type.removeprefix("tensor(").removesuffix(")"))
         if kind is not None and value.type.startswith("tensor("):
             found[value.name] = kind
@@ -71,7 +71,7 @@ def observe(file: OnnxFile, types: Mapping[str, int], trials: Sequence[Trial]) -
         model.graph.node.append(helper.make_node("Shape", [name], [shape]))
         model.graph.output.append(helper.make_tensor_value_info(shape, TensorProto.INT64, None))
     session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
-    seen = [run_session(session, trial.feeds) for trial in trials]
+    seen = [run_session(session, trial) for trial in trials]
     return {
         name: Observed(kind, tuple(tuple(run[number].tolist()) for run in seen))
         for number, (name, kind) in enumerate(types.items())
@@ -92,7 +92,7 @@ def evaluate_constants(file: OnnxFile, observed: Mapping[str, Observed], trial: 
     del model.graph.output[:]
     model.graph.output.extend(ValueInfoProto(name=name) for name in small)
     session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
-    values = zip(small, run_session(session, trial.feeds), strict=True)
+    values = zip(small, run_session(session, trial), strict=True)
     file.learn({name: value for name, value in values if isinstance(value, np.ndarray)})
 
 

@@ -6,13 +6,11 @@ import math
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
-from normfuse.onnx.graph import GraphError
-from normfuse.onnx.workarounds.ort_float16 import crashes
+from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session
 
-from .onnx_file import OnnxFile, tensors_of
-from .trial import plain_session
+from .onnx_file import OnnxFile
 
 
 def operations(model: ModelProto) -> int:
@@ -33,21 +31,12 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
     """
     path, weights = folder / "optimised.onnx", str(file.path.parent.resolve())
     try:
-        # ONNX Runtime crashes on some float16 models, which may come as they are.
-        if not any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(model)):
-            plain_session(model.SerializeToString(), weights, optimised=str(path))
-        elif _crashes(model.SerializeToString(), weights, path):
-            return math.inf
+        Session(model.SerializeToString(), folder=weights, optimised=str(path), threads=1)
         return operations(onnx.load(path, load_external_data=False))
-    except (GraphError, ValueError, OSError):  # beyond 2 GiB neither side can be written in one piece
+    except RuntimeEnded:
+        return math.inf
+    except (RuntimeFailure, ValueError, OSError):  # beyond 2 GiB neither side can be written in one piece
         return operations(model)
     finally:
         for left in folder.glob("optimised.onnx*"):
             left.unlink()
-
-
-def _crashes(model: bytes, weights: str, path: Path) -> bool:
-    """Let another process optimise a model; whether it ends with a signal."""
-    source = path.with_name("optimised.onnx.source")
-    source.write_bytes(model)
-    return crashes(source, weights=weights, optimised=str(path))

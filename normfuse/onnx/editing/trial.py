@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, ValueInfoProto, helper
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.runtime import LONGEST_RUN, RuntimeFailure, Session
 from normfuse.onnx.verifier import runtime_problem
 
 from .hints import Hints, hints_of
@@ -28,7 +27,8 @@ _BASES = (5, 7, 8, 12, 16, 32, 48, 64, 80, 96, 100, 128, 160, 224, 256, 320, 512
 _BATCHES = (2, 1)
 _SECONDS = 40.0  # for finding sizes
 _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
-_ONE_RUN = 20.0  # seconds, after which a run is ended
+_ONE_RUN = 20.0  # seconds, after which a run is ended where other sizes may do
+_SLOWER = 20.0  # times as long as the first run on the same inputs others may take
 _LARGEST_INPUT = 1 << 22  # entries, where the file leaves the sizes open
 _LARGEST_FIXED = 1 << 26  # entries of an input, where the file fixes the sizes
 _WAYS = 4  # in which dimensions may belong together, see Search._sizes
@@ -70,7 +70,7 @@ class Trial:
         return ", ".join(f"{name} {list(np.shape(value))}".replace(", ", ",") for name, value in self.feeds.items())
 
 
-def plain_session(source: str | bytes, folder: str = "", optimised: str | None = None) -> onnxruntime.InferenceSession:
+def plain_session(source: str | bytes, folder: str = "", optimised: str | None = None) -> Session:
     """A session that runs a file as it is written, or one that writes what ONNX Runtime makes of it.
 
     Args:
@@ -81,18 +81,9 @@ def plain_session(source: str | bytes, folder: str = "", optimised: str | None =
     Raises:
         GraphError: ONNX Runtime cannot load it; one line.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    if optimised is None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    elif optimised:
-        options.optimized_model_filepath = optimised
-    if folder:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+        return Session(source, folder=folder, optimise=optimised is not None, optimised=optimised or "", threads=1)
+    except RuntimeFailure as error:
         raise GraphError(f"ONNX Runtime cannot load it: {runtime_problem(error)}") from error
 
 
@@ -178,7 +169,9 @@ class Search:
             if sizes in tried:
                 continue
             tried.append(sizes)
-            found = self.run(sizes, seed=0) or self.run(sizes, seed=1, draw=1)
+            found = self.run(sizes, seed=0)
+            if found is None and not self._late():
+                found = self.run(sizes, seed=1, draw=1)
             if found is not None:
                 self._way = way
                 return found
@@ -236,8 +229,8 @@ class Search:
             feeds[entry.name] = [value, value] if entry.sequence else value
         started = time.monotonic()
         try:
-            outputs = run_session(self.session, feeds)
-        except Exception as error:  # as above
+            outputs = self.session.run(feeds, seconds=_ONE_RUN if self._symbols else LONGEST_RUN)
+        except RuntimeFailure as error:
             self._failure = runtime_problem(error)
             return None
         if draw == 0 and any(isinstance(o, np.ndarray) and o.dtype.kind == "f" and np.isnan(o).all() and o.size
@@ -298,16 +291,9 @@ class Search:
         return size
 
 
-def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> list[Any]:
-    """Runs a session, but not for ever."""
-    options = onnxruntime.RunOptions()
-    options.log_severity_level = 4
-    timer = threading.Timer(_ONE_RUN, lambda: setattr(options, "terminate", True))
-    timer.start()
-    try:
-        return session.run(None, feeds, options)
-    finally:
-        timer.cancel()
+def run_session(session: Session, trial: Trial) -> list[Any]:
+    """What a session gives for the inputs of a trial, if that takes not much longer. Raises RuntimeFailure."""
+    return session.run(trial.feeds, seconds=_ONE_RUN + _SLOWER * trial.seconds)
 
 
 def _with_rank(entry: Input) -> Input:

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 _TYPES = ("Cast", "Identity")
-# What the child does, which may end with a signal.
-_OPTIMISE = """
-import sys
-import onnxruntime
-source, folder, optimised = sys.argv[1:]
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 4
-if optimised:
-    options.optimized_model_filepath = optimised
-if folder:
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-given = open(source, "rb").read() if folder else source
-onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-"""
-
-
-def crashes(path: Path, *, weights: str = "", optimised: str = "") -> bool:
-    """Whether ONNX Runtime ends the process that loads and optimises a file; it runs in another one.
-
-    Args:
-        path: the file.
-        weights: the folder of its weights, where that is not the file's own.
-        optimised: where to write what it makes of the file; nowhere if empty.
-    """
-    command = [sys.executable, "-c", _OPTIMISE, str(path), weights, optimised]
-    return subprocess.run(command, capture_output=True, check=False).returncode < 0
 
 
 def lift_weights(model: ModelProto) -> int:
