@@ -1,4 +1,3 @@
-import contextlib
 import errno
 import json
 import os
@@ -44,7 +43,8 @@ def normfuse(*arguments, cwd, timeout=120, **environment):
 
 def run(*arguments, cwd=".", **environment):
     """The command in this process, which starts faster."""
-    with contextlib.chdir(cwd):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
         return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=environment)
 
 
