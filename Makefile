@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PYTHONS ?= $(PYTHON)
 # Quick ones that touch every part of the package: the library, the operations, folding, the command.
-WHEEL_TESTS ?= tests/test_package.py tests/test_native.py tests/golden tests/ops/test_operations.py tests/folding/test_placements.py tests/test_cli.py
+WHEEL_TESTS ?= tests/test_package.py tests/test_native.py tests/golden tests/ops/test_operations.py tests/folding/test_placements.py tests/onnx/test_quantize.py tests/test_cli.py
 SANITIZE_TESTS ?= $(addprefix tests/,ops/test_fuzz.py ops/test_native_bounds.py ops/test_operations.py ops/test_row_norm.py \
   ops/test_gradients.py ops/test_autograd.py kernels/test_bindings.py kernels/test_host_kernels.py)
 # Without a sanitizer, pytest goes on in the same folder.

@@ -15,6 +15,7 @@ import torch
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.publish import data_beside
+from normfuse.onnx.runtime import RuntimeFailure, Session
 from normfuse.onnx.verifier import Case, compare_int8
 from normfuse.onnx.writer import WriteError
 from normfuse.options import ExportError
@@ -47,8 +48,11 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-    proto = onnx.load(path)
-    proto.graph.ClearField("value_info")  # the tool infers shapes anew, and trips over torch's names of dimensions
+    def fresh() -> onnx.ModelProto:  # the tool changes what it is given
+        proto = onnx.load(path)
+        proto.graph.ClearField("value_info")  # the tool infers shapes anew, and trips over torch's names of dimensions
+        return proto
+
     target = path.with_suffix(".int8.onnx")
     types = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operations that shape inference lacks
     options = {
@@ -61,17 +65,29 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
     try:
         with quiet():
             if calibration is None:
-                quantize_dynamic(proto, target, extra_options=types, **options)
+                quantize_dynamic(fresh(), target, extra_options=types, **options)
             else:
-                reader = _Reader(calibration)
                 options["activation_type"] = QuantType.QUInt8
-                quantize_static(proto, target, reader, extra_options=types, **options)
+                for own_domain in (False, True):
+                    extra = {**types, "UseQDQContribOps": own_domain}
+                    quantize_static(fresh(), target, _Reader(calibration), extra_options=extra, **options)
+                    if _loads(target):
+                        break
     except Exception as error:  # whatever the tool raises
         target.unlink(missing_ok=True)
         raise WriteError(f"onnxruntime.quantization cannot quantise the file: {one_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     target.replace(path)
+
+
+def _loads(path: Path) -> bool:
+    """Whether ONNX Runtime has what the file asks for. 1.23 lacks opset 23's QuantizeLinear, but not its own."""
+    try:
+        Session(path)
+    except RuntimeFailure:
+        return False
+    return True
 
 
 def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:

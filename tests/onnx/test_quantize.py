@@ -11,6 +11,7 @@ import normfuse.onnx
 from normfuse.checkpoint import ExportableModel
 from normfuse.nn import UnifiedNorm
 from normfuse.onnx.quantize import read_calibration
+from normfuse.onnx.runtime import RuntimeFailure
 from normfuse.onnx.verifier import compare_int8
 from normfuse.options import INT8_FILE
 
@@ -66,6 +67,21 @@ def test_steps_are_constants_after_calibration(model, tmp_path):
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert "QuantizeLinear" in kinds and "DynamicQuantizeLinear" not in kinds
     assert [len(batch[0]) for batch in read_calibration(file, model)] == [32] * 3
+
+
+def test_an_onnx_runtime_without_the_newest_quantisation_gets_its_own(model, tmp_path, monkeypatch):
+    """1.23 runs files of opset 23, but not QuantizeLinear of that opset."""
+
+    def older(path):
+        if any(node.op_type == "QuantizeLinear" and not node.domain for node in onnx.load(path).graph.node):
+            raise RuntimeFailure("NOT_IMPLEMENTED")
+
+    file, path = tmp_path / "typical.npz", tmp_path / "m.onnx"
+    np.savez(file, x=inputs(1, 96).numpy())
+    monkeypatch.setattr("normfuse.onnx.quantize.Session", older)
+    normfuse.onnx.export(model, path, dtype="int8", calibrate=file)
+    nodes = onnx.load(path).graph.node
+    assert {node.domain for node in nodes if node.op_type == "QuantizeLinear"} == {"com.microsoft"}
 
 
 def test_too_large_an_error_writes_nothing(model, tmp_path):
