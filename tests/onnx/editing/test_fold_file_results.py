@@ -25,7 +25,7 @@ def test_results_that_are_random_are_not_compared(tmp_path):
 def test_a_difference_costs_the_folding_not_the_file(tmp_path):
     result, after = folded(images(), tmp_path, rtol=0.0)
     assert "BatchNormalization" in kinds(after)
-    assert any("left as it was: folded, it differs" in note for note in result.notes)
+    assert any("left as it was: after folding it differs" in note for note in result.notes)
     assert result.report.norms[0].status == "kept"
 
 
