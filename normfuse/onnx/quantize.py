@@ -15,7 +15,7 @@ import torch
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.publish import data_beside
-from normfuse.onnx.runtime import RuntimeFailure, Session
+from normfuse.onnx.runtime import failure
 from normfuse.onnx.verifier import Case, compare_int8
 from normfuse.onnx.writer import WriteError
 from normfuse.options import ExportError
@@ -71,7 +71,7 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
                 for own_domain in (False, True):
                     extra = {**types, "UseQDQContribOps": own_domain}
                     quantize_static(fresh(), target, _Reader(calibration), extra_options=extra, **options)
-                    if _loads(target):
+                    if failure(target) is None:  # 1.23 lacks opset 23's QuantizeLinear, but not its own
                         break
     except Exception as error:  # whatever the tool raises
         target.unlink(missing_ok=True)
@@ -79,15 +79,6 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
     finally:
         logging.disable(logging.NOTSET)
     target.replace(path)
-
-
-def _loads(path: Path) -> bool:
-    """Whether ONNX Runtime has what the file asks for. 1.23 lacks opset 23's QuantizeLinear, but not its own."""
-    try:
-        Session(path)
-    except RuntimeFailure:
-        return False
-    return True
 
 
 def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:

@@ -21,6 +21,7 @@ from normfuse.errors import NormfuseError
 from . import runtime_process
 
 LONGEST_RUN = 600.0  # seconds, where nothing is known of how long a run may take
+SLOWER = 20.0  # times as long as a known run on the same inputs that another may take, beyond what any may
 _LONGEST_LOAD = 3600.0  # seconds, for files of many gigabytes on a slow disk
 _KEYS = itertools.count()
 
@@ -117,15 +118,13 @@ def clock(
         return process.ask("clock", keys, list(feeds), warm_up, rounds, seconds=None)
 
 
-def crashes(path: Path) -> bool:
-    """Whether ONNX Runtime crashes where it loads and optimises a file."""
+def failure(path: Path) -> RuntimeFailure | None:
+    """What goes wrong where ONNX Runtime loads and optimises a file; None if it can."""
     try:
         Session(path)
-    except RuntimeEnded:
-        return True
-    except RuntimeFailure:
-        return False
-    return False
+    except RuntimeFailure as error:
+        return error
+    return None
 
 
 class _Process:

@@ -16,7 +16,7 @@ from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
-from normfuse.onnx.runtime import LONGEST_RUN, RuntimeFailure, Session
+from normfuse.onnx.runtime import LONGEST_RUN, SLOWER, RuntimeFailure, Session
 from normfuse.onnx.trials import EXAMPLE, SOFT, Trial, shapes
 from normfuse.options import INT8_FILE
 from normfuse.programs import Runner, own_rounding
@@ -25,7 +25,6 @@ from normfuse.programs import Runner, own_rounding
 # float16 rounds at 5e-4, and its sums in ONNX Runtime are as long.
 # int8: of the output's size (root of summed squares), see compare_int8. A fifth is a cosine of 0.98.
 RTOL = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
-_SLOWER = 20.0  # times as long as the model itself a run may take, beyond what any may
 _COARSER = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
 
 
@@ -169,7 +168,7 @@ def compare_forms(
         runner = Runner(program)
         forms["folded program"] = lambda tensors: runner(*tensors)
     if path is not None:
-        forms["ONNX file"] = onnx_runner(path, model, lambda: LONGEST_RUN + _SLOWER * references.slowest)
+        forms["ONNX file"] = onnx_runner(path, model, lambda: LONGEST_RUN + SLOWER * references.slowest)
     if half is None:
         half = path is not None and summarize(path).dtype == "float16"
     if rtol is None:
@@ -219,7 +218,7 @@ def compare_int8(
     for tensors in inputs:
         try:
             got = run(tensors)
-        except Exception as error:  # a dozen exception types of ONNX Runtime, without a common base
+        except Exception as error:  # ONNX Runtime's failure, or outputs that are not tensors
             raise VerificationError(f"the {INT8_FILE} fails on inputs {shapes(tensors)}: {one_line(error)}") from error
         expected = model.run(tensors)
         noise = noise or [0.0] * len(expected)

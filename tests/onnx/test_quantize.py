@@ -78,7 +78,7 @@ def test_an_onnx_runtime_without_the_newest_quantisation_gets_its_own(model, tmp
 
     file, path = tmp_path / "typical.npz", tmp_path / "m.onnx"
     np.savez(file, x=inputs(1, 96).numpy())
-    monkeypatch.setattr("normfuse.onnx.quantize.Session", older)
+    monkeypatch.setattr("normfuse.onnx.runtime.Session", older)
     normfuse.onnx.export(model, path, dtype="int8", calibrate=file)
     nodes = onnx.load(path).graph.node
     assert {node.domain for node in nodes if node.op_type == "QuantizeLinear"} == {"com.microsoft"}

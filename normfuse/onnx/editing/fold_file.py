@@ -24,7 +24,7 @@ from normfuse.onnx.exporter import ExportResult
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
-from normfuse.onnx.runtime import crashes
+from normfuse.onnx.runtime import RuntimeEnded, failure
 from normfuse.onnx.verifier import Case, VerificationError, VerificationReport
 from normfuse.onnx.writer import WriteError, as_float16, refuse_overflow, save_model
 from normfuse.options import ExportError, check_dtype, check_scale_range, passes_for
@@ -254,7 +254,7 @@ class _Job:
             saving.save(self._file, Edited(self._file.proto), self._staged)
         refuse_overflow(ir.load(self._staged))
         save_model(as_float16(self._staged), self._staged)
-        if crashes(self._staged):
+        if isinstance(failure(self._staged), RuntimeEnded):
             raise WriteError(f"{self._file.path}: ONNX Runtime crashes when it optimises the float16 file")
         return replace(result, changed=True, cases=self._comparison.compare(self._staged))
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, ValueInfoProto, helper
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.onnx.graph import GraphError
-from normfuse.onnx.runtime import LONGEST_RUN, RuntimeFailure, Session
+from normfuse.onnx.runtime import LONGEST_RUN, SLOWER, RuntimeFailure, Session
 from normfuse.onnx.verifier import runtime_problem
 
 from .hints import Hints, hints_of
@@ -28,7 +28,6 @@ _BATCHES = (2, 1)
 _SECONDS = 40.0  # for finding sizes
 _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
 _ONE_RUN = 20.0  # seconds, after which a run is ended where other sizes may do
-_SLOWER = 20.0  # times as long as the first run on the same inputs others may take
 _LARGEST_INPUT = 1 << 22  # entries, where the file leaves the sizes open
 _LARGEST_FIXED = 1 << 26  # entries of an input, where the file fixes the sizes
 _WAYS = 4  # in which dimensions may belong together, see Search._sizes
@@ -293,7 +292,7 @@ class Search:
 
 def run_session(session: Session, trial: Trial) -> list[Any]:
     """What a session gives for the inputs of a trial, if that takes not much longer. Raises RuntimeFailure."""
-    return session.run(trial.feeds, seconds=_ONE_RUN + _SLOWER * trial.seconds)
+    return session.run(trial.feeds, seconds=_ONE_RUN + SLOWER * trial.seconds)
 
 
 def _with_rank(entry: Input) -> Input:
