@@ -1,3 +1,4 @@
+import gc
 import importlib
 import os
 from dataclasses import replace
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for mark in _marks(item.path):
             item.add_marker(mark)
+
+
+def pytest_collection_finish():
+    """Programs are full of cycles, and every collection walks over torch too: from here on fewer, and without torch."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

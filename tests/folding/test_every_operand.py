@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from normfuse.folding import fold, relate
 from normfuse.folding.gauge import Facts
 from normfuse.folding.rules import Match, match
 from normfuse.folding.rules.base import RULES
+from normfuse.programs import Runner
 
 from .cases import CASES, Case
 from .checks import any_gauge, difference
@@ -40,14 +42,14 @@ class AlongNorm(nn.Module):
 class Along(nn.Module):
     """A linear map along one axis of a tensor: a linear, a convolution, or a product with the weight on the left."""
 
-    def __init__(self, size: int, axis: int, rank: int, outputs: int | None = None) -> None:
+    def __init__(self, size: int, axis: int, rank: int, outputs: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
         self.axis, self.last = axis, axis == rank - 1
         self.convolves = axis == 1 and 3 <= rank <= 5 and not self.last
         if self.convolves:
-            self.map: nn.Module = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 3](size, outputs or size, 1)
+            self.map: nn.Module = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 3](size, outputs or size, 1, bias=bias)
         else:
-            self.map = nn.Linear(size, outputs or size)
+            self.map = nn.Linear(size, outputs or size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.last or self.convolves:
@@ -64,7 +66,9 @@ class Use(nn.Module):
         super().__init__()
         self.case, self.read, self.normed = case, read, normed
         axes = [axis if i == normed else len(shape) - 1 for i, shape in enumerate(case.shapes)]
-        self.writers = nn.ModuleList(Along(shape[a], a, len(shape)) for shape, a in zip(case.shapes, axes, strict=True))
+        self.writers = nn.ModuleList(
+            Along(s[a], a, len(s), bias=i == normed) for i, (s, a) in enumerate(zip(case.shapes, axes, strict=True))
+        )
         self.norm = AlongNorm(case.shapes[normed][axis], axis, len(case.shapes[normed]))
         self.constants = nn.ParameterList(nn.Parameter(torch.randn(shape), False) for shape in case.constants)
         self.readers = nn.ModuleList()
@@ -101,8 +105,8 @@ class Uses(nn.Module):
             for read in ((True, False) if axis == len(shape) - 1 else (True,))
         )
 
-    def forward(self, inputs: list[list[Tensor]]) -> list[list[Tensor]]:
-        return [use(*operands) for use, operands in zip(self.uses, inputs, strict=True)]
+    def forward(self, inputs: dict[str, Tensor]) -> list[list[Tensor]]:
+        return [use(*(inputs[str(shape)] for shape in use.case.shapes)) for use in self.uses]
 
 
 def names(target: object) -> str:
@@ -114,7 +118,8 @@ def names(target: object) -> str:
 def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Uses(CASES[target]).double().eval()
-    inputs = [[torch.randn(shape, dtype=torch.float64) for shape in use.case.shapes] for use in model.uses]
+    shapes = {shape for case in CASES[target] for shape in case.shapes}
+    inputs = {str(shape): torch.randn(shape, dtype=torch.float64) for shape in sorted(shapes)}
     program = torch.export.export(model, (inputs,))
     rules = set()
 
@@ -124,10 +129,12 @@ def test_no_operand_is_forgotten(target: object, monkeypatch: pytest.MonkeyPatch
             rules.add(type(found))
         return found
 
+    expected, structure = tree_flatten(model(inputs))
+
     def compare(**options: bool) -> None:
-        expected, got = model(inputs), fold(program, **options)[0].module(check_guards=False)(inputs)
-        for use, want, have in zip(model.uses, expected, got, strict=True):
-            assert difference(want, have) <= 1e-11, (CASES[target].index(use.case), use.normed, use.norm.scale.shape)
+        got = Runner(fold(program, verify=False, **options)[0])(inputs)
+        for use, *results in zip(model.uses, *(tree_unflatten(r, structure) for r in (expected, got)), strict=True):
+            assert difference(*results) <= 1e-11, (CASES[target].index(use.case), use.normed, use.norm.scale.shape)
 
     monkeypatch.setattr(relate, "match", matched)
     compare()

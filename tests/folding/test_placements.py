@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from normfuse.folding import fold, fuse
+from normfuse.folding import fuse
 
 from .checks import assert_nothing_left, difference, folded, operations
 from .networks import NORMS, PLACEMENTS, ConvNet, Transformer, look_trained
@@ -23,11 +23,10 @@ def network(norm: str, placement: str, kind: str, **options: object) -> tuple[nn
     return Transformer(norm, placement, causal=kind == "decoder", **options), (torch.randint(0, 11, (3, 7)),)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "patches"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("norm", STATIC_NORMS)
-def test_every_norm_vanishes(norm: str, placement: str, kind: str) -> None:
-    model, inputs = network(norm, placement, kind)
+def test_every_norm_vanishes(norm: str, placement: str) -> None:
+    model, inputs = network(norm, placement, "encoder")
     program, report = folded(look_trained(model), inputs, DYNAMIC)
     assert_nothing_left(program, report)
     assert len(report.norms) == sum(
@@ -37,20 +36,25 @@ def test_every_norm_vanishes(norm: str, placement: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["decoder", "patches"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_folded_graph_is_the_graph_without_norms(placement: str, kind: str) -> None:
+def test_folded_graph_is_the_graph_without_norms(placement: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for other sizes than those of the example."""
     model, inputs = network("unified", placement, kind)
-    program, _ = folded(look_trained(model), inputs, DYNAMIC)
-    NORMS["none"] = lambda width: nn.Identity()
-    try:
-        bare, _ = network("none", placement, kind)
-    finally:
-        del NORMS["none"]
+    program, report = folded(look_trained(model), inputs, DYNAMIC)
+    assert_nothing_left(program, report)
+    monkeypatch.setitem(NORMS, "none", lambda width: nn.Identity())
+    bare, _ = network("none", placement, kind)
     reference, _ = folded(bare, inputs, DYNAMIC)
     assert operations(program) == operations(reference)
+    for batch, sequence in ((2, 2), (5, 30), (4, 13)):
+        others = (
+            torch.randn(batch, sequence, 6).double() if kind == "patches" else torch.randint(0, 11, (batch, sequence))
+        )
+        with torch.no_grad():
+            assert difference(model(others), program.module()(others)) <= 1e-12
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", STATIC_NORMS)
+@pytest.mark.parametrize("norm", ["unified", "batch"])
 def test_carried_biases_leave_the_branches(norm: str, placement: str) -> None:
     """Every branch's last linear loses its bias; the weights that read the stream take it."""
     model, inputs = network(norm, placement, "patches")
@@ -59,18 +63,6 @@ def test_carried_biases_leave_the_branches(norm: str, placement: str) -> None:
     linears = [node for node in program.graph.nodes if "linear" in str(node.target)]
     without = [node for node in linears if len(node.args) < 3 or node.args[2] is None]
     assert len(without) == 6  # two branches in each of three blocks
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_dynamic_dimensions_survive(placement: str) -> None:
-    model, inputs = network("unified", placement, "decoder")
-    model = look_trained(model).double()
-    program, _ = fold(torch.export.export(model, inputs, dynamic_shapes=DYNAMIC))
-    module = program.module()
-    for batch, sequence in ((2, 2), (5, 30), (4, 13)):
-        tokens = torch.randint(0, 11, (batch, sequence))
-        with torch.no_grad():
-            assert difference(model(tokens), module(tokens)) <= 1e-12
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
@@ -100,7 +92,7 @@ def test_grouped_power_norm_in_a_stream_that_is_measured_again_keeps_its_shift()
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", STATIC_NORMS)
+@pytest.mark.parametrize("norm", ["unified", "batch"])
 def test_float32_is_as_accurate_as_before(norm: str, placement: str) -> None:
     """Against float64, the folded network may round a few times as much as the unfolded one (its scales differ)."""
     model, inputs = network(norm, placement, "patches", depth=6)
