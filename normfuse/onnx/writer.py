@@ -31,6 +31,7 @@ from normfuse.onnx.workarounds.ort_bfloat16 import widen_bfloat16
 from normfuse.onnx.workarounds.ort_broadcasting import expand_attention_masks, expand_rotary_caches
 from normfuse.onnx.workarounds.ort_float16 import lift_weights
 from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
+from normfuse.onnx.workarounds.torch_onnx_table import kept_table
 from normfuse.options import DTYPES, OPSETS
 from normfuse.quiet import quiet
 
@@ -152,7 +153,7 @@ def translate(
         WriteError: an operation has no translation.
     """
     try:
-        with translatable(program):
+        with translatable(program), kept_table():
             exported = torch.onnx.export(
                 program,
                 (),

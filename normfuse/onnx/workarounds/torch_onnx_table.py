@@ -1,0 +1,35 @@
+"""In every export torch.onnx reads its own source for a table of translations, which takes longer than a small model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch.onnx._internal.exporter import _registration
+
+_registry: Any = getattr(_registration, "ONNXRegistry", None)
+_make: Any = getattr(_registry, "from_torchlib", None)  # private: another torch may not have it
+_made = cache(lambda **options: _make(**options))
+
+
+@contextmanager
+def kept_table() -> Iterator[None]:
+    """Meanwhile torch.onnx takes copies of the table that was made first for an operator set."""
+    if _make is None:
+        yield
+        return
+    _registry.from_torchlib = staticmethod(_copied)
+    try:
+        yield
+    finally:
+        _registry.from_torchlib = _make  # an export in another thread makes its own
+
+
+def _copied(**options: Any) -> Any:
+    """A table of its own: an export adds translations to it."""
+    table = copy.copy(_made(**options))
+    table.functions = {target: [*entries] for target, entries in table.functions.items()}
+    return table
