@@ -21,7 +21,7 @@ from normfuse.onnx.quantize import balancing, quantized
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.references import References, VerificationError
 from normfuse.onnx.verifier import RTOL, VerificationReport, compare_forms
-from normfuse.onnx.writer import WriteError, write_staged
+from normfuse.onnx.writer import UnwritableError, WriteError, write_staged
 from normfuse.options import (
     MODEL_DTYPES,
     OPSETS,
@@ -275,7 +275,7 @@ def write_verified(references: References, folded: Folded, asked: Plan, path: Pa
                 why = str(error).replace(str(path.parent) + os.sep, "")
                 if candidate.passes:
                     notes.append(f"{what}, was given up: {why}")
-                elif asked.opset is not None:
+                elif asked.opset is not None or isinstance(error, UnwritableError):
                     raise
                 else:
                     rejected[opset] = why

@@ -14,7 +14,12 @@ import onnx
 import onnx_ir as ir
 import sympy
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, TopologicalSortPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
 from torch.utils import _pytree as pytree
 
 from normfuse.checkpoint import Dimension, InputSpec
@@ -43,6 +48,10 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 class WriteError(NormfuseError):
     """A program has no ONNX form (an operation that ONNX lacks, a weight beyond float16). One line."""
+
+
+class UnwritableError(WriteError):
+    """What no older operator set would change: none need be tried."""
 
 
 def write(
@@ -101,7 +110,7 @@ def write(
                 )
                 break
             except WriteError as error:
-                if opset is not None:
+                if opset is not None or isinstance(error, UnwritableError):
                     raise
                 problems.append(str(error))
         else:
@@ -165,12 +174,13 @@ def translate(
                 custom_translation_table=translations(),
             )
     except Exception as error:  # the exporter wraps whatever a translation raises
-        raise WriteError(f"opset {opset}: {_translation_problem(error)}") from error
+        raise _translation_problem(opset, error) from error
     model = exported.model
     names = partial(_name_dimensions, program=program, inputs=inputs)
     run(
         model,
         [
+            NameFixPass(),  # an output may be called as an inner value is
             adopt,
             partial(mask_as_torch, half=dtype == "float16"),
             expand_attention_masks,
@@ -272,7 +282,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def refuse_overflow(model: ir.Model) -> None:
-    """WriteError naming the weights with numbers beyond float16's largest, 65504.
+    """UnwritableError naming the weights with numbers beyond float16's largest, 65504.
 
     Constants that hide what a mask takes out are none of them: infinity is a float16, and a number such as
     ``torch.finfo(torch.float32).min`` becomes the float16 of largest magnitude, which hides as well.
@@ -286,7 +296,7 @@ def refuse_overflow(model: ir.Model) -> None:
                 users = [str(use.node.name) for use in value.uses()]
                 beyond.append(f"{value.name} of {some_of(users, 1)} (up to {np.abs(numbers).max():.3g})")
     if beyond:
-        raise WriteError(
+        raise UnwritableError(
             f"float16 holds numbers up to {_FLOAT16_MAX:.0f}, and {len(beyond)} weight(s) exceed it: "
             f"{some_of(beyond)}; "
             "export float32"
@@ -323,7 +333,7 @@ def save_model(model: ir.Model, path: Path, one_file_limit: int = _ONE_FILE_LIMI
         path.with_name(name).unlink()
 
 
-def _translation_problem(error: BaseException) -> str:
+def _translation_problem(opset: int, error: BaseException) -> WriteError:
     """The operation without translation if that is the trouble, else the innermost error in one line."""
     causes: list[Any] = [error]
     while causes[-1].__cause__ is not None:
@@ -336,5 +346,8 @@ def _translation_problem(error: BaseException) -> str:
         }
     )
     if missing:
-        return f"ONNX has no translation of {some_of(missing)}; write that part of the model with other operations"
-    return f"torch.onnx could not translate the program: {one_line(causes[-1])}"
+        return UnwritableError(
+            f"opset {opset}: ONNX has no translation of {some_of(missing)}; "
+            "write that part of the model with other operations"
+        )
+    return WriteError(f"opset {opset}: torch.onnx could not translate the program: {one_line(causes[-1])}")

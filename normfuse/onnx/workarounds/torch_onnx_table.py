@@ -1,4 +1,4 @@
-"""In every export torch.onnx reads its own source for a table of translations, which takes longer than a small model."""
+"""In every export torch.onnx reads its source for a table of translations, which takes longer than a small model."""
 
 from __future__ import annotations
 
