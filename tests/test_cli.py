@@ -250,25 +250,25 @@ def ended_at(line, number, *arguments, cwd, path=()):
 
 
 @pytest.mark.slow
+def test_an_export_that_is_ended_leaves_no_file(tmp_path):
+    save_perceptron(tmp_path / "m.pt")
+    arguments = ["export", "m.pt", "--out", "m.onnx", "--report", "r.json"]
+    # The folder for the files is there, and seconds of work lie ahead.
+    done = ended_at("load m.pt", signal.SIGTERM, *arguments, cwd=tmp_path)
+    assert done == (143, "normfuse: terminated\n")
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "normfuse: interrupted\n"), (signal.SIGTERM, 143, "normfuse: terminated\n")],
 )
-def test_an_export_that_is_ended_leaves_no_file(tmp_path, number, status, said):
-    save_perceptron(tmp_path / "m.pt")
-    # The folder for the files is there, and seconds of work lie ahead.
-    done = ended_at("load m.pt", number, "export", "m.pt", "--out", "m.onnx", "--report", "r.json", cwd=tmp_path)
-    assert done == (status, said)
-    assert os.listdir(tmp_path) == ["m.pt"]
-
-
-def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
+def test_a_signal_while_libraries_are_imported_is_one_line(tmp_path, number, status, said):
     """They may catch whatever an import raises; this one stands for them."""
     (tmp_path / "typer.py").write_text(
         "import time\ntry:\n    print('importing', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
     )
-    done = ended_at("importing", signal.SIGINT, "--help", cwd=tmp_path, path=[tmp_path])
-    assert done == (130, "normfuse: interrupted\n")
+    assert ended_at("importing", number, "--help", cwd=tmp_path, path=[tmp_path]) == (status, said)
 
 
 def test_a_report_that_cannot_be_written_costs_the_file_as_well(tmp_path, monkeypatch):

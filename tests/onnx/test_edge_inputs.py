@@ -33,11 +33,15 @@ def inputs():
 
 @pytest.mark.parametrize("opset", [23, 18])
 @pytest.mark.parametrize("see", [additive, boolean])
-def test_masked_rows_are_right_in_every_form(tmp_path, see, opset):
+def test_masked_rows_and_empty_batches_are_tried_in_every_form(tmp_path, see, opset):
     result = export(
         MaskedAttention(see), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=opset
     )
-    assert any("mask mask with a row 0" in label for label in result.verification.shapes)
+    tried = result.verification.shapes
+    assert any("mask mask with a row 0" in label for label in tried)
+    # ONNX Runtime refuses the node of opset 23 an empty batch.
+    assert any("an empty batch" in text for text in (result.notes if opset == 23 else tried))
+    assert opset == 23 or result.notes == []
 
 
 def test_a_form_that_is_wrong_for_masked_rows_gives_way_to_another(tmp_path, monkeypatch):
@@ -63,17 +67,6 @@ def test_masks_with_a_number_that_float16_lacks_are_tried_in_float16(tmp_path):
     )
     assert any("mask mask with a row -3.4e+38" in label for label in result.verification.shapes)
     assert all("empty" in note for note in result.notes)
-
-
-def test_an_empty_batch_that_the_file_refuses_is_said(tmp_path):
-    result = export(
-        MaskedAttention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=23
-    )
-    assert any("an empty batch" in note for note in result.notes)
-    result = export(
-        MaskedAttention(additive), tmp_path / "m.onnx", example_inputs=inputs(), dynamic_shapes=ROWS, opset=18
-    )
-    assert result.notes == [] and any("an empty batch" in label for label in result.verification.shapes)
 
 
 def test_where_the_model_gives_nan_nothing_is_compared_and_elsewhere_everything(tmp_path):

@@ -22,7 +22,7 @@ def loud_encoder(loudness: float, gain: float = 1 / 30) -> nn.Module:
     scales and smallest to the same distance from one.
     """
     torch.manual_seed(0)
-    model = tiny_models.Encoder(width=64, depth=3, norm="unified", placement="post").eval()
+    model = tiny_models.Encoder(width=64, depth=2, norm="unified", placement="post").eval()
     with torch.no_grad():
         model.blocks[0].norms[0].weight.fill_(gain)
         model.blocks[1].mlp[0].bias.fill_(10.0)  # every feature is about 10: each weight fits, only their sum does not
@@ -35,14 +35,12 @@ def arguments() -> dict:
 
 
 def test_values_that_folding_lifts_out_of_float16_are_seen_and_the_range_of_scales_narrowed(tmp_path):
-    model = loud_encoder(12_000.0)
-    result = export(model, tmp_path / "m.onnx", dtype="float16", **arguments())
+    result = export(loud_encoder(12_000.0), tmp_path / "m.onnx", dtype="float16", **arguments())
     assert result.growth.largest <= LARGEST["float16"] and not result.growth.beyond
     assert 11_000 <= result.growth.original < 14_000
     (note,) = result.notes
     assert "blocks.1" in note and "float16" in note
     assert "blocks.0.norms.0" in [record.name for record in result.report.remaining]
-    assert export(model, tmp_path / "n.onnx", example_inputs=TOKENS, opset=20).growth is None
     assert json.loads(json.dumps(result.to_dict()))["growth"]["at"] == result.growth.at
 
 

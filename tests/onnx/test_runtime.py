@@ -1,8 +1,7 @@
 """A file on which ONNX Runtime crashes, or never ends, costs one line and no more."""
 
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -169,25 +168,29 @@ def test_an_interrupted_run_ends_its_process(relu, for_ever, monkeypatch):
     np.testing.assert_array_equal(relu.run(ONE)[0], ONE["x"])
 
 
-SCRIPT = """
-import sys, numpy
-from normfuse.onnx import runtime
-session = runtime.Session(sys.argv[1])
-print(runtime._Process._now._child.pid, flush=True)
-session.run({"x": numpy.ones((1, 3), numpy.float32)})
-"""
-
-
-def test_the_process_imports_nothing_from_the_working_folder_and_ends_with_the_one_that_asks(for_ever, tmp_path):
+def test_the_process_imports_nothing_from_the_working_folder_and_ends_with_the_one_that_asks(
+    for_ever, tmp_path, monkeypatch
+):
     (tmp_path / "onnxruntime.py").write_text("open('imported', 'w').close()\n")
-    environment = {**os.environ, "PYTHONPATH": str(Path(runtime.__file__).parents[2])}
-    command = [sys.executable, "-c", SCRIPT, str(for_ever)]  # with the working folder first in its path
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as asks:
-        child = Path("/proc", asks.stdout.readline().strip())
-        assert child.exists()
-        assert not (tmp_path / "imported").exists()
-        time.sleep(0.5)  # for ever has begun
-        asks.kill()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as in an interpreter at work
+    told, tells = os.pipe()
+    asks = os.fork()
+    if not asks:
+        try:
+            session = Session(for_ever)
+            os.write(tells, str(runtime._Process._now._child.pid).encode())
+            session.run(ONE)
+        finally:
+            os._exit(1)
+    os.close(tells)
+    child = Path("/proc", os.read(told, 20).decode())
+    os.close(told)
+    assert child.name.isdecimal() and child.exists()
+    assert not (tmp_path / "imported").exists()
+    time.sleep(0.5)  # for ever has begun
+    os.kill(asks, signal.SIGKILL)
+    os.waitpid(asks, 0)
     deadline = time.monotonic() + 20
     while child.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
