@@ -1,11 +1,11 @@
-"""One rank of the tests of synchronised training; run by ``test_sync.py``, which says what is expected."""
+"""The ranks of the tests of synchronised training: ``python sync_worker.py BACKEND RANKS``, run by ``test_sync.py``."""
 
-import os
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import multiprocessing, nn
 
 from normfuse.nn import (
     BatchChannelNorm,
@@ -36,26 +36,23 @@ NORMS |= {
     "batch-channel, estimated": lambda: BatchChannelNorm(C, 3, estimated=True),
 }
 WITHOUT_MASK = ("batch-channel", "batch-channel, estimated")
-RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-BACKEND = os.environ["BACKEND"]
-DEVICE = torch.device("cuda", RANK) if BACKEND == "nccl" else torch.device("cpu")
 ROWS = 12
 # Uneven, and in some steps a rank has nothing.
 SPLITS = {2: [(6, 6), (5, 7), (12, 0), (1, 11)], 4: [(3, 3, 3, 3), (1, 5, 2, 4), (0, 6, 6, 0), (12, 0, 0, 0)]}
 
 
 def near(actual, expected, what):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"rank {RANK}, {what}: {m}")
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"rank {dist.get_rank()}, {what}: {m}")
 
 
 def my_rows(step, *tensors):
-    sizes = SPLITS[RANKS][step % 4]
-    return [tensor.split(sizes)[RANK] for tensor in tensors]
+    sizes = SPLITS[dist.get_world_size()][step % 4]
+    return [tensor.split(sizes)[dist.get_rank()] for tensor in tensors]
 
 
 def random(step, *shape):
     generator = torch.Generator("cpu").manual_seed(step)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(torch.get_default_device())
 
 
 def buffers_near(actual, expected, what):
@@ -75,7 +72,9 @@ def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
     masked = masked and name not in WITHOUT_MASK
     alone = NORMS[name](**options).double()
     shared = convert_sync(nn.Sequential(NORMS[name](**options).double()))[0]
-    call = torch.compile(shared, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else shared
+    # One program for every number of rows from two on, and one each for a single row and for none.
+    options = {"fullgraph": True, "dynamic": True, "backend": "aot_eager_decomp_partition"}
+    call = torch.compile(shared, **options) if compiled else shared
     for step in range(8):
         x, dy = random(step, 2, ROWS, C)
         if step == bad_step:
@@ -85,7 +84,7 @@ def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
         whole = x.clone().requires_grad_()
         alone.zero_grad(), shared.zero_grad()
         y = alone(whole, *([pad_mask] if masked else []))
-        ((y * dy).sum() + loss_terms(alone, RANKS)).backward()
+        ((y * dy).sum() + loss_terms(alone, dist.get_world_size())).backward()
         own_x, own_dy, own_y, own_dx = my_rows(step, x, dy, y, whole.grad)
         own_mask = my_rows(step, pad_mask)[0] if masked else None
         part = own_x.clone().requires_grad_()
@@ -132,7 +131,7 @@ def trains_like_one(name, wrap):
             optimizer.zero_grad()
             loss.backward()
         for parameter in model.parameters():
-            parameter.grad.mul_(RANKS)
+            parameter.grad.mul_(dist.get_world_size())
         for optimizer in optimizers:
             optimizer.step()
         buffers_near(inside.norm, alone.norm, f"{name}, step {step}")
@@ -152,7 +151,7 @@ def sharded(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(DEVICE.type, (RANKS,))
+    mesh = init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
     fully_shard(model.norm, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -160,14 +159,14 @@ def sharded(model):
 def subgroups():
     """Two groups that share statistics among themselves only."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    half = RANK // 2
+    half, second = divmod(dist.get_rank(), 2)
     alone = NORMS["UnifiedNorm"]().double()
     shared = convert_sync(NORMS["UnifiedNorm"]().double(), groups[half])
     for step in range(4):
         x, dy = random(10 * half + step, 2, 8, C)
         y = alone(x)
         y.backward(dy)
-        mine = slice(0, 3) if RANK % 2 == 0 else slice(3, 8)
+        mine = slice(3, 8) if second else slice(0, 3)
         result = shared(x[mine])
         result.backward(dy[mine])
         near(result, y[mine], "y")
@@ -208,9 +207,9 @@ def calibrated():
     rows = 3 + random(0, ROWS, C)
     for name in ("UnifiedNorm", "MaskedBatchNorm"):
         norm = convert_sync(NORMS[name]().double())
-        for sizes in SPLITS[RANKS]:
+        for sizes in SPLITS[dist.get_world_size()]:
             norm.reset_running_stats()
-            own = rows.split(sizes)[RANK]
+            own = rows.split(sizes)[dist.get_rank()]
             assert calibrate(norm, [own] if len(own) else [], progress=False) == (len(own) > 0)
             if name == "MaskedBatchNorm":
                 near(norm.running_mean, rows.mean(0), "calibrated mean")
@@ -220,34 +219,35 @@ def calibrated():
             assert norm.synchronised
 
 
-def main():
+def main(rank, backend, address, ranks):
     torch.set_num_threads(1)
-    torch.set_default_device(DEVICE)
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
-    dist.init_process_group(BACKEND)
+    if backend == "nccl":
+        torch.set_default_device(torch.device("cuda", rank))
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks)
     for name in NORMS:
         ranks_like_one(name)
     calibrated()
     domains()
-    if RANKS == 4:
+    if ranks == 4:
         subgroups()
         trains_like_one("UnifiedNorm", in_ddp)
     else:
         ranks_like_one("UnifiedNorm", masked=False)
+        trains_like_one("UnifiedNorm", compiled_in_ddp)
         for name in ("UnifiedNorm", "power"):
             ranks_like_one(name, bad_step=4)
-            ranks_like_one(name, compiled=True)
-            checkpointed(name)
-            for wrap in (in_ddp, compiled_in_ddp, sharded):
-                trains_like_one(name, wrap)
-        for name in ("regularized", "MovingAverageBatchNorm"):
+            trains_like_one(name, sharded)
+        for name in ("UnifiedNorm", "power", "regularized", "MovingAverageBatchNorm"):
             ranks_like_one(name, compiled=True)
             checkpointed(name)
             trains_like_one(name, in_ddp)
     dist.barrier()
     dist.destroy_process_group()
-    print("all equal", file=sys.stderr)
 
 
-main()
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:  # where the ranks meet
+        backend, address, ranks = sys.argv[1], f"file://{folder}/ranks", int(sys.argv[2])
+        # Copies of this process, which has imported everything. The first that fails ends all, with its traceback.
+        multiprocessing.start_processes(main, (backend, address, ranks), ranks, start_method="fork")
