@@ -1,13 +1,12 @@
 """Loads archives that were tampered with, one after the other, and reports whatever Python does meanwhile.
 
-``python archive_watcher.py FOLDER FIRST LAST`` mutates the good files in FOLDER (``*.good``) with the seeds FIRST to
-LAST, and prints one JSON object. Everything runs in one process: a new one for each file would import torch each time.
+``watched(FOLDER, FIRST, LAST)`` mutates the good files in FOLDER (``*.good``) with the seeds FIRST to LAST. Everything
+runs in one process, which ``test_archive_mutations.py`` starts: a new one for each file would import torch each time.
 """
 
 import ast
 import contextlib
 import io
-import json
 import logging
 import os
 import re
@@ -90,7 +89,8 @@ def attempt(path: Path) -> tuple[str, str]:
     return ("foreign" if said.getvalue() else "loaded"), said.getvalue()
 
 
-def main(folder: Path, first: int, last: int) -> None:
+def watched(folder: Path, first: int, last: int) -> dict:
+    """What went wrong, how often a file was loaded and refused, and the longest processor time of one."""
     path = folder / "m.pt"
     good = [file.read_bytes() for file in sorted(folder.glob("*.good"))]
     for data in good:
@@ -99,7 +99,10 @@ def main(folder: Path, first: int, last: int) -> None:
     os.chdir(folder)
     before = sorted(os.listdir(folder))
     (size,) = re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    resource.setrlimit(resource.RLIMIT_AS, (int(size) * 1024 + (GIGABYTES << 30),) * 2)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(size) * 1024 + (GIGABYTES << 30), most))
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     watch, wrong, counts, slowest = Watch(path), [], {"loaded": 0, "refused": 0, "foreign": 0}, 0.0
     for seed in range(first, last):
         what, data = archive_mutations.mutation(good[seed % len(good)], seed)
@@ -111,10 +114,4 @@ def main(folder: Path, first: int, last: int) -> None:
         counts[end] += 1
         if end == "foreign" or watch.found or sorted(os.listdir(folder)) != before:
             wrong.append([what, end, message[:300], watch.found[:3], sorted(set(os.listdir(folder)) - set(before))])
-    print(json.dumps({"wrong": wrong, "counts": counts, "slowest": slowest}))
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return {"wrong": wrong, "counts": counts, "slowest": slowest}

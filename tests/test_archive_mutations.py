@@ -18,8 +18,6 @@ from torch.export import Dim
 
 import normfuse
 
-WATCHER = Path(__file__).with_name("archive_watcher.py")
-
 
 class Small(nn.Module):
     """Little of everything, so that every mutation meets something."""
@@ -37,40 +35,6 @@ class Small(nn.Module):
         return {"y": y.reshape(x.shape[0], -1)}
 
 
-def watched(folder: Path, first: int, last: int, before: str = "") -> dict:
-    code = f"{before}\nimport runpy, sys\nsys.argv = {['watcher', str(folder), str(first), str(last)]}\n"
-    code += f"runpy.run_path({str(WATCHER)!r}, run_name='__main__')"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(WATCHER.parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, f"the reader died: {done.returncode} {done.stderr[-2000:]}"
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("archives")
-    torch.manual_seed(0)
-    model, x = Small().eval(), torch.randn(3, 4)
-    normfuse.save(model, folder / "ours.good", example_inputs=x, dynamic_shapes=({0: "batch"},))
-    elsewhere = io.BytesIO()
-    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", max=64)},)), elsewhere)
-    (folder / "elsewhere.good").write_bytes(elsewhere.getvalue())
-    return folder
-
-
-def test_a_thousand_mutations(folder):
-    report = watched(folder, 0, 1000)
-    assert report["wrong"] == []
-    assert report["slowest"] < 20
-    # Most changes matter. Those that do not are in stack traces, hints on devices, records of nobody.
-    assert report["counts"]["refused"] > 600 and report["counts"]["loaded"] > 50
-    assert sum(report["counts"].values()) == 1000
-
-
 PLANTED = {
     "import colorsys": "import",
     "open('planted', 'w').close()": "open ('planted'",
@@ -81,20 +45,51 @@ PLANTED = {
     "print('said')": "said",
     "raise SystemExit(0)": "SystemExit",
 }
+# First the reader as it is, then with what is planted where it parses JSON: the good files are read before.
+CODE = f"""
+import json, socket
+from pathlib import Path
+from archive_watcher import watched
+import normfuse.checkpoint.pt2.reader as reader
+
+reports = [watched(Path.cwd(), 0, 1000)]
+parse, planted, calls = reader.parse_json, {list(PLANTED)}, []
+def evil(data, what):
+    calls.append(what)
+    if len(calls) > 20:
+        exec(planted[len(calls) % len(planted)])
+    return parse(data, what)
+reader.parse_json = evil
+print(json.dumps([*reports, watched(Path.cwd(), 0, 80)]))
+"""
 
 
-def test_the_watcher_sees_what_it_looks_for(folder):
-    # In the place where a reader would do it: when it parses JSON.
-    before = (
-        "import socket, normfuse.checkpoint.pt2.reader as reader\n"
-        f"parse, planted, calls = reader.parse_json, {list(PLANTED)}, []\n"
-        "def evil(data, what):\n"
-        "    calls.append(what)\n"
-        "    if len(calls) > 20:\n"  # the good files are read before
-        "        exec(planted[len(calls) % len(planted)])\n"
-        "    return parse(data, what)\n"
-        "reader.parse_json = evil"
-    )
-    wrong = str(watched(folder, 0, 80, before)["wrong"])
-    (folder / "planted").unlink(missing_ok=True)
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(3, 4)
+    normfuse.save(model, folder / "ours.good", example_inputs=x, dynamic_shapes=({0: "batch"},))
+    elsewhere = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", max=64)},)), elsewhere)
+    (folder / "elsewhere.good").write_bytes(elsewhere.getvalue())
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, f"the reader died: {done.returncode} {done.stderr[-2000:]}"
+    return json.loads(done.stdout)
+
+
+def test_a_thousand_mutations(reports):
+    report, _ = reports
+    assert report["wrong"] == []
+    assert report["slowest"] < 20
+    # Most changes matter. Those that do not are in stack traces, hints on devices, records of nobody.
+    assert report["counts"]["refused"] > 600 and report["counts"]["loaded"] > 50
+    assert sum(report["counts"].values()) == 1000
+
+
+def test_the_watcher_sees_what_it_looks_for(reports):
+    wrong = str(reports[1]["wrong"])
     assert all(event in wrong for event in PLANTED.values()), wrong

@@ -36,13 +36,16 @@ NORMS |= {
     "batch-channel, estimated": lambda: BatchChannelNorm(C, 3, estimated=True),
 }
 WITHOUT_MASK = ("batch-channel", "batch-channel, estimated")
+BACKEND = "aot_eager_decomp_partition"  # of torch.compile
 ROWS = 12
 # Uneven, and in some steps a rank has nothing.
 SPLITS = {2: [(6, 6), (5, 7), (12, 0), (1, 11)], 4: [(3, 3, 3, 3), (1, 5, 2, 4), (0, 6, 6, 0), (12, 0, 0, 0)]}
 
 
 def near(actual, expected, what):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"rank {dist.get_rank()}, {what}: {m}")
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-10, atol=1e-12, msg=lambda m: f"rank {dist.get_rank()}, {what}: {m}"
+    )
 
 
 def my_rows(step, *tensors):
@@ -73,7 +76,7 @@ def ranks_like_one(name, compiled=False, masked=True, bad_step=None):
     alone = NORMS[name](**options).double()
     shared = convert_sync(nn.Sequential(NORMS[name](**options).double()))[0]
     # One program for every number of rows from two on, and one each for a single row and for none.
-    options = {"fullgraph": True, "dynamic": True, "backend": "aot_eager_decomp_partition"}
+    options = {"fullgraph": True, "dynamic": True, "backend": BACKEND}
     call = torch.compile(shared, **options) if compiled else shared
     for step in range(8):
         x, dy = random(step, 2, ROWS, C)
@@ -144,7 +147,7 @@ def in_ddp(model):
 
 
 def compiled_in_ddp(model):
-    return torch.compile(in_ddp(model), backend="aot_eager_decomp_partition")
+    return torch.compile(in_ddp(model), backend=BACKEND)
 
 
 def sharded(model):
@@ -249,5 +252,7 @@ def main(rank, backend, address, ranks):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:  # where the ranks meet
         backend, address, ranks = sys.argv[1], f"file://{folder}/ranks", int(sys.argv[2])
-        # Copies of this process, which has imported everything. The first that fails ends all, with its traceback.
+        # Copies of this process, which has imported everything, what compiling needs included. The first that fails ends
+        # all, with its traceback.
+        torch.compile(torch.sin, backend=BACKEND)(torch.ones(2))
         multiprocessing.start_processes(main, (backend, address, ranks), ranks, start_method="fork")
