@@ -60,7 +60,8 @@ def _cuobjdump() -> str:
 def _dump(option: str, lines: str) -> dict[tuple[str, str], str]:
     """cuobjdump's lines with ``lines``, an extended regular expression, for each architecture and function."""
     # What goes by is megabytes of instructions: Python gets only the lines that are read.
-    command = f"'{_cuobjdump()}' {option} '{normfuse.build_info()['path']}' | grep -E '^arch|Function|{lines}' | c++filt"
+    library = normfuse.build_info()["path"]
+    command = f"'{_cuobjdump()}' {option} '{library}' | grep -E '^arch|Function|{lines}' | c++filt"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True, capture_output=True, text=True)
     functions = defaultdict(str)
     architecture = name = ""

@@ -252,7 +252,7 @@ def main(rank, backend, address, ranks):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:  # where the ranks meet
         backend, address, ranks = sys.argv[1], f"file://{folder}/ranks", int(sys.argv[2])
-        # Copies of this process, which has imported everything, what compiling needs included. The first that fails ends
-        # all, with its traceback.
+        # Copies of this process, which has imported everything, what compiling needs included.
         torch.compile(torch.sin, backend=BACKEND)(torch.ones(2))
+        # The first that fails ends all, with its traceback.
         multiprocessing.start_processes(main, (backend, address, ranks), ranks, start_method="fork")
