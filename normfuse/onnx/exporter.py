@@ -21,8 +21,9 @@ from normfuse.onnx.publish import publish
 from normfuse.onnx.quantize import typical_inputs
 from normfuse.onnx.ranges import Growth
 from normfuse.onnx.references import References
-from normfuse.onnx.steps import Inputs, Plan, Progress, fold_norms, plan, quantised, traced, write_verified
+from normfuse.onnx.steps import Folded, Plan, Progress, Written, fold_norms, plan, quantised, traced, write_verified
 from normfuse.onnx.verifier import VerificationReport
+from normfuse.onnx.writer import Translator
 from normfuse.options import AUTO, MODEL_TARGETS, ExportError, check_for_auto, check_target_name
 from normfuse.sources import huggingface
 
@@ -182,8 +183,15 @@ def export(
         program = traced(model, example_inputs, dynamic_shapes, progress)
         typical, references = typical_inputs(program, dtype, calibrate), References(program)
 
+        # One target's plan differs from another's in its graph passes only.
+        carry = any("carry_biases" in each.passes for each in plans.values())
+        folded = fold_norms(references, plans[targets[0]], typical, carry, progress)
+        translator = Translator(program.inputs, program.outputs)
+
         def staged(name: str, file: Path, progress: Progress) -> ExportResult:
-            return _staged(references, plans[name], typical, calibrate is not None, file, progress)
+            written = write_verified(references, folded, translator, plans[name], file, progress)
+            written = quantised(program, written, plans[name], typical, calibrate is not None, file, progress)
+            return _result(program, folded, written, plans[name], file)
 
         if target == AUTO:
             result = fastest(staged, output, sizes or {}, threads, progress)
@@ -195,14 +203,7 @@ def export(
     return result
 
 
-def _staged(
-    references: References, asked: Plan, typical: Inputs, static: bool, path: Path, progress: Progress
-) -> ExportResult:
-    """The line from a program to a verified file that nobody looks at yet."""
-    program = references.model
-    folded = fold_norms(references, asked, typical, progress)
-    written = write_verified(references, folded, asked, path, progress)
-    written = quantised(program, written, asked, typical, static, path, progress)
+def _result(model: ExportableModel, folded: Folded, written: Written, asked: Plan, path: Path) -> ExportResult:
     return ExportResult(
         path=path,
         opset=written.opset,
@@ -213,7 +214,7 @@ def _staged(
         graph=written.graph,
         target=asked.target,
         passes=written.applied,
-        notes=[*program.notes, *folded.notes, *written.notes, *written.verification.notes],
+        notes=[*model.notes, *folded.notes_for(asked.passes), *written.notes, *written.verification.notes],
         growth=written.candidate.growth,
     )
 
@@ -290,6 +291,7 @@ def fold_model(
         cancel_norms=cancel_norms,
     )
     references = References(model)
-    folded = fold_norms(references, asked, typical_inputs(model, dtype, None), progress)
-    best = folded.candidates[0]
-    return FoldedModel(model, best.program, best.report, [*model.notes, *folded.notes])
+    carry = "carry_biases" in asked.passes
+    folded = fold_norms(references, asked, typical_inputs(model, dtype, None), carry, progress)
+    best, _ = folded.candidates(asked.passes)[0]
+    return FoldedModel(model, best.program, best.report, [*model.notes, *folded.notes_for(asked.passes)])

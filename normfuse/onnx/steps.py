@@ -21,7 +21,7 @@ from normfuse.onnx.quantize import balancing, quantized
 from normfuse.onnx.ranges import LARGEST, Growth, RangeError, fold_in_range, growth, largest_values
 from normfuse.onnx.references import References, VerificationError
 from normfuse.onnx.verifier import RTOL, VerificationReport, compare_forms
-from normfuse.onnx.writer import UnwritableError, WriteError, write_staged
+from normfuse.onnx.writer import Translator, UnwritableError, WriteError, write_staged
 from normfuse.options import (
     MODEL_DTYPES,
     OPSETS,
@@ -128,30 +128,50 @@ def traced(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A folded program that agrees with the model, and the graph passes to run on it."""
+    """A folded program that agrees with the model."""
 
     program: torch.export.ExportedProgram
     report: FoldReport
     verification: VerificationReport
-    passes: tuple[str, ...]
     growth: Growth | None
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What folding gave.
+    """What folding gave, for every target.
 
     Attributes:
-        candidates: what to write, best first; the last one has no graph passes.
+        plain: the folded program.
+        carried: the one whose biases travel; the plain one where they stay.
         notes: what was decided, in words.
+        travelling: whether biases travel, in words; empty if nobody asked.
     """
 
-    candidates: tuple[Candidate, ...]
+    plain: Candidate
+    carried: Candidate
     notes: tuple[str, ...]
+    travelling: str
+
+    def candidates(self, passes: tuple[str, ...]) -> list[tuple[Candidate, tuple[str, ...]]]:
+        """What to write, best first, each with the graph passes to run on it; the last one has none."""
+        if not passes:
+            return [(self.plain, ())]
+        return [(self.carried if "carry_biases" in passes else self.plain, passes), (self.plain, ())]
+
+    def notes_for(self, passes: tuple[str, ...]) -> list[str]:
+        """The notes for a file with these graph passes."""
+        return [*self.notes, *([self.travelling] if "carry_biases" in passes else [])]
 
 
-def fold_norms(references: References, asked: Plan, typical: Inputs, progress: Progress) -> Folded:
+def fold_norms(references: References, asked: Plan, typical: Inputs, carry: bool, progress: Progress) -> Folded:
     """Fold the model's program, and verify what comes of it.
+
+    Args:
+        references: inputs to compare on, with the model's outputs.
+        asked: the plan of the export; its target does not matter.
+        typical: inputs that choose the scales for int8.
+        carry: whether to try biases that travel.
+        progress: called with the name of each stage.
 
     Raises:
         FoldError, ExportError, VerificationError: the program cannot be folded, values leave the type of the file, or
@@ -178,15 +198,13 @@ def fold_norms(references: References, asked: Plan, typical: Inputs, progress: P
     if grown and grown.already:
         notes.append(f"{asked.stored}: the model itself goes beyond {grown.limit:.0f} at {some_of(grown.already)}")
     progress("verify the folded program")
-    plain = Candidate(program, report, _verified(references, program, asked), (), grown)
-    if not asked.passes:
-        return Folded((plain,), tuple(notes))
-    best = replace(plain, passes=asked.passes)
-    if "carry_biases" in asked.passes:
-        progress("move biases along residual streams")
-        best, note = _with_carried_biases(references, best, own, asked, {**folding, "max_scale_range": scale_range})
-        notes.append(note)
-    return Folded((best, plain), tuple(notes))
+    plain = Candidate(program, report, _verified(references, program, asked), grown)
+    if not carry:
+        return Folded(plain, plain, tuple(notes), "")
+    progress("move biases along residual streams")
+    folding["max_scale_range"] = scale_range
+    carried, note = _with_carried_biases(references, plain, own, asked, folding)
+    return Folded(plain, carried, tuple(notes), note)
 
 
 def _verified(references: References, program: torch.export.ExportedProgram, asked: Plan) -> VerificationReport:
@@ -213,7 +231,7 @@ def _with_carried_biases(
         verification = _verified(references, program, asked)
     except VerificationError as error:
         return plain, f"biases stay in their branches: {error}"
-    return Candidate(program, report, verification, plain.passes, grown), note
+    return Candidate(program, report, verification, grown), note
 
 
 @dataclass(frozen=True)
@@ -239,12 +257,15 @@ class Written:
     notes: tuple[str, ...]
 
 
-def write_verified(references: References, folded: Folded, asked: Plan, path: Path, progress: Progress) -> Written:
+def write_verified(
+    references: References, folded: Folded, translator: Translator, asked: Plan, path: Path, progress: Progress
+) -> Written:
     """Write the first candidate that passes, in the newest operator set in which one does.
 
     Args:
         references: inputs to compare on, with the model's outputs.
         folded: what to write.
+        translator: of the model's programs.
         asked: the plan of the export.
         path: where to write, in a folder that nobody looks into.
         progress: called with the name of each stage.
@@ -252,20 +273,15 @@ def write_verified(references: References, folded: Folded, asked: Plan, path: Pa
     Raises:
         WriteError, VerificationError: none passes.
     """
-    model, rejected, notes = references.model, {}, []
+    rejected: dict[int, str] = {}
+    notes: list[str] = []
     for opset in OPSETS if asked.opset is None else (asked.opset,):
-        for candidate in folded.candidates:
-            what = f"opset {opset}" + (f", passes for {asked.target}" if candidate.passes else "")
+        for candidate, passes in folded.candidates(asked.passes):
+            what = f"opset {opset}" + (f", passes for {asked.target}" if passes else "")
             try:
                 progress(f"write ONNX, {what}")
                 applied = write_staged(
-                    candidate.program,
-                    path,
-                    opset=opset,
-                    dtype=asked.stored,
-                    inputs=model.inputs,
-                    outputs=model.outputs,
-                    passes=candidate.passes,
+                    candidate.program, path, translator, opset=opset, dtype=asked.stored, passes=passes
                 )
                 progress(f"verify in ONNX Runtime, {what}")
                 graph = summarize(path)
@@ -273,7 +289,7 @@ def write_verified(references: References, folded: Folded, asked: Plan, path: Pa
                 verification = compare_forms(references, path, half=half, rtol=asked.file.rtol, atol=asked.file.atol)
             except (WriteError, VerificationError) as error:
                 why = str(error).replace(str(path.parent) + os.sep, "")
-                if candidate.passes:
+                if passes:
                     notes.append(f"{what}, was given up: {why}")
                 elif asked.opset is not None or isinstance(error, UnwritableError):
                     raise

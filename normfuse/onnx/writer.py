@@ -101,10 +101,9 @@ def write(
                 write_staged(
                     program,
                     output.staged,
+                    Translator(inputs, outputs),
                     opset=candidate,
                     dtype=dtype,
-                    inputs=inputs,
-                    outputs=outputs,
                     passes=passes,
                     one_file_limit=one_file_limit,
                 )
@@ -122,11 +121,10 @@ def write(
 def write_staged(
     program: torch.export.ExportedProgram,
     path: Path,
+    translator: Translator,
     *,
     opset: int,
     dtype: str,
-    inputs: Sequence[InputSpec] = (),
-    outputs: Sequence[str] = (),
     passes: Collection[str] = (),
     one_file_limit: int = _ONE_FILE_LIMIT,
 ) -> dict[str, int]:
@@ -138,15 +136,35 @@ def write_staged(
     if dtype not in DTYPES:
         raise WriteError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     with quiet():
-        model = translate(program, opset, dtype, inputs, outputs)
+        model = translator(program, opset, dtype)
         applied = optimise(model, passes)
-        finish(model, opset, inputs)
+        finish(model, opset, translator.inputs)
         save(model, path, dtype, one_file_limit)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError and others without a common base
             raise WriteError(f"opset {opset}: onnx.checker objects: {one_line(error)}") from error
     return applied
+
+
+class Translator:
+    """Translates every program once for an operator set, however many files come of it.
+
+    Args:
+        inputs: names for the inputs and their dynamic dimensions.
+        outputs: names for the outputs.
+    """
+
+    def __init__(self, inputs: Sequence[InputSpec] = (), outputs: Sequence[str] = ()) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self._made: dict[tuple[int, int, str], tuple[torch.export.ExportedProgram, ir.Model]] = {}
+
+    def __call__(self, program: torch.export.ExportedProgram, opset: int, dtype: str) -> ir.Model:
+        """A copy that may be changed. Raises WriteError."""
+        key = (id(program), opset, dtype)
+        if key not in self._made:
+            self._made[key] = program, translate(program, opset, dtype, self.inputs, self.outputs)
+        return self._made[key][1].clone()
 
 
 def translate(

@@ -1,6 +1,8 @@
 """target auto: the fastest of the files for all targets, and never one that is slower than portable."""
 
 import dataclasses
+import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from normfuse.onnx.benchmark import Timing
 from normfuse.onnx.publish import publish
 from normfuse.onnx.verifier import session
 from normfuse.options import AUTO
+
+steps = importlib.import_module("normfuse.onnx.steps")
 
 
 def timing(*milliseconds):
@@ -36,7 +40,7 @@ def test_the_fastest_is_chosen_if_it_is_faster_in_most_rounds(times, chosen):
 
 
 def test_the_file_is_the_one_that_was_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastest, "TIMED", ("portable", "cpu-single"))
+    monkeypatch.setattr(fastest, "TIMED", ("portable", "cpu-single", "cpu-long"))
     run, runs, timed = ExportableModel.run, [], []
 
     def counted(model, tensors):
@@ -44,11 +48,15 @@ def test_the_file_is_the_one_that_was_timed(tmp_path, monkeypatch):
         return run(model, tensors)
 
     monkeypatch.setattr(ExportableModel, "run", counted)
+    calls = Counter()
+    for module, name in ((torch.onnx, "export"), (steps, "fold")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real, **k: calls.update([name]) or real(*a, **k))
 
     def bench(paths, *, sizes, rounds, threads):
         timed.extend(path.read_bytes() for path in paths)
         assert (sizes, threads) == ({"batch": 7}, 2)
-        return timing(*([1.0 + (number != 1)] * 4 for number in range(2)))
+        return timing(*([1.0 + (number != 1)] * 4 for number in range(3)))
 
     monkeypatch.setattr(fastest, "bench", bench)
     torch.manual_seed(0)
@@ -65,6 +73,7 @@ def test_the_file_is_the_one_that_was_timed(tmp_path, monkeypatch):
     assert path.read_bytes() == timed[1] != timed[0] and result.path == path
     assert list(tmp_path.iterdir()) == [path]
     assert len(runs) == len(set(runs)), "the model ran twice on the same inputs"
+    assert calls == {"fold": 1, "export": 2}, "a program with biases that travel and one without, for three targets"
 
 
 @dataclasses.dataclass(frozen=True)
