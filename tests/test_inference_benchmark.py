@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -95,18 +94,11 @@ def test_sessions_are_opened_in_another_order_each_time_and_the_floor_twice(infe
     assert len(set(orders)) > 1
 
 
-def measure(folder, *options):
-    command = [sys.executable, str(BENCHMARKS / "inference.py"), *options, "--results", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "inference-cpu.json").read_text())
-
-
-def test_a_small_run_times_every_variant(tmp_path):
-    options = (
-        "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0 --openings 2".split()
-    )
-    run = measure(tmp_path, *options, "--openings", "2", "--note", "n")
+def test_a_small_run_times_every_variant(inference, tmp_path, monkeypatch):
+    options = "--widths 32 --sequences 8 --placements post --batches 1 --threads 1 --depth 1 --seconds 0 --openings 2"
+    monkeypatch.setattr(sys, "argv", ["inference.py", *options.split(), "--note", "n", "--results", str(tmp_path)])
+    inference.main()
+    run = json.loads((tmp_path / "inference-cpu.json").read_text())
     assert [setting["precision"] for setting in run["settings"]] == ["fp32", "int8"] and run["note"] == "n"
     nodes, errors = run["files"][0]["executed_nodes"], run["files"][0]["relative_error"]
     assert [setting["rounds"] for setting in run["settings"]] == [10, 10]  # two openings of half of nine, rounded up
