@@ -86,7 +86,7 @@ sanitize-operations: $(STAMPS)/requirements
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH="$(abspath build/sanitize/lib)" OMP_NUM_THREADS=2 \
 	  sh -c '$(BIN)/python -c "import normfuse; assert \"sanitize\" in normfuse.__file__, normfuse.__file__" && \
-	    $(BIN)/python -m pytest -q $(SANITIZE_TESTS)'
+	    $(BIN)/python -m pytest $(PYTEST_ARGS) $(SANITIZE_TESTS)'
 
 sanitize-kernels: $(STAMPS)/requirements
 	NORMFUSE_SANITIZE=1 $(BIN)/python -m pytest -q tests/kernels/test_sanitizers.py

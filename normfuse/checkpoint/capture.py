@@ -25,7 +25,7 @@ from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_numbers
 from normfuse.checkpoint.sizes import narrowed
 from normfuse.checkpoint.structure import Path
-from normfuse.checkpoint.tracing import trace
+from normfuse.checkpoint.tracing import line_of_model, trace
 from normfuse.checkpoint.wrappers import unwrapped
 from normfuse.errors import NormfuseError
 from normfuse.programs import Runner, relative_difference
@@ -307,7 +307,7 @@ def _record(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], note
         raise
     except Exception as error:  # the module is free to fail in its own way
         guess = f"; {call.guess}" if call.guess else ""
-        why = f"{type(error).__name__}: {one_line(error, 240)}{guess}"
+        why = f"{type(error).__name__}: {one_line(error, 240)}{line_of_model(error)}{guess}"
         raise CheckpointError(f"{type(module).__name__} fails on the example inputs: {why}") from error
     return {
         path: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf

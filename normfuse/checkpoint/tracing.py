@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from normfuse.checkpoint.structure import Path
 from normfuse.folding.functional import functionalised, has_vmap
 
 _INNER = "model"  # what the traced module is called inside the one that flattens its arguments
+# Folders of torch and normfuse: a line in them says nothing about a model.
+_NOT_OF_A_MODEL = tuple(
+    os.path.join(folder, "") for folder in (*torch.__path__, os.path.dirname(os.path.dirname(__file__)))
+)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,7 @@ def _relate(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> None
 def _problem(error: Exception) -> str:
     """Why torch.export gave up, and the line of the model where it did."""
     text = str(error)
-    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n {4}(\S.*)', text)
-    place = f" ({os.path.basename(lines[-1][0])}, line {lines[-1][1]}: {one_line(lines[-1][2], 80)})" if lines else ""
+    place = line_of_model(error)
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return (
             f"a decision or a number depends on the values of a tensor{place}; torch.where and its like can be traced"
@@ -188,7 +192,21 @@ def _problem(error: Exception) -> str:
             f"a part of it runs out of torch.export's sight{place}, such as torch.func.grad or torch.autograd.grad in "
             "forward; export the part that it differentiates, or write its gradient with other operations"
         )
-    return f"{type(error).__name__}: {one_line(text.split('The error above occurred')[0], 300)}"
+    return f"{type(error).__name__}: {one_line(text.split('The error above occurred')[0], 300)}{place}"
+
+
+def line_of_model(error: Exception) -> str:
+    """The line of the model: the last one in the error's text, or else the innermost one that it was raised through."""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n {4}(\S.*)', str(error))
+    lines = lines or [
+        (frame.filename, frame.lineno, frame.line)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.line and not frame.filename.startswith(_NOT_OF_A_MODEL)
+    ]
+    if not lines:
+        return ""
+    file, number, line = lines[-1]
+    return f" ({os.path.basename(file)}, line {number}: {one_line(line, 80)})"
 
 
 def _lift_out(program: ExportedProgram, module: nn.Module) -> None:

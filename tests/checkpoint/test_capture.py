@@ -348,3 +348,38 @@ class Forces(Energy):
 def test_a_forward_that_differentiates_is_refused_with_that_reason(kind):
     with pytest.raises(CheckpointError, match=r"out of torch.export's sight.*torch.autograd.grad in forward"):
         ExportableModel.from_model(kind(), X)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Missing(nn.Module):
+    def forward(self, x, mask=None):
+        return x * mask[:, None]
+
+
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.narrow = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.narrow(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (Branching(), r"depends on the values of a tensor \(test_capture.py, line \d+: return x if x.sum\(\) > 0"),
+        (
+            Missing(),
+            r"fails on the example inputs.* not subscriptable \(test_capture.py, line \d+: return x \* mask\[:, None\]\)$",
+        ),
+        (Narrow(), r"\(test_capture.py, line \d+: return self.narrow\(x\)\)$"),
+    ],
+)
+def test_the_line_of_the_model_that_fails_is_named(model, line):
+    with pytest.raises(CheckpointError, match=line):
+        ExportableModel.from_model(model, torch.ones(3, 4))
