@@ -105,6 +105,26 @@ def emulator(_emulator_module):
     return Emulator(_emulator_module)
 
 
+# Orders in which a block's threads run, and workers that run blocks.
+_SCHEDULES = [{}, {"order": "reverse"}, {"order": "random", "seed": 3}, {"order": "random", "seed": 4, "workers": 2}]
+
+
+@pytest.fixture
+def on_schedules(emulator):
+    """``on_schedules(run)``: the named results of run(emulator), which have the same bits on every schedule."""
+
+    def same_on(run):
+        results = []
+        for schedule in _SCHEDULES:
+            emulator.configure(multiprocessors=3, **schedule)
+            results.append(run(emulator))
+        for other in results[1:]:
+            assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+        return results[0]
+
+    return same_on
+
+
 @pytest.fixture
 def on_threads():
     """``on_threads(counts, run)``: the named results of run(), which have the same bits on any number of threads."""

@@ -1,5 +1,7 @@
 """The CUDA kernels, run by the host emulator, against the float64 references."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from steps import Step, assert_same_results, reference
@@ -12,12 +14,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Rows: none, one, fewer than a block's, an odd number, many. Channels: one, odd, fewer than a pack, a multiple of every
 # pack, one tile and a bit for float32 and for 16-bit dtypes.
 SHAPES = [(0, 5), (1, 8), (5, 1), (33, 7), (20, 3), (64, 48), (37, 136), (300, 264)]
-SCHEDULES = [
-    {"order": "forward"},
-    {"order": "reverse"},
-    {"order": "random", "seed": 3},
-    {"order": "random", "seed": 4, "workers": 2},
-]
 UNIFIED_OPTIONS = {
     "warm-up": {"warmup_iters": 100},
     "window": {},
@@ -63,22 +59,12 @@ def test_residual_and_groups(emulator, warmup_iters):
         check(emulator, step, {"group_num": groups, "warmup_iters": warmup_iters})
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=CASE_NAMES)
-def test_schedules(emulator, kind, options, schedule):
-    emulator.configure(multiprocessors=3, **schedule)
+def test_schedules(on_schedules, kind, options):
     for residual in (False, True):
-        check(emulator, Step.random(kind, 70, 140, masked=True, residual=residual), options)
-
-
-@pytest.mark.parametrize("kind", ["unified", "power"])
-def test_bits_do_not_depend_on_the_schedule(emulator, kind):
-    results = []
-    for schedule in SCHEDULES:
-        emulator.configure(**schedule)
-        results.append(Step.random(kind, 130, 40, masked=True).run(emulator))
-    for other in results[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+        step = Step.random(kind, 130, 140, masked=True, residual=residual)
+        results = on_schedules(lambda emulator, step=step: deepcopy(step).run(emulator, **options))
+        assert_same_results(results, step.in_float64().run(reference, **options), FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 6, 12])

@@ -39,8 +39,10 @@ def states_near(a, b):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "aot_eager") for case in CASES), ("unified", "inductor"), ("power, channels first", "inductor")],
+)
 def test_compiled_training_equals_eager(case, backend):
     """Whole graph, forward and backward, state included, and no compilation once the shapes are known to vary."""
     torch.compiler.reset()

@@ -206,8 +206,13 @@ def test_what_a_checkpoint_leaves_behind_goes_with_its_graph(make, reentrant):
         gc.unfreeze()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("arranged", ["inside", "around", "around, reentrant"])
+@pytest.mark.parametrize(
+    ("arranged", "backend"),
+    [
+        *((arranged, "aot_eager_decomp_partition") for arranged in ("inside", "around", "around, reentrant")),
+        pytest.param("inside", "inductor", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["unified", "power"])
 def test_checkpointing_and_compilation(name, arranged, backend):
     torch.compiler.reset()
