@@ -51,7 +51,8 @@ def build_emulator():
             *(f"-DNORMFUSE_PYTHON={'OFF' if sanitizer else 'ON'}", f"-DPython_EXECUTABLE={sys.executable}"),
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         )
-        _run(_tool("cmake"), "--build", folder, "--parallel", os.cpu_count())
+        target = "all" if sanitizer else "normfuse_emulator"
+        _run(_tool("cmake"), "--build", folder, "--parallel", os.cpu_count(), "--target", target)
         return folder
 
     return build

@@ -130,12 +130,8 @@ def test_evaluation_and_recomputation_are_not_recorded(make):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("UnifiedNorm", "aot_eager"),
-        *(
-            pytest.param(name, "inductor", marks=pytest.mark.slow)
-            for name in ("UnifiedNorm", "PowerNorm(group_num=None)", "MaskedBatchNorm")
-        ),
-        ("MovingAverageBatchNorm", "aot_eager"),
+        pytest.param("UnifiedNorm", "inductor", marks=pytest.mark.slow),
+        *((name, "aot_eager") for name in ("PowerNorm(group_num=None)", "MaskedBatchNorm", "MovingAverageBatchNorm")),
     ],
 )
 def test_a_compiled_model_is_watched_like_any_other(name, backend):
