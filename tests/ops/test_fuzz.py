@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).with_name("fuzz.py")
 
 @needs_kernels
 def test_fuzz():
-    done = subprocess.run([sys.executable, str(PROGRAM), "8", "0"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(PROGRAM), "120", "0"], capture_output=True, text=True, timeout=300)
     last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"ended with {done.returncode} in the call after: {last}\n{done.stderr[-2000:]}"
     for name, outcomes in json.loads(done.stdout).items():
