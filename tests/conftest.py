@@ -19,12 +19,16 @@ _MARKS = {
     "ecosystem": ("ecosystem", "zoo"),
     "gpu": ("cuda",),
     "slow": (
-        *("kernels", "property", "onnx", "checkpoint", "convert", "zoo", "ecosystem"),
-        *("test_archive_mutations.py", "test_distribution.py", "test_examples.py", "test_inference_benchmark.py"),
-        "test_optimizer_benchmark.py",
-        *("test_pt2_reader.py", "test_pt2_refusals.py", "nn/test_norm_programs.py", "nn/test_sync.py"),
-        *("folding/test_cancel.py", "folding/test_centring.py", "folding/test_every_operand.py"),
-        *("folding/test_placements.py", "folding/test_scales.py", "folding/test_travelling.py"),
+        *("kernels", "property", "onnx", "checkpoint", "convert", "optim", "zoo", "ecosystem"),
+        *("test_archive_mutations.py", "test_checkpoint_refusals.py", "test_cli.py", "test_distribution.py"),
+        *("test_examples.py", "test_decode_benchmark.py", "test_inference_benchmark.py", "test_optimizer_benchmark.py"),
+        *("test_package.py", "test_quality_benchmark.py", "test_pt2_reader.py", "test_pt2_refusals.py"),
+        *("ops/test_fallback.py", "ops/test_fuzz.py", "nn/test_monitoring.py", "nn/test_norm_programs.py"),
+        *("nn/test_one_step.py", "nn/test_registry_lifecycle.py", "nn/test_sync.py"),
+        *("folding/test_balance.py", "folding/test_cancel.py", "folding/test_centring.py"),
+        *("folding/test_dynamic_norms.py", "folding/test_every_operand.py", "folding/test_graph_transformer.py"),
+        *("folding/test_placements.py", "folding/test_regions.py", "folding/test_scales.py"),
+        *("folding/test_tokenformer.py", "folding/test_travelling.py"),
     ),
 }
 
