@@ -29,8 +29,10 @@ def demand_gains(gauge: Gauge) -> None:
 
 def assign_zero_gain(node: Node, gauge: Gauge, goes: bool) -> None:
     """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
-    gain = gauge.matches.of[node].gain(gauge)
-    if not goes or not gauge.scales.rescale(gauge.scale(node), gain, gauge.scales_behind(node)):
+    scale, gain = np.broadcast_arrays(gauge.scale(node), gauge.matches.of[node].gain(gauge))
+    if goes and gauge.scales.rescale(scale, gain, gauge.scales_behind(node)):
+        gauge.scales.tie(scale[gain != 0], np.array(gauge.scales.ONE))
+    else:
         gauge.solution.kept_gain[node] = "it is zero in places, and not only weights read the result"
 
 

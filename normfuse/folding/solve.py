@@ -52,9 +52,10 @@ def solve(gauge: Gauge) -> Gauge:
             assign_zero_gain(node, gauge, node in tolerant and node not in blockers)
         elif node in with_zeros:
             operand, a, _ = gauge.matches.affine[node]
-            values = a * gauge.scales[gauge.scale(operand)]
-            behind = gauge.scales_behind(node)
-            if node not in tolerant or not gauge.scales.rescale(gauge.scale(node), values, behind):
+            scale, before, a = np.broadcast_arrays(gauge.scale(node), gauge.scale(operand), a)
+            if node in tolerant and gauge.scales.rescale(scale, a * gauge.scales[before], gauge.scales_behind(node)):
+                gauge.scales.tie(scale[a != 0], before[a != 0])
+            else:
                 gauge.solution.kept[node] = _ZERO if options.fold_zeros else _ZERO_BEFORE_ADD
     for node, (_, _, b) in gauge.matches.affine.items():
         if not np.isfinite(b).all():

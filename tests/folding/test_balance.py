@@ -133,6 +133,30 @@ def test_scales_that_float16_bounds_keep_their_bounds():
     torch.testing.assert_close(folded.module()(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("norm", [UnifiedNorm, nn.LayerNorm])
+@pytest.mark.parametrize("balance", ["int8", "int8-per-tensor"])
+def test_gains_of_zero_stay_zero_and_the_others_keep_their_ratio(norm, balance):
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch, self.norm = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), norm(WIDTH)
+            self.last = nn.Linear(WIDTH, 4)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.last(self.norm(h + self.branch(h)))
+
+    torch.manual_seed(0)
+    model, x = Dead().eval(), inputs(0)
+    model.norm.weight.data = torch.logspace(-1, 1, WIDTH)
+    model.norm.weight.data[3:7] = 0
+    model.norm.bias.data.normal_()
+    folded, report = normfuse.fold(torch.export.export(model, (x,)), balance=balance, verify=False)
+    assert not report.remaining and report.scale_range[0] == 0
+    assert all(record.gain == "folded" for record in report.dynamic)
+    torch.testing.assert_close(folded.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
