@@ -11,7 +11,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -20,6 +21,7 @@ from normfuse.errors import NormfuseError
 
 _PREFIX = ".normfuse-"  # of the folders in which files are made ready, each locked by the run that made it
 _LEFTOVERS = "leftovers"  # in such a folder: names of data that go unless an ONNX file names them
+_LOOKS = 8  # at a file that others may be replacing just then
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -78,7 +80,7 @@ def check_target(
             refuse(f"it is {kind}")
         if any(os.path.samestat(found, own) for own in _printed_to()):
             refuse("it is where this program prints to")
-        if not os.path.exists(target) or not os.path.samestat(found, os.stat(target)):
+        if not any(_lies_at(path, target) for _ in range(_LOOKS)):
             refuse("it is an open file without a name")  # such as /dev/fd/3 of a file that was removed
         if not os.access(target, os.W_OK):
             refuse("it is read-only")
@@ -98,6 +100,14 @@ def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> 
     try:
         return os.path.realpath(first) == os.path.realpath(second) or os.path.samefile(first, second)
     except (OSError, ValueError):  # one is not there, or its name is none: too long, or with a zero in it
+        return False
+
+
+def _lies_at(path: Path, target: Path) -> bool:
+    """Whether a path, which may be a link, leads to the file at `target`."""
+    try:
+        return os.path.samefile(path, target)
+    except FileNotFoundError:
         return False
 
 
@@ -137,7 +147,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _discard_leftovers(self.folder, self.reads)
+        with _alone_in(self.target.parent):
+            _discard_leftovers(self.folder, self.reads)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
         if isinstance(problem, OSError) and problem.errno in _FULL:
@@ -148,13 +159,13 @@ class Output:
         """Where to write the file before it is published; files beside it may be published with it."""
         return self.folder / self.target.name
 
-    def publish(self, beside: Sequence[str] = (), replaced: Sequence[str] = ()) -> None:
+    def publish(self, beside: Sequence[str] = (), replaced: Callable[[], Sequence[str]] = tuple) -> None:
         """Put the staged file in its place.
 
         Args:
             beside: names of files in the staging folder that the file names as its data. They are in place before it.
-            replaced: names of data of the file that was there before. They go afterwards, unless an ONNX file beside
-                them names them, or they are read.
+            replaced: gives the names of data of the file that is there, which nobody else replaces meanwhile. They go
+                afterwards, unless an ONNX file beside them names them, or they are read.
 
         Raises:
             OutputError (`error` of the constructor): nothing has changed then.
@@ -164,10 +175,12 @@ class Output:
         try:
             for name in (*beside, self.target.name):
                 _flush(self.folder / name)
-            (self.folder / _LEFTOVERS).write_text("\0".join([self.target.name, *beside, *replaced]))
-            for name in beside:
-                os.replace(self.folder / name, folder / name)
-            os.replace(self.staged, self.target)
+            with _alone_in(folder):
+                names = [self.target.name, *beside, *replaced()]
+                (self.folder / _LEFTOVERS).write_text("\0".join(names))
+                for name in beside:
+                    os.replace(self.folder / name, folder / name)
+                os.replace(self.staged, self.target)
         except OSError as problem:
             raise self.error(f"cannot write {self.path}: {_reason(problem)}") from problem
 
@@ -176,13 +189,33 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
     """A folder of our own, and the lock that says that its maker is alive."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another run has taken it for stale already
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: nobody else can lock the folder, so nobody takes it for stale
             return folder, lock
-        if folder.exists():  # else another run came between, and took it for stale
+        if folder.exists():  # else another run came between
             return folder, lock
+        os.close(lock)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While no other run puts files in place or takes them away in a folder; waits for it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone, or not to be read: what is done there fails, or goes on as where there are no locks
+        yield
+        return
+    try:
+        if not folder.name.startswith(_PREFIX):  # that is one run's own, and locked by it
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(lock)
 
 
@@ -196,7 +229,8 @@ def _clear_stale(parent: Path, reads: Sequence[str | os.PathLike[str]]) -> None:
         try:
             if os.fstat(lock).st_uid == os.geteuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _discard_leftovers(folder, reads)
+                with _alone_in(parent):
+                    _discard_leftovers(folder, reads)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # its run is alive

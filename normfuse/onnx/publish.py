@@ -50,7 +50,11 @@ def publish(output: Output, beside: Sequence[str] | None = None) -> None:
         output: where it is staged.
         beside: names of the staged files with its weights; None for all that it names.
     """
-    replaced = data_beside(output.target)
-    if output.target.exists():
-        replaced.append(f"{output.target.name}.data")  # as most tools call it, even if the old file is damaged
+
+    def replaced() -> list[str]:
+        names = data_beside(output.target)
+        if output.target.exists():
+            names.append(f"{output.target.name}.data")  # as most tools call it, even if the old file is damaged
+        return names
+
     output.publish(data_beside(output.staged) if beside is None else beside, replaced)

@@ -190,3 +190,24 @@ def test_what_fails_halfway_leaves_the_old_pair(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "m.onnx", 2.0)
     assert names(tmp_path) == before and value_of(tmp_path / "m.onnx") == 1.0
+
+
+def test_runs_at_the_same_time_leave_one_whole_pair(tmp_path):
+    def writes(value):
+        for number in range(40):
+            write(tmp_path / "m.onnx", value, apart=number % 3 != 2 or number == 39)
+
+    children = []
+    for value in (1.0, 2.0, 3.0):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                writes(value)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert names(tmp_path) == ["m.onnx", *data_beside(tmp_path / "m.onnx")]
+    assert value_of(tmp_path / "m.onnx") in (1.0, 2.0, 3.0)
