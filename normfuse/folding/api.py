@@ -29,6 +29,7 @@ from .results import Cancelling
 from .rewrite import Overflow, rewrite
 from .settle import CannotWriteOut, settle
 from .solve import Contradiction, solve
+from .typical import typical_runs
 from .verify import check_folded
 
 
@@ -42,7 +43,7 @@ def fold(
     keep_dynamic_norms: bool = False,
     cancel_norms: bool = False,
     balance: str | None = None,
-    example_inputs: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None = None,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None = None,
     verify: bool = True,
 ) -> tuple[ExportedProgram, FoldReport]:
     """Fold every norm with constant statistics, and every other constant affine map per channel, into the weights.
@@ -71,8 +72,8 @@ def fold(
         balance: "int8" chooses the free factors of the scales, and the norms that stay, to minimise the predicted error
             of dynamically quantised products, see :mod:`normfuse.folding.balance`. "int8-per-tensor" does so for
             weights with one step size per tensor instead of one per output channel. None: scales near one.
-        example_inputs: typical positional inputs for ``balance``, or several such tuples; None: the program's own
-            example inputs.
+        example_inputs: typical inputs for ``balance``: a tensor, a tuple of positional inputs, or several such tuples;
+            None: the program's own example inputs.
         verify: whether to compare the folded program with `program` on its example inputs, if it has any and no norms
             cancel. Each program runs once.
 
@@ -80,8 +81,8 @@ def fold(
         The folded program, equal to `program` up to rounding, and a report of every decision.
 
     Raises:
-        FoldError: statistics are not finite, the program is in training mode, or the outputs of the folded program
-            differ. ValueError: ``balance`` or ``example_inputs`` is not allowed.
+        FoldError: statistics are not finite, the program is in training mode, the outputs of the folded program
+            differ, or the program does not take ``example_inputs``. ValueError: ``balance`` is not allowed.
 
     Example:
         >>> import normfuse
@@ -148,14 +149,13 @@ def fold(
 def _examples(
     program: ExportedProgram,
     balance: str,
-    given: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None,
+    given: torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None,
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments and keyword arguments of the runs by which scales are chosen."""
     if balance not in BALANCES:
         raise ValueError(f"balance={balance!r} is unknown; give {' or '.join(map(repr, BALANCES))} or None")
     if given is not None:
-        runs = [given] if isinstance(given[0], torch.Tensor) else given
-        return [(tuple(run), {}) for run in runs]
+        return [(run, {}) for run in typical_runs(program, given, "example_inputs")]
     if program.example_inputs is None:
         raise ValueError("balance needs typical inputs to choose by; give example_inputs")
     return [program.example_inputs]

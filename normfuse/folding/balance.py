@@ -30,7 +30,10 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from normfuse.errors import one_line
+
 from .gauge import Gauge
+from .nodes import module_of
 from .program import Program
 from .report import FoldError
 
@@ -90,12 +93,14 @@ def _weight_of(node: Node) -> Node:
 
 
 def products(program: Program) -> list[Node]:
-    """The products with a constant matrix, which is what is quantised."""
+    """The products of floats with a constant matrix, which is what is quantised."""
     found = []
     for node in program.graph.nodes:
         if node.target is aten.linear.default or node.target in _WEIGHT_ON_THE_RIGHT:
             x, weight = _input_of(node), _weight_of(node)
-            if program.is_constant(weight) and not program.is_constant(x) and weight.meta["val"].dim() == 2:
+            like = weight.meta["val"]
+            floats = like.is_floating_point() and like.dim() == 2
+            if floats and program.is_constant(weight) and not program.is_constant(x):
                 found.append(node)
     return found
 
@@ -104,12 +109,21 @@ def observe(program: Program, runs: Sequence[tuple[tuple[Any, ...], dict[str, An
     """Run a program on example inputs, given as arguments and keyword arguments, and look at its products.
 
     Raises:
-        FoldError: the program has no product with a constant weight, or no derivative.
+        FoldError: the program has no product with a constant weight, no derivative, or values that are not finite.
     """
     found = products(program)
     if not found:
-        raise FoldError("balance needs products with constant weights; the program has none")
+        raise FoldError(
+            "int8 needs products with constant weights (Linear; convolutions stay in float), and the program has none: "
+            "leave balance out, or export in float32 or float16"
+        )
     looks = [_observe_run(program, found, args, kwargs) for args, kwargs in runs]
+    for node in found:
+        if not all(look[node.name].square.isfinite().all() for look in looks if node.name in look):
+            raise FoldError(
+                f"the typical inputs give values that are not finite in front of {module_of(node)[0] or node.name!r}; "
+                "give others to choose scales by"
+            )
     return {
         node: _mean([look[node.name] for look in looks if node.name in look]) for node in found if node.name in looks[0]
     }
@@ -131,21 +145,29 @@ def _observe_run(program: Program, found: list[Node], args: tuple[Any, ...], kwa
     operands = [own[s.target] if s.target in own else next(given) for s in program.signature.input_specs]
     operands = pytree.tree_map_only(Tensor, Tensor.detach, operands)
     watching = _Watching(program, found)
-    with torch.enable_grad():
-        outputs = pytree.tree_leaves(watching.run(*operands, enable_io_processing=False))
+    try:
+        with torch.enable_grad():
+            outputs = pytree.tree_leaves(watching.run(*operands, enable_io_processing=False))
+    except Exception as error:  # whatever an operation raises for values that it does not take
+        why = str(error).partition("While executing")[0]  # what follows are lines of the model
+        raise FoldError(f"the program fails on the typical inputs: {one_line(why)}") from error
     outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point() and o.requires_grad]
     zeros = list(watching.zeros.values())
     squares = [torch.zeros(z.shape[-1], dtype=torch.float64) for z in zeros]
     generator = torch.Generator().manual_seed(0)
     for probe in range(PROBES if outputs else 0):
         signs = [torch.randint(2, o.shape, generator=generator).to(o) * 2 - 1 for o in outputs]
-        gradients = torch.autograd.grad(outputs, zeros, signs, retain_graph=probe + 1 < PROBES, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(outputs, zeros, signs, retain_graph=probe + 1 < PROBES, allow_unused=True)
+        except (NotImplementedError, RuntimeError) as error:
+            raise FoldError(f"int8 needs the derivative of the program, which has none: {one_line(error)}") from error
         for square, gradient in zip(squares, gradients, strict=True):
-            if gradient is not None:
-                square += gradient.double().square().flatten(0, -2).sum(0) / PROBES
+            if gradient is not None:  # not finite where a square root is zero, say: nothing is known of it then
+                gradient = gradient.double().nan_to_num(0.0, 0.0, 0.0)
+                square += gradient.square().reshape(-1, len(square)).sum(0) / PROBES
     seen = {}
     for (name, x), importance in zip(watching.inputs.items(), squares, strict=True):
-        x = x.double().flatten(0, -2)
+        x = x.double().reshape(-1, x.shape[-1])
         seen[name] = Seen(x.amin(0), x.amax(0), x.mean(0), x.square().mean(0), importance)
     return seen
 

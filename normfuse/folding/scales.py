@@ -223,7 +223,7 @@ class Scales:
         return True
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Let the classes of `a` and `b`, which broadcast, keep their ratio in :meth:`multiply`; after :meth:`solve`."""
+        """Let the classes of `a` and `b`, which broadcast, keep their ratio in :meth:`multiply`."""
         a, b = np.broadcast_arrays(self._all_roots()[a], self._all_roots()[b])
         group = np.arange(self._count) if self._group is None else self._group
         while (group[a] != group[b]).any():

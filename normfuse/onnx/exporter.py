@@ -178,7 +178,8 @@ def export(
     known = isinstance(model, ExportableModel) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs: a tuple of the arguments of its forward")
-    reads = [model.source] if isinstance(model, ExportableModel) else []
+    sources = (model.source if isinstance(model, ExportableModel) else None, calibrate)
+    reads = [source for source in sources if isinstance(source, str | os.PathLike)]
     with Output(path, reads=reads, error=ExportError) as output:
         program = traced(model, example_inputs, dynamic_shapes, progress)
         typical, references = typical_inputs(program, dtype, calibrate), References(program)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
+from normfuse.folding.typical import typical_runs
 from normfuse.onnx.publish import data_beside
 from normfuse.onnx.runtime import failure
 from normfuse.onnx.verifier import Case, compare_int8
-from normfuse.onnx.writer import WriteError
+from normfuse.onnx.writer import WriteError, save_model
 from normfuse.options import ExportError
 from normfuse.quiet import quiet
 
@@ -74,11 +77,14 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
                     if failure(target) is None:  # 1.23 lacks opset 23's QuantizeLinear, but not its own
                         break
     except Exception as error:  # whatever the tool raises
-        target.unlink(missing_ok=True)
+        for left in target.parent.glob(f"{target.name}*"):
+            left.unlink()
         raise WriteError(f"onnxruntime.quantization cannot quantise the file: {one_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
-    target.replace(path)
+    save_model(ir.from_proto(onnx.load(target)), path)  # names its weights apart, if it has to store any beside it
+    for name in (*data_beside(target), target.name):
+        target.with_name(name).unlink()
 
 
 def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:
@@ -90,31 +96,44 @@ def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Ten
         ExportError: the file cannot be read, or does not hold what the model takes.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array; save it by name with numpy.savez")
+        with arrays:
+            names = list(arrays.files)
+            found = {name: arrays[name] for name in names if name in model.input_names}
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise ExportError(f"cannot read {path} as .npz: {one_line(error)}") from error
     missing = [name for name in model.input_names if name not in found]
     if missing:
         raise ExportError(
             f"{path} has no array {missing[0]!r}; the model takes {', '.join(model.input_names)}, the file has "
-            f"{', '.join(found) or 'nothing'}"
+            f"{', '.join(names) or 'nothing'}"
         )
-    ordered = [found[name] for name in model.input_names]
-    lengths = {len(array) if array.ndim else 0 for array in ordered}
-    rows = model.example_inputs[0].shape[0] if model.example_inputs[0].dim() else 1
+    likes = zip(model.input_names, model.example_inputs, strict=True)
+    ordered = [_as_input(found[name], name, like, path) for name, like in likes]
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in ordered}
+    rows = max(1, model.example_inputs[0].shape[0] if model.example_inputs[0].dim() else 1)
     if len(lengths) != 1 or max(lengths) < rows:
         raise ExportError(
             f"the arrays in {path} have {' and '.join(map(str, sorted(lengths)))} rows; give as many of each, and at "
             f"least {rows}, the rows of the example inputs"
         )
-    return list(_batches(ordered, rows, model))
+    starts = range(0, len(ordered[0]) - rows + 1, rows)
+    return [tuple(tensor[start : start + rows] for tensor in ordered) for start in starts]
 
 
-def _batches(arrays: Sequence[np.ndarray], rows: int, model: ExportableModel) -> Iterator[tuple[torch.Tensor, ...]]:
-    for start in range(0, len(arrays[0]) - rows + 1, rows):
-        parts = (torch.from_numpy(array[start : start + rows]) for array in arrays)
-        yield tuple(part.to(like.dtype) for part, like in zip(parts, model.example_inputs, strict=True))
+def _as_input(array: np.ndarray, name: str, like: torch.Tensor, path: Path) -> torch.Tensor:
+    """An array as a tensor of an input's type. Raises ExportError where numbers would change by more than rounding."""
+    wanted = str(like.dtype).removeprefix("torch.")
+    kinds = "biuf" if like.is_floating_point() else "b" if like.dtype == torch.bool else "iu"
+    if array.dtype.kind not in kinds:
+        raise ExportError(f"array {name!r} in {path} is {array.dtype}; input {name!r} of the model is {wanted}")
+    tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(like.dtype)
+    floating = like.is_floating_point()
+    if ((tensor.isfinite().numpy() != np.isfinite(array)) if floating else (tensor.numpy() != array)).any():
+        raise ExportError(f"array {name!r} in {path} holds numbers beyond {wanted}, the type of that input")
+    return tensor
 
 
 def typical_inputs(
@@ -126,10 +145,8 @@ def typical_inputs(
     if calibrate is None:
         return [tuple(model.example_inputs)]
     if isinstance(calibrate, str | os.PathLike):
-        return read_calibration(Path(calibrate), model)
-    if not calibrate:
-        raise ExportError("calibrate holds no inputs; give at least one sequence of tensors")
-    return [tuple(tensors) for tensors in calibrate]
+        calibrate = read_calibration(Path(calibrate), model)
+    return typical_runs(model.program, calibrate, "calibrate")
 
 
 def balancing(typical: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Any]:

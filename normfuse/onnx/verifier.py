@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -206,7 +207,7 @@ def compare_int8(
     """The error of an int8 file against the model in float32, for every output over all the inputs together.
 
     It is the root of the summed squares of the difference ÷ that of the output: rounding to integers is noise, and its
-    size says more than its largest entry.
+    size says more than its largest entry. Of an output of integers or flags it is the share of those that differ.
 
     Raises:
         VerificationError: an error is beyond ``rtol``, or the file cannot be run.
@@ -224,16 +225,21 @@ def compare_int8(
         noise = noise or [0.0] * len(expected)
         signal = signal or [0.0] * len(expected)
         for index, (value, want) in enumerate(zip(got, expected, strict=True)):
-            if want.is_floating_point():
+            if not want.is_floating_point():  # the share of numbers that differ
+                noise[index] += float((value != want).sum())
+                signal[index] += want.numel()
+            else:
                 finite = want.isfinite()
                 noise[index] += float((value.double() - want.double())[finite].square().sum())
                 signal[index] += float(want.double()[finite].square().sum())
     what = f"{len(inputs)} input{'s' * (len(inputs) > 1)}, the first {shapes(inputs[0])}"
     cases = []
     for index, (off, size) in enumerate(zip(noise, signal, strict=True)):
-        relative = (off / size) ** 0.5 if size else float(off > 0)
-        cases.append(Case(what, INT8_FILE, f"output {index}", relative, off**0.5, rtol * size**0.5))
-    worst = max(cases, key=lambda case: case.error)
+        if expected[index].is_floating_point():
+            off, size = off**0.5, size**0.5
+        relative = off / size if size else float(off > 0)
+        cases.append(Case(what, INT8_FILE, f"output {index}", relative, off, rtol * size))
+    worst = max(cases, key=lambda case: math.inf if math.isnan(case.error) else case.error)
     if not worst.error <= rtol:
         raise VerificationError(
             f"int8 changes {worst.output} by {worst.error:.1%} of its size on {what}; allowed are {rtol:.0%}: give "

@@ -166,6 +166,25 @@ def test_gains_of_zero_stay_zero_and_the_others_keep_their_ratio(norm, balance):
             ValueError,
             "example_inputs are only used by balance; give balance='int8'",
         ),
+        ({"balance": "int8", "example_inputs": []}, normfuse.FoldError, "example_inputs holds no inputs"),
+        ({"balance": "int8", "example_inputs": [()]}, normfuse.FoldError, r"\[0\] holds 0 inputs; the program takes 1"),
+        ({"balance": "int8", "example_inputs": {"x": inputs(0)}}, normfuse.FoldError, "is no sequence of tensors"),
+        ({"balance": "int8", "example_inputs": [(inputs(0).numpy(),)]}, normfuse.FoldError, "a ndarray is no tensor"),
+        (
+            {"balance": "int8", "example_inputs": inputs(0).double()},
+            normfuse.FoldError,
+            "is torch.float64, not torch.fl",
+        ),
+        (
+            {"balance": "int8", "example_inputs": inputs(0)[..., :5]},
+            normfuse.FoldError,
+            r"\[64, 3, 5\], not \[64, 3, 8\]",
+        ),
+        (
+            {"balance": "int8", "example_inputs": inputs(0) * torch.nan},
+            normfuse.FoldError,
+            "typical inputs give values that are not finite in front of '0'; give others",
+        ),
     ],
 )
 def test_what_it_refuses(options, error, message):
@@ -202,9 +221,53 @@ def test_arguments_by_name_masks_and_integers():
     assert torch.equal(got["best"], expected["best"]) and report.int8_error > 0
 
 
+class Around(nn.Module):
+    """A norm between two products, and something of another kind in front and behind."""
+
+    def __init__(self, before=lambda x: x, behind=lambda y: y):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, WIDTH), UnifiedNorm(WIDTH), nn.Linear(WIDTH, 4)
+        self.before, self.behind = before, behind
+
+    def forward(self, x):
+        h = self.norm(self.first(self.before(x))[None])[0]
+        return self.behind(self.last(h))
+
+
+MATRIX = torch.arange(64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Around(), torch.randn(8)),
+        (Around(lambda x: (x @ MATRIX).remainder(5).float()), torch.arange(24).reshape(3, 8)),
+        (Around(behind=lambda y: (y - y).sqrt() + y), inputs(0)),  # with a derivative that is not finite
+        (Around(behind=lambda y: y.exp().mul_(2).sigmoid_()), inputs(0)),
+    ],
+)
+def test_vectors_integers_and_derivatives_that_are_not_finite(model, x):
+    model = model.eval()
+    model.norm.weight.data = torch.logspace(-1, 1, WIDTH)
+    folded, report = normfuse.fold(torch.export.export(model, (x,)), balance="int8", example_inputs=x)
+    assert report.int8_error <= 1 and not report.remaining
+    torch.testing.assert_close(folded.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_run_or_has_no_derivative_is_one_line():
+    program = torch.export.export(Around(behind=lambda y: torch.igamma(y.abs() + 1, y.abs())).eval(), (inputs(0),))
+    with pytest.raises(normfuse.FoldError, match=r"int8 needs the derivative of the program, which has none: .*igamma"):
+        normfuse.fold(program, balance="int8")
+    program = torch.export.export(nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2)), (torch.arange(5),))
+    with pytest.raises(
+        normfuse.FoldError, match=r"the program fails on the typical inputs: index out of range in self$"
+    ):
+        normfuse.fold(program, balance="int8", example_inputs=torch.arange(5) + 1)
+
+
 def test_without_products_or_examples_it_says_so():
     program = torch.export.export(nn.Sequential(UnifiedNorm(8)).eval(), (inputs(0),))
-    with pytest.raises(normfuse.FoldError, match="balance needs products with constant weights; the program has none"):
+    with pytest.raises(normfuse.FoldError, match=r"int8 needs products with constant weights .* leave balance out"):
         normfuse.fold(program, balance="int8")
     program = torch.export.export(network(post=True), (inputs(0),))
     program._example_inputs = None

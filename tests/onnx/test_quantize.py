@@ -1,5 +1,8 @@
 """dtype int8: scales chosen for integers, verified in float32, quantised, refused where that costs too much."""
 
+import os
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -10,9 +13,11 @@ import normfuse
 import normfuse.onnx
 from normfuse.checkpoint import ExportableModel
 from normfuse.nn import UnifiedNorm
-from normfuse.onnx.quantize import read_calibration
+from normfuse.onnx.publish import data_beside
+from normfuse.onnx.quantize import quantize, read_calibration
 from normfuse.onnx.runtime import RuntimeFailure
-from normfuse.onnx.verifier import compare_int8
+from normfuse.onnx.verifier import compare_int8, session
+from normfuse.onnx.writer import save_model
 from normfuse.options import INT8_FILE
 
 
@@ -115,6 +120,12 @@ def test_a_file_is_verified_again_as_it_was_exported(model, result):
         ({"y": np.zeros((40, 8), np.float32)}, "has no array 'x'; the model takes x, the file has y"),
         ({"x": np.zeros((4, 8), np.float32)}, "have 4 rows; give as many of each, and at least 32"),
         ({"x": np.array([object()])}, "cannot read .* as .npz"),
+        ({"x": np.full((40, 8), "text")}, "array 'x' in .* is <U4; input 'x' of the model is float32"),
+        ({"x": np.zeros((40, 8), complex)}, "array 'x' in .* is complex128; input 'x'"),
+        ({"x": np.full((40, 8), 1e300)}, "array 'x' in .* holds numbers beyond float32"),
+        ({"x": np.zeros((40, 5), np.float32)}, r"calibrate\[0\], input 'x': its shape is \[32, 5\], not \[any, 8\]"),
+        ({"x": np.full((40, 8), np.nan, np.float32)}, "values that are not finite in front of 'first'; give others"),
+        ({"x": np.zeros((0, 8), np.float32)}, "have 0 rows; give as many of each, and at least 32"),
     ],
 )
 def test_calibration_files_that_do_not_fit(model, tmp_path, arrays, message):
@@ -124,11 +135,87 @@ def test_calibration_files_that_do_not_fit(model, tmp_path, arrays, message):
         normfuse.onnx.export(model, tmp_path / "m.onnx", dtype="int8", calibrate=file)
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 no zip", "array"])
+def test_calibration_files_of_other_kinds(model, tmp_path, content):
+    file = tmp_path / "typical.npz"
+    if content == "array":
+        with file.open("wb") as stream:
+            np.save(stream, inputs(0).numpy())
+    else:
+        file.write_bytes(content)
+    with pytest.raises(normfuse.NormfuseError, match=r"cannot read .*typical.npz as .npz: "):
+        normfuse.onnx.export(model, tmp_path / "m.onnx", dtype="int8", calibrate=file)
+
+
+def test_arrays_that_hold_the_same_numbers_in_another_type_and_others_are_taken(model, tmp_path):
+    x = inputs(0, 70).numpy()
+    np.savez(tmp_path / "a.npz", x=x)
+    for number, other in enumerate((x.astype(np.float64), x.astype(">f4"))):
+        np.savez(tmp_path / f"{number}.npz", x=other, labels=np.array([object()]))
+        for got, want in zip(*(read_calibration(tmp_path / f"{n}.npz", model) for n in (number, "a")), strict=True):
+            assert torch.equal(got[0], want[0])
+
+
+def test_the_calibration_file_is_not_written_over(model, tmp_path):
+    file = tmp_path / "typical.npz"
+    np.savez(file, x=inputs(0).numpy())
+    with pytest.raises(normfuse.NormfuseError, match="this command reads it too"):
+        normfuse.onnx.export(model, file, dtype="int8", calibrate=file)
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_weights_beside_an_int8_file_are_named_as_any_others(tmp_path, monkeypatch, limit):
+    program = torch.export.export(nn.Linear(64, 64), (torch.randn(3, 64),))
+    monkeypatch.setattr(save_model, "__defaults__", (limit,))
+    for number in range(2):
+        path = tmp_path / str(number) / "m.onnx"
+        path.parent.mkdir()
+        normfuse.onnx.write(program, path, one_file_limit=0)
+        quantize(path)
+    names = [sorted(os.listdir(tmp_path / str(number))) for number in range(2)]
+    if limit:
+        assert names == [["m.onnx"]] * 2
+    else:
+        assert all(re.fullmatch(r"m\.onnx\.\w{8}\.data", pair[1]) for pair in names) and names[0] != names[1]
+        assert [data_beside(tmp_path / str(n) / "m.onnx") for n in range(2)] == [pair[1:] for pair in names]
+    assert len(session(path).run({"input": np.zeros((3, 64), np.float32)})) == 1
+
+
+class Answers:
+    """What gives fixed outputs, as a model and as a file."""
+
+    def __init__(self, *outputs):
+        self.outputs = [torch.tensor(output) for output in outputs]
+
+    def run(self, tensors):
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "errors"),
+    [
+        (([1.0, 1.0], [1, 2, 3, 4]), ([1.0, 1.1], [1, 2, 3, 5]), [0.0707, 0.25]),
+        (([1.0, 0.0], [True, False]), ([1.0, 0.0], [True, False]), [0.0, 0.0]),
+        (([1.0], [2.0], [3.0]), ([1.0], [np.nan], [3.0]), None),
+    ],
+)
+def test_integers_count_by_share_and_no_output_may_be_nan(monkeypatch, want, got, errors):
+    monkeypatch.setattr("normfuse.onnx.verifier.onnx_runner", lambda *_: Answers(*got).run)
+    if errors is None:
+        with pytest.raises(normfuse.NormfuseError, match="int8 changes output 1 by nan%"):
+            compare_int8(Answers(*want), None, [[inputs(0)]], 0.3)
+    else:
+        cases = compare_int8(Answers(*want), None, [[inputs(0)]], 0.3)
+        assert [case.error for case in cases] == pytest.approx(errors, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"calibrate": [[inputs(0)]]}, "calibrate is for dtype 'int8', not 'float32'; leave it out"),
         ({"dtype": "int8", "calibrate": []}, "calibrate holds no inputs; give at least one"),
+        ({"dtype": "int8", "calibrate": [[]]}, r"calibrate\[0\] holds 0 inputs; the program takes 1"),
+        ({"dtype": "int8", "calibrate": {"x": inputs(0)}}, "calibrate is no sequence of tensors"),
     ],
 )
 def test_what_is_refused(model, tmp_path, options, message):
