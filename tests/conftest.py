@@ -8,6 +8,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What is compiled here is small: a pool of processes that import torch costs more than it gives.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Inductor compiles a program for every vector instruction set, to find out which ones work, before it compiles ours.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import pytest
 import torch
