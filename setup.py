@@ -5,7 +5,7 @@ Beside it normfuse/_autograd, which only the torch that it was built with can lo
 Read from the environment:
     NORMFUSE_CUDA        build the CUDA kernels: "auto" (default: if there is an nvcc), "0" never, "1" or fail
     NORMFUSE_CUDA_ARCHS  architectures, default "80;90;100;120+PTX"; +PTX also serves architectures to come
-    NORMFUSE_SANITIZE    "1": the library on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
+    NORMFUSE_SANITIZE    "1": the library on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, alone
     CUDA_HOME            root of the CUDA toolkit; default: where the nvcc on the PATH is
 """
 
@@ -149,6 +149,13 @@ class Build(BuildExtension):
         (folder / "normfuse" / "_build_info.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+AUTOGRAD = CppExtension(
+    "normfuse._autograd",
+    ["csrc/autograd.cpp"],
+    extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
+    extra_link_args=["-s"],
+)
+
 setup(
     ext_modules=[
         CppExtension(
@@ -167,12 +174,7 @@ setup(
             # --no-as-needed keeps torch's CUDA library loaded although its only symbol here is weak
             extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", *LINKED_FOR],
         ),
-        CppExtension(
-            "normfuse._autograd",
-            ["csrc/autograd.cpp"],
-            extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
-            extra_link_args=["-s"],
-        ),
+        *([] if SANITIZED else [AUTOGRAD]),
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
