@@ -27,17 +27,18 @@ COLOURS = {
     "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
 }  # fmt: skip
 Group = tuple[str, str, int]  # task, placement, steps
-Runs = dict[str, list[dict[str, Any]]]
+Runs = dict[tuple[str, float], list[dict[str, Any]]]  # by norm and learning rate
 
 
 def read(path: Path) -> dict[Group, Runs]:
-    """The full trainings, by what can be compared, and in it by norm."""
+    """The full trainings, by what can be compared, and in it by norm and learning rate."""
     groups: dict[Group, Runs] = defaultdict(lambda: defaultdict(list))
     for line in path.read_text().splitlines():
         record = json.loads(line)
         training = record["training"]
         if training["stage"] == "judge":
-            groups[training["task"], training["placement"], training["steps"]][training["norm"]].append(record)
+            group = groups[training["task"], training["placement"], training["steps"]]
+            group[training["norm"], training["rate"]].append(record)
     order = {(task, place): number for number, (task, place) in enumerate((t, p) for t in TASKS for p in PLACEMENTS)}
     return dict(sorted(groups.items(), key=lambda entry: (*(order[entry[0][:2]],), entry[0][2])))
 
@@ -67,22 +68,22 @@ def table(group: Group, runs: Runs) -> str:
         "| norm | folds away | rate | seeds | test loss | ÷ LayerNorm | right | diverged | fluctuation | calibrated |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    base = runs.get("layer", [])
-    alive = {name: [r for r in found if not r["diverged"]] for name, found in runs.items()}
+    bases = {rate: found for (name, rate), found in runs.items() if name == "layer"}
+    alive = {key: [r for r in found if not r["diverged"]] for key, found in runs.items()}
 
-    def rank(name: str) -> float:
-        return statistics.fmean(r["test"]["loss"] for r in alive[name]) if alive[name] else float("inf")
+    def rank(key: tuple[str, float]) -> float:
+        return statistics.fmean(r["test"]["loss"] for r in alive[key]) if alive[key] else float("inf")
 
-    for name in sorted(runs, key=rank):
-        found, norm = runs[name], NORMS[name]
-        cells = [norm.title, norm.folds]
-        cells += [f"{found[0]['training']['rate']:g}", str(len(found))]
-        if alive[name]:
-            cells += [shown([r["test"]["loss"] for r in alive[name]], 4), ratio(found, base)]
-            cells += [shown([100 * r["test"]["accuracy"] for r in alive[name]], 1) + " %"]
+    for key in sorted(runs, key=rank):
+        (name, rate), found = key, runs[key]
+        cells = [NORMS[name].title, NORMS[name].folds, f"{rate:g}", str(len(found))]
+        if alive[key]:
+            base = bases.get(rate) or (next(iter(bases.values())) if len(bases) == 1 else [])
+            cells += [shown([r["test"]["loss"] for r in alive[key]], 4), ratio(found, base)]
+            cells += [shown([100 * r["test"]["accuracy"] for r in alive[key]], 1) + " %"]
         else:
             cells += ["–"] * 3
-        cells += [f"{(len(found) - len(alive[name])) / len(found):.0%}"]
+        cells += [f"{(len(found) - len(alive[key])) / len(found):.0%}"]
         moving = [r["fluctuation"] for r in found if r["fluctuation"] is not None]
         cells += [f"{statistics.fmean(moving):.3f}" if moving else "–"]
         again = [r["calibrated"] for r in found if r.get("calibrated") is not None]
@@ -120,7 +121,7 @@ def text(groups: dict[Group, Runs]) -> str:
 
 
 def draw(groups: dict[Group, Runs], file: Path) -> None:
-    """Validation loss over the steps, a panel for each group; a line is a mean over seeds."""
+    """Validation loss over the steps, a panel for each group; a line is a mean over seeds, at a norm's best rate."""
     columns = 2
     rows = -(-len(groups) // columns)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -129,9 +130,10 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
         panel.set_visible(False)
     seen = {}
     for panel, (group, runs) in zip(panels.flat, groups.items(), strict=False):
-        for name in (name for name in NORMS if name in runs):
-            curves = [r["curve"] for r in runs[name] if not r["diverged"]]
-            if not curves:
+        for name in NORMS:
+            at_rates = [[r["curve"] for r in f if not r["diverged"]] for (of, _), f in runs.items() if of == name]
+            curves = min((curves for curves in at_rates if curves), key=_end, default=None)
+            if curves is None:
                 continue
             steps = [point[0] for point in curves[0]]
             means = [statistics.fmean(curve[i][2] for curve in curves) for i in range(len(steps))]
@@ -152,6 +154,10 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _end(curves: list[list[list[float]]]) -> float:
+    return statistics.fmean(curve[-1][2] for curve in curves)
 
 
 def main() -> None:
