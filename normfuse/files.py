@@ -147,10 +147,13 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gone = not self.folder.exists()
         with _alone_in(self.target.parent):
             _discard_leftovers(self.folder, self.reads)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
+        if gone and isinstance(problem, Exception):
+            raise self.error(f"cannot write {self.path}: its folder was removed meanwhile") from problem
         if isinstance(problem, OSError) and problem.errno in _FULL:
             raise self.error(f"cannot write {self.path}: {_reason(problem)}") from problem
 

@@ -5,7 +5,7 @@ The functions of :mod:`normfuse.onnx` and the command share them. No torch is im
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from normfuse.errors import NormfuseError
 
@@ -13,6 +13,8 @@ OPSETS = (23, 20, 18)  # newest first: torch translates to each of them
 DTYPES = ("float32", "float16")
 INT8_FILE = "int8 file"  # in reports of verification: compared by size, not by largest values
 MODEL_DTYPES = (*DTYPES, "int8")  # of files that are made from a model
+
+MOST_THREADS = 1024  # to time with; beyond any machine, and before ONNX Runtime takes minutes to start them
 
 # What a target gets. portable is the graph as torch writes it. Gemm saves an addition, but ONNX Runtime spreads its
 # bias over the output on one thread, so only sessions of one thread and few tokens gain. Attention in blocks gains with
@@ -85,6 +87,18 @@ def check_for_auto(target: str, sizes: object, threads: int) -> None:
         raise ExportError(
             f"sizes and threads (--size, --threads) are for timing with target 'auto', not {target!r}; leave them out"
         )
+    check_timing(sizes, threads)
+
+
+def check_timing(sizes: object, threads: object) -> None:
+    """ExportError for sizes and threads that nothing can be timed with."""
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise ExportError(f"threads is {threads!r}; give a whole number from 1 to {MOST_THREADS}")
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise ExportError(f"sizes is a {type(sizes).__name__}; give a mapping from names of dimensions to sizes")
+    for name, size in (sizes or {}).items():
+        if type(size) is not int or size < 1:
+            raise ExportError(f"size {name!r} is {size!r}; give a whole number of at least 1")
 
 
 def check_for_int8(dtype: str, calibrate: object) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import socket
 import stat
 import subprocess
@@ -246,3 +247,16 @@ def test_runs_that_are_alive_are_left_alone_and_so_is_what_is_not_ours(tmp_path)
         first.publish()
     assert names(tmp_path) == [".normfuse-link", ".normfuse-notes", "elsewhere", "m", "n"]
     assert (tmp_path / "m").read_text() == "first"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made again"])
+def test_a_folder_that_is_removed_meanwhile_is_named(tmp_path, again):
+    place = tmp_path / "folder"
+    place.mkdir()
+    message = r"cannot write .*/folder/m: its folder was removed meanwhile"
+    with pytest.raises(OutputError, match=message), Output(place / "m") as output:
+        shutil.rmtree(place)
+        if again:
+            place.mkdir()
+        output.staged.write_text("")
+    assert list(tmp_path.rglob("*")) == [place] * again

@@ -18,6 +18,7 @@ from normfuse.onnx import sizes as sizes_module
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, clock
 from normfuse.onnx.verifier import runtime_problem, session
 from normfuse.onnx.writer import INPUTS
+from normfuse.options import check_timing
 
 _NUMPY = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -92,7 +93,8 @@ def bench(
         Milliseconds of every round, and ratios to the first file.
 
     Raises:
-        BenchError, VerificationError: a file cannot be loaded or run, or the files take different inputs.
+        BenchError, ExportError, VerificationError: a file cannot be loaded or run, the files take different inputs, or
+            sizes or threads are no numbers to time with.
 
     Example:
         >>> import normfuse
@@ -103,6 +105,7 @@ def bench(
     """
     if rounds < 4:
         raise BenchError(f"rounds is {rounds}; at least 4 are needed for quartiles")
+    check_timing(sizes, threads)
     sessions = [session(Path(path), threads, {"session.force_spinning_stop": "1"}) for path in paths]
     entries = _matched(paths, sessions, mapping or {})
     feeds, notes = _fitting(paths, sessions, entries, sizes or {}, seed)
@@ -248,7 +251,12 @@ def _feeds(
     for row in entries:
         shape = [d if isinstance(d, int) else sizes_module.value(d, sizes) for d in shapes[row[0].name]]
         floating = _kind(row[0]) == "f"
-        drawn = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        try:
+            drawn = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        except (MemoryError, ValueError) as error:  # ValueError: more than numpy can count
+            raise BenchError(
+                f"input {row[0].name!r} of shape {shape} does not fit in memory; give smaller sizes"
+            ) from error
         for feed, entry in zip(feeds, row, strict=True):
             feed[entry.name] = drawn.astype(_NUMPY[entry.type])
     return feeds

@@ -107,6 +107,35 @@ def test_sizes_and_threads_are_for_auto(tmp_path, options):
         normfuse.onnx.export(model, tmp_path / "m.onnx", example_inputs=torch.randn(1, 2), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads is 0; give a whole number from 1 to 1024"),
+        ({"threads": 1.5}, "threads is 1.5; give a whole number"),
+        ({"threads": 10**6}, "threads is 1000000; give a whole number"),
+        ({"sizes": {"batch": 0}}, "size 'batch' is 0; give a whole number of at least 1"),
+        ({"sizes": {"batch": "two"}}, "size 'batch' is 'two'; give a whole number"),
+        ({"sizes": ["batch"]}, "sizes is a list; give a mapping"),
+    ],
+)
+def test_sizes_and_threads_that_nothing_can_be_timed_with(tmp_path, options, message):
+    with pytest.raises(normfuse.NormfuseError, match=message):
+        normfuse.onnx.export(
+            nn.Linear(2, 2), tmp_path / "m.onnx", example_inputs=torch.randn(1, 2), target=AUTO, **options
+        )
+    with pytest.raises(normfuse.NormfuseError, match=message):
+        normfuse.onnx.bench([tmp_path / "m.onnx"], **options)
+
+
+@pytest.mark.parametrize("size", [10**13, 10**30])
+def test_sizes_beyond_the_memory(tmp_path, size):
+    normfuse.onnx.export(
+        nn.Linear(2, 2), tmp_path / "m.onnx", example_inputs=torch.randn(3, 2), dynamic_shapes=({0: "batch"},)
+    )
+    with pytest.raises(normfuse.NormfuseError, match=r"input 'input' of shape \[10+, 2\] does not fit in memory; give"):
+        normfuse.onnx.bench([tmp_path / "m.onnx"], sizes={"batch": size})
+
+
 def test_what_cannot_be_timed_is_refused_by_name(tmp_path):
     with pytest.raises(normfuse.NormfuseError, match="only export can choose one"):
         normfuse.onnx.fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx", target=AUTO)
