@@ -11,7 +11,7 @@ import typer
 from normfuse.options import INT8_FILE, check_for_auto, check_for_int8, passes_for
 
 from .files import check_readable, described, reported
-from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
+from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance, sizes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def export(
     printing: Printing,
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
-    check_for_auto(folding.target, choosing.sizes, choosing.threads)
+    check_for_auto(folding.target, sizes_of(choosing.sizes), choosing.threads)
     check_for_int8(folding.dtype, choosing.calibrate)
     check_readable(checkpoint)
     read = [] if choosing.calibrate is None else [choosing.calibrate]
