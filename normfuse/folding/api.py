@@ -172,7 +172,7 @@ def _decided(
     if examples is None:
         return centre(_settled(program, options)), None
     return choose(
-        lambda kept: centre(_settled(program, replace(options, kept_maps=kept))),
+        lambda kept: centre(_settled(program, replace(options, kept_maps=kept, fold_zeros=False))),
         program,
         observe(program, examples),
         per_tensor,

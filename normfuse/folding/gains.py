@@ -29,11 +29,11 @@ def demand_gains(gauge: Gauge) -> None:
 
 def assign_zero_gain(node: Node, gauge: Gauge, goes: bool) -> None:
     """A gain with zeros has no ratio: it goes where only weights read the result, whose columns become zero."""
-    scale, gain = np.broadcast_arrays(gauge.scale(node), gauge.matches.of[node].gain(gauge))
-    if goes and gauge.scales.rescale(scale, gain, gauge.scales_behind(node)):
-        gauge.scales.tie(scale[gain != 0], np.array(gauge.scales.ONE))
-    else:
-        gauge.solution.kept_gain[node] = "it is zero in places, and not only weights read the result"
+    gain = gauge.matches.of[node].gain(gauge)
+    if not goes or not gauge.scales.rescale(gauge.scale(node), gain, gauge.scales_behind(node)):
+        gauge.solution.kept_gain[node] = (
+            "it is zero in places, and what is stored there would count: not only weights read it, or they are int8"
+        )
 
 
 def has_zero_gain(node: Node, gauge: Gauge) -> bool:

@@ -24,7 +24,8 @@ class Options:
 
     Attributes:
         zero_rows: whether gains of zero go into the weights in front, where nothing else reads what these write.
-        fold_zeros: whether norms with gains of zero fold where only weights read the result.
+        fold_zeros: whether norms with gains of zero fold where only weights read the result, by columns of zeros. The
+            channels in front of them then hold something, which takes part in the steps of integers.
         fixed_equations: powers and products whose equations cannot be met: their scales are fixed before all demands.
         kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
         untouched: names of norms and other maps that stay exactly as they are, with the reason: their numbers would

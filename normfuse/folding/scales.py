@@ -63,7 +63,6 @@ class Scales:
         self._reasons: list[str] = [""]
         self._values: np.ndarray | None = None
         self._members: np.ndarray | None = None  # of a root: how many variables its class has
-        self._group: np.ndarray | None = None  # of a root: the lowest one of those that it is tied to, see tie
 
     def fresh(self, shape: tuple[int, ...], *, stored: bool = True) -> np.ndarray:
         """New, unrelated variables in an array of the given shape.
@@ -222,33 +221,20 @@ class Scales:
         self._values[members] *= factor[np.searchsorted(roots, self._parent[members])]
         return True
 
-    def tie(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Let the classes of `a` and `b`, which broadcast, keep their ratio in :meth:`multiply`."""
-        a, b = np.broadcast_arrays(self._all_roots()[a], self._all_roots()[b])
-        group = np.arange(self._count) if self._group is None else self._group
-        while (group[a] != group[b]).any():
-            low, high = np.minimum(group[a], group[b]), np.maximum(group[a], group[b])
-            np.minimum.at(group, high, low)
-            while (group[group] != group).any():
-                group = group[group]
-        self._group = group
-
     def roots(self, index: np.ndarray) -> np.ndarray:
-        """What is multiplied together with each variable, by number; zero where that is tied to the constant one."""
-        roots = self._all_roots()[index]
-        return roots if self._group is None else self._group[roots]
+        """The class of each variable, as the number of its root; zero where the scale is tied to the constant one."""
+        return self._all_roots()[index]
 
     def adjustable(self, roots: np.ndarray) -> np.ndarray:
-        """Which of :meth:`roots` may take any positive factor: neither pinned nor with members that are bounded."""
-        bounded = self.roots(np.flatnonzero(np.isfinite(self._ranges[2, : self._count])))
-        return (roots != self.ONE) & ~np.isin(roots, bounded)
+        """Which classes may take any positive factor: neither pinned nor with members that are bounded."""
+        return (roots != self.ONE) & ~np.isfinite(self._ranges[2, roots])
 
     def multiply(self, roots: np.ndarray, factors: np.ndarray) -> None:
-        """Multiply all scales that belong to :meth:`roots` by positive factors; after :meth:`solve`."""
+        """Multiply all scales of classes, given by their roots, by positive factors; after :meth:`solve`."""
         assert self._values is not None
         by_root = np.ones(self._count)
         by_root[roots] = factors
-        self._values *= by_root[self.roots(np.arange(self._count))]
+        self._values *= by_root[self._all_roots()]
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         assert self._values is not None, "solve() has not run"

@@ -22,7 +22,7 @@ from .weight_edits import REFUSED, noted
 aten = torch.ops.aten
 KEPT_FOR_INTEGERS = "its scales would cost int8 products more accuracy than the norm takes time"
 _ZERO = "a scale is zero, and not only weights read the result"
-_ZERO_BEFORE_ADD = "a scale is zero, and a shift behind one would have to be written out"
+_ZERO_BEFORE_ADD = "a scale is zero, and what is stored behind one would count: in a shift, or in the steps of integers"
 
 
 class Contradiction(Exception):
@@ -52,10 +52,9 @@ def solve(gauge: Gauge) -> Gauge:
             assign_zero_gain(node, gauge, node in tolerant and node not in blockers)
         elif node in with_zeros:
             operand, a, _ = gauge.matches.affine[node]
-            scale, before, a = np.broadcast_arrays(gauge.scale(node), gauge.scale(operand), a)
-            if node in tolerant and gauge.scales.rescale(scale, a * gauge.scales[before], gauge.scales_behind(node)):
-                gauge.scales.tie(scale[a != 0], before[a != 0])
-            else:
+            values = a * gauge.scales[gauge.scale(operand)]
+            behind = gauge.scales_behind(node)
+            if node not in tolerant or not gauge.scales.rescale(gauge.scale(node), values, behind):
                 gauge.solution.kept[node] = _ZERO if options.fold_zeros else _ZERO_BEFORE_ADD
     for node, (_, _, b) in gauge.matches.affine.items():
         if not np.isfinite(b).all():

@@ -133,28 +133,33 @@ def test_scales_that_float16_bounds_keep_their_bounds():
     torch.testing.assert_close(folded.module()(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+class Dead(nn.Module):
+    """Gains of zero, in front of which channels hold large values that something else reads as well."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.branch, self.norm = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), norm(WIDTH)
+        self.last = nn.Linear(WIDTH, 4)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-1, 1, WIDTH))
+            self.norm.weight[3:7] = 0
+            self.norm.bias.normal_()
+            self.first.weight[3:7] *= 30
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.norm(h + self.branch(h)))
+
+
 @pytest.mark.parametrize("norm", [UnifiedNorm, nn.LayerNorm])
 @pytest.mark.parametrize("balance", ["int8", "int8-per-tensor"])
-def test_gains_of_zero_stay_zero_and_the_others_keep_their_ratio(norm, balance):
-    class Dead(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.branch, self.norm = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), norm(WIDTH)
-            self.last = nn.Linear(WIDTH, 4)
-
-        def forward(self, x):
-            h = self.first(x)
-            return self.last(self.norm(h + self.branch(h)))
-
+def test_channels_with_a_gain_of_zero_take_no_part_in_steps(norm, balance):
     torch.manual_seed(0)
-    model, x = Dead().eval(), inputs(0)
-    model.norm.weight.data = torch.logspace(-1, 1, WIDTH)
-    model.norm.weight.data[3:7] = 0
-    model.norm.bias.data.normal_()
-    folded, report = normfuse.fold(torch.export.export(model, (x,)), balance=balance, verify=False)
-    assert not report.remaining and report.scale_range[0] == 0
-    assert all(record.gain == "folded" for record in report.dynamic)
-    torch.testing.assert_close(folded.module()(x), model(x), rtol=1e-4, atol=1e-4)
+    model, x, per_tensor = Dead(norm).eval(), inputs(0), balance == "int8-per-tensor"
+    program, expected = torch.export.export(model, (x,)), model(x).detach()
+    folded, _ = normfuse.fold(program, balance=balance, verify=False)
+    torch.testing.assert_close(folded.module()(x), expected, rtol=1e-4, atol=1e-4)
+    assert error(folded, x, expected, per_tensor) < 1.05 * error(program, x, expected, per_tensor)
 
 
 @pytest.mark.parametrize(
