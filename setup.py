@@ -6,6 +6,7 @@ Read from the environment:
     NORMFUSE_CUDA        build the CUDA kernels: "auto" (default: if there is an nvcc), "0" never, "1" or fail
     NORMFUSE_CUDA_ARCHS  architectures, default "80;90;100;120+PTX"; +PTX also serves architectures to come
     NORMFUSE_SANITIZE    "1": the library on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, alone
+    MAX_JOBS             compilers at a time, default: as many as there are cores
     CUDA_HOME            root of the CUDA toolkit; default: where the nvcc on the PATH is
 """
 
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -112,19 +114,21 @@ class Build(BuildExtension):
         """Compiles the .cu files whose object is older than a source, a header or the command line."""
         folder = Path(self.build_temp).resolve() / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        base = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "--threads=2"]
+        base = [f"{home}/bin/nvcc", "-O3", "-std=c++17"]
         base += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(architectures())]
         command_file = folder / "command.txt"
         if not command_file.exists() or command_file.read_text() != " ".join(base):
             command_file.write_text(" ".join(base))
-        objects = []
-        for source in CUDA_SOURCES:
-            target = folder / f"{source.stem}.o"
-            inputs = [source, *HEADERS, command_file]
-            if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
-                self.spawn([*base, "-c", str(source), "-o", str(target)])
-            objects.append(str(target))
-        return objects
+        targets = {source: folder / f"{source.stem}.o" for source in CUDA_SOURCES}
+        changed = max(path.stat().st_mtime for path in [*HEADERS, command_file])
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            commands = [
+                [*base, "-c", str(source), "-o", str(target)]
+                for source, target in targets.items()
+                if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, changed)
+            ]
+            list(pool.map(self.spawn, commands))
+        return [str(target) for target in targets.values()]
 
     def announce_without_cuda(self) -> None:
         why = "NORMFUSE_CUDA=0" if os.environ.get("NORMFUSE_CUDA") == "0" else "no nvcc found"

@@ -41,10 +41,10 @@ NORMFUSE_CLONES void sum_gradients(const T* dy, const T* x, int64_t rows, int64_
 template <class T>
 NORMFUSE_CLONES void apply_gradient(const T* dy, const T* x, const AccOf<T>* slope, const AccOf<T>* pull, int64_t rows,
                                     int64_t n, RowOutput<T> dx) {
-  AccOf<T>* const no_sums = nullptr;
+  AccOf<T>*const no_sums_dy = nullptr, *const no_sums_dyx = nullptr;
   for_tiles(rows, nullptr, [&](int64_t r, int64_t stride, auto count) NORMFUSE_ALWAYS_INLINE {
     write_gradient<false, count>(dy + r * n, x + r * n, stride * n, NoFactors(), NoDots(), slope, pull, dx.row(r),
-                                 dx.pitch(stride), no_sums, no_sums, n);
+                                 dx.pitch(stride), no_sums_dy, no_sums_dyx, n);
     dx.finish(r, stride, count);
   });
 }
