@@ -26,21 +26,30 @@ COLOURS = {
     "batch": "#edae49", "regularized": "#c98b1b", "progressive": "#3d5a98", "tapered": "#7b2d8b",
     "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
 }  # fmt: skip
-Group = tuple[str, str, int]  # task, placement, steps
-Runs = dict[tuple[str, float], list[dict[str, Any]]]  # by norm and learning rate
+Group = tuple[str, str, int, float]  # task, placement, steps, rate (0: that which was chosen for each norm)
+Runs = dict[str, list[dict[str, Any]]]
 
 
 def read(path: Path) -> dict[Group, Runs]:
-    """The full trainings, by what can be compared, and in it by norm and learning rate."""
+    """The full trainings, by what can be compared, and in it by norm; by rate where LayerNorm has several."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [record for record in records if record["training"]["stage"] == "judge"]
+
+    def comparable(training: dict[str, Any]) -> tuple[str, str, int]:
+        return training["task"], training["placement"], training["steps"]
+
+    rates: dict[tuple[str, str, int], set[float]] = defaultdict(set)
+    for training in (record["training"] for record in judged):
+        if training["norm"] == "layer":
+            rates[comparable(training)].add(training["rate"])
     groups: dict[Group, Runs] = defaultdict(lambda: defaultdict(list))
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in judged:
         training = record["training"]
-        if training["stage"] == "judge":
-            group = groups[training["task"], training["placement"], training["steps"]]
-            group[training["norm"], training["rate"]].append(record)
+        what = comparable(training)
+        rate = training["rate"] if len(rates[what]) > 1 else 0.0
+        groups[(*what, rate)][training["norm"]].append(record)
     order = {(task, place): number for number, (task, place) in enumerate((t, p) for t in TASKS for p in PLACEMENTS)}
-    return dict(sorted(groups.items(), key=lambda entry: (*(order[entry[0][:2]],), entry[0][2])))
+    return dict(sorted(groups.items(), key=lambda entry: (order[entry[0][:2]], *entry[0][2:])))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
@@ -68,22 +77,22 @@ def table(group: Group, runs: Runs) -> str:
         "| norm | folds away | rate | seeds | test loss | ÷ LayerNorm | right | diverged | fluctuation | calibrated |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    bases = {rate: found for (name, rate), found in runs.items() if name == "layer"}
-    alive = {key: [r for r in found if not r["diverged"]] for key, found in runs.items()}
+    base = runs.get("layer", [])
+    alive = {name: [r for r in found if not r["diverged"]] for name, found in runs.items()}
 
-    def rank(key: tuple[str, float]) -> float:
-        return statistics.fmean(r["test"]["loss"] for r in alive[key]) if alive[key] else float("inf")
+    def rank(name: str) -> float:
+        return statistics.fmean(r["test"]["loss"] for r in alive[name]) if alive[name] else float("inf")
 
-    for key in sorted(runs, key=rank):
-        (name, rate), found = key, runs[key]
-        cells = [NORMS[name].title, NORMS[name].folds, f"{rate:g}", str(len(found))]
-        if alive[key]:
-            base = bases.get(rate) or (next(iter(bases.values())) if len(bases) == 1 else [])
-            cells += [shown([r["test"]["loss"] for r in alive[key]], 4), ratio(found, base)]
-            cells += [shown([100 * r["test"]["accuracy"] for r in alive[key]], 1) + " %"]
+    for name in sorted(runs, key=rank):
+        found, norm = runs[name], NORMS[name]
+        cells = [norm.title, norm.folds]
+        cells += [f"{found[0]['training']['rate']:g}", str(len(found))]
+        if alive[name]:
+            cells += [shown([r["test"]["loss"] for r in alive[name]], 4), ratio(found, base)]
+            cells += [shown([100 * r["test"]["accuracy"] for r in alive[name]], 1) + " %"]
         else:
             cells += ["–"] * 3
-        cells += [f"{(len(found) - len(alive[key])) / len(found):.0%}"]
+        cells += [f"{(len(found) - len(alive[name])) / len(found):.0%}"]
         moving = [r["fluctuation"] for r in found if r["fluctuation"] is not None]
         cells += [f"{statistics.fmean(moving):.3f}" if moving else "–"]
         again = [r["calibrated"] for r in found if r.get("calibrated") is not None]
@@ -93,10 +102,10 @@ def table(group: Group, runs: Runs) -> str:
 
 
 def title(group: Group, runs: Runs) -> str:
-    name, placement, steps = group
+    name, placement, steps, rate = group
     task = TASKS[name]()
     size = f"{steps * task.tokens_per_step / 1e6:.1f} M tokens" if name.startswith("lm") else f"{steps} steps"
-    return f"{task.title}, {placement}-norm, {size}"
+    return f"{task.title}, {placement}-norm, {size}" + (f", rate {rate:g}" if rate else "")
 
 
 def _sentence(text: str) -> str:
@@ -121,7 +130,7 @@ def text(groups: dict[Group, Runs]) -> str:
 
 
 def draw(groups: dict[Group, Runs], file: Path) -> None:
-    """Validation loss over the steps, a panel for each group; a line is a mean over seeds, at a norm's best rate."""
+    """Validation loss over the steps, a panel for each group; a line is a mean over seeds."""
     columns = 2
     rows = -(-len(groups) // columns)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -130,10 +139,9 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
         panel.set_visible(False)
     seen = {}
     for panel, (group, runs) in zip(panels.flat, groups.items(), strict=False):
-        for name in NORMS:
-            at_rates = [[r["curve"] for r in f if not r["diverged"]] for (of, _), f in runs.items() if of == name]
-            curves = min((curves for curves in at_rates if curves), key=_end, default=None)
-            if curves is None:
+        for name in (name for name in NORMS if name in runs):
+            curves = [r["curve"] for r in runs[name] if not r["diverged"]]
+            if not curves:
                 continue
             steps = [point[0] for point in curves[0]]
             means = [statistics.fmean(curve[i][2] for curve in curves) for i in range(len(steps))]
@@ -154,10 +162,6 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _end(curves: list[list[list[float]]]) -> float:
-    return statistics.fmean(curve[-1][2] for curve in curves)
 
 
 def main() -> None:

@@ -120,3 +120,21 @@ def test_a_ratio_is_over_common_seeds_and_leaves_out_what_diverged(quality):
     assert quality_report.ratio([run(0, 1.1), run(1, 2.2), run(3, 50.0)], base) == "1.100"
     assert quality_report.ratio([run(0, 1.1), run(1, None, diverged=True)], base) == "1.100"
     assert quality_report.ratio([run(5, 1.0)], base) == "–"
+
+
+def test_trainings_are_compared_at_one_rate_where_layer_norm_has_several(quality, tmp_path):
+    import quality_report
+
+    def line(norm, rate, task="lm", stage="judge"):
+        training = quality.Training(task, "pre", norm, stage, 12, rate, 0)
+        return json.dumps({"training": quality.asdict(training)}) + "\n"
+
+    file = tmp_path / "quality.jsonl"
+    lines = [line("layer", 2e-3), line("layer", 4e-3), line("unified", 4e-3), line("layer", 1e-3, stage="choose")]
+    file.write_text("".join([*lines, line("layer", 2e-3, "cnn"), line("power", 4e-3, "cnn")]))
+    found = {group: sorted(runs) for group, runs in quality_report.read(file).items()}
+    assert found == {
+        ("lm", "pre", 12, 2e-3): ["layer"],
+        ("lm", "pre", 12, 4e-3): ["layer", "unified"],
+        ("cnn", "pre", 12, 0.0): ["layer", "power"],
+    }
