@@ -119,7 +119,8 @@ class Build(BuildExtension):
         command_file = folder / "command.txt"
         if not command_file.exists() or command_file.read_text() != " ".join(base):
             command_file.write_text(" ".join(base))
-        targets = {source: folder / f"{source.stem}.o" for source in CUDA_SOURCES}
+        longest_first = sorted(CUDA_SOURCES, key=lambda path: -path.stat().st_size)  # the last ones leave cores idle
+        targets = {source: folder / f"{source.stem}.o" for source in longest_first}
         changed = max(path.stat().st_mtime for path in [*HEADERS, command_file])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             commands = [
