@@ -11,7 +11,7 @@ import typer
 from normfuse.options import INT8_FILE, check_for_auto, check_for_int8, passes_for
 
 from .files import check_readable, described, reported
-from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance, sizes_of
+from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,8 @@ def export(
     printing: Printing,
 ) -> None:
     """Fold the norms away, write ONNX, and verify it in ONNX Runtime before the file appears."""
-    check_for_auto(folding.target, sizes_of(choosing.sizes), choosing.threads)
+    choice = choosing.options()
+    check_for_auto(folding.target, choice["sizes"], choosing.threads)
     check_for_int8(folding.dtype, choosing.calibrate)
     check_readable(checkpoint)
     read = [] if choosing.calibrate is None else [choosing.calibrate]
@@ -44,7 +45,7 @@ def export(
         from normfuse.onnx import export as run
 
         loaded = loading.load(checkpoint)
-        options = asdict(folding) | choosing.options() | asdict(tolerance)
+        options = asdict(folding) | choice | asdict(tolerance)
         result = run(loaded, writing.out, opset=writing.opset, progress=stages, before_publish=report, **options)
     printing.result(described(result, checkpoint=checkpoint), lambda console: print_result(console, result))
 

@@ -93,7 +93,7 @@ def write(
         >>> [path.name for path in normfuse.onnx.write(program, "linear.onnx", opset=20)]
         ['linear.onnx']
     """
-    path = Path(path)
+    path, translator = Path(path), Translator(inputs, outputs)
     with Output(path, error=WriteError) as output:
         problems: list[str] = []
         for candidate in OPSETS if opset is None else (opset,):
@@ -101,7 +101,7 @@ def write(
                 write_staged(
                     program,
                     output.staged,
-                    Translator(inputs, outputs),
+                    translator,
                     opset=candidate,
                     dtype=dtype,
                     passes=passes,
