@@ -90,7 +90,8 @@ def quantize(path: Path, calibration: Sequence[Mapping[str, np.ndarray]] | None 
 def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Tensor, ...]]:
     """Inputs from an .npz file: for each input of the model an array of its name, rows along the first axis.
 
-    They are cut into batches of as many rows as the example inputs have.
+    Each is cut into parts of as many rows as its example has, one part for each run of the model; the rest is left out.
+    An array of one part (a number, a table of positions) goes into every run.
 
     Raises:
         ExportError: the file cannot be read, or does not hold what the model takes.
@@ -110,17 +111,32 @@ def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Ten
             f"{path} has no array {missing[0]!r}; the model takes {', '.join(model.input_names)}, the file has "
             f"{', '.join(names) or 'nothing'}"
         )
-    likes = zip(model.input_names, model.example_inputs, strict=True)
-    ordered = [_as_input(found[name], name, like, path) for name, like in likes]
-    lengths = {len(tensor) if tensor.dim() else 0 for tensor in ordered}
-    rows = max(1, model.example_inputs[0].shape[0] if model.example_inputs[0].dim() else 1)
-    if len(lengths) != 1 or max(lengths) < rows:
-        raise ExportError(
-            f"the arrays in {path} have {' and '.join(map(str, sorted(lengths)))} rows; give as many of each, and at "
-            f"least {rows}, the rows of the example inputs"
-        )
-    starts = range(0, len(ordered[0]) - rows + 1, rows)
-    return [tuple(tensor[start : start + rows] for tensor in ordered) for start in starts]
+    parts = {}
+    for name, like in zip(model.input_names, model.example_inputs, strict=True):
+        parts[name] = _parts(_as_input(found[name], name, like, path), like)
+        if not parts[name]:
+            raise ExportError(
+                f"array {name!r} in {path} has {len(found[name])} rows; give at least {len(like)}, as the example has"
+            )
+    longest = max(parts, key=lambda name: len(parts[name]))
+    runs = len(parts[longest])
+    for name, found_parts in parts.items():
+        if len(found_parts) not in (1, runs):
+            raise ExportError(
+                f"array {name!r} in {path} is enough for {len(found_parts)} runs, array {longest!r} for {runs}; give "
+                "rows for as many, or for one run what is the same in all"
+            )
+    return [tuple(every[run % len(every)] for every in parts.values()) for run in range(runs)]
+
+
+def _parts(tensor: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor cut along its first axis into parts as long as `like`; numbers are parts of their own."""
+    if not like.dim():
+        return list(tensor) if tensor.dim() else [tensor]
+    rows = max(1, len(like))
+    return (
+        [tensor[start : start + rows] for start in range(0, len(tensor) - rows + 1, rows)] if tensor.dim() else [tensor]
+    )
 
 
 def _as_input(array: np.ndarray, name: str, like: torch.Tensor, path: Path) -> torch.Tensor:

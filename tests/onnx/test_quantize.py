@@ -118,14 +118,15 @@ def test_a_file_is_verified_again_as_it_was_exported(model, result):
     ("arrays", "message"),
     [
         ({"y": np.zeros((40, 8), np.float32)}, "has no array 'x'; the model takes x, the file has y"),
-        ({"x": np.zeros((4, 8), np.float32)}, "have 4 rows; give as many of each, and at least 32"),
+        ({"x": np.zeros((4, 8), np.float32)}, "array 'x' in .* has 4 rows; give at least 32, as the example has"),
         ({"x": np.array([object()])}, "cannot read .* as .npz"),
+        ({"x": np.float32(1)}, r"calibrate\[0\], input 'x': its shape is \[\], not \[any, 8\]"),
         ({"x": np.full((40, 8), "text")}, "array 'x' in .* is <U4; input 'x' of the model is float32"),
         ({"x": np.zeros((40, 8), complex)}, "array 'x' in .* is complex128; input 'x'"),
         ({"x": np.full((40, 8), 1e300)}, "array 'x' in .* holds numbers beyond float32"),
         ({"x": np.zeros((40, 5), np.float32)}, r"calibrate\[0\], input 'x': its shape is \[32, 5\], not \[any, 8\]"),
         ({"x": np.full((40, 8), np.nan, np.float32)}, "values that are not finite in front of 'first'; give others"),
-        ({"x": np.zeros((0, 8), np.float32)}, "have 0 rows; give as many of each, and at least 32"),
+        ({"x": np.zeros((0, 8), np.float32)}, "array 'x' in .* has 0 rows; give at least 32, as the example has"),
     ],
 )
 def test_calibration_files_that_do_not_fit(model, tmp_path, arrays, message):
@@ -154,6 +155,31 @@ def test_arrays_that_hold_the_same_numbers_in_another_type_and_others_are_taken(
         np.savez(tmp_path / f"{number}.npz", x=other, labels=np.array([object()]))
         for got, want in zip(*(read_calibration(tmp_path / f"{n}.npz", model) for n in (number, "a")), strict=True):
             assert torch.equal(got[0], want[0])
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x, table, number):
+        return self.last(torch.relu(self.first(x)) * number + table[1])
+
+
+def test_inputs_without_rows_go_into_every_run(tmp_path):
+    x, table, numbers = inputs(0, 7).numpy(), inputs(1, 2).numpy(), np.float32([0.5, 1, 2])
+    given = ExportableModel.from_model(Shifted().eval(), (inputs(0, 2), inputs(1, 2), torch.tensor(1.0)), None)
+    np.savez(tmp_path / "a.npz", x=x, table=table, number=numbers)
+    runs = read_calibration(tmp_path / "a.npz", given)
+    for number, run in enumerate(runs):
+        want = x[2 * number : 2 * number + 2], table, numbers[number]
+        assert all((got.numpy() == part).all() for got, part in zip(run, want, strict=True))
+    np.savez(tmp_path / "one.npz", x=x, table=table, number=np.float32(0.5))
+    result = normfuse.onnx.export(given, tmp_path / "m.onnx", dtype="int8", calibrate=tmp_path / "one.npz")
+    assert len(runs) == 3 and result.graph.dtype == "int8"
+    np.savez(tmp_path / "a.npz", x=x, table=table, number=numbers[:2])
+    with pytest.raises(normfuse.NormfuseError, match=r"array 'number' in .* is enough for 2 runs, array 'x' for 3"):
+        read_calibration(tmp_path / "a.npz", given)
 
 
 def test_the_calibration_file_is_not_written_over(model, tmp_path):
