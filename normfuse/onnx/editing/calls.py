@@ -72,6 +72,7 @@ class Call:
         self._attributes = {attribute.name: attribute for attribute in node.attribute}
         self.domain = reader.file.domain(node)
         self._placed: set[int] = set()  # operands that operations of the program read
+        self.file = reader.file
         self.version = reader.file.version
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -125,8 +126,15 @@ class Call:
         return result
 
     def only_first(self) -> bool:
-        """Whether no result but the first is asked for."""
-        return not any(self.node.output[1:])
+        """Whether no result but the first is read."""
+        return not any(self._reader.uses[name] for name in self.node.output[1:] if name)
+
+    def is_padded(self, kernel: Sequence[Any]) -> bool:
+        """Whether a window of this size may reach beyond its operand."""
+        auto = self.get("auto_pad", "NOTSET")
+        if auto in ("NOTSET", ""):
+            return any(self.get("pads", []))
+        return auto != "VALID" and any(size != 1 for size in kernel)
 
     def derived(self, target: Any, constant: Node, *args: Any) -> Node:
         """A constant that is computed from another one, as the program needs it."""

@@ -25,6 +25,7 @@ from .observing import Observed
 from .onnx_file import OnnxFile, tensors_of
 from .optimising import operations, optimised_operations
 from .reading import Reader, Reading
+from .rows import NOTHING_GAINED, with_all_norms
 
 _ACTIVATIONS = ("Erf", "Tanh", "Sigmoid")
 _ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
@@ -123,6 +124,7 @@ def _settled(
 ) -> Choice:
     """Fold, and leave alone what would only have moved; until nothing that is added could have been spared."""
     best: Choice | None = None
+    why: dict[int, str] = {}
     for _ in range(_ROUNDS):  # each leaves more alone
         reading = Reader(file, observed, inputs, pinned).read()
         with quiet():  # PyTorch remarks on names that Python does not have
@@ -133,8 +135,10 @@ def _settled(
             if error.position is None or error.position in pinned:
                 raise
             pinned |= {error.position}
+            why[error.position] = f"it cannot be written as an edit of the file: {error}"
             continue
-        choice = Choice(edited, _in_words_of_the_file(report, reading), operations(edited.proto), 0)
+        report = with_all_norms(_in_words_of_the_file(report, reading), file, reading.paths, why, NOTHING_GAINED)
+        choice = Choice(edited, report, operations(edited.proto), 0)
         if best is None or choice.operations <= best.operations:
             best = choice
         moved = _moved(reading, folded, report)

@@ -81,7 +81,8 @@ class Comparison:
             allowed = self._atol + self._rtol * largest
             if difference > allowed and not self._given:
                 own = own or before.optimised(trial)
-                allowed = max(allowed, _OWN * _difference(want, own[place])[0])
+                optimised = _difference(want, own[place])[0]
+                allowed = max(allowed, _OWN * optimised if np.isfinite(optimised) else 0.0)
             relative = difference / largest if largest else difference
             case = Case(trial.shapes, "ONNX file", name, relative, difference, allowed)
             if not case.passed:

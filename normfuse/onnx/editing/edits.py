@@ -141,7 +141,9 @@ class _Editor:
         """Let an operation that stays read what it reads in the folded program."""
         before, args = self._before[node.name], node.args
         if (before.target, node.target) == (aten.layer_norm.default, aten.rms_norm.default):
-            self._nodes[origin.nodes[0]].op_type = "RMSNormalization"  # all attributes mean the same
+            norm = self._nodes[origin.nodes[0]]
+            norm.op_type = "RMSNormalization"  # all attributes mean the same
+            del norm.output[1:]
             args = (*args[:3], None, *args[3:])
         elif node.target is not before.target:
             raise EditError(f"{node.name} became {node.target}", max(origin.nodes))
@@ -186,6 +188,8 @@ class _Editor:
         while len(target.input) <= slot.operand:
             target.input.append("")
         target.input[slot.operand] = name
+        if target.op_type == "MatMul" and slot.operand == 2:
+            target.op_type = "Gemm"
 
     def _norms_that_stay(self) -> dict[Node, tuple[int, Node]]:
         """BatchNormalizations of which a Mul and an Add are left: one operation with other numbers does the same.

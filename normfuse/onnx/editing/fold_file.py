@@ -35,6 +35,7 @@ from .comparing import Comparison
 from .edits import Edited, EditError
 from .observing import evaluate_constants, observe, observe_inputs, value_types
 from .onnx_file import OnnxFile, tensors_of
+from .rows import NOTHING_GAINED, all_kept, with_all_norms
 from .trial import Search, Trial, describe_inputs
 
 _PASSES_SINCE = 23  # the operator set with Attention as one operation
@@ -201,7 +202,10 @@ class _Job:
     ) -> None:
         self._file, self._types, self._trials, self._staged, self._progress = file, types, trials, staged, progress
         self.dtype = dtype
-        self._comparison = Comparison(file, trials, dtype=dtype, quantised=_is_quantised(file), rtol=rtol, atol=atol)
+        #: The narrowest type that values are rounded to anywhere.
+        self._narrowest = "float16" if TensorProto.FLOAT16 in types.values() else dtype
+        quantised = _is_quantised(file)
+        self._comparison = Comparison(file, trials, dtype=self._narrowest, quantised=quantised, rtol=rtol, atol=atol)
         self.notes = tuple(self._known_before())
 
     def _known_before(self) -> Iterator[str]:
@@ -216,14 +220,14 @@ class _Job:
     def fold(self, options: Mapping[str, Any], keep_dynamic_norms: bool, at_most: float) -> _Result:
         """The best way to fold that agrees with the original."""
         if len(self._comparison.random) == len(self._comparison.names):
-            return _Result(FoldReport())  # nothing could be compared
+            return self._as_it_was(None, "its results differ from run to run, so nothing can be compared")
         file, trials = self._file, self._trials
         self._progress("run it to find the shapes inside")
         observed, shapes = observe(file, self._types, trials), observe_inputs(file, trials)
         evaluate_constants(file, observed, trials[0])
         refused: list[str] = []
         first: FoldReport | None = None
-        for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self.dtype]):
+        for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self._narrowest]):
             try:
                 choices, seen = choose(
                     file, observed, shapes, self._staged.parent, keep_dynamic_norms=keep_dynamic_norms,
@@ -245,7 +249,17 @@ class _Job:
                 return _Result(choice.report, True, cases, notes=_changes(file, choice.edited))
             if not choices:
                 break
-        return _as_it_was(first or FoldReport(), refused)
+        if refused:
+            return self._as_it_was(first, refused[0]).noting(f"left as it was: {refused[0]}")
+        result = self._as_it_was(first, NOTHING_GAINED)
+        if first is None or all(record.status == "kept" for record in first.norms):
+            return result
+        return result.noting("left as it was: fewer operations would be left neither in it nor in what is run of it")
+
+    def _as_it_was(self, report: FoldReport | None, why: str) -> _Result:
+        """What becomes of a file that stays: no norm of it is gone."""
+        report = report or with_all_norms(FoldReport(), self._file, {}, {}, why)
+        return _Result(replace(report, norms=[all_kept(record, why) for record in report.norms]))
 
     def convert(self, result: _Result) -> _Result:
         """Weights and operations in float16."""
@@ -278,22 +292,6 @@ class _Job:
             return result.noting(f"graph passes were given up: {one_line(error)}")
         save_model(ir.external_data.load_to_model(ir.load(aside)), self._staged)
         return replace(result, changed=True, cases=cases, passes=applied)
-
-
-def _as_it_was(report: FoldReport, refused: Sequence[str]) -> _Result:
-    """What becomes of a file that stays: no norm of it is gone, and why."""
-    notes: tuple[str, ...] = ()
-    if refused:
-        notes = (f"left as it was: {refused[0]}",)
-    elif any(record.status != "kept" for record in report.norms):
-        notes = ("left as it was: fewer operations would be left neither in it nor in what is run of it",)
-    norms = [
-        record
-        if record.status == "kept"
-        else replace(record, status="kept", reason="nothing would be gained", absorbed_by=[])
-        for record in report.norms
-    ]
-    return _Result(replace(report, norms=norms), notes=notes)
 
 
 def _changes(file: OnnxFile, edited: Edited) -> tuple[str, ...]:

@@ -82,12 +82,26 @@ def _slice(call: Call) -> bool:
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
     ranges = [tuple(map(int, entry)) for entry in zip(axes, starts, ends, steps, strict=True)]
-    if not ranges or any(step < 1 for *_, step in ranges):
+    sizes = call.shape(0)
+    if not ranges or any(step < 0 and not isinstance(sizes[axis], int) for axis, *_, step in ranges):
         return False
-    x = call.operands[0]
+    if not all(step for *_, step in ranges):
+        return False
+    x, turned = call.operands[0], [axis for axis, *_, step in ranges if step < 0]
+    if turned:
+        x = call.step(aten.flip.default, x, turned)
+    ranges = [entry if entry[3] > 0 else _from_the_end(entry, sizes[entry[0]]) for entry in ranges]
     for entry in ranges[:-1]:
         x = call.step(aten.slice.Tensor, x, *entry)
     return call.emit(aten.slice.Tensor, x, *ranges[-1])
+
+
+def _from_the_end(entry: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A range that runs backwards, on the reversed axis."""
+    axis, start, end, step = entry
+    start = min(max(start if start >= 0 else start + size, 0), size - 1)
+    end = max(end if end >= 0 else end + size, -1)
+    return axis, size - 1 - start, size - 1 - end, -step
 
 
 @operation("Pad")
@@ -121,10 +135,18 @@ def _pad(call: Call) -> bool:
 @operation("MaxPool")
 def _max_pool(call: Call) -> bool:
     axes = len(call.shape(0)) - 2
-    targets = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}
-    if axes not in targets or not call.only_first():
+    targets = {
+        1: (aten.max_pool1d.default, aten.max_pool1d_with_indices.default),
+        2: (aten.max_pool2d.default, aten.max_pool2d_with_indices.default),
+        3: (aten.max_pool3d.default, aten.max_pool3d_with_indices.default),
+    }
+    if axes not in targets:
         return False
-    return call.emit(targets[axes], call.operands[0], list(call.get("kernel_shape")))
+    plain, ranked = targets[axes]
+    kernel = list(call.get("kernel_shape"))
+    if call.only_first():
+        return call.emit(plain, call.operands[0], kernel)
+    return call.emit(ranked, call.operands[0], kernel, outputs=2)
 
 
 @operation("AveragePool")
@@ -133,11 +155,9 @@ def _average_pool(call: Call) -> bool:
     targets = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
     if axes not in targets:
         return False
-    auto = call.get("auto_pad", "NOTSET")
-    padded = any(call.get("pads", [])) if auto == "NOTSET" else auto != "VALID"
-    padded = padded or bool(call.get("ceil_mode", 0))  # windows may reach beyond the end
-    counted = bool(call.get("count_include_pad", 0))
     kernel = list(call.get("kernel_shape"))
+    padded = call.is_padded(kernel) or bool(call.get("ceil_mode", 0))  # windows may reach beyond the end
+    counted = bool(call.get("count_include_pad", 0))
     args = (kernel, list(call.get("strides", [1] * axes)), [int(padded)] * axes, False, counted)
     return call.emit(targets[axes], call.operands[0], *args)
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from .calls import Call, Slot, aten
+from .rows import why_unread
 from .translating import operation, rank_of
+
+_GEMM = (torch.float32, torch.float64)
 
 # -- products ----------------------------------------------------------------------------------------------------
 
@@ -29,9 +32,8 @@ def convolution(call: Call) -> tuple[Any, tuple]:
     if rank not in (3, 4, 5) or rank != rank_of(call, 0):
         return None, ()
     axes = rank - 2
-    pads, auto = call.get("pads", []), call.get("auto_pad", "NOTSET")
     # Only whether there is padding matters: it adds zeros, which have no shift.
-    padded = [int(any(pads) if auto == "NOTSET" else auto != "VALID")] * axes
+    padded = [int(call.is_padded(call.shape(1)[2:]))] * axes
     strides, dilations = (list(call.get(name, [1] * axes)) for name in ("strides", "dilations"))
     group, x, weight, bias = call.get("group", 1), *(*call.operands, None)[:3]
     if call.node.op_type == "ConvTranspose":
@@ -51,14 +53,13 @@ def _gemm(call: Call) -> bool:
     weight, slot = weight_of(call, 1, transposed=not call.get("transB", 0))
     bias, slots = call.operand(2), [slot]
     if bias is not None:
-        fits = call.is_constant(2) and call.shape(2) in (
-            [weight.meta["val"].shape[0]],
-            [1, weight.meta["val"].shape[0]],
-        )
-        if not fits:
+        rows, given = weight.meta["val"].shape[0], call.shape(2)
+        if not call.is_constant(2) or (math.prod(given) != 1 and given not in ([rows], [1, rows])):
             return False
-        if rank_of(call, 2) == 2:
+        if len(given) != 1:
             bias = call.derived(aten.reshape.default, bias, [-1])
+        if math.prod(given) != rows:
+            bias = call.derived(aten.expand.default, bias, [rows])
         if call.get("beta", 1.0) != 1:
             bias = call.derived(aten.mul.Tensor, bias, call.get("beta"))
     slots.append(call.slot(2, 2, required=call.version < 11, factor="beta"))
@@ -77,8 +78,12 @@ def weight_of(call: Call, operand: int, *, transposed: bool) -> tuple[torch.fx.N
 
 @operation("MatMul")
 def _matmul(call: Call) -> bool:
-    if min(len(call.shape(0)), len(call.shape(1))) < 2:
+    ranks = [len(call.shape(place)) for place in (0, 1)]
+    if min(ranks) < 2:
         return False
+    if ranks == [2, 2] and call.is_constant(1) and not call.is_constant(0) and call.result().dtype in _GEMM:
+        weight, slot = weight_of(call, 1, transposed=True)  # with a bias it becomes a Gemm
+        return call.emit(aten.linear.default, call.operands[0], weight, None, slots=[slot, call.slot(2, 2)])
     return call.emit(aten.matmul.default, *call.operands)
 
 
@@ -152,8 +157,7 @@ def _where(call: Call) -> bool:
 
 @operation("BatchNormalization")
 def _batch_norm(call: Call) -> bool:
-    training = call.get("training_mode", 0) or call.get("spatial", 1) != 1 or not call.only_first()
-    if training or len(call.operands) != 5 or rank_of(call, 0) in (None, 0, 1):
+    if why_unread(call.file, call.node) or len(call.operands) != 5 or rank_of(call, 0) in (None, 0, 1):
         return False
     eps, momentum = call.get("epsilon", 1e-5), call.get("momentum", 0.9)
     return call.emit(aten.batch_norm.default, *call.operands, False, momentum, eps, False)

@@ -31,6 +31,7 @@ from . import fused, movements, operations  # noqa: F401 (they fill the table th
 from .calls import Call, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, outer_names, torch_dtype
+from .protos import uses_of
 from .symbols import Sizes
 from .translating import translate
 
@@ -87,6 +88,7 @@ class Reader:
         self._derived: dict[tuple[Any, ...], Node] = {}
         self._fakes: dict[str, torch.Tensor | None] = {}
         self.fixed: set[Node] = set()
+        self.uses = uses_of(file.proto.graph)
 
     def read(self) -> Reading:
         """The whole file."""

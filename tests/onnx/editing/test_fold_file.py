@@ -34,9 +34,9 @@ PRODUCTS = {
     "a MatMul and the Add of its bias": (
         "l = MatMul (x, w) a = Add (l, b) m = Mul (a, gain) y = Add (m, shift)", ["MatMul", "Add"]
     ),
-    "a MatMul that gets a bias": ("l = MatMul (x, w) m = Mul (l, gain) y = Add (m, shift)", ["MatMul", "Add"]),
+    "a MatMul that gets a bias": ("l = MatMul (x, w) m = Mul (l, gain) y = Add (m, shift)", ["Gemm"]),
     "in front of a product": (
-        "m = Mul (x, narrow) a = Add (m, narrow) l = MatMul (a, w) y = Relu (l)", ["MatMul", "Add", "Relu"]
+        "m = Mul (x, narrow) a = Add (m, narrow) l = MatMul (a, w) y = Relu (l)", ["Gemm", "Relu"]
     ),
     "a table": (
         "i = Cast <to: int = 7> (x) g = Gather (table, i) m = Mul (g, gain) y = MatMul (m, square)",
@@ -50,7 +50,7 @@ PRODUCTS = {
         "a, z = Split <axis: int = 0> (m, halves) y = Concat <axis: int = 0> (z, a)",
         ["MatMul", "Transpose", "Split", "Concat"],
     ),
-    "a difference and a quotient": ("l = MatMul (x, w) s = Sub (l, shift) y = Div (s, gain)", ["MatMul", "Add"]),
+    "a difference and a quotient": ("l = MatMul (x, w) s = Sub (l, shift) y = Div (s, gain)", ["Gemm"]),
 }  # fmt: skip
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
-from onnx_files import assert_equal, folded, images, kinds, plain
+from onnx import TensorProto, helper, numpy_helper
+from onnx_files import assert_equal, folded, images, kinds, plain, read
 from onnx_text import draw, model
 from typer.testing import CliRunner
 
@@ -125,3 +125,72 @@ def test_the_command_line(tmp_path):
     (tmp_path / "in.onnx").write_bytes(b"\xff" * 99)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is not an ONNX file" in done.stderr
+
+
+# What happens to the norm `n` between two convolutions, and the reason in its row.
+LEFT_ALONE = {
+    "in front of a padded convolution": (
+        "n = BatchNormalization (x, gain, shift, mean, variance) y = Conv <pads: ints = [1, 1, 1, 1]> (n, k)",
+        "nothing would be gained",
+    ),
+    "its numbers are not finite": (
+        "c = Conv (x, k) n = BatchNormalization (c, gain, shift, mean, negative) y = Conv (n, k2)", "not finite"
+    ),
+    "inside an If": (
+        "c = ReduceSum <keepdims: int = 0> (x) b = Cast <to: int = 9> (c) y = If (b) <then_branch = t () => (float n) "
+        "{ n = BatchNormalization (x, gain, shift, mean, variance) }, else_branch = e () => (float z) "
+        "{ z = Identity (x) }>",
+        "inside If 'y'",
+    ),
+    "random results": (
+        "c = Conv (x, k) n = BatchNormalization (c, gain, shift, mean, variance) r = RandomNormalLike (n) "
+        "y = Mul (n, r)",
+        "differ from run to run",
+    ),
+}  # fmt: skip
+LEFT = {name: draw(4) for name in ("gain", "shift", "mean")}
+LEFT |= {"variance": np.ones(4, np.float32), "negative": np.full(4, -1, np.float32)}
+LEFT |= {"k": draw(4, 4, 3, 3), "k2": draw(2, 4, 1, 1)}
+
+
+@pytest.mark.parametrize("case", LEFT_ALONE)
+def test_a_norm_that_is_left_alone_has_a_row_that_says_why(tmp_path, case):
+    body, why = LEFT_ALONE[case]
+    proto = model("float[batch, 4, 6, 6] x", "float y", body, 17, **read(body, LEFT))
+    result, _ = folded(proto, tmp_path)
+    (row,) = (row for row in result.report.norms if row.kind == "BatchNormalization")
+    assert (row.name, row.status) == ("n", "kept") and why in row.reason
+
+
+def test_norms_that_measure_each_batch_and_those_in_functions_have_rows(tmp_path):
+    proto = images("r = Relu (n) y = own.Norm (r, gain, shift, mean, variance)", extra=["own"])
+    operators = [helper.make_opsetid("", 17)]
+    numbers = ["gain", "shift", "mean", "variance"]
+    norm = helper.make_node("BatchNormalization", ["x", *numbers], ["inner"])
+    proto.functions.append(helper.make_function("own", "Norm", ["x", *numbers], ["inner"], [norm], operators))
+    measures = proto.graph.node[1]
+    measures.attribute.append(helper.make_attribute("training_mode", 1))
+    measures.output.extend(["new_mean", "new_variance"])
+    result, _ = folded(proto, tmp_path)
+    (inside,), (dynamic,) = result.report.norms, result.report.dynamic
+    assert inside.name == "inner" and "function 'Norm'" in inside.reason
+    assert (dynamic.name, dynamic.core) == ("n", "BatchNorm") and "each batch" in dynamic.reasons["statistics"]
+
+
+def test_one_norm_that_cannot_fold_costs_itself_only(tmp_path):
+    proto = images(
+        "r = Relu (n) d = Conv (r, square) b = BatchNormalization (d, gain, shift, mean, negative) y = Relu (b)",
+        square=draw(4, 4, 1, 1), negative=LEFT["negative"],
+    )  # fmt: skip
+    result, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv", "Relu", "Conv", "BatchNormalization", "Relu"]
+    assert [row.status for row in result.report.norms] == ["folded", "kept"]
+
+
+def test_values_that_are_infinite_in_one_order_of_sums_only_are_no_excuse(tmp_path):
+    """Divided by a variance that its eps cancels: what ONNX Runtime's own optimisations make of it proves nothing."""
+    proto = images()
+    tensor = next(t for t in proto.graph.initializer if t.name == "variance")
+    tensor.CopyFrom(numpy_helper.from_array(np.array([-1e-5, 1, 1, 1], np.float32), "variance"))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == kinds(proto)

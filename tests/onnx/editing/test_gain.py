@@ -51,7 +51,7 @@ def test_the_bound_of_a_relu_takes_a_shift_that_nothing_else_takes(tmp_path):
     body = "t = Tanh (x) a = Mul (t, gain) b = Add (a, shift) r = Relu (b) y = MatMul (r, head)"
     constants = {"gain": np.abs(draw(4)) + 0.5, "shift": draw(4), "head": draw(4, 3)}
     _, after = folded(model("float[batch, 4] x", "float[batch, 3] y", body, **constants), tmp_path)
-    assert kinds(after)[:3] == ["Tanh", "Max", "MatMul"] and len(kinds(after)) <= 4
+    assert kinds(after) == ["Tanh", "Max", "Gemm"]
     assert_equal(tmp_path, {"x": draw(2, 4)})
 
 
@@ -113,10 +113,11 @@ def test_a_norm_between_other_scales_goes_on_with_other_numbers(tmp_path):
     )
     constants = {"w": draw(3, 4), "gain": draw(4) + 3, "shift": draw(4), "variance": ONE, "v": draw(4, 2)}
     _, after = folded(model("float[batch, 3] x", "float y", body, 17, **constants), tmp_path)
-    assert kinds(after) == ["MatMul", "Mul", "Add", "MatMul", "Add"] and after.graph.node[-1].output == ["y"]
+    assert kinds(after) == ["MatMul", "Mul", "Add", "Gemm"] and after.graph.node[-1].output == ["y"]
     assert_equal(tmp_path, {"x": draw(5, 3)})
-    body = body.replace("e = Mul (d, gain) y = MatMul (e, v)", "r = Relu (d) e = Mul (r, gain) y = MatMul (e, v)")
+    body = body.replace("e = Mul (d, gain) y = MatMul (e, v)", "r = Relu (d) e = Mul (r, gain) y = Tanh (e)")
     constants["gain"] = np.abs(constants["gain"])
+    del constants["v"]
     _, after = folded(model("float[batch, 3] x", "float y", body, 17, **constants), tmp_path)
-    assert kinds(after) == ["MatMul", "BatchNormalization", "Add", "Relu", "MatMul"]
+    assert kinds(after) == ["MatMul", "BatchNormalization", "Add", "Relu", "Tanh"]
     assert_equal(tmp_path, {"x": draw(5, 3)})

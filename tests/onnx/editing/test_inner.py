@@ -23,7 +23,7 @@ def saturated():
 
 def test_what_a_sigmoid_reads_is_compared(tmp_path, saturated):
     result, after = folded(saturated, tmp_path)
-    assert kinds(after) == ["MatMul", "Add", "Sigmoid", "Reshape"]
+    assert kinds(after) == ["Gemm", "Sigmoid", "Reshape"]
     cases = result.verification.cases
     assert {case.output for case in cases} == {"y", "a (inside)"} and all(case.error < 1e-6 for case in cases)
 

@@ -14,9 +14,10 @@ BEHIND = {
     "Gemm, alpha and beta": (FLAT, "l = Gemm <alpha: float = 0.5, beta: float = 2.0> (x, w, b)", ["Gemm"]),
     "Gemm, beta without a bias": (FLAT, "l = Gemm <beta: float = 2.0> (x, w)", ["Gemm"]),
     "Gemm, both transposed": ("float[3, batch] x", "l = Gemm <transA: int = 1, transB: int = 1> (x, wt, b)", ["Gemm"]),
+    "Gemm, one number for a bias": (FLAT, "l = Gemm <beta: float = 2.0> (x, w, slope)", ["Gemm"]),
     "Gemm, the bias as a row": (FLAT, "l = Gemm (x, w, row)", ["Gemm"]),
     "a sum of three": (
-        FLAT, "m = MatMul (x, w) n = MatMul (x, w) l = Sum (m, n, m)", ["MatMul", "MatMul", "Add", "Sum"]
+        FLAT, "m = MatMul (x, w) n = MatMul (x, w) l = Sum (m, n, m)", ["MatMul", "Gemm", "Sum"]
     ),
     "FusedMatMul": (
         FLAT, "p = com.microsoft.FusedMatMul <alpha: float = 0.5> (x, w) l = Add (p, b)", ["FusedMatMul", "Add"]
@@ -35,6 +36,11 @@ BEHIND = {
 BETWEEN = {
     "a slice of two axes": ("s = Slice (c, starts, ends, axes)", ["Slice"]),
     "a slice with steps": ("s = Slice (c, starts, ends, axes, steps)", ["Slice"]),
+    "a slice that runs backwards": ("s = Slice (c, ends, starts, axes, back)", ["Slice"]),
+    "the largest, and where it is": (
+        "s, place = MaxPool <kernel_shape: ints = [2, 2]> (c) where = Identity (place)",
+        ["MaxPool", "Identity"],
+    ),
     "a split into one": ("s = Split <axis: int = 1, num_outputs: int = 1> (c)", ["Split"]),
     "depth to space, DCR": ("s = DepthToSpace <blocksize: int = 2> (c)", ["DepthToSpace"]),
     "depth to space, CRD": ('s = DepthToSpace <blocksize: int = 2, mode: string = "CRD"> (c)', ["DepthToSpace"]),
@@ -51,7 +57,8 @@ BETWEEN = {
 CONSTANTS = {
     "w": draw(3, 4), "wt": draw(4, 3), "b": draw(4), "row": draw(1, 4), "gain1": draw(4), "k": draw(4, 4, 1, 1),
     "starts": np.array([1, 2]), "ends": np.array([9, 5]), "axes": np.array([2, 3]), "steps": np.array([2, 1]),
-    "pairs": np.array([[0, 2], [3, 1]]), "slope": np.full(1, 0.25, np.float32), "slopes": np.abs(draw(4, 1, 1)),
+    "back": np.array([-2, -1]), "pairs": np.array([[0, 2], [3, 1]]),
+    "slope": np.full(1, 0.25, np.float32), "slopes": np.abs(draw(4, 1, 1)),
     "places": np.array([2, 3]), "zero": np.zeros(1, np.float32), "three": np.full(1, 3.0, np.float32),
 }  # fmt: skip
 

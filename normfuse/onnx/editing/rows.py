@@ -1,0 +1,95 @@
+"""Rows of the report for the norms that folding does not see, or was told to leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from normfuse.folding import FoldReport
+from normfuse.folding.report import DynamicNormRecord, NormRecord
+
+from .onnx_file import OnnxFile, graphs_of, label
+
+KIND = "BatchNormalization"
+_BY_THE_BATCH = "it has no running statistics and measures each batch"
+NOTHING_GAINED = "nothing would be gained"
+
+
+def why_unread(file: OnnxFile, norm: NodeProto) -> str:
+    """Why a BatchNormalization is no map with a finite number for each channel; empty if it is."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in norm.attribute}
+    if given.get("training_mode", 0) or any(norm.output[1:]):
+        return _BY_THE_BATCH
+    if given.get("spatial", 1) != 1:
+        return "it has a number for each position"
+    constant = all(name in file.constants for name in norm.input[1:])
+    if constant and len(norm.input) == 5:
+        gain, shift, mean, variance = (file.array(name).astype(np.float64) for name in norm.input[1:])
+        with np.errstate(all="ignore"):
+            scale = gain / np.sqrt(variance + given.get("epsilon", 1e-5))
+            if not np.isfinite([scale, shift - mean * scale]).all():
+                return "its gain, shift or statistics are not finite, or its variance is negative"
+    return ""
+
+
+def with_all_norms(
+    report: FoldReport, file: OnnxFile, paths: Mapping[str, int], why: Mapping[int, str], otherwise: str
+) -> FoldReport:
+    """A report with a row for every BatchNormalization of the file.
+
+    Args:
+        report: rows of what folding saw.
+        file: the file.
+        paths: positions of its operations by what the report calls them.
+        why: why one stays, by position.
+        otherwise: why one stays of which nothing else is known.
+    """
+    names = {position: name for name, position in paths.items()}
+    last = len(file.nodes)
+    static = [(paths.get(record.name, last), record) for record in report.norms]
+    dynamic = [(paths.get(record.name, last), record) for record in report.dynamic]
+    seen = {position for position, _ in static} | {position for position, _ in dynamic}
+    for position, norm, around in _norms_of(file):
+        if not around and position in seen:
+            continue
+        reason = around or why_unread(file, norm) or why.get(position, otherwise)
+        name = norm.name or norm.output[0]
+        name = name if around else names.get(position, name)
+        if reason == _BY_THE_BATCH:
+            row = DynamicNormRecord(name, KIND, "BatchNorm", "kept", "kept", reasons={"statistics": reason})
+            dynamic.append((position, row))
+        else:
+            static.append((position, NormRecord(name, KIND, "kept", reason=reason)))
+    return replace(report, norms=_in_order(static), dynamic=_in_order(dynamic))
+
+
+def all_kept(record: NormRecord, why: str) -> NormRecord:
+    """The row of a norm in a file that stays as it is."""
+    return record if record.status == "kept" else replace(record, status="kept", reason=why, absorbed_by=[])
+
+
+def _in_order(rows: list) -> list:
+    return [record for _, record in sorted(rows, key=lambda row: row[0])]
+
+
+def _norms_of(file: OnnxFile) -> Iterator[tuple[int, NodeProto, str]]:
+    """Every BatchNormalization: the position, and for those in graphs of operations and in functions, why they stay."""
+    for position, node in zip(file.positions, file.nodes, strict=True):
+        if node.op_type == KIND and file.is_own(node):
+            yield position, node, ""
+        inner = (norm for graph in graphs_of(node) for norm in _below(graph.node))
+        yield from ((position, norm, f"it is inside {label(node)}, which stays as it is") for norm in inner)
+    for function in file.proto.functions:
+        why = f"it is inside the function {function.name!r}, which stays as it is"
+        yield from ((len(file.nodes), norm, why) for norm in _below(function.node))
+
+
+def _below(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    for node in nodes:
+        if node.op_type == KIND:
+            yield node
+        for graph in graphs_of(node):
+            yield from _below(graph.node)
