@@ -91,7 +91,7 @@ std::vector<Phase> StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squar
   const int64_t n = stat_groups.channels, positions = stat_groups.positions, blocks = int64_t(blocks_.size());
   const std::shared_ptr<Acc[]> partial(new Acc[2 * blocks * sets * n]);  // of a block the means, then the deviations
   const std::shared_ptr<int64_t[]> counts(new int64_t[blocks * sets]);
-  const auto moments_of_block = [=](int64_t b, const Block& block, int64_t begin, int64_t end) {
+  const auto moments_of_block = [=, this](int64_t b, const Block& block, int64_t begin, int64_t end) {
     Acc *block_mean = &partial[2 * b * sets * n], *block_squares = block_mean + sets * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
@@ -119,7 +119,7 @@ std::vector<Phase> StatGroupPasses<T>::moments(const T* x, Acc* mean, Acc* squar
       }
     }
   };
-  const auto merge = [=](int64_t g, int64_t begin, int64_t end) {
+  const auto merge = [=, this](int64_t g, int64_t begin, int64_t end) {
     std::vector<double> total_mean(end - begin), total_squares(end - begin);
     for (int64_t s = 0; s < sets; ++s) {
       std::fill(total_mean.begin(), total_mean.end(), 0.0);
@@ -157,7 +157,7 @@ template <class T>
 Phase StatGroupPasses<T>::affine(const T* x, const AffineOfStatGroups<Acc>& by, T* y) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions;
   const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
-  const auto pass = [=, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
+  const auto pass = [=, this, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *scale[2], *shift[2];
     for (int64_t part = 0; part < 2; ++part) {
       mean[part] = vector(by.mean, block, part);
@@ -189,7 +189,7 @@ std::vector<Phase> StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, co
                                                      Acc* sums_dyd) const {
   const int64_t n = stat_groups.channels, positions = stat_groups.positions, parts = this->parts();
   const std::shared_ptr<Acc[]> partial(new Acc[2 * int64_t(blocks_.size()) * parts * n]);
-  const auto sums_of_block = [=](int64_t b, const Block& block, int64_t begin, int64_t end) {
+  const auto sums_of_block = [=, this](int64_t b, const Block& block, int64_t begin, int64_t end) {
     Acc *plain = &partial[2 * b * parts * n], *along = plain + parts * n;
     if (planes_) {
       const auto select = as_bits<Acc>(mask(block.first), positions);
@@ -216,7 +216,7 @@ std::vector<Phase> StatGroupPasses<T>::gradient_sums(const T* dy, const T* x, co
       }
     }
   };
-  const auto add = [=](int64_t g, int64_t begin, int64_t end) {
+  const auto add = [=, this](int64_t g, int64_t begin, int64_t end) {
     const std::pair<const Acc*, Acc*> wanted[] = {{partial.get(), sums_dy}, {partial.get() + parts * n, sums_dyd}};
     for (const auto& [from, to] : wanted)
       for (int64_t s = 0; s < sets; ++s) {
@@ -246,7 +246,7 @@ Phase StatGroupPasses<T>::gradient(const T* dy, const T* x, const GradientOfStat
   const int64_t n = stat_groups.channels, positions = stat_groups.positions;
   const bool stream = worth_streaming(stat_groups.samples * n * positions * sizeof(T));
   const std::vector<Acc> nothing(masked() && sets == 1 ? n : 0);
-  const auto pass = [=, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
+  const auto pass = [=, this, &by](int64_t, const Block& block, int64_t begin, int64_t end) {
     const Acc *mean[2], *slope[2], *pull[2], *offset[2];
     for (int64_t part = 0; part < 2; ++part) {
       const bool padding = part == 1 && !nothing.empty();

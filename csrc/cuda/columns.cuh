@@ -117,11 +117,16 @@ Workspace lay_out_workspace(void* memory, const Matrix& shape);
 // Sets the counters to zero on the stream.
 int clear_counters(const Workspace& workspace, const Matrix& shape, void* stream);
 
-// Channels per thread: 16 bytes, if every row of every matrix starts on 16 bytes and no pack crosses a group.
+// Numbers in a pack: 16 bytes. float64 is there to check the other types and goes one by one, in half as many kernels.
+template <class T>
+constexpr int kWidePack = std::is_same_v<T, double> ? 1 : 16 / int(sizeof(T));
+
+// Whether every row of every matrix starts at a pack and no pack crosses a group.
 template <class T>
 bool can_pack(int64_t group_width, std::initializer_list<const void*> matrices) {
-  bool aligned = group_width % (16 / int64_t(sizeof(T))) == 0;
-  for (const void* matrix : matrices) aligned = aligned && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
+  constexpr int kBytes = kWidePack<T> * int(sizeof(T));
+  bool aligned = group_width % kWidePack<T> == 0;
+  for (const void* matrix : matrices) aligned = aligned && reinterpret_cast<uintptr_t>(matrix) % kBytes == 0;
   return aligned;
 }
 
@@ -154,7 +159,7 @@ template <class Run>
 int with_packs(DType dtype, int64_t group_width, std::initializer_list<const void*> matrices, const Run& run) {
   return with_element_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return can_pack<T>(group_width, matrices) ? run(t, std::integral_constant<int, 16 / sizeof(T)>())
+    return can_pack<T>(group_width, matrices) ? run(t, std::integral_constant<int, kWidePack<T>>())
                                               : run(t, std::integral_constant<int, 1>());
   });
 }

@@ -63,7 +63,7 @@ template <class T, class Run>
 int with_layout(const StatGroups& stat_groups, std::initializer_list<const void*> matrices, const Run& run) {
   const bool planes = stat_groups.positions > 1;
   const bool pack = can_pack<T>(planes ? stat_groups.positions : stat_groups.channels, matrices);
-  constexpr int kPack = 16 / int(sizeof(T));
+  constexpr int kPack = kWidePack<T>;
   if (planes)
     return pack ? run(std::integral_constant<int, kPack>{}, std::true_type{})
                 : run(std::integral_constant<int, 1>{}, std::true_type{});
@@ -219,19 +219,21 @@ __device__ __forceinline__ GradientSums<Acc> from_l2(const GradientSums<Acc>* va
 }
 
 // Adds over the threads that work on the same channels. Thread i of the block gets the sum of the tile's i-th channel.
+// Loops that run once per block are not unrolled: code for them would only take time to compile.
 template <class Place, class Value>
 __device__ __forceinline__ Value add_members(const Place& place, const Value (&values)[Place::kStatGroups], bool planes,
                                              Value* shared) {
   __syncthreads();  // earlier readers of shared are done
   Value sum = values[0];
   if (planes) {
-#pragma unroll
+#pragma unroll 1
     for (int distance = kLanes / 2; distance > 0; distance /= 2) sum.add(from_lane(sum, distance));
     if (threadIdx.x == 0) shared[threadIdx.y] = sum;
     __syncthreads();
     const int warps = place.team / kLanes;
     if (place.thread * warps < kThreadRows) {
       sum = shared[place.thread * warps];
+#pragma unroll 1
       for (int w = 1; w < warps; ++w) sum.add(shared[place.thread * warps + w]);
     }
   } else {
@@ -242,14 +244,15 @@ __device__ __forceinline__ Value add_members(const Place& place, const Value (&v
     if (place.thread < kLanes * V) {
       const int from = place.thread % V * kLanes + place.thread / V;
       sum = shared[from];
+#pragma unroll 1
       for (int y = 1; y < kThreadRows; ++y) sum.add(shared[y * V * kLanes + from]);
     }
   }
   return sum;
 }
 
-// Completes what is added over statistics groups. In the last block of the tile and group finish(channel, sums) is
-// called once per channel; true there.
+// Completes what is added over statistics groups. In the last block of the tile and group finish(channel, set, sum)
+// is called once per channel and set; true there.
 template <bool kPlanes, int kSets, class Place, class Value, class Finish>
 __device__ __forceinline__ bool finish_stat_groups(const Place& place, const Value (&values)[kSets][Place::kStatGroups],
                                                    const StatGroupWorkspace& workspace, const Finish& finish) {
@@ -263,18 +266,18 @@ __device__ __forceinline__ bool finish_stat_groups(const Place& place, const Val
   }
   if (!is_last(workspace.blocks_done + place.group * gridDim.x + blockIdx.x, gridDim.y)) return false;
 
-  Value sums[kSets];
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kSets; ++s) {
     Value added[Place::kStatGroups] = {};
+#pragma unroll 1
     for (int64_t b = place.member; b < gridDim.y; b += place.members)
 #pragma unroll
       for (int i = 0; i < Place::kStatGroups; ++i)
         if (place.channel + i < channels)
           added[i].add(from_l2(partial + (b * kSets + s) * channels + place.channel + i));
-    sums[s] = add_members(place, added, kPlanes, shared);
+    const Value sum = add_members(place, added, kPlanes, shared);
+    if (place.finished < channels) finish(place.finished, s, sum);
   }
-  if (place.finished < channels) finish(place.finished, sums);
   return true;
 }
 

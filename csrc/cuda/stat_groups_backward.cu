@@ -97,10 +97,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         }
       }
     });
-    finish_stat_groups<kPlanes>(place, sums, finish.workspace, [&](int64_t c, const GradientSums<Acc>(&found)[kSets]) {
-#pragma unroll
-      for (int s = 0; s < kSets; ++s) finish(g, s, c, found[s]);
-    });
+    finish_stat_groups<kPlanes>(place, sums, finish.workspace,
+                                [&](int64_t c, int set, const GradientSums<Acc>& found) { finish(g, set, c, found); });
   }
 }
 

@@ -145,11 +145,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 #pragma unroll
       for (int i = 0; i < place.kStatGroups; ++i)
         moments[s][i] = {found[s].count, found[s].mean[i], found[s].squares[i]};
-    const bool finished = finish_stat_groups<kPlanes>(place, moments, finish.workspace,
-                                                      [&](int64_t c, const Moments<Acc>(&found)[kSets]) {
-#pragma unroll
-                                                        for (int s = 0; s < kSets; ++s) finish(g, s, c, found[s]);
-                                                      });
+    const bool finished = finish_stat_groups<kPlanes>(
+        place, moments, finish.workspace, [&](int64_t c, int set, const Moments<Acc>& sum) { finish(g, set, c, sum); });
     if (finished && finish.follows_groups() &&
         is_last(finish.workspace.blocks_done + groups * gridDim.x + blockIdx.x, unsigned(groups)) &&
         place.finished < stat_groups.channels)

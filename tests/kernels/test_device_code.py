@@ -38,7 +38,7 @@ STAT_GROUP_KERNELS = {
     "stat_group_gradient_sums": (2, 0),
     "stat_group_gradient": (2, 1),
 }
-PACKS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}
+PACKS = {"float": 4, "__half": 8, "__nv_bfloat16": 8}  # of 16 bytes; doubles go one by one
 ROWS_IN_FLIGHT = 4
 TEAMS = (1, 4, 16)  # warps
 CURVE_CASES = [(kernel, curve, element) for kernel in CURVE_KERNELS for curve in CURVES for element in PACKS]
@@ -95,12 +95,10 @@ def test_no_spills(compiled_for_sm_90):
     """
     usage = {key: text for key, text in _dump("--dump-resource-usage", "REG:").items() if "REG:" in text and key[1]}
     names = {name for _, name in usage}
-    for kernel, element in COLUMN_CASES:
-        assert {f"{kernel}<{element}, {pack}>" for pack in (1, PACKS[element])} <= names
-    for kernel, element in ROW_CASES:
-        assert {f"{kernel}<{element}, {pack}, {team}>" for pack in (1, PACKS[element]) for team in TEAMS} <= names
-    for kernel, curve, element in CURVE_CASES:
-        assert {f"{kernel}<{curve}, {element}, {pack}>" for pack in (1, PACKS[element])} <= names
+    for element, pack in [*PACKS.items(), *((element, 1) for element in [*PACKS, "double"])]:
+        assert {f"{kernel}<{element}, {pack}>" for kernel in COLUMN_KERNELS} <= names
+        assert {f"{kernel}<{element}, {pack}, {team}>" for kernel in ROW_KERNELS for team in TEAMS} <= names
+        assert {f"{kernel}<{curve}, {element}, {pack}>" for kernel in CURVE_KERNELS for curve in CURVES} <= names
     for key, text in usage.items():
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups())
         indexed = key[1].startswith("stat_group_gradient_sums<") and "Mask)2" in key[1] and registers <= 160
@@ -130,14 +128,14 @@ def test_sixteen_byte_accesses_of_curves(assembly, kernel, curve, element):
 def test_sixteen_byte_accesses_of_rows(assembly, kernel, element, team):
     loads, stores = _accesses(assembly[f"{kernel}<{element}, {PACKS[element]}, {team}>"])
     reads, writes = ROW_KERNELS[kernel]
-    packs = 16 // PACKS[element] if element != "double" else 4
+    packs = 16 // PACKS[element]
     assert loads >= reads * packs and stores >= writes * packs
 
 
 @pytest.mark.parametrize(("kernel", "element"), STAT_GROUP_CASES)
 def test_sixteen_byte_accesses_of_stat_groups(assembly, kernel, element):
     pack, (reads, writes) = PACKS[element], STAT_GROUP_KERNELS[kernel]
-    packs = ROWS_IN_FLIGHT if pack == 4 else ROWS_IN_FLIGHT // reads  # wide packs and doubles leave registers for fewer
+    packs = ROWS_IN_FLIGHT if pack == 4 else ROWS_IN_FLIGHT // reads  # wide packs leave registers for fewer
     for planes in ("false", "true"):
         loads, stores = _accesses(assembly[f"{kernel}<{element}, {pack}, {planes}, (normfuse::cuda::Mask)0>"])
         assert loads >= reads * packs and stores >= writes * packs
