@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def read(path: Path) -> dict[Group, Runs]:
-    """The full trainings, by what can be compared, and in it by norm; by rate where LayerNorm has several."""
+    """The full trainings, by what can be compared, and in it by norm; by rate where LayerNorm has several.
+
+    A norm's trainings at other rates than most of them are left out of its row.
+    """
     records = [json.loads(line) for line in path.read_text().splitlines()]
     judged = [record for record in records if record["training"]["stage"] == "judge"]
 
@@ -48,6 +51,11 @@ def read(path: Path) -> dict[Group, Runs]:
         what = comparable(training)
         rate = training["rate"] if len(rates[what]) > 1 else 0.0
         groups[(*what, rate)][training["norm"]].append(record)
+    for runs in groups.values():
+        for norm, found in runs.items():
+            rates_found = Counter(record["training"]["rate"] for record in found)
+            most = max(rates_found, key=rates_found.__getitem__)
+            runs[norm] = [record for record in found if record["training"]["rate"] == most]
     order = {(task, place): number for number, (task, place) in enumerate((t, p) for t in TASKS for p in PLACEMENTS)}
     return dict(sorted(groups.items(), key=lambda entry: (order[entry[0][:2]], *entry[0][2:])))
 

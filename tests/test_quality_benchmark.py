@@ -125,15 +125,17 @@ def test_a_ratio_is_over_common_seeds_and_leaves_out_what_diverged(quality):
 def test_trainings_are_compared_at_one_rate_where_layer_norm_has_several(quality, tmp_path):
     import quality_report
 
-    def line(norm, rate, task="lm", stage="judge"):
-        training = quality.Training(task, "pre", norm, stage, 12, rate, 0)
+    def line(norm, rate, task="lm", stage="judge", seed=0):
+        training = quality.Training(task, "pre", norm, stage, 12, rate, seed)
         return json.dumps({"training": quality.asdict(training)}) + "\n"
 
     file = tmp_path / "quality.jsonl"
     lines = [line("layer", 2e-3), line("layer", 4e-3), line("unified", 4e-3), line("layer", 1e-3, stage="choose")]
-    file.write_text("".join([*lines, line("layer", 2e-3, "cnn"), line("power", 4e-3, "cnn")]))
-    found = {group: sorted(runs) for group, runs in quality_report.read(file).items()}
-    assert found == {
+    pictures = [line("power", 2e-3, "cnn"), *(line("power", 4e-3, "cnn", seed=seed) for seed in range(2))]
+    file.write_text("".join([*lines, line("layer", 2e-3, "cnn"), *pictures]))
+    groups = quality_report.read(file)
+    assert [run["training"]["rate"] for run in groups["cnn", "pre", 12, 0.0]["power"]] == [4e-3] * 2
+    assert {group: sorted(runs) for group, runs in groups.items()} == {
         ("lm", "pre", 12, 2e-3): ["layer"],
         ("lm", "pre", 12, 4e-3): ["layer", "unified"],
         ("cnn", "pre", 12, 0.0): ["layer", "power"],
