@@ -1,6 +1,7 @@
 """What is no checkpoint, was damaged, or cannot be recorded: one line, and nothing is run or written."""
 
 import gzip
+import io
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import archives
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -273,6 +275,12 @@ def test_exits_of_a_model_that_the_user_names_are_errors(tmp_path, monkeypatch):
     assert "SystemExit" in refusal(tmp_path / "m.pt", model=build, inputs=["x:float32[2,4]"])
 
 
+def arrays() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{"block.0.weight": np.ones(2)})
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "name", "what"),
     [
@@ -287,6 +295,8 @@ def test_exits_of_a_model_that_the_user_names_are_errors(tmp_path, monkeypatch):
         (b"\x08\x0a\x12\x07pytorch\x1a\x052.13.0", "m.onnx", "an ONNX file"),
         (b"GGUF\x03\x00\x00\x00", "m.gguf", "a GGUF file"),
         (b"\x89HDF\r\n\x1a\n", "m.h5", "an HDF5 file"),
+        (b"\x93NUMPY\x01\x00", "m.npy", "an array or archive of NumPy"),
+        (arrays(), "m.npz", "an array or archive of NumPy"),
         (b"\x00" * 257 + b"ustar" + b"\x00" * 250, "m.tar", "a tar archive"),
         (bytes(range(256)), "m.pt", "not a checkpoint"),
     ],

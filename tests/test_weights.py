@@ -1,6 +1,7 @@
 """Files as training scripts save them, read into a plain module."""
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from checkpoints import Canary
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from normfuse.checkpoint import CheckpointError, archive, load, pickled, sharded, weights
 
@@ -73,6 +75,7 @@ FORMS = {
     "fairseq": lambda s: {"model": prefixed(s, "encoder."), "extra_state": {"epoch": 1}, "last_optimizer_state": None},
     "mmcv": lambda s: {"meta": {"epoch": 3, "config": "model = dict()"}, "state_dict": s, "optimizer": OPTIMIZER},
     "DeepSpeed": lambda s: {"module": s, "ds_config": {"zero": 0}, "optimizer": None},
+    "arrays of NumPy": lambda s: {"model": {n: v.numpy() for n, v in s.items()}, "history": {"loss": np.ones(3)}},
     "nested": lambda s: {"checkpoint": {"network": {"weights": s}}},
     "GAN": lambda s: {"generator": s, "discriminator": {"conv.weight": torch.ones(3, 3)}},
     "thop": lambda s: s | {"total_ops": torch.zeros(1), "block.0.total_params": torch.zeros(1)},
@@ -273,8 +276,21 @@ def test_a_folder_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"in parts; join them: python -m .* dcp_to_torch"):
         sharded.weight_file(tmp_path)
     (tmp_path / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no weights: none of model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no weights: none of model\.safetensors.*name the file"):
         sharded.weight_file(tmp_path)
+
+
+def test_the_only_weights_of_a_folder_are_taken_whatever_their_name(tmp_path, state):
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "rng_state.pth", "training_args.bin"):
+        torch.save({"x": torch.ones(1)}, tmp_path / name)
+    (tmp_path / "hparams.yaml").write_text("lr: 0.1")
+    torch.save({"state_dict": prefixed(state, "model.")}, tmp_path / "epoch=3.ckpt")
+    loaded = load(tmp_path, model=Net, inputs=INPUTS)
+    assert torch.equal(loaded.program.state_dict["head.weight"], state["head.weight"])
+    assert "epoch=3.ckpt" in loaded.notes[0]
+    torch.save(state, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds epoch=3\.ckpt, last\.ckpt; name the file"):
+        load(tmp_path, model=Net, inputs=INPUTS)
 
 
 # Through load
@@ -314,6 +330,23 @@ def test_a_trusted_file_may_hold_its_module_among_others(tmp_path):
         assert load(tmp_path / "c.pt", model=model, inputs=INPUTS, trust=True).outputs == ("output",)
     with pytest.raises(CheckpointError, match="holds pickled objects"):
         load(tmp_path / "c.pt", inputs=INPUTS)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, nn.Module.half, nn.Module.bfloat16])
+def test_whole_modules_as_trainings_save_them(tmp_path, wrap):
+    saved = Net()
+    torch.save({"model": wrap(copy.deepcopy(saved)), "epoch": 3}, tmp_path / "c.pt")
+    loaded = load(tmp_path / "c.pt", inputs=INPUTS, trust=True)
+    assert loaded.inputs[0].dtype == torch.float32
+    expected = saved.eval()(loaded.example_inputs[0])
+    torch.testing.assert_close(loaded.expected_outputs[0], expected, rtol=0.1, atol=0.05)  # half the digits
+
+
+def test_a_wrapped_module_takes_weights(tmp_path, state):
+    torch.save(state, tmp_path / "c.pt")
+    loaded = load(tmp_path / "c.pt", model=lambda: nn.DataParallel(Net()), inputs=INPUTS)
+    assert torch.equal(loaded.program.state_dict["head.weight"], state["head.weight"])
+    assert "looked through DataParallel" in loaded.notes
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, state):

@@ -13,6 +13,7 @@ from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.records import Records
 
 _HEAD = 1 << 16
+_NUMPY = "an array or archive of NumPy: save the weights with torch.save or safetensors"
 _STARTS = {
     b"\x1f\x8b": "a gzip archive: unpack it first",
     b"BZh": "a bzip2 archive: unpack it first",
@@ -22,7 +23,7 @@ _STARTS = {
     b"Rar!": "a RAR archive: unpack it first",
     b"GGUF": "a GGUF file, whose weights are quantised: save the model's own weights with torch.save or safetensors",
     b"\x89HDF": "an HDF5 file, as Keras writes them: save the weights with torch.save or safetensors",
-    b"\x93NUMPY": "a NumPy array: save the weights with torch.save or safetensors",
+    b"\x93NUMPY": _NUMPY,
     b"%PDF": "a PDF document, not a checkpoint",
     b"\x89PNG": "a picture, not a checkpoint",
     b"\xff\xd8\xff": "a picture, not a checkpoint",
@@ -64,6 +65,8 @@ def kind_of(file: BinaryIO, path: Path) -> str:
     if not head:
         raise CheckpointError(f"{path} is empty")
     if head.startswith(b"PK\x03\x04"):
+        if _first_record(head).endswith(b".npy"):
+            raise CheckpointError(f"{path} is {_NUMPY}")
         return _zip_kind(file, path)
     for start, what in _STARTS.items():
         if head.startswith(start):
@@ -87,6 +90,11 @@ def _refuse_others(path: Path, status: os.stat_result) -> None:
         raise CheckpointError(f"cannot read {path}: it is a folder; name the file with the weights in it")
     if kind in _OTHERS:
         raise CheckpointError(f"cannot read {path}: it is {_OTHERS[kind]}, not a file")
+
+
+def _first_record(head: bytes) -> bytes:
+    """The name of the first record of a zip archive."""
+    return head[30 : 30 + int.from_bytes(head[26:28], "little")]
 
 
 def _zip_kind(file: BinaryIO, path: Path) -> str:

@@ -21,6 +21,7 @@ from normfuse.checkpoint.arguments import bind, parameters_of
 from normfuse.checkpoint.capture import ExportableModel, capture
 from normfuse.checkpoint.inputs import DTYPES, Dimension, InputSpec
 from normfuse.checkpoint.programs import load_program, made_up
+from normfuse.checkpoint.wrappers import unwrapped
 
 _PROGRAM = object()  # stands for what is read elsewhere
 _NAME_INPUTS = 'name them: --input "tokens:int64[batch,seq]" (inputs=[…])'
@@ -85,6 +86,8 @@ def _load(
     weights: str | None,
     trust: bool,
 ) -> ExportableModel:
+    if path.is_dir():
+        path = sharded.weight_file(path)
     content = _read(path, trust)
     if content is _PROGRAM:
         loaded = load_program(path, specs, trust)
@@ -105,8 +108,10 @@ def _load(
     held = weights_module.module_in(content) if trust else None
     if held is not None and model is not None:
         content, held = held.state_dict(), None
+    # Weights in float16 with inputs in float32 were trained in mixed precision: they are computed in float32.
+    single = any(spec.dtype == torch.float32 for spec in specs or ())
     if held is not None:
-        module = held
+        module = held.float() if single and _is_half(held) else held
     elif isinstance(content, Mapping) and "format" in content:
         metadata, state, examples = _checked(content, path)
         module = _build(path, metadata, model, model_args, trust, state)
@@ -116,9 +121,8 @@ def _load(
         state, notes = weights_module.take(content, module, str(path), weights)
         if not _only_tensors(state):
             raise CheckpointError(f"{path} holds sparse, quantised or expanded tensors; save plain dense ones")
-        # Weights in float16 with inputs in float32 were trained in mixed precision: the module computes in its own.
-        single = any(spec.dtype == torch.float32 for spec in specs or ())
         _fill(module, state, metadata, path, in_own_dtype=single)
+    module, plain, said = unwrapped(module)
     if specs is not None:
         examples = (
             examples if _fit(examples, specs) else dict(zip((s.name for s in specs), made_up(specs), strict=True))
@@ -133,12 +137,15 @@ def _load(
             f"{some_of([p.name for p in parameters], 8)}",
             advice=[f'--input "{name}:float32[batch,8]"' for name in names],
         )
-    return captured(module, specs, examples, str(path), notes)
+    return captured(module, specs, examples, str(path), [*notes, *said], plain)
+
+
+def _is_half(module: nn.Module) -> bool:
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return dtypes in ({torch.float16}, {torch.bfloat16})
 
 
 def _read(path: Path, trust: bool) -> Any:
-    if path.is_dir():
-        path = sharded.weight_file(path)
     if path.name.endswith(sharded.INDEX):
         return sharded.read_index(path, trust)
     kind = archive.file_kind(path)
@@ -151,8 +158,9 @@ def captured(
     examples: Mapping[str, torch.Tensor],
     source: str,
     notes: Sequence[str] = (),
+    plain: nn.Module | None = None,
 ) -> ExportableModel:
-    """Traces a module whose ``forward`` takes one tensor per spec, by name."""
+    """Traces a module whose ``forward`` takes one tensor per spec, by name; see :func:`capture` for ``plain``."""
     allowed = parameters_of(module)
     for spec in specs:
         if spec.name not in allowed:
@@ -161,7 +169,7 @@ def captured(
     tensors = {name: examples[name] for name in by_name}
     specs_module.consistent_sizes(specs, list(tensors.values()))
     call = bind(module, tensors)
-    return capture(module, call, [by_name[name] for name in call.names], source, notes=notes)
+    return capture(module, call, [by_name[name] for name in call.names], source, plain=plain, notes=notes)
 
 
 def _checked(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from normfuse.checkpoint import archive, kinds
-from normfuse.checkpoint.archive import CheckpointError, one_line
+from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.strict_json import parse_json
 
 INDEX = ".index.json"
@@ -19,12 +20,17 @@ _STEMS = (
     "diffusion_pytorch_model.bin",
 )
 NAMES = tuple(name + ending for name in _STEMS for ending in ("", INDEX))  # the first one that is there is read
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", INDEX)
+# What trainings keep beside weights, and parts of weights.
+_BESIDE = re.compile(
+    r"optim|sched|scaler|sampler|dataloader|random_states|rng_state|training_args|-\d+-of-\d+\.", re.IGNORECASE
+)
 
 
 def weight_file(folder: Path) -> Path:
-    """The file with a folder's weights, as transformers, diffusers and accelerate name it.
+    """The file with a folder's weights: as transformers, diffusers and accelerate name it, or the only one.
 
-    CheckpointError if there is none.
+    CheckpointError if there is none, or more than one of other names.
     """
     for name in NAMES:
         if (folder / name).is_file():
@@ -34,7 +40,21 @@ def weight_file(folder: Path) -> Path:
             f"{folder} is a checkpoint of torch.distributed in parts; join them: python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} weights.pt"
         )
-    raise CheckpointError(f"{folder} holds no weights: none of {', '.join(_STEMS)}, whole or with {INDEX}")
+    others = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(_ENDINGS) and path.is_file() and not _BESIDE.search(path.name)
+    )
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds {some_of([path.name for path in others])}; name the file with the weights"
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights: none of {', '.join(_STEMS)}, whole or with {INDEX}, and no file that ends in "
+        f"{', '.join(_ENDINGS[2:5])}; name the file with the weights"
+    )
 
 
 def read_index(path: Path, trust: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -179,12 +180,19 @@ def _groups(
     if not isinstance(content, Mapping) or len(path) > _DEPTH or id(content) in seen:
         return
     seen.add(id(content))
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    tensors = {k: t for k, v in content.items() if isinstance(k, str) and (t := _tensor(v)) is not None}
     if tensors:
         yield ".".join(path), tensors
     for key, value in content.items():
         if isinstance(key, str) and "." not in key:
             yield from _groups(value, (*path, key), seen)
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """A tensor, also of an array of NumPy; None for whatever else a file holds."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
+        return torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="))).reshape(value.shape))
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _fits(group: str, tensors: Mapping[str, torch.Tensor], needs: _Needs) -> list[_Fit]:
