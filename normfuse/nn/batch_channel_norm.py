@@ -143,6 +143,12 @@ class BatchChannelNorm(nn.Module):
         self.group_weight = nn.Parameter(torch.ones(num_groups, device=device, dtype=dtype))
         self.group_bias = nn.Parameter(torch.zeros(num_groups, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Set the statistics back, gains to 1, shifts to 0."""
+        self.batch_norm.reset_parameters()
+        nn.init.ones_(self.group_weight)
+        nn.init.zeros_(self.group_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x)

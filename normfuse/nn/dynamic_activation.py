@@ -26,6 +26,7 @@ class _DynamicActivation(nn.Module):
         if not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha} is not allowed; give a finite number such as 0.5")
         self.num_features = num_features
+        self._starts = {"alpha": float(alpha), "weight": 1.0, "bias": 0.0}
         self.alpha = nn.Parameter(torch.full((), float(alpha), device=device, dtype=dtype))
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -39,6 +40,11 @@ class _DynamicActivation(nn.Module):
 
     def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set every parameter back to its value before training."""
+        for name, start in self._starts.items():
+            nn.init.constant_(self.get_parameter(name), start)
 
     def extra_repr(self) -> str:
         return str(self.num_features)
@@ -106,6 +112,7 @@ class Derf(_DynamicActivation):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, alpha, device=device, dtype=dtype)
+        self._starts["shift"] = float(shift)
         self.shift = nn.Parameter(torch.full((), float(shift), device=device, dtype=dtype))
 
     def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:

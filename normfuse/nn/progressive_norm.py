@@ -123,6 +123,13 @@ class ProgressiveNorm(nn.Module):
         self.step.fill_(step)
         self._share.fill_(self.share)
 
+    def reset_parameters(self) -> None:
+        """Set the count back to 0 and forget the averages; the norms inside have a reset of their own."""
+        self._set_step(0)
+        if self.momentum is not None:
+            self.moments.zero_()
+            self.measured.zero_()
+
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more optimiser steps. Waits for the device only where λ begins to fall from averages.
 

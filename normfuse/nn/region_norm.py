@@ -64,6 +64,11 @@ class RegionNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(2, num_features, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Set gains and shifts to 0, where they start."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return traced_as_one(self, x, mask)

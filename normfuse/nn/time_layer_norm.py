@@ -27,6 +27,16 @@ class TimeRamp(nn.Module):
         for name, start in (("slope", 0.0), ("offset", 0.0), ("start", value), ("end", value)):
             self.register_parameter(name, nn.Parameter(torch.full((num_features,), start, device=device, dtype=dtype)))
 
+    def reset_parameters(self) -> None:
+        """Set slope and offset to 0, ``start`` and ``end`` to what they are at first."""
+        for parameter, start in (
+            (self.slope, 0.0),
+            (self.offset, 0.0),
+            (self.start, self.neutral),
+            (self.end, self.neutral),
+        ):
+            nn.init.constant_(parameter, start)
+
     def forward(self, t: Tensor) -> Tensor:
         """[..., C] for times [...]."""
         s = torch.sigmoid(torch.addcmul(self.offset, t[..., None].to(self.slope.dtype), self.slope + 1))
@@ -52,6 +62,10 @@ class OffsetRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return divide_by_rms(x, self.eps) * cast(self.weight, x.dtype)

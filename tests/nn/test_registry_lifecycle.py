@@ -273,3 +273,29 @@ def test_an_average_of_weights(entry):
             update_bn([inputs], average)
     else:
         update_bn([inputs], average)
+
+
+@every(LAYERS)
+def test_a_reset_makes_a_norm_as_new(entry):
+    """Also a trained one, and one that left the meta device without numbers."""
+
+    def reset(module):
+        torch.manual_seed(0)  # for the convolutions of LearnableRegionNorm
+        for part in module.modules():
+            if any(True for _ in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+                part.reset_parameters()
+        return module
+
+    inputs = inputs_of(entry)
+    trained = train(entry.make(C), inputs)
+    for part in trained.modules():
+        if isinstance(part, ProgressiveNorm):
+            part.advance(7)
+    with torch.device("meta"):
+        empty = entry.make(C)
+    new = reset(entry.make(C))
+    torch.manual_seed(0)
+    assert same(new.state_dict(), entry.make(C).state_dict())
+    for module in (trained, empty.to_empty(device="cpu")):
+        assert same(reset(module).state_dict(), new.state_dict())
+        assert torch.equal(module.eval()(*inputs), new.eval()(*inputs))
