@@ -123,6 +123,16 @@ class ProgressiveNorm(nn.Module):
         self.step.fill_(step)
         self._share.fill_(self.share)
 
+    @property
+    def weight(self) -> Tensor | None:
+        """That of the original: models ask a norm's weight for its dtype and device, as Mamba does."""
+        return self.original.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the original."""
+        return self.original.bias
+
     def reset_parameters(self) -> None:
         """Set the count back to 0 and forget the averages; the norms inside have a reset of their own."""
         self._set_step(0)

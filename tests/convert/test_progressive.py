@@ -70,6 +70,26 @@ def test_the_original_at_first_and_only_static_norms_at_the_end(model, to):
     assert to != "power" or model.norms[0].group_num is None
 
 
+@pytest.mark.parametrize("to", KINDS)
+def test_models_that_ask_a_norm_for_its_dtype(to):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.RMSNorm(DIM), nn.Linear(DIM, DIM)
+
+        def forward(self, x):
+            return self.linear(self.norm(x.to(dtype=self.norm.weight.dtype, device=self.norm.weight.device)))
+
+    model, x = Block(), torch.randn(3, DIM)
+    expected = model(x)
+    conversion = progressive(model, to=to, schedule=2)
+    assert torch.equal(model(x.double()), expected) and not hasattr(model.norm, "bias")
+    conversion.calibrate([x])
+    conversion.step(2)
+    conversion.finish()
+    assert model(x.double()).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("to", "options"), [*((to, {}) for to in KINDS), ("power", {"group_num": 2})])
 def test_the_fit_is_least_squares_over_valid_tokens(model, to, options):
     conversion = progressive(model.double(), to=to, schedule=1, **options)
