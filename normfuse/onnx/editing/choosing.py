@@ -49,14 +49,14 @@ class Choice:
         report: what became of the norms.
         operations: how many the file has, constants left out.
         run: how many ONNX Runtime is left with after its own optimisations; infinite where it cannot do them.
-        note: what to say about it.
+        replaced: positions of the file's operations in whose place others take a shift: a Max for a Relu.
     """
 
     edited: Edited
     report: FoldReport
     operations: int
     run: float
-    note: str = ""
+    replaced: frozenset[int] = frozenset()
 
 
 def choose(
@@ -73,7 +73,8 @@ def choose(
 
     ONNX Runtime knows attention, GELU and LayerNorm by what other tools write for them. Where a factor in the middle
     of that has gone into a weight, it no longer does, and the file has fewer operations but takes longer. So factors of
-    one number, and what stands behind a LayerNorm written out in arithmetic, are left alone where that is the case.
+    one number, and what stands behind a LayerNorm written out in arithmetic, are left alone where that is the case; so
+    is a Relu in whose place a Max would take a shift.
 
     Returns:
         The ways, and the report of the widest one for files of which nothing is worth folding.
@@ -82,11 +83,8 @@ def choose(
     run = optimised_operations(file.proto, file, folder)
     found: list[Choice] = []
     first: FoldReport | None = None
-    tried = set()
-    for pinned in (frozenset(), delicate(file, everywhere=False), delicate(file, everywhere=True)):
-        if pinned in tried:
-            continue
-        tried.add(pinned)
+    ways = list(dict.fromkeys((frozenset(), delicate(file, everywhere=False), delicate(file, everywhere=True))))
+    for pinned in ways:
         progress("fold" if first is None else f"fold, {len(pinned)} maps left alone")
         choice = _settled(file, observed, inputs, folder, pinned, keep_dynamic_norms=True, **options)
         if math.isinf(choice.run) and not math.isinf(run):
@@ -94,6 +92,8 @@ def choose(
         first = first or choice.report
         if choice.operations < count and choice.run <= run:
             found.append(choice)
+        elif pinned | choice.replaced not in ways:
+            ways.append(pinned | choice.replaced)
     found.sort(key=lambda choice: (choice.run, choice.operations))
     if (
         not keep_dynamic_norms
@@ -138,7 +138,7 @@ def _settled(
             why[error.position] = f"it cannot be written as an edit of the file: {error}"
             continue
         report = with_all_norms(_in_words_of_the_file(report, reading), file, reading.paths, why, NOTHING_GAINED)
-        choice = Choice(edited, report, operations(edited.proto), 0)
+        choice = Choice(edited, report, operations(edited.proto), 0, _replaced(reading, folded))
         if best is None or choice.operations <= best.operations:
             best = choice
         moved = _moved(reading, folded, report)
@@ -149,6 +149,15 @@ def _settled(
     if any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(best.edited.proto)):
         lift_weights(best.edited.proto)
     return replace(best, run=optimised_operations(best.edited.proto, file, folder))
+
+
+def _replaced(reading: Reading, folded: ExportedProgram) -> frozenset[int]:
+    """Positions of operations that are no maps, and in whose place others stand."""
+    nodes, alive = reading.file.proto.graph.node, {node.name for node in folded.graph.nodes}
+    gone = {max(origin.nodes) for name, origin in reading.origins.items() if name not in alive}
+    kinds = {position: nodes[position].op_type for position in gone}
+    squares = {position for position in gone if kinds[position] == "Mul" and len(set(nodes[position].input)) == 1}
+    return frozenset(position for position in gone if kinds[position] not in _MAPS) | squares
 
 
 def _moved(reading: Reading, folded: ExportedProgram, report: FoldReport) -> frozenset[int]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session
 
@@ -27,12 +27,14 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
         folder: for files that are written on the way.
 
     Returns:
-        The number; that of all operations where ONNX Runtime cannot say, infinity where it crashes.
+        The number, where a convolution with a sum and an activation in it is three: what folding leaves may be fused
+        elsewhere. That of all operations where ONNX Runtime cannot say, infinity where it crashes.
     """
     path, weights = folder / "optimised.onnx", str(file.path.parent.resolve())
     try:
         Session(model.SerializeToString(), folder=weights, optimised=str(path), threads=1)
-        return operations(onnx.load(path, load_external_data=False))
+        optimised = onnx.load(path, load_external_data=False)
+        return operations(optimised) + sum(map(_fused, optimised.graph.node))
     except RuntimeEnded:
         return math.inf
     except (RuntimeFailure, ValueError, OSError):  # beyond 2 GiB neither side can be written in one piece
@@ -40,3 +42,11 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
     finally:
         for left in folder.glob("optimised.onnx*"):
             left.unlink()
+
+
+def _fused(node: NodeProto) -> int:
+    """How many more operations a convolution does."""
+    if not node.domain or not node.op_type.endswith("Conv"):
+        return 0
+    summed = len(node.input) > 3 and bool(node.input[3])
+    return summed + any(attribute.name == "activation" and attribute.s for attribute in node.attribute)

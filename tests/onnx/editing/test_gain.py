@@ -1,6 +1,7 @@
 """A file is edited only where something is gained: fewer operations, in it and in what ONNX Runtime runs of it."""
 
 import numpy as np
+import pytest
 from onnx_files import NORM, ONE, assert_equal, folded, kinds, weights
 from onnx_text import draw, model
 
@@ -121,3 +122,31 @@ def test_a_norm_between_other_scales_goes_on_with_other_numbers(tmp_path):
     _, after = folded(model("float[batch, 3] x", "float y", body, 17, **constants), tmp_path)
     assert kinds(after) == ["MatMul", "BatchNormalization", "Add", "Relu", "Tanh"]
     assert_equal(tmp_path, {"x": draw(5, 3)})
+
+
+NUMBERS = "gain, shift, shift, variance)"
+# Of 16 channels, because ONNX Runtime blocks no fewer; what is left of the norms, and how many operations at most.
+BLOCKS = {
+    "a Max would end the blocks that a Relu keeps": (
+        f"e = Relu (c) d = Mul (e, c) n = BatchNormalization (d, {NUMBERS} r = Relu (n) f = Conv (r, square) "
+        f"g = BatchNormalization (f, {NUMBERS} h = Relu (g) y = Conv (h, square)",
+        1, 8,
+    ),
+    "a norm of its own beside two convolutions": (
+        f"e = Relu (c) f = Conv (e, square) g = BatchNormalization (f, {NUMBERS} h = Conv (e, square) "
+        f"i = BatchNormalization (h, {NUMBERS} j = BatchNormalization (e, {NUMBERS} k = Add (g, i) l = Add (k, j) "
+        "m = Relu (l) y = Conv (m, square)",
+        0, 8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_norms_between_convolutions_that_onnx_runtime_computes_in_blocks(tmp_path, case):
+    body, norms, operations = BLOCKS[case]
+    constants = {"first": draw(16, 3, 3, 3), "square": draw(16, 16, 1, 1), "gain": np.abs(draw(16)) + 0.5}
+    constants |= {"shift": draw(16), "variance": np.ones(16, np.float32)}
+    proto = model("float[batch, 3, 8, 8] x", "float y", f"c = Conv (x, first) {body}", 17, **constants)
+    _, after = folded(proto, tmp_path)
+    assert kinds(after).count("BatchNormalization") <= norms and len(kinds(after)) <= operations
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
