@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import Axes, Call, bind, dynamic_axes
 from normfuse.checkpoint.conduct import training_in_evaluation
 from normfuse.checkpoint.dimensions import found
+from normfuse.checkpoint.experts import gathering_experts
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_numbers
 from normfuse.checkpoint.sizes import narrowed
@@ -337,7 +338,9 @@ def _evaluation(*modules: nn.Module) -> Iterator[None]:
             _evaluate(module)
             if "_original_forward" in vars(module):  # accelerate's mixed precision is around it
                 vars(module)["forward"] = vars(module)["_original_forward"]
-        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(gathering_experts(module))
             warnings.simplefilter("ignore")  # of torch.export, about what is decided and noted here
             yield
     finally:

@@ -116,7 +116,7 @@ def exportable(
     """
     signature = signature_of(model, processor or {}, inputs)
     chosen = _Outputs(model, outputs)
-    with _quiet(), _gathering_experts(model):
+    with _quiet():
         if with_past:
             if outputs is not None:
                 raise CheckpointError("outputs cannot be chosen with a past: logits and the new keys and values go out")
@@ -128,20 +128,6 @@ def exportable(
         traced = ExportableModel.from_model(called, dict(signature.examples), dict(signature.dims))
     notes = (*traced.notes, *signature.notes, *chosen.notes())
     return replace(_renamed(traced, signature, source or type(model).__name__), notes=notes)
-
-
-@contextmanager
-def _gathering_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile, experts gather the weights of each token: ONNX has no products in groups of tokens."""
-    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
-    if "grouped_mm" not in before.values():
-        yield
-        return
-    model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
 
 
 class _Outputs:

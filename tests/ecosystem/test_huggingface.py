@@ -274,6 +274,27 @@ def test_mixtures_of_experts_come_out_and_stay_as_they_were():
     assert not any(target.startswith("transformers") for target in targets)
 
 
+def test_mixtures_of_experts_inside_of_other_modules():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.MixtralConfig(**MODELS["Llama"][2] | sizes, use_cache=False)
+            self.encoder, self.head = transformers.MixtralModel(config), torch.nn.Linear(32, 3)
+
+        def forward(self, ids):
+            return self.head(self.encoder(ids).last_hidden_state.mean(1))
+
+    model, ids = Classifier().eval(), torch.randint(99, (2, 5))
+    with torch.no_grad():
+        expected = model(ids)
+    exported = normfuse.ExportableModel.from_model(model, (ids,), ({0: "batch"},))
+    assert model.encoder.get_experts_implementation() == {"": "grouped_mm"}
+    assert "grouped_mm" not in str(exported.program.graph)
+    torch.testing.assert_close(exported.run([ids])[0], expected)
+
+
 def test_weights_that_the_model_does_not_have_are_named(saved):
     folder = saved("BERT")
     changed_config(folder, num_hidden_layers=1)
