@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -58,6 +58,11 @@ class Choice:
     run: float
     replaced: frozenset[int] = frozenset()
 
+    @property
+    def norms(self) -> int:
+        """How many BatchNormalizations the file has after it."""
+        return _norms(self.edited.proto)
+
 
 def choose(
     file: OnnxFile,
@@ -69,7 +74,7 @@ def choose(
     options: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> tuple[list[Choice], FoldReport]:
-    """Ways to fold a file that leave fewer operations, in it and in what ONNX Runtime makes of it; best first.
+    """Ways to fold a file that leave fewer operations or norms, in it and in what ONNX Runtime makes of it; best first.
 
     ONNX Runtime knows attention, GELU and LayerNorm by what other tools write for them. Where a factor in the middle
     of that has gone into a weight, it no longer does, and the file has fewer operations but takes longer. So factors of
@@ -79,7 +84,7 @@ def choose(
     Returns:
         The ways, and the report of the widest one for files of which nothing is worth folding.
     """
-    count = operations(file.proto)
+    count, norms = operations(file.proto), _norms(file.proto)
     run = optimised_operations(file.proto, file, folder)
     found: list[Choice] = []
     first: FoldReport | None = None
@@ -90,7 +95,8 @@ def choose(
         if math.isinf(choice.run) and not math.isinf(run):
             raise GraphError("folded, ONNX Runtime crashes when it optimises it, which it does not as it is")
         first = first or choice.report
-        if choice.operations < count and choice.run <= run:
+        gain = choice.operations < count or choice.run < run or choice.norms < norms
+        if gain and choice.operations <= count and choice.run <= run:
             found.append(choice)
         elif pinned | choice.replaced not in ways:
             ways.append(pinned | choice.replaced)
@@ -112,6 +118,10 @@ def choose(
             found.insert(0, choice)
     assert first is not None
     return found, first
+
+
+def _norms(model: ModelProto) -> int:
+    return sum(node.op_type == "BatchNormalization" for node in model.graph.node)
 
 
 def _settled(

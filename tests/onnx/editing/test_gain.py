@@ -5,6 +5,8 @@ import pytest
 from onnx_files import NORM, ONE, assert_equal, folded, kinds, weights
 from onnx_text import draw, model
 
+NUMBERS = "gain, shift, shift, variance)"
+
 
 def test_a_file_without_norms_is_copied(tmp_path):
     proto = model("float[batch, 4] x", "float y", "s = Softmax (x) y = MatMul (s, w)", w=draw(4, 2))
@@ -62,6 +64,20 @@ def test_a_square_takes_a_shift_that_nothing_else_takes(tmp_path):
     _, after = folded(model("float[batch, 4] x", "float[batch, 3] y", body, **constants), tmp_path)
     assert kinds(after) == ["Tanh", "Max", "Sub", "Mul", "MatMul"]
     assert_equal(tmp_path, {"x": draw(2, 4)})
+
+
+@pytest.mark.parametrize("reading", ["Transpose <perm: ints = [0, 2, 1]> (l)", "Reshape (l, order)"])
+def test_a_norm_becomes_the_bias_of_a_product(tmp_path, reading):
+    """Which is an operation too, but a smaller one."""
+    back = reading.replace("(l", "(n").replace("order", "size")
+    body = f"l = MatMul (x, w) size = Shape (l) t = {reading} n = BatchNormalization (t, {NUMBERS} y = {back}"
+    constants = {"w": draw(3, 4), "gain": draw(4), "shift": draw(4), "variance": ONE, "order": np.array([-1, 4])}
+    if "order" not in body:
+        del constants["order"]
+    result, after = folded(model("float[batch, seq, 3] x", "float y", body, 17, **constants), tmp_path)
+    assert sorted(kinds(after)) == sorted(["MatMul", "Add", "Shape", *2 * [reading.partition(" ")[0]]])
+    assert [row.status for row in result.report.norms] == ["folded"]
+    assert_equal(tmp_path, {"x": draw(2, 5, 3)})
 
 
 def test_gains_of_layer_norms_take_what_stands_behind_them(tmp_path):
@@ -124,7 +140,6 @@ def test_a_norm_between_other_scales_goes_on_with_other_numbers(tmp_path):
     assert_equal(tmp_path, {"x": draw(5, 3)})
 
 
-NUMBERS = "gain, shift, shift, variance)"
 # Of 16 channels, because ONNX Runtime blocks no fewer; what is left of the norms, and how many operations at most.
 BLOCKS = {
     "a Max would end the blocks that a Relu keeps": (
