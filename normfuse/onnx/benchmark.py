@@ -15,6 +15,7 @@ import numpy as np
 from normfuse.checkpoint.inputs import Dimension, clamp, dimensions, parse_input
 from normfuse.errors import NormfuseError
 from normfuse.onnx import sizes as sizes_module
+from normfuse.onnx.graph import GraphError
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, clock
 from normfuse.onnx.verifier import runtime_problem, session
 from normfuse.onnx.writer import INPUTS
@@ -23,13 +24,18 @@ from normfuse.options import check_timing
 _NUMPY = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int16)": np.int16, "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16, "tensor(uint32)": np.uint32, "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
 }  # fmt: skip
 _LONGEST_RUN = 3600.0  # seconds of the first run of a file
 
 
 class BenchError(NormfuseError):
     """The files cannot be timed side by side; the message is one line."""
+
+
+class _TooLarge(BenchError):
+    """Inputs of these sizes do not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def _matched(
         for path, entry in zip(paths, row, strict=True):
             if entry.type not in _NUMPY:
                 raise BenchError(
-                    f"input {entry.name!r} is a {entry.type}; values can only be generated for dense tensors"
+                    f"input {entry.name!r} is a {entry.type}; values can only be generated for dense tensors of numbers"
                 )
             if len(entry.shape) != len(row[0].shape) or _kind(entry) != _kind(row[0]):
                 raise BenchError(
@@ -173,12 +179,14 @@ def _fitting(
     """Inputs for each file that every file can take; and a note if the usual sizes were not among them."""
     shapes = {row[0].name: [_dimension(row, axis) for axis in range(len(row[0].shape))] for row in entries}
     usual: dict[str, int] = {}
+    needed = _needed(Path(paths[0]))
     for row in entries:
         for axis, dimension in enumerate(shapes[row[0].name]):
             if isinstance(dimension, str):
                 named = not dimension.endswith(f".{axis}")
+                size = needed.get((row[0].name, axis))
                 for word in sizes_module.words(dimension):
-                    usual.setdefault(word, sizes_module.usual(word, axis, len(row[0].shape), named))
+                    usual.setdefault(word, size or sizes_module.usual(word, axis, len(row[0].shape), named))
     for name, bounded in _bounds(sessions[0]).items():
         if name in usual:
             usual[name] = clamp(usual[name], bounded)
@@ -190,8 +198,11 @@ def _fitting(
         raise BenchError(f"size {unknown[0]!r} names no dynamic dimension of the inputs{known}")
     refusal: BenchError | None = None
     for sizes in sizes_module.attempts(usual, chosen):
-        feeds = _feeds(entries, shapes, sizes, seed)
-        problem = _first_problem(paths, sessions, feeds)
+        try:
+            feeds = _feeds(entries, shapes, sizes, seed)
+            problem = _first_problem(paths, sessions, feeds)
+        except _TooLarge as error:
+            problem = error
         if problem is None:
             changed = [f"{name} is {sizes[name]}, not {usual[name]}" for name in usual if sizes[name] != usual[name]]
             changed = [text for text in changed if text.split()[0] not in chosen]
@@ -199,6 +210,18 @@ def _fitting(
         refusal = refusal or problem
     assert refusal is not None
     raise refusal
+
+
+def _needed(path: Path) -> dict[tuple[str, int], int]:
+    """Sizes that operations of a file ask for, by input and axis: the channels of a convolution."""
+    from .editing.hints import hints_of
+    from .editing.onnx_file import OnnxFile
+
+    try:
+        found = hints_of(OnnxFile(path))
+    except GraphError:
+        return {}
+    return {(name, axis): size for name, hints in found.items() for axis, size in hints.sizes.items()}
 
 
 def _bounds(loaded: Session) -> dict[str, Dimension]:
@@ -254,7 +277,7 @@ def _feeds(
         try:
             drawn = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
         except (MemoryError, ValueError) as error:  # ValueError: more than numpy can count
-            raise BenchError(
+            raise _TooLarge(
                 f"input {row[0].name!r} of shape {shape} does not fit in memory; give smaller sizes"
             ) from error
         for feed, entry in zip(feeds, row, strict=True):

@@ -27,6 +27,9 @@ from normfuse.programs import Runner, own_rounding
 # int8: of the output's size (root of summed squares), see compare_int8. A fifth is a cosine of 0.98.
 RTOL = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
 _COARSER = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
+# Where ONNX Runtime's message comes from in its sources: ``/path/upsample.h:314 ns::F(const T&) [with T = int] ``, and
+# ``upsample.h:548 Validate ``.
+_SIGNATURE = re.compile(r"(?<!\S)(?:/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? (?=\S)|\w+\.(?:h|cc):\d+ \w+ (?=\S))")
 
 
 @dataclass(frozen=True)
@@ -311,7 +314,7 @@ def runtime_problem(error: Exception) -> str:
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", one_line(error, 2000))
     node = re.search(r"while running (\w+) node\. Name:'([^']*)'", text)
     text = text.rpartition("Status Message: ")[2]
-    text = re.sub(r"^/\S+:\d+ .*?\) (?=\S)(?!const\b)", "", text).rpartition("was false. ")[2]
+    text = _SIGNATURE.sub("", text).rpartition("was false. ")[2]
     return one_line(f"{node[1]} node {node[2]!r}: {text}" if node else text, 240)
 
 

@@ -78,6 +78,17 @@ def test_dimensions_without_names_go_by_their_place(tmp_path):
     assert bench([path], rounds=4, sizes={"y.1": 5}).shapes["y"] == [1, 5]
 
 
+def test_channels_are_as_many_as_a_convolution_has(tmp_path):
+    """Of unsigned numbers, as cameras give them."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (uint16[b, c, h, w] x) => (float y)
+    { f = Cast <to: int = 1> (x) y = Conv (f, k) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    proto.graph.initializer.append(onnx.helper.make_tensor("k", 1, [2, 9, 3, 3], [0.0] * 162))
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert bench([tmp_path / "m.onnx"], rounds=4, sizes={"h": 8, "w": 8}).shapes == {"x": [1, 9, 8, 8]}
+
+
 def test_sums_of_dimensions_follow_their_terms(tmp_path):
     text = "g (float[batch, past] a, float[batch, past] b) => (float[batch, past] y) { y = Abs (a) }"
     path = model_file(tmp_path / "m.onnx", text)

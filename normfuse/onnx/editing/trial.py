@@ -23,7 +23,10 @@ from .onnx_file import OnnxFile
 
 # Sizes of dynamic dimensions, in the order in which they are tried: small ones that differ from all else, then what
 # strides, windows and samplings ask for.
-_BASES = (5, 7, 8, 12, 16, 32, 48, 64, 80, 96, 100, 128, 160, 224, 256, 320, 512, 640, 1024, 1600, 4000, 16000, 32000)
+_BASES = (
+    *(5, 7, 8, 12, 16, 28, 32, 48, 64, 80, 96, 100, 112, 128, 160, 192, 224, 256, 299, 320, 384, 416, 512, 640, 1024),
+    *(1600, 4000, 16000, 32000),
+)
 _BATCHES = (2, 1)
 _SECONDS = 40.0  # for finding sizes
 _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
@@ -176,7 +179,7 @@ class Search:
                 return found
             if self._late():
                 break
-        raise GraphError(f"it does not run at any size that was tried: {self._failure}")
+        raise GraphError(f"it does not run at any size that was tried: {self._failure}{self._advice()}")
 
     def others(self, trial: Trial) -> Iterator[Trial]:
         """The same file at other sizes, as many dimensions changed as it allows; nothing where all are fixed."""
@@ -237,6 +240,16 @@ class Search:
             self._failure = "its outputs are not a number"
             return None
         return Trial(sizes, feeds, outputs, draw, time.monotonic() - started)
+
+    def _advice(self) -> str:
+        """How to name sizes that it takes; nothing where all are fixed."""
+        if not self._symbols:
+            return ""
+        entry = next(entry for entry in self._inputs if any(isinstance(dim, str) for dim in entry.dims or ()))
+        sizes = ",".join(str(dim) if isinstance(dim, int) else "N" for dim in entry.dims or ())
+        kind = helper.tensor_dtype_to_np_dtype(entry.kind).name
+        spec = f"{plain_name(entry.name)}:{kind}[{sizes}]"
+        return f"; if it takes others, give numbers for N (--input {spec!r}, inputs=)"
 
     def _late(self) -> bool:
         return time.monotonic() > self._deadline

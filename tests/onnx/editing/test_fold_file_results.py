@@ -64,7 +64,16 @@ def test_weights_in_a_folder_of_their_own_can_be_copied(tmp_path):
 
 
 REFUSED = {
-    "a size that nothing takes": ("float[batch, 5, 8, 8] x", "y = Conv (x, k)", "does not run at any size"),
+    "a size that nothing takes": (
+        "float[batch, 5, 8, 8] x",
+        "y = Conv (x, k)",
+        r"does not run at any size.* give numbers for N \(--input 'x:float32\[N,5,8,8\]', inputs=\)",
+    ),
+    "what ONNX Runtime says with the places in its sources": (
+        "float[1, 3, 8, 8] x",
+        's = Constant <value = float[4] {1, 2, 2, 2}> () y = Resize <mode: string = "linear"> (x, , s)',
+        "Exception during initialization: 'Linear' mode only supports",
+    ),
     "an operation nobody knows": (
         "float[2, 2] x",
         "y = com.microsoft.Unheard (x)",
