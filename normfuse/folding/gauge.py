@@ -51,8 +51,10 @@ class Facts:
     options: Options
 
     def usable_weight(self, node: object) -> bool:
-        """Whether a weight is constant and may be replaced."""
-        return self.program.is_constant(node) and (self.options.copy_shared or not self.program.shared(node))
+        """Whether a weight is constant, has entries and may be replaced."""
+        if not self.program.is_constant(node) or node.meta["val"].numel() == 0:
+            return False
+        return self.options.copy_shared or not self.program.shared(node)
 
     def reads_values(self, node: Node) -> bool:
         """Whether a node looks at the values of tensors, not only at their sizes."""

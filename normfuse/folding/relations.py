@@ -40,8 +40,10 @@ class Relations:
         """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
         if node not in self.scale_of:
             value, program = node.meta["val"], self.gauge.program
+            if program.is_constant(node) and value.numel() == 0:  # what has no entries has them at any scale
+                self.scale_of[node] = self.scales.fresh(tuple(size or 1 for size in value.shape))
             # A constant that holds infinities is a mask.
-            if (
+            elif (
                 program.is_constant(node)
                 and value.numel() <= MAX_FREE_ENTRIES
                 and bool(program.constant(node).isfinite().all())

@@ -61,11 +61,16 @@ def _square(node: Node) -> None:
 
 
 def _without_empty(node: Node) -> None:
-    """An empty tensor with one axis is left out of a concatenation of tensors with several."""
-    dtype = node.meta["val"].dtype
-    parts = [part for part in node.args[0] if part.meta["val"].shape != (0,)]
+    """What adds nothing to a concatenation is left out: tensors without entries, also those with one axis only."""
+    dtype, axis = node.meta["val"].dtype, argument(node, "dim", 0)
+    parts = [part for part in node.args[0] if not _has_no_entries(part.meta["val"], axis)]
     if parts and all(part.meta["val"].dtype == dtype for part in parts):
         node.args = (parts, *node.args[1:])
+
+
+def _has_no_entries(value: torch.Tensor, axis: int) -> bool:
+    size = value.shape[0 if value.dim() == 1 else axis]
+    return isinstance(size, int) and size == 0
 
 
 def _divide(node: Node) -> None:

@@ -152,3 +152,22 @@ def test_a_mean_of_complex_numbers() -> None:
 @pytest.mark.parametrize("size", [1e-300, 1e200])
 def test_a_shift_whose_square_leaves_float64(size: float) -> None:
     folded(Behind(lambda h, w: (h * size * (1 / size)) @ w), (torch.randn(4, 6, dtype=torch.float64),))
+
+
+EMPTY: dict[str, Tail] = {  # models with options switched off: no register tokens, no prefix, no features to add
+    "no tokens in front": lambda x, w: torch.cat([w[None, :0].expand(x.shape[0], -1, -1), x], 1) @ w,
+    "no channels behind": lambda x, w: torch.cat([x, x[..., :0]], -1) @ w,
+    "a slice of none": lambda x, w: torch.cat([x[:, :0] @ w, x @ w], 1),
+    "parts of which one is none": lambda x, w: torch.cat([*x.split([0, 4], 1)], 1) @ w,
+    "a product that gives none": lambda x, w: x @ w + F.linear(x, w[:0]).sum(-1, keepdim=True),
+    "a product of none": lambda x, w: x @ w + F.linear(F.linear(x, w[:0]), w[:, :0]),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_values_without_entries_are_in_nobodys_way(name: str) -> None:
+    model = Behind(EMPTY[name]).double().eval()
+    x, more = torch.randn(2, 4, 6).double(), torch.randn(3, 4, 6).double()
+    program, report = fold(torch.export.export(model, (x,), dynamic_shapes=BATCH))
+    torch.testing.assert_close(program.module()(more), model(more), rtol=1e-12, atol=1e-12)
+    assert report.norms[0].status == "folded" or "product" in name
