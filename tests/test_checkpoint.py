@@ -104,6 +104,22 @@ def test_a_module_of_another_dtype_is_traced_in_float32_and_its_own_outputs_are_
     assert f"traced in float32; the model has {str(dtype).removeprefix('torch.')}" in loaded.notes
 
 
+def test_a_cast_to_a_fixed_dtype_is_named(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.linear(x.bfloat16())
+
+    with pytest.raises(
+        CheckpointError, match=r"is traced in float32, where Net fails.*x\.to\(self\.weight\.dtype\)"
+    ) as caught:
+        save(Net().bfloat16(), tmp_path / "m.pt", example_inputs=torch.randn(3, 4))
+    assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
+
+
 def test_shared_weights_are_stored_once_and_views_without_their_surroundings(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[0].weight = nn.Parameter(torch.zeros(1000, 64)[:64])

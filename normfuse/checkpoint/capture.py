@@ -149,7 +149,7 @@ def capture(
         tensors = [tensor.detach().cpu().clone() for tensor in call.tensors]
         tensors = _with_rows(specs, tensors, notes)
         live, again = (_record(module, call, tensors, notes) for _ in range(2))
-        plain, specs, single = _in_float32(plain, specs, tensors, notes)
+        plain, specs, single = _in_float32(plain, call, specs, tensors, notes)
         sizes, specs = _traceable_sizes(plain, call, specs, single, unnamed)
         resized = [specs_module.resize(x, spec.shape(sizes)) for spec, x in zip(specs, single, strict=True)]
         traced = trace(plain, call, specs, resized)
@@ -233,7 +233,7 @@ def _with_rows(specs: Sequence[InputSpec], tensors: list[torch.Tensor], notes: l
 
 
 def _in_float32(
-    module: nn.Module, specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor], notes: list[str]
+    module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor], notes: list[str]
 ) -> tuple[nn.Module, list[InputSpec], list[torch.Tensor]]:
     """Module and inputs in float32: a copy, unless they are already."""
     dtypes = {t.dtype for t in (*module.parameters(), *module.buffers(), *tensors) if t.is_floating_point()}
@@ -242,7 +242,15 @@ def _in_float32(
         return module, list(specs), list(tensors)
     notes.append(f"traced in float32; the model has {some_of(others)}")
     wide = [replace(s, dtype=torch.float32) if s.dtype.is_floating_point else s for s in specs]
-    return _copied(module).float(), wide, [t.float() if t.is_floating_point() else t for t in tensors]
+    copied, single = _copied(module).float(), [t.float() if t.is_floating_point() else t for t in tensors]
+    try:
+        _record(copied, call, single, [])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the model has {some_of(others)} and is traced in float32, where {error}: let its forward cast to the "
+            "dtype of a weight, x.to(self.weight.dtype), not to a fixed one"
+        ) from error
+    return copied, wide, single
 
 
 def _traceable_sizes(

@@ -14,6 +14,7 @@ PARTS = {
     ).float(),
     "with integers": lambda x: x + (torch.arange(8).bfloat16() / 3).float(),
     "the result": lambda x: torch.relu(x).bfloat16(),
+    "a computed result": lambda x: torch.relu(x.bfloat16()),
 }
 
 
@@ -24,7 +25,9 @@ def test_operations_in_bfloat16_compute_in_float32_and_round(tmp_path):
 
     x = torch.randn(3, 8)
     (path,) = write(torch.export.export(Net(), (x,)), tmp_path / "m.onnx", opset=20)
-    got = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+    session = onnxruntime.InferenceSession(str(path))
+    assert [output.name for output in session.get_outputs()] == [name.replace(" ", "_") for name in PARTS]
+    got = session.run(None, {"x": x.numpy()})
     for value, (name, want) in zip(got, Net()(x).items(), strict=True):
         assert value.dtype == np.float32, name
         torch.testing.assert_close(torch.from_numpy(value), want.float(), rtol=2**-7, atol=1e-6, msg=name)

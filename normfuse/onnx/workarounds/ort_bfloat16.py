@@ -14,6 +14,7 @@ def widen_bfloat16(model: ir.Model) -> int:
     PyTorch's CPU does the same. Outputs of the model in bfloat16 become float32: arrays of NumPy hold no bfloat16.
     """
     count = 0
+    names = [str(value.name) for value in model.graph.outputs]
     widened: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         results = [value for value in node.outputs if value.dtype == _NARROW]
@@ -30,15 +31,17 @@ def widen_bfloat16(model: ir.Model) -> int:
                 node.replace_input_with(place, widened[value])
         for value in results:
             rounded = _cast(value, _NARROW, f"{value.name}_rounded")
+            if value.is_graph_output():
+                value.name = f"{value.name}_exact"
             value.replace_all_uses_with(rounded.outputs[0], replace_graph_outputs=True)
             rounded.replace_input_with(0, value)
             value.dtype = _WIDE
             model.graph.insert_after(node, rounded)
     for place, value in enumerate(model.graph.outputs):
         if value.dtype == _NARROW:
-            name = value.name
-            wide = _cast(value, _WIDE, name)
-            value.name = f"{name}_narrow"
+            if value.name == names[place]:
+                value.name = f"{value.name}_narrow"
+            wide = _cast(value, _WIDE, names[place])
             model.graph.append(wide)
             model.graph.outputs[place] = wide.outputs[0]
             count += 1
