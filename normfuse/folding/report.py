@@ -23,7 +23,8 @@ class NormRecord:
     Attributes:
         name: path of the module, e.g. ``blocks.0.norm1``.
         kind: class of the module, or ``affine`` for arithmetic written in a forward.
-        status: ``folded`` (nothing of it is left), ``partly folded`` (one Add is left) or ``kept``.
+        status: ``folded`` (nothing of it is left), ``partly folded`` (one Add is left, or one Mul of a
+            BatchNormalization) or ``kept``.
         absorbed_by: names of the weights into which it was folded.
         reason: why something stayed, in words; empty if it was folded.
     """

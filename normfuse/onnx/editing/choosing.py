@@ -25,7 +25,7 @@ from .observing import Observed
 from .onnx_file import OnnxFile, tensors_of
 from .optimising import operations, optimised_operations
 from .reading import Reader, Reading
-from .rows import NOTHING_GAINED, with_all_norms
+from .rows import KIND, NOTHING_GAINED, with_all_norms
 
 _ACTIVATIONS = ("Erf", "Tanh", "Sigmoid")
 _ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
@@ -135,7 +135,8 @@ def _settled(
     """Fold, and leave alone what would only have moved; until nothing that is added could have been spared."""
     best: Choice | None = None
     why: dict[int, str] = {}
-    for _ in range(_ROUNDS):  # each leaves more alone
+    rounds = 0
+    while rounds < _ROUNDS:  # each leaves more alone
         reading = Reader(file, observed, inputs, pinned).read()
         with quiet():  # PyTorch remarks on names that Python does not have
             folded, report = fold(reading.program, **options)
@@ -147,11 +148,14 @@ def _settled(
             pinned |= {error.position}
             why[error.position] = f"it cannot be written as an edit of the file: {error}"
             continue
-        report = with_all_norms(_in_words_of_the_file(report, reading), file, reading.paths, why, NOTHING_GAINED)
+        rounds += 1
+        report = _in_words_of_the_file(report, reading)
+        moved = _moved(reading, folded, report)
+        _name_halves(report, reading, folded)
+        report = with_all_norms(report, file, reading.paths, why, NOTHING_GAINED)
         choice = Choice(edited, report, operations(edited.proto), 0, _replaced(reading, folded))
         if best is None or choice.operations <= best.operations:
             best = choice
-        moved = _moved(reading, folded, report)
         if moved <= pinned:
             break
         pinned |= moved
@@ -168,6 +172,14 @@ def _replaced(reading: Reading, folded: ExportedProgram) -> frozenset[int]:
     kinds = {position: nodes[position].op_type for position in gone}
     squares = {position for position in gone if kinds[position] == "Mul" and len(set(nodes[position].input)) == 1}
     return frozenset(position for position in gone if kinds[position] not in _MAPS) | squares
+
+
+def _name_halves(report: FoldReport, reading: Reading, folded: ExportedProgram) -> None:
+    """Let the report say of a BatchNormalization of which a Mul alone is left that a part of it went."""
+    halves = {position for position, pieces in rewritten_maps(reading, folded).items() if len(pieces) == 1}
+    for record in report.norms:
+        if record.kind == KIND and record.status == "kept" and reading.paths.get(record.name) in halves:
+            record.status = "partly folded"
 
 
 def _moved(reading: Reading, folded: ExportedProgram, report: FoldReport) -> frozenset[int]:

@@ -173,7 +173,7 @@ class _Editor:
             return
         if new is None:
             assert old is not None, "only what was there can go"
-            fill = 1.0 if target.op_type in ("LayerNormalization", "RMSNormalization") else 0.0
+            fill = float(slot.operand == 1)  # the gain of a norm; others are biases
             value = old.meta["val"]
             tensor = torch.full(tuple(value.shape), fill, dtype=value.dtype)
             name = self._store(f"{old.name}:{fill}", slot.store, tensor, self._wish(old) or old.name)

@@ -203,3 +203,12 @@ def test_values_that_are_infinite_in_one_order_of_sums_only_are_no_excuse(tmp_pa
     tensor.CopyFrom(numpy_helper.from_array(np.array([-1e-5, 1, 1, 1], np.float32), "variance"))
     _, after = folded(proto, tmp_path)
     assert kinds(after) == kinds(proto)
+
+
+def test_a_norm_of_which_a_mul_is_left_is_partly_folded(tmp_path):
+    """Its scale would be that of the model's input as well, its shift goes on to the bias."""
+    body = "t = Tanh (x) n = BatchNormalization (t, gain, shift, mean, variance) s = Add (n, x) y = Conv (s, k2)"
+    result, after = folded(model("float[batch, 4, 6, 6] x", "float y", body, 17, **read(body, LEFT)), tmp_path)
+    assert kinds(after) == ["Tanh", "Mul", "Add", "Conv"]
+    assert [(row.name, row.status) for row in result.report.norms] == [("n", "partly folded")]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})

@@ -71,7 +71,7 @@ def test_a_norm_becomes_the_bias_of_a_product(tmp_path, reading):
     """Which is an operation too, but a smaller one."""
     back = reading.replace("(l", "(n").replace("order", "size")
     body = f"l = MatMul (x, w) size = Shape (l) t = {reading} n = BatchNormalization (t, {NUMBERS} y = {back}"
-    constants = {"w": draw(3, 4), "gain": draw(4), "shift": draw(4), "variance": ONE, "order": np.array([-1, 4])}
+    constants = {"w": draw(3, 4), "gain": 3 * ONE, "shift": ONE, "variance": ONE, "order": np.array([-1, 4])}
     if "order" not in body:
         del constants["order"]
     result, after = folded(model("float[batch, seq, 3] x", "float y", body, 17, **constants), tmp_path)

@@ -122,6 +122,21 @@ def test_a_norm_in_front_of_a_convolution_that_onnx_runtime_fused_with_its_relu(
     assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
 
 
+@pytest.mark.parametrize("norm", ["InstanceNormalization", "GroupNormalization <num_groups: int = 2>"])
+def test_gains_of_one_and_shifts_of_zero_stay_what_they_are(tmp_path, norm):
+    """As torch writes a GroupNorm: its own gain and shift behind the norm of the groups."""
+    body = (
+        f"c = Conv (x, k) n = BatchNormalization (c, gain, shift, shift, one) g = Reshape (n, groups) "
+        f"i = {norm} (g, unit, none) r = Reshape (i, picture) m = Mul (r, column) y = Conv (m, k)"
+    )
+    constants = {"k": CONSTANTS["k"], "gain": draw(4), "shift": draw(4), "one": np.ones(4, np.float32)}
+    constants |= {"groups": np.array([0, 2, -1]), "picture": np.array([0, 4, 6, 6]), "column": draw(4, 1, 1)}
+    constants |= {"unit": np.ones(2, np.float32), "none": np.zeros(2, np.float32)}
+    _, after = folded(model(IMAGE, "float y", body, 21, **constants), tmp_path)
+    assert kinds(after) == ["Conv", "Reshape", norm.partition(" ")[0], "Reshape", "Conv"]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
+
+
 def test_values_that_nothing_reads_may_have_two_dynamic_sizes(tmp_path):
     body = "l = MatMul (x, w) a = Mul (l, gain) y = Tanh (a) idle = Reshape (a, order)"
     constants = {"w": draw(4, 6), "gain": draw(6), "order": np.array([0, -1, 2])}
