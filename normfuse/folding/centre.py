@@ -13,6 +13,7 @@ whose mean becomes zero; -1 stands for entries that stay as they are (the values
 from __future__ import annotations
 
 import itertools
+import operator
 
 import numpy as np
 import torch
@@ -150,11 +151,17 @@ class _Stream:
                 raise _Refused(f"{gauge.describe(reader)} scales each channel differently")
         if rule.mean is MeanRole.JOINS:
             return self._concatenated(reader, operand, numbers)
-        if rule.mean is MeanRole.MOVES:
+        if self._moves(reader):
             return rule.arranged(operand, numbers, self._collapse(reader), gauge)
         if rule.mean not in (MeanRole.MAPS, MeanRole.SCALES, MeanRole.ADDS):
             raise _Refused(f"{gauge.describe(reader)} reads it, mean included")
         return to_rank(numbers, rank)
+
+    def _moves(self, node: Node) -> bool:
+        """Whether a result is one operand rearranged; one of several results, whether they all are."""
+        rules = self.gauge.matches.of
+        whole = (node.args[0],) if node.target is operator.getitem else ()
+        return all(rules[x].mean is MeanRole.MOVES for x in (node, *whole))
 
     def _concatenated(self, reader: Node, operand: Node, numbers: np.ndarray) -> np.ndarray:
         axis = argument(reader, "dim") % reader.meta["val"].dim()
@@ -206,12 +213,13 @@ class _Stream:
             return [self.gauge.matches.affine[value].operand]
         if rule.mean is MeanRole.ADDS:
             return [operand for operand in value.all_input_nodes if is_float(operand)]
-        if rule.mean is MeanRole.MOVES:
+        if self._moves(value):
             return [rule.source(self.gauge)]
         scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
         if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not rule.divides_by(scaled[0]):
             return scaled
-        raise _Refused(f"{self.gauge.describe(value)} writes it and has no weight that could subtract the mean")
+        what = self.gauge.describe(value.args[0] if value.target is operator.getitem else value)
+        raise _Refused(f"{what} writes it and has no weight that could subtract the mean")
 
     def _parts(self, value: Node, groups: np.ndarray) -> None:
         """Back to the parts of a concatenation; a group that spans parts has no writer of its own."""
