@@ -63,3 +63,14 @@ def test_attention_of_any_number_of_axes(tmp_path, opset):
     got = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})
     for value, (case, wanted) in zip(got, model(x).items(), strict=True):
         torch.testing.assert_close(torch.from_numpy(value), wanted, msg=lambda text, case=case: f"{case}: {text}")
+
+
+def test_whether_a_mask_is_true_throughout(tmp_path):
+    class Fills(nn.Module):
+        def forward(self, x):
+            return torch.where(torch.ops.aten._is_all_true(x > 0), x, -x)
+
+    (path,) = write(torch.export.export(Fills(), (torch.ones(2, 3),)), tmp_path / "m.onnx", opset=20)
+    for x in (torch.ones(2, 3), torch.tensor([[1.0, 2, 3], [4, 0, 5]])):
+        (got,) = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+        assert torch.equal(torch.from_numpy(got), Fills()(x))
