@@ -6,50 +6,25 @@ one: its bias pays. Only where none can, the shift is written out as an Add.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
-from .arrays import CannotCarry, collapse_equal
-from .follow import Followed
+from . import opposites
 from .gains import choose_shifts, keep_shift
 from .gauge import Gauge
-from .nodes import coarseness
+from .opposites import cancel_shift, root_mean_square
 from .results import Shifts, closed
 from .rules import Use
 from .rules.base import is_float
 from .tolerance import to_bend, tolerant_values, tolerates, wants_adds
-from .weight_edits import WRITTEN_OUT, noted
 
-# A shift may ride along a stream while it is at most this many times as large as the constants it is made of: two
-# binary digits. Beyond, norms have amplified it; if the model's own values did not grow alike, it is subtracted later.
-GROWTH = 4.0
-# Values at which a search for a source looks.
-_FAR = 256
 # How often shifts of norms are sent out; afterwards all of them stay where they are.
 _ATTEMPTS = 8
-# What may be left of a shift that was cancelled, relative to it. Scales on the way magnify float64's rounding.
-ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class _Route:
-    """A way from a source, whose shift can be chosen, to the value where a shift must vanish."""
-
-    source: Node
-    steps: tuple[tuple[Node, Node], ...]  # (operand, reader) from the source on
-
-    @property
-    def end(self) -> Node:
-        """The value where the shift must vanish."""
-        return self.steps[-1][1] if self.steps else self.source
 
 
 class CannotWriteOut(Exception):
@@ -102,14 +77,17 @@ def _carry_shifts(gauge: Gauge) -> None:
             continue
         # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply.
         arises = node in gauge.matches.affine and node not in gauge.solution.kept and node not in tolerant
-        if arises and _cancel(node, order, tolerant, gauge):
+        if arises and cancel_shift(node, order, tolerant, gauge):
             continue
         constants[node] = _constants(node, constants, gauge)
-        grown = node in gauge.matches.affine and _size(gauge.shifts.of[node]) > GROWTH * constants[node].size
-        if grown and _rides(node, gauge) and _cancel(node, order, tolerant, gauge):
+        grown = (
+            node in gauge.matches.affine
+            and root_mean_square(gauge.shifts.of[node]) > opposites.GROWTH * constants[node].size
+        )
+        if grown and _rides(node, gauge) and cancel_shift(node, order, tolerant, gauge):
             gauge.shifts.settled_early.append(node)
             continue
-        if _stopping(node, gauge) and not _cancel(node, order, tolerant, gauge):
+        if _stopping(node, gauge) and not cancel_shift(node, order, tolerant, gauge):
             for user in _stopping(node, gauge):
                 if tolerates(user, node, flexible, gauge, bending=True):
                     gauge.shifts.bent.add(user)
@@ -126,7 +104,7 @@ def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], gauge:
     if all(np.equal(carried[0], shift).all() for shift in carried[1:]):
         return
     for operand in joined:
-        if gauge.incoming(node, operand).any() and not _cancel(operand, order, tolerant, gauge):
+        if gauge.incoming(node, operand).any() and not cancel_shift(operand, order, tolerant, gauge):
             gauge.shifts.materialised_shifts.setdefault(operand, []).append(node)
 
 
@@ -154,12 +132,6 @@ def sources_of_shift(values: Iterable[Node], gauge: Gauge) -> dict[Node, Node]:
     return found
 
 
-def _size(shift: np.ndarray) -> float:
-    """Root mean square over channels, also of numbers whose squares leave float64."""
-    largest = np.abs(shift).max(initial=0.0)
-    return float(largest * np.sqrt(np.mean(np.square(shift / largest)))) if largest else 0.0
-
-
 @dataclass(frozen=True)
 class _Constants:
     """The size of the constants that a shift is made of, added as if they were independent.
@@ -182,10 +154,10 @@ def _constants(node: Node, constants: dict[Node, _Constants], gauge: Gauge) -> _
     if node in gauge.matches.affine and node not in gauge.solution.kept:
         operand, a, b = gauge.matches.affine[node]
         before = gauge.incoming(node, operand)
-        gain = _size(a * before) / _size(before) if before.any() else 0.0
-        return _Constants(0.0, math.hypot(gain * fresh, min(gain, 1.0) * old, _size(b)))
+        gain = root_mean_square(a * before) / root_mean_square(before) if before.any() else 0.0
+        return _Constants(0.0, math.hypot(gain * fresh, min(gain, 1.0) * old, root_mean_square(b)))
     made_here = node in gauge.shifts.chosen or not arriving
-    return _Constants(_size(gauge.shifts.of[node]), 0.0) if made_here else _Constants(fresh, old)
+    return _Constants(root_mean_square(gauge.shifts.of[node]), 0.0) if made_here else _Constants(fresh, old)
 
 
 def _rides(node: Node, gauge: Gauge) -> bool:
@@ -225,156 +197,3 @@ def _stopping(node: Node, gauge: Gauge) -> list[Node]:
         for user in node.users
         if gauge.returns(user, node) or (gauge.reads_values(user) and _use_of_its_shift(user, node, gauge) is Use.STOP)
     ]
-
-
-def _cancel(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> bool:
-    """Choose a source's shift such that `node` gets none."""
-    if noted(node, WRITTEN_OUT):
-        return False
-    for route in sorted(_routes(node, tolerant, gauge), key=lambda r: _cost(r.source, gauge)):
-        change = _needed_at_source(route, gauge)
-        if change is None or _reaches_others(route, change, tolerant, gauge) or _is_magnified(route, change, gauge):
-            continue
-        if _choose(route, change, order, gauge):
-            return True
-    return False
-
-
-def _choose(route: _Route, change: np.ndarray, order: dict[Node, int], gauge: Gauge) -> bool:
-    """Change the shift of a source, if that takes away the shift at the end of the route."""
-    node, source, shifts = route.end, route.source, gauge.shifts
-    size, had_one = np.abs(shifts.of[node]).max(), source in shifts.chosen
-    before = shifts.of[source] if source in gauge.matches.free_constants else gauge.chosen_shift(source)
-    shifts.chosen[source] = before + change
-    _resettle(source, order[node], order, gauge)
-    # What is left is the rounding of the way there and back, which must not ask for an Add, unless the change reaches
-    # the value on a second way as well.
-    if np.abs(shifts.of[node]).max() <= ROUNDING * size:
-        shifts.of[node] = gauge.no_shift(node)
-        return True
-    shifts.chosen[source] = before
-    _resettle(source, order[node], order, gauge)
-    if not had_one:
-        del shifts.chosen[source]
-    return False
-
-
-def _is_magnified(route: _Route, change: np.ndarray, gauge: Gauge) -> bool:
-    """Whether small gains on the way make the change large where that costs digits.
-
-    It does for others that read a value there, because they subtract it, and where a value has fewer digits than the
-    one at the end, because it is rounded with the change in it.
-    """
-    limit, moved = GROWTH * _size(gauge.shifts.of[route.end]), change
-    for operand, reader in route.steps:
-        counts = len(operand.users) > 1 or coarseness(operand) > coarseness(route.end)
-        if counts and not isinstance(moved, list) and _size(moved) > limit:
-            return True
-        moved = _moved(operand, reader, moved, gauge)
-    return False
-
-
-def _moved(operand: Node, reader: Node, change: Any, gauge: Gauge) -> Any:
-    """A change of an operand's shift, as it changes the result's."""
-    rule = gauge.matches.of[reader]
-    moved = rule.carry(operand, change, collapse_equal, gauge)
-    return moved if isinstance(moved, list) else moved * rule.factor(operand, gauge)
-
-
-def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
-    """Ways back to sources, on which no other reader minds a change, unless it reads a part that may stay as it is.
-
-    The nearest come first. A search that has looked at many values ends: along a deep stream it would go back to its
-    beginning from every norm on it.
-    """
-    pending: deque[tuple[Node, tuple[tuple[Node, Node], ...]]] = deque([(node, ())])
-    for _ in range(_FAR):
-        if not pending:
-            return
-        current, steps = pending.popleft()
-        rule = gauge.matches.of.get(current)
-        if current in gauge.matches.free_constants or (rule is not None and rule.chooses_shift(gauge)):
-            yield _Route(current, steps)
-            continue
-        if rule is None:
-            continue
-        for operand in current.all_input_nodes:
-            if operand not in gauge.matches.scale_of or rule.use(operand, None, gauge) is not Use.PASS:
-                continue
-            others = (user for user in operand.users if user is not current and not _reads_part(user, gauge))
-            if operand not in gauge.matches.free_constants and not all(
-                tolerates(u, operand, tolerant, gauge) for u in others
-            ):
-                continue
-            if operand in gauge.matches.free_constants and len(operand.users) > 1:
-                continue
-            pending.append((operand, ((operand, current), *steps)))
-
-
-def _reads_part(user: Node, gauge: Gauge) -> bool:
-    rule = gauge.matches.of.get(user)
-    return rule is not None and rule.reads_part
-
-
-def _reaches_others(route: _Route, change: np.ndarray, tolerant: set[Node], gauge: Gauge) -> bool:
-    """Whether a change of the source's shift reaches a part that another reader on the way takes, and minds."""
-    moved = change
-    for operand, reader in route.steps:
-        for user in operand.users:
-            if user is not reader and _reads_part(user, gauge) and _minds(user, operand, moved, tolerant, gauge):
-                return True
-        moved = _moved(operand, reader, moved, gauge)
-    return False
-
-
-def _minds(reader: Node, operand: Node, moved: Any, tolerant: set[Node], gauge: Gauge) -> bool:
-    """Whether a reader of a part gets something of a change that it, or one behind it, cannot take."""
-    if tolerates(reader, operand, tolerant, gauge):
-        return False
-    try:
-        part = gauge.matches.of[reader].carry(operand, moved, collapse_equal, gauge)
-    except CannotCarry:
-        return True
-    if isinstance(part, list):
-        return any(_minds(user, reader, part, tolerant, gauge) for user in reader.users)
-    return bool(part.any())
-
-
-def _cost(source: Node, gauge: Gauge) -> int:
-    """What a source pays for another shift; an added parameter is a table that is stored once more."""
-    rule = gauge.matches.of.get(source)
-    return 2 if rule is None else rule.price()
-
-
-def _needed_at_source(route: _Route, gauge: Gauge) -> np.ndarray | None:
-    """The change of the source's shift that cancels the shift at the end of the route; None where none does."""
-    shape = gauge.scale(route.source).shape
-    followed = Followed.along(shape)
-    try:
-        for operand, reader in route.steps:
-            followed = followed.behind(gauge.matches.of[reader], operand, gauge)
-    except CannotCarry:
-        return None
-    shift, reached = gauge.shifts.of[route.end], followed.channels.shape
-    if np.broadcast_shapes(shift.shape, reached) != reached or not followed.factor.all():
-        return None
-    change = np.zeros(int(np.prod(shape)))
-    cancels = followed._replace(shift=np.broadcast_to(shift, reached)).become_zero(change)
-    return change.reshape(shape) if cancels else None
-
-
-def _resettle(source: Node, last: int, order: dict[Node, int], gauge: Gauge) -> None:
-    """Carry a changed shift on to every value up to position `last` that depends on it."""
-    if source in gauge.matches.free_constants:
-        gauge.shifts.of[source] = gauge.shifts.chosen[source]
-    queue, queued = [(order[source], source)], {source}
-    while queue:
-        _position, node = heapq.heappop(queue)
-        if node in gauge.matches.of:
-            gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
-        for user in node.users:
-            if user in queued or order[user] > last or user.op == "output" or not gauge.reads_values(user):
-                continue
-            if gauge.matches.of[user].use(node, None, gauge) is Use.PASS:
-                queued.add(user)
-                heapq.heappush(queue, (order[user], user))

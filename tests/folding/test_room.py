@@ -59,7 +59,7 @@ def test_each_result_is_written_by_its_step_alone() -> None:
     owners = {
         "matches": set(),  # frozen from the start
         "solution": {"solve", "gains"},
-        "shifts": {"settle", "gains"},
+        "shifts": {"settle", "opposites", "gains"},
         "centring": {"centre"},
     }
     changed = re.compile(

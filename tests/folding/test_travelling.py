@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse.nn
-from normfuse.folding import fold, settle
+from normfuse.folding import fold, opposites
 
 from .checks import any_gauge, assert_nothing_left, difference, folded
 from .networks import ChannelNorm, Transformer, look_trained
@@ -64,15 +64,15 @@ def errors(model: nn.Module, **options: bool) -> tuple[float, float, object]:
 @pytest.mark.parametrize("carry_biases", [True, False])
 def test_float32_stays_as_accurate_as_the_model(norm, bias, carry_biases):
     own, after, _ = errors(Cancelling(norm, bias), carry_biases=carry_biases)
-    assert own < 1e-5 and after < settle.GROWTH * own
+    assert own < 1e-5 and after < opposites.GROWTH * own
 
 
 @pytest.mark.parametrize("carry_biases", [True, False])
 def test_without_the_bound_digits_are_lost_and_with_it_no_operation_is_added(carry_biases):
-    with patch.object(settle, "GROWTH", float("inf")):
+    with patch.object(opposites, "GROWTH", float("inf")):
         own, lost, unbounded = errors(Cancelling(), carry_biases=carry_biases)
     _, kept, report = errors(Cancelling(), carry_biases=carry_biases)
-    assert lost > 1000 * own > 100 * kept / settle.GROWTH
+    assert lost > 1000 * own > 100 * kept / opposites.GROWTH
     assert report.settled_early and not unbounded.settled_early
     assert set(report.settled_early) <= {f"1.{layer}.norm" for layer in range(DEPTH)}
     assert report.nodes_after == unbounded.nodes_after
@@ -168,7 +168,7 @@ def test_scales_and_shifts_pass_a_cast_that_rounds():
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.bfloat16().double())
         own, after = (difference(exact, run(x.bfloat16()).double()) for run in (model, result.module()))
-    assert own > 2**-9 and after < settle.GROWTH * own, (own, after)
+    assert own > 2**-9 and after < opposites.GROWTH * own, (own, after)
 
 
 class Small(nn.Module):
@@ -251,4 +251,4 @@ def test_a_shift_much_larger_than_values_is_not_rounded_to_fewer_digits_than_it_
     with torch.no_grad():
         want = exact.norm(exact.first(x.bfloat16().float()))
         own, after = difference(want, model(x)), difference(want, result.module()(x))
-    assert report.norms[0].status == status and after <= settle.GROWTH * own
+    assert report.norms[0].status == status and after <= opposites.GROWTH * own

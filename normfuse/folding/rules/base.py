@@ -149,6 +149,13 @@ class Match:
         """
         return Use.STOP
 
+    def parts(self, numbers: np.ndarray, gauge: Gauge) -> list[tuple[Node, np.ndarray]]:
+        """Numbers about the result's channels as numbers about those of the operands it is put together from.
+
+        Empty where a result is not put together so, or the numbers are none that they can have.
+        """
+        return []
+
     def price(self) -> int:
         """What another shift of its result costs: nothing, an addition (1), or a copy of a table (2)."""
         return 0

@@ -86,7 +86,7 @@ class Identity(Carry):
 
     A cast to fewer digits rounds ``x / scale`` instead of x. The relative error of that is the same for any scale, as
     in every other operation of that dtype (a power of two gives the very same digits), and a shift that is as small as
-    :data:`normfuse.folding.settle.GROWTH` asks costs no digits: both pass.
+    :data:`normfuse.folding.opposites.GROWTH` asks costs no digits: both pass.
     """
 
     def keeps_channels(self) -> bool:

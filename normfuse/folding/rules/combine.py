@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -138,6 +138,13 @@ class Concatenation(Match):
 
         return self._join([gauge.incoming(self.node, part) for part in self.args[0]], self._axis(), refuse)
 
+    def parts(self, numbers: np.ndarray, gauge: Gauge) -> list[tuple[Node, np.ndarray]]:
+        if not self._along_channels(gauge):
+            return []
+        sizes = [int(part.meta["val"].shape[self._axis()]) for part in self.args[0]]
+        slices = np.split(numbers, np.cumsum(sizes)[:-1], self._axis())
+        return _distinct(self.args[0], slices, gauge)
+
     def _axis(self) -> int:
         return self.argument("dim") % self.value.dim()
 
@@ -162,6 +169,15 @@ class Concatenation(Match):
         return np.concatenate(full, axis)
 
 
+def _distinct(parts: Sequence[Node], numbers: Sequence[np.ndarray], gauge: Gauge) -> list[tuple[Node, np.ndarray]]:
+    """The parts with their numbers; none where a part has several, or more than its channels can have."""
+    found: dict[Node, np.ndarray] = {}
+    for part, own in zip(parts, numbers, strict=True):
+        if own.shape != gauge.scale(part).shape or not np.array_equal(found.setdefault(part, own), own):
+            return []
+    return list(found.items())
+
+
 @rule_for(aten.stack.default)
 class Stack(Match):
     """Parts along a new axis: each keeps its numbers."""
@@ -177,6 +193,12 @@ class Stack(Match):
 
     def settle(self, gauge: Gauge) -> np.ndarray:
         return self._stack([gauge.incoming(self.node, part) for part in self.args[0]])
+
+    def parts(self, numbers: np.ndarray, gauge: Gauge) -> list[tuple[Node, np.ndarray]]:
+        axis = self.argument("dim") % self.value.dim()
+        return _distinct(
+            self.args[0], [part.squeeze(axis) for part in np.split(numbers, len(self.args[0]), axis)], gauge
+        )
 
     def _stack(self, parts: list[np.ndarray]) -> np.ndarray:
         shape = np.broadcast_shapes(*(part.shape for part in parts))
