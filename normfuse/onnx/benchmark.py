@@ -179,7 +179,8 @@ def _fitting(
     """Inputs for each file that every file can take; and a note if the usual sizes were not among them."""
     shapes = {row[0].name: [_dimension(row, axis) for axis in range(len(row[0].shape))] for row in entries}
     usual: dict[str, int] = {}
-    needed = _needed(Path(paths[0]))
+    dynamic = any(isinstance(dimension, str) for shape in shapes.values() for dimension in shape)
+    needed = _needed(Path(paths[0])) if dynamic else {}
     for row in entries:
         for axis, dimension in enumerate(shapes[row[0].name]):
             if isinstance(dimension, str):

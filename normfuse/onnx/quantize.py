@@ -131,12 +131,12 @@ def read_calibration(path: Path, model: ExportableModel) -> list[tuple[torch.Ten
 
 def _parts(tensor: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
     """A tensor cut along its first axis into parts as long as `like`; numbers are parts of their own."""
+    if not tensor.dim():
+        return [tensor]
     if not like.dim():
-        return list(tensor) if tensor.dim() else [tensor]
+        return list(tensor)
     rows = max(1, len(like))
-    return (
-        [tensor[start : start + rows] for start in range(0, len(tensor) - rows + 1, rows)] if tensor.dim() else [tensor]
-    )
+    return [part for part in tensor.split(rows) if len(part) == rows]
 
 
 def _as_input(array: np.ndarray, name: str, like: torch.Tensor, path: Path) -> torch.Tensor:

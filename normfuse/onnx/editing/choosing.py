@@ -121,7 +121,7 @@ def choose(
 
 
 def _norms(model: ModelProto) -> int:
-    return sum(node.op_type == "BatchNormalization" for node in model.graph.node)
+    return sum(node.op_type == KIND for node in model.graph.node)
 
 
 def _settled(
