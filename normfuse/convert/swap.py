@@ -23,6 +23,7 @@ from ..nn import (
     UnifiedNorm,
 )
 from ..nn._running_norm import ChannelNorm
+from ..nn._torch_encoder import call_norms
 from ..nn.foreign_norms import ForeignNorm, eps_of, is_foreign_norm, is_measurable, measure, shape_of_channels
 from .composite import joined, split, take_hooks
 
@@ -226,9 +227,14 @@ def find_norms(model: nn.Module, where: Where | None) -> tuple[list[tuple[str, n
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule called ``name``."""
-    parent, _, label = name.rpartition(".")
-    setattr(model.get_submodule(parent), label, module)
+    """Set the submodule called ``name``, a norm."""
+    *path, label = name.split(".")
+    parent = model
+    call_norms(parent)
+    for part in path:
+        parent = parent.get_submodule(part)
+        call_norms(parent)
+    setattr(parent, label, module)
 
 
 def swap_norms(model: nn.Module, to: str = "unified", *, where: Where | None = None, **options: Any) -> SwapReport:

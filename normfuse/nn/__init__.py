@@ -1,6 +1,7 @@
 """The norms, most of which fold into their neighbours once training is over; what each does: docs/norms.md."""
 
 from ..ops import keep_norms
+from . import _torch_encoder  # noqa: F401 (it registers a hook)
 from .adaptive_instance_norm import AdaptiveInstanceNorm
 from .batch_channel_norm import BatchChannelNorm, EstimatedBatchNorm, set_momentum
 from .batch_norm import MaskedBatchNorm, RegularizedBatchNorm, batch_norm_penalty

@@ -73,7 +73,7 @@ def check_width(x: Tensor, channels: int, option: str) -> None:
 
 def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
     """Sizes of the ghost batches along the first axis; a rest smaller than ``ghost_size`` joins the last."""
-    if not isinstance(x, Tensor) or x.dim() == 0:
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0:
         return [1]  # refused later, with what is wrong
     if ghost_size is None or x.shape[0] < 2 * ghost_size:
         return [x.shape[0]]
@@ -201,7 +201,8 @@ class ChannelNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        refuse_update_bn(self)
+        if not torch.compiler.is_compiling():  # which knows no frames
+            refuse_update_bn(self)
         return super().named_modules(*arguments, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelNorm:

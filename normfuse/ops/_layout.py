@@ -31,6 +31,11 @@ def check_tensor(name: str, x: Tensor) -> None:
     """Raise unless the argument called ``name`` is a tensor that holds all of its numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is of type {type(x).__name__}; give a torch.Tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; allowed are dense ones: convert it with {name}.to_padded_tensor(0.0), or set "
+            "use_nested_tensor = False in the torch.nn.TransformerEncoder that makes it"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; allowed is torch.strided: convert it with {name}.to_dense()")
 

@@ -26,6 +26,7 @@ WRONG_X = {
     "numpy": (torch.Tensor.numpy, "^x is of type ndarray; give a torch.Tensor"),
     "list": (torch.Tensor.tolist, "^x is of type list"),
     "nothing": (lambda x: None, "^x is of type NoneType"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), r"^x is a nested tensor.*to_padded_tensor\(0.0\)"),
     "sparse": (torch.Tensor.to_sparse, r"^x has layout torch.sparse_coo.*to_dense\(\)"),
 }
 WRONG_OTHERS = {
