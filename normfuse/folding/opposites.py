@@ -39,6 +39,7 @@ class _Route:
 
     source: Node
     steps: tuple[tuple[Node, Node], ...]  # (operand, reader) from the source on
+    parts: bool = False  # whether the shift is chosen by those of the source's parts
 
     @property
     def end(self) -> Node:
@@ -87,7 +88,7 @@ def _change(
             continue
         shifts, before = gauge.shifts, gauge.shifts.of[node]
         chosen, values = dict(shifts.chosen), dict(shifts.of)
-        if _is_joint(route.source, gauge):
+        if route.parts:
             parts = gauge.matches.of[route.source].parts(change, gauge)
             price = _change_all(parts, last, order, tolerant, gauge)
         else:
@@ -175,7 +176,7 @@ def _routes(node: Node, tolerant: set[Node], gauge: Gauge) -> Iterator[_Route]:
         ways = [x for x in operands if _is_way(x, current, tolerant, gauge)]
         if _is_joint(current, gauge):
             if len(ways) == len(current.all_input_nodes):
-                yield _Route(current, steps)
+                yield _Route(current, steps, parts=True)
             continue
         pending += [(operand, ((operand, current), *steps)) for operand in ways]
 

@@ -134,6 +134,7 @@ def _settled(
 ) -> Choice:
     """Fold, and leave alone what would only have moved; until nothing that is added could have been spared."""
     best: Choice | None = None
+    paths: Mapping[str, int] = {}
     why: dict[int, str] = {}
     rounds = 0
     while rounds < _ROUNDS:  # each leaves more alone
@@ -152,17 +153,17 @@ def _settled(
         report = _in_words_of_the_file(report, reading)
         moved = _moved(reading, folded, report)
         _name_halves(report, reading, folded)
-        report = with_all_norms(report, file, reading.paths, why, NOTHING_GAINED)
         choice = Choice(edited, report, operations(edited.proto), 0, _replaced(reading, folded))
         if best is None or choice.operations <= best.operations:
-            best = choice
+            best, paths = choice, reading.paths
         if moved <= pinned:
             break
         pinned |= moved
     assert best is not None
+    report = with_all_norms(best.report, file, paths, why, NOTHING_GAINED)
     if any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(best.edited.proto)):
         lift_weights(best.edited.proto)
-    return replace(best, run=optimised_operations(best.edited.proto, file, folder))
+    return replace(best, report=report, run=optimised_operations(best.edited.proto, file, folder))
 
 
 def _replaced(reading: Reading, folded: ExportedProgram) -> frozenset[int]:
