@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ._native import build_info
     from .checkpoint import CheckpointError, ExportableModel, save
     from .errors import NormfuseError
-    from .folding import FoldError, FoldReport, NormRecord, fold, fuse
+    from .folding import FoldError, FoldReport, NormRecord, fold
+    from .fused import FusedModel, fuse
     from .sources import load
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ExportableModel",
     "FoldError",
     "FoldReport",
+    "FusedModel",
     "NormRecord",
     "NormfuseError",
     "build_info",
@@ -50,11 +52,12 @@ _HOMES = {
     "ExportableModel": "checkpoint",
     "FoldError": "folding",
     "FoldReport": "folding",
+    "FusedModel": "fused",
     "NormRecord": "folding",
     "NormfuseError": "errors",
     "build_info": "_native",
     "fold": "folding",
-    "fuse": "folding",
+    "fuse": "fused",
     "load": "sources",
     "save": "checkpoint",
 }

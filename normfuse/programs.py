@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.export.graph_signature import InputKind, OutputKind
@@ -75,22 +74,6 @@ class Runner:
             results = self._interpreter.run(*operands, enable_io_processing=False)
         outputs = [result for result, wanted in zip(results, self._returned, strict=True) if wanted]
         return [output.detach() for output in outputs if isinstance(output, Tensor)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without the fast path of attention, which no program has; every module's mode is restored."""
-    modes = [(part, part.training) for part in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if any(training for _, training in modes):
-            model.eval()
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in modes:
-            part.training = training
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:

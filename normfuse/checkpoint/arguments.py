@@ -60,21 +60,23 @@ class Call:
 
 def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of ``module.forward`` by name."""
-    return dict(_signature(module).parameters)
+    return dict(signature_of(module).parameters)
 
 
-def _signature(module: nn.Module) -> inspect.Signature:
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The signature of ``module.forward``."""
     # accelerate's mixed precision, which hides the arguments, keeps the forward it was put around.
     return inspect.signature(vars(module).get("_original_forward", module.forward))
 
 
-def bind(module: nn.Module, example_inputs: Any) -> Call:
+def bind(module: nn.Module, example_inputs: Any, more: Mapping[str, Any] | None = None) -> Call:
     """How example inputs are handed to ``module.forward``.
 
     Args:
         module: what is called.
         example_inputs: a tuple or list of arguments in order, a mapping by argument name, or a single argument. An
             argument has any structure; what is no tensor in it keeps its value.
+        more: further arguments by name.
 
     Raises:
         CheckpointError: ``forward`` does not take them, or there is no tensor among them.
@@ -91,13 +93,14 @@ def bind(module: nn.Module, example_inputs: Any) -> Call:
         args, kwargs = _by_name(dict(example_inputs), parameters, rest, name)
     else:
         args, kwargs = tuple(example_inputs) if isinstance(example_inputs, (list, tuple)) else (example_inputs,), {}
+    kwargs |= more or {}
     if not args and not kwargs:
         raise CheckpointError("example_inputs is empty; give the tensors that forward takes")
     ordered = [p.name for p in parameters.values() if p.kind in _POSITIONAL]
     if len(args) > len(ordered) and rest is None:
         raise CheckpointError(f"{len(args)} example inputs, but {name}.forward names {len(ordered)} arguments")
     try:
-        _signature(module).bind(*args, **kwargs)
+        signature_of(module).bind(*args, **kwargs)
     except TypeError as error:
         raise CheckpointError(f"example_inputs does not fit {name}.forward: {one_line(error)}") from error
     given = dict(zip(ordered, args, strict=False))
@@ -182,7 +185,13 @@ def _tensors(given: Mapping[str, Any]) -> list[tuple[Path, torch.Tensor]]:
 def _in_order(call: Call, entries: tuple[Any, ...]) -> dict[str, Any]:
     """Entries in the order of the arguments, by argument name."""
     if len(entries) == len(call.given):
-        return dict(zip(call.given, entries, strict=True))
+        by_name = dict(zip(call.given, entries, strict=True))
+        # What is said of the only one of any number of arguments may be said of the tensor itself.
+        if call.positional and isinstance(call.args[-1], torch.Tensor) and len(call.given[call.positional]) == 1:
+            said = by_name[call.positional]
+            if isinstance(said, Mapping) and not any(isinstance(entry, Mapping) for entry in said.values()):
+                by_name[call.positional] = (said,)
+        return by_name
     before = len(call.args) - len(call.given.get(call.positional, ())) if call.positional else len(call.args)
     if call.positional and len(entries) == len(call.args) + len(call.kwargs):
         return _in_order(call, (*entries[:before], entries[before : len(call.args)], *entries[len(call.args) :]))

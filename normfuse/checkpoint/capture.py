@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +18,7 @@ from normfuse.checkpoint.archive import CheckpointError, one_line, some_of
 from normfuse.checkpoint.arguments import Axes, Call, bind, dynamic_axes
 from normfuse.checkpoint.conduct import training_in_evaluation
 from normfuse.checkpoint.dimensions import found
-from normfuse.checkpoint.experts import gathering_experts
+from normfuse.checkpoint.evaluation import evaluation, has_own_modes
 from normfuse.checkpoint.inputs import Axis, Derived, Dimension, InputSpec
 from normfuse.checkpoint.numbers import check_numbers
 from normfuse.checkpoint.sizes import narrowed
@@ -32,8 +29,6 @@ from normfuse.errors import NormfuseError
 from normfuse.programs import Runner, relative_difference
 
 _REPEATED = 1e-5  # what sums in another order of threads may differ by; what is drawn or counted differs by more
-
-_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -92,12 +87,7 @@ class ExportableModel:
             >>> ExportableModel.from_model(nn.Linear(4, 2), torch.ones(3, 4), ({0: "batch"},)).outputs
             ('output',)
         """
-        live, plain, notes = unwrapped(model)
-        call = bind(live, example_inputs)
-        if isinstance(dynamic_shapes, ShapesCollection):
-            dynamic_shapes = dynamic_shapes.dynamic_shapes(live, call.args, call.kwargs)
-        specs, unnamed = asked(call, dynamic_axes(call, dynamic_shapes))
-        return capture(live, call, specs, type(live).__name__, plain=plain, unnamed=unnamed, notes=notes)
+        return capture_model(model, example_inputs, dynamic_shapes).model
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -119,6 +109,51 @@ class ExportableModel:
         return Runner(self.program)
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A traced model, and what a flat program says nothing of.
+
+    Attributes:
+        model: the program and its inputs and outputs.
+        live: the module without its wrappers.
+        call: how it was called.
+        returned: what it returned, with empty tensors, and 0 for numbers that are among the program's outputs.
+        paths: where each of the program's outputs belongs in it.
+    """
+
+    model: ExportableModel
+    live: nn.Module
+    call: Call
+    returned: Any
+    paths: tuple[Path, ...]
+
+
+def capture_model(
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    widen: bool = True,
+) -> Captured:
+    """Traces a module in evaluation mode; see :meth:`ExportableModel.from_model`.
+
+    Args:
+        model: the module.
+        example_inputs: its arguments.
+        dynamic_shapes: which dimensions may vary.
+        kwargs: more arguments by name.
+        widen: whether to trace in float32 on the CPU, else in the dtype and on the device of the module.
+    """
+    live, plain, notes = unwrapped(model)
+    call = bind(live, example_inputs, kwargs)
+    if isinstance(dynamic_shapes, ShapesCollection):
+        dynamic_shapes = dynamic_shapes.dynamic_shapes(live, call.args, call.kwargs)
+    specs, unnamed = asked(call, dynamic_axes(call, dynamic_shapes))
+    name = type(live).__name__
+    return _captured(live, call, specs, name, plain=plain, unnamed=unnamed, notes=notes, widen=widen)
+
+
 def capture(
     module: nn.Module,
     call: Call,
@@ -126,7 +161,6 @@ def capture(
     source: str,
     *,
     plain: nn.Module | None = None,
-    unnamed: frozenset[str] = frozenset(),
     notes: Sequence[str] = (),
 ) -> ExportableModel:
     """Records what a module gives on a call, and traces it; see :meth:`ExportableModel.from_model`.
@@ -137,19 +171,36 @@ def capture(
         specs: dtype and dimensions of each tensor of the call.
         source: for messages.
         plain: what to trace in place of `module`, if not itself.
-        unnamed: dimensions among them whose names nobody gave.
         notes: what was decided before.
     """
-    same = plain is None or plain is module
-    module = _on_cpu(module)
-    plain = module if same else _on_cpu(plain)
+    return _captured(module, call, specs, source, plain=plain, notes=notes).model
+
+
+def _captured(
+    live_module: nn.Module,
+    call: Call,
+    specs: Sequence[InputSpec],
+    source: str,
+    *,
+    plain: nn.Module | None = None,
+    unnamed: frozenset[str] = frozenset(),
+    notes: Sequence[str] = (),
+    widen: bool = True,
+) -> Captured:
+    """See :func:`capture`; `unnamed` are dimensions whose names nobody gave, `widen` is :func:`capture_model`'s."""
+    same = plain is None or plain is live_module
+    module = _ready(live_module, on_cpu=widen)
+    plain = module if same else _ready(plain, on_cpu=widen)
     check_numbers(plain, source)
     notes = [*notes, *_fixed_arguments(call)]
-    with _evaluation(*{module, plain}):
-        tensors = [tensor.detach().cpu().clone() for tensor in call.tensors]
-        tensors = _with_rows(specs, tensors, notes)
+    with evaluation(*{module, plain}):
+        tensors = [tensor.detach().clone() for tensor in call.tensors]
+        tensors = [tensor.cpu() for tensor in tensors] if widen else tensors
+        specs, tensors = list(specs), _with_rows(specs, tensors, notes)
         live, again = (_record(module, call, tensors, notes) for _ in range(2))
-        plain, specs, single = _in_float32(plain, call, specs, tensors, notes)
+        single = tensors
+        if widen:
+            plain, specs, single = _in_float32(plain, call, specs, tensors, notes)
         sizes, specs = _traceable_sizes(plain, call, specs, single, unnamed)
         resized = [specs_module.resize(x, spec.shape(sizes)) for spec, x in zip(specs, single, strict=True)]
         traced = trace(plain, call, specs, resized)
@@ -170,7 +221,8 @@ def capture(
         changes.append(f"no tensors, left out of the outputs: {some_of(listed)}")
     traced.program.example_inputs = (tuple(single), {})
     notes = [*notes, *changes, *narrower]
-    return ExportableModel(traced.program, specs, tuple(names), tuple(single), expected, source, tuple(notes))
+    model = ExportableModel(traced.program, specs, tuple(names), tuple(single), expected, source, tuple(notes))
+    return Captured(model, live_module, call, traced.returned, traced.paths)
 
 
 def asked(call: Call, axes: Sequence[Axes]) -> tuple[list[InputSpec], frozenset[str]]:
@@ -193,17 +245,18 @@ def _fixed_arguments(call: Call) -> list[str]:
     return [f"fixed in the program: {some_of(constants, 6)}"] if constants else []
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
-    """The module on the CPU: itself, unless it is elsewhere, or would change when its mode does."""
+def _ready(module: nn.Module, on_cpu: bool) -> nn.Module:
+    """The module, on the CPU if that is asked for; a copy where it is elsewhere, or would change when its mode does."""
     own = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in own:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise CheckpointError(f"tensor {name!r} is not initialised yet: run the model once before")
         if tensor.is_meta:
             raise CheckpointError(f"tensor {name!r} has no data (meta device): load the weights before")
-    if any(tensor.device.type != "cpu" for _, tensor in own) or _own_modes(module):
-        module = _copied(module).cpu()
-    return module
+    elsewhere = on_cpu and any(tensor.device.type != "cpu" for _, tensor in own)
+    if elsewhere or has_own_modes(module):
+        module = _copied(module)
+    return module.cpu() if elsewhere else module
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -330,59 +383,3 @@ def _expected(live: Mapping[Path, Any], paths: Sequence[Path], source: str) -> t
     if not returned <= set(paths) <= set(live):
         raise CheckpointError(f"{source} returns other outputs when it is traced than when it runs")
     return tuple(torch.as_tensor(live[path]) for path in paths)
-
-
-@contextmanager
-def _evaluation(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, as a program without the fast path of attention computes it; leaves modules as they were."""
-    parts = list({id(part): part for module in modules for part in module.modules()}.values())
-    before = [(part, dict(vars(part)), [dict(vars(part)[kind]) for kind in _REGISTERED]) for part in parts]
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    fast, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    torch.backends.mha.set_fastpath_enabled(False)
-    logging.disable(logging.CRITICAL)
-    try:
-        for module in modules:
-            _evaluate(module)
-            if "_original_forward" in vars(module):  # accelerate's mixed precision is around it
-                vars(module)["forward"] = vars(module)["_original_forward"]
-        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(gathering_experts(module))
-            warnings.simplefilter("ignore")  # of torch.export, about what is decided and noted here
-            yield
-    finally:
-        logging.disable(disabled)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for part, attributes, registered in before:  # modes, and what forward assigned: traced tensors among them
-            for kind, tensors in zip(_REGISTERED, registered, strict=True):
-                _restore(vars(part)[kind], tensors)
-            _restore(vars(part), attributes)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # running statistics change without a new version
-                    buffer.copy_(value)
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in now.keys() - before.keys():
-        del now[name]
-    now.update((name, value) for name, value in before.items() if now.get(name, now) is not value)
-
-
-def _evaluate(module: nn.Module) -> None:
-    if not any(part.training for part in module.modules()):
-        return
-    try:
-        module.eval()
-    except NotImplementedError:  # the module of an exported program: its mode was decided when it was traced
-        for part in module.modules():
-            part.training = False
-
-
-def _own_modes(module: nn.Module) -> bool:
-    """Whether a part that is to change its mode does more then than change it, such as merging weights."""
-    return any(
-        part.training and (type(part).train is not nn.Module.train or type(part).eval is not nn.Module.eval)
-        for part in module.modules()
-    )

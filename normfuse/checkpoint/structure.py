@@ -25,12 +25,14 @@ def children(value: Any) -> dict[Any, Any] | None:
     Structures are mappings, lists, tuples, named tuples, dataclasses, and objects that keep tensors in their
     attributes. None of them needs to be registered with ``torch.utils._pytree``.
     """
-    if isinstance(value, _WHOLE) or callable(value):
+    if isinstance(value, _WHOLE):
         return None
     if isinstance(value, Mapping):
         return dict(value.items())
     if isinstance(value, (list, tuple, deque)):
         return dict(zip(_fields(value), value, strict=True))
+    if callable(value):
+        return None
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
     return _attributes(value) or None
@@ -60,6 +62,11 @@ def replaced(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """The value with other tensors in place of its own, in order. No container of the original is changed."""
     remaining = iter(tensors)
     return _walk(value, (), lambda _, leaf: next(remaining) if isinstance(leaf, torch.Tensor) else leaf)
+
+
+def rebuilt(value: Any, parts: Mapping[Path, Any]) -> Any:
+    """The value with other leaves at some paths. No container of the original is changed."""
+    return _walk(value, (), lambda path, leaf: parts.get(path, leaf))
 
 
 def _walk(value: Any, path: Path, visit: Callable[[Path, Any], Any], depth: int = 0) -> Any:

@@ -28,6 +28,7 @@ from normfuse.checkpoint.pure import copy_what_changes
 from normfuse.checkpoint.structure import Path
 from normfuse.folding.functional import functionalised, has_vmap
 
+_EMPTY = torch.empty(0)
 _INNER = "model"  # what the traced module is called inside the one that flattens its arguments
 # Folders of torch and normfuse: a line in them says nothing about a model.
 _NOT_OF_A_MODEL = tuple(
@@ -43,12 +44,14 @@ class Traced:
         program: takes the tensors of a call, returns the tensors in what the module returns.
         paths: where each of these is in what the module returns.
         left_out: what else it returns, by path; None is not mentioned.
+        returned: what the module returns, with empty tensors, and 0 for numbers that are among the outputs.
         bounds: smallest and largest size for each symbol in its inputs' sizes, where there is one.
     """
 
     program: ExportedProgram
     paths: tuple[Path, ...]
     left_out: tuple[tuple[Path, Any], ...]
+    returned: Any
     bounds: dict[sympy.Symbol, tuple[int, int | None]]
 
 
@@ -67,14 +70,18 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     """
     paths: list[Path] = []
     left_out: list[tuple[Path, Any]] = []
+    returned: list[Any] = []
 
     def forward(self: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _relate(specs, tensors)
         args, kwargs = call.with_tensors(tensors)
-        leaves = structure.leaves(self.model(*args, **kwargs))
+        result = self.model(*args, **kwargs)
+        leaves = structure.leaves(result)
         outputs = [(path, _as_tensor(leaf)) for path, leaf in leaves]
         paths[:] = [path for path, tensor in outputs if tensor is not None]
         left_out[:] = [(path, leaf) for path, leaf in leaves if leaf is not None and _as_tensor(leaf) is None]
+        empty = {path: _EMPTY if isinstance(leaf, torch.Tensor) else 0 for path, leaf in leaves if path in set(paths)}
+        returned[:] = [structure.rebuilt(result, empty)]
         return tuple(tensor for _, tensor in outputs if tensor is not None)
 
     names = structure.parameter_names(call.names)
@@ -105,7 +112,7 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     separate_outputs(program)
     copy_what_changes(program)
     program.validate()
-    return Traced(program, tuple(paths), tuple(left_out), allowed)
+    return Traced(program, tuple(paths), tuple(left_out), returned[0], allowed)
 
 
 @contextmanager

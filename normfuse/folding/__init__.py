@@ -1,6 +1,6 @@
 """Folding: constant affine maps vanish into the weights around them, by one algebra (docs/folding.md)."""
 
-from .api import fold, fuse
+from .api import fold
 from .bounds import Interval, interval_bounds
 from .dead import remove_dead_channels
 from .report import DynamicNormRecord, FoldError, FoldReport, NormRecord, RemovedChannels
@@ -13,7 +13,6 @@ __all__ = [
     "NormRecord",
     "RemovedChannels",
     "fold",
-    "fuse",
     "interval_bounds",
     "remove_dead_channels",
 ]

@@ -1,4 +1,4 @@
-"""The two functions that users call."""
+"""The function that users call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
-
-from normfuse.programs import evaluating
 
 from .balance import BALANCES, choose, observe
 from .cancel import cancelling_norms
@@ -201,41 +199,3 @@ def _difference(program: ExportedProgram, folded: ExportedProgram) -> float:
         if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel()
     ]
     return max(differences, default=0.0)
-
-
-def fuse(
-    model: torch.nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
-    dynamic_shapes: Any = None,
-    kwargs: dict[str, Any] | None = None,
-    *,
-    keep_dynamic_norms: bool = False,
-    verify: bool = True,
-) -> torch.nn.Module:
-    """Return a module for inference in PyTorch with the outputs of ``model.eval()`` and without its static norms.
-
-    Args:
-        model: the model; the mode of each of its modules and its parameters stay as they are.
-        example_inputs: positional inputs to export with; a dynamic dimension needs a size of at least two.
-        dynamic_shapes: as for :func:`torch.export.export`.
-        kwargs: keyword inputs to export with.
-        keep_dynamic_norms: see :func:`fold`.
-        verify: see :func:`fold`.
-
-    Returns:
-        A module that takes what ``model`` takes, for evaluation.
-
-    Raises:
-        FoldError: see :func:`fold`.
-
-    Example:
-        >>> import normfuse
-        >>> from normfuse.nn import UnifiedNorm
-        >>> model, x = nn.Sequential(nn.Linear(4, 8), UnifiedNorm(8), nn.Linear(8, 2)), torch.randn(3, 4)
-        >>> fused = normfuse.fuse(model, (x,))
-        >>> torch.allclose(fused(x), model.eval()(x), atol=1e-5)
-        True
-    """
-    with evaluating(model):
-        program = torch.export.export(model, example_inputs, kwargs, dynamic_shapes=dynamic_shapes)
-    return fold(program, keep_dynamic_norms=keep_dynamic_norms, verify=verify)[0].module()

@@ -15,6 +15,7 @@ from torch import nn
 
 import normfuse.onnx
 from normfuse.checkpoint import CheckpointError, ExportableModel, structure
+from normfuse.checkpoint.arguments import bind
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -160,6 +161,37 @@ def test_outputs(case):
     check(checkpoint, "x", names)
     tensors = [leaf for _, leaf in structure.leaves(model.eval()(X)) if isinstance(leaf, torch.Tensor)]
     assert all(torch.equal(*pair) for pair in zip(checkpoint.expected_outputs, tensors, strict=True))
+
+
+def same_structure(got: object, want: object) -> None:
+    assert type(got) is type(want)
+    pairs = zip(structure.leaves(got), structure.leaves(want), strict=True)
+    for (path, leaf), (wanted, other) in pairs:
+        assert path == wanted
+        if isinstance(other, torch.Tensor):
+            torch.testing.assert_close(leaf, other)
+        else:
+            assert leaf == other
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_a_fused_model_takes_what_the_model_takes(case):
+    forward, inputs, _ = INPUTS[case]
+    model = network(forward).eval()
+    call = bind(model, inputs)
+    same_structure(normfuse.fuse(model, inputs)(*call.args, **call.kwargs), model(*call.args, **call.kwargs))
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_a_fused_model_returns_what_the_model_returns(case):
+    model = network(OUTPUTS[case][0]).eval()
+    same_structure(normfuse.fuse(model, X)(X), model(X))
+
+
+@pytest.mark.parametrize("shapes", [({0: "batch"},), (({0: "batch"},),), {"xs": ({0: "batch"},)}])
+def test_dimensions_of_the_only_one_of_any_number_of_arguments(shapes):
+    model = network(lambda self, *xs: self.body(xs[0]))
+    assert str(ExportableModel.from_model(model, X, shapes).inputs[0]) == "xs_0:float32[batch,4]"
 
 
 def test_a_file_has_the_names_and_gives_what_the_model_does(tmp_path):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from normfuse.folding import DynamicNormRecord, fold, fuse
+import normfuse
+from normfuse.folding import DynamicNormRecord, fold
 
 from .checks import difference, folded, operations
 from .maps import C, MapNorm, Net, sequence, status
@@ -248,9 +249,9 @@ def test_keeping_dynamic_norms_leaves_them_bit_for_bit(norm: str) -> None:
     assert report.norms == [] and report.centred == [] and {r.gain for r in report.dynamic} == {"kept"}
     with torch.no_grad():
         assert torch.equal(model(*inputs), program.module()(*inputs))
-        kept = fuse(model, inputs, DYNAMIC, keep_dynamic_norms=True)
+        kept = normfuse.fuse(model, inputs, DYNAMIC, keep_dynamic_norms=True)
         assert torch.equal(model(*inputs), kept(*inputs))
-        assert difference(model(*inputs), fuse(model, inputs, DYNAMIC)(*inputs)) <= 1e-12
+        assert difference(model(*inputs), normfuse.fuse(model, inputs, DYNAMIC)(*inputs)) <= 1e-12
 
 
 def test_a_gain_of_zero_in_front_of_a_factor_of_zero() -> None:

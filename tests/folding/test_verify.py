@@ -177,20 +177,3 @@ def test_the_examples_and_the_programs_state_stay_as_they_are():
     normfuse.fold(program)
     assert torch.equal(x, before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in program.state_dict.items())
-
-
-def test_fuse_leaves_the_mode_of_every_module():
-    model = Net().train()
-    model.norm.eval()
-    model.drop.eval()
-    modes = [part.training for part in model.modules()]
-    normfuse.fuse(model, (torch.randn(3, 4),))
-    assert [part.training for part in model.modules()] == modes == [True, True, False, True, False]
-
-
-def test_fuse_traces_attention_without_its_fast_path():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(False)
-    fused = normfuse.fuse(layer, (torch.randn(2, 3, 8),))
-    names = {node.target for node in fused.graph.nodes if node.op == "call_function"}
-    assert not any("transformer_encoder_layer_fwd" in str(name) for name in names)
-    assert torch.backends.mha.get_fastpath_enabled()
