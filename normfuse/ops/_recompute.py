@@ -11,7 +11,7 @@ host: no step waits for the device.
 
 Compiled code goes the same way when it runs inside a checkpoint, through an operation that looks at its
 surroundings at run time. A checkpoint *inside* compiled code is another matter: there the partitioner decides
-what to recompute, and :func:`keep_norms` tells it to keep what the norms return.
+what to recompute, and is told to keep what the norms return.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachingTorchDispatchMode,
+    create_selective_checkpoint_contexts,
+)
 
 Statistics = tuple[Tensor, ...]
 State = TypeVar("State", bound=NamedTuple)
@@ -152,11 +156,23 @@ def recompute_safe(operation: torch._ops.OpOverload, positions: list[int]) -> Ca
     return run
 
 
+def keep_in_checkpoints(operation: torch._ops.OpOverload) -> None:
+    """Let a checkpoint inside compiled code keep what ``operation`` returns, whatever its policy."""
+
+    def keep(mode: Any, *arguments: object, **options: object) -> object:
+        policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+        try:
+            return mode.__torch_dispatch__(operation, (), arguments, options)
+        finally:
+            mode.policy_fn = policy
+
+    operation.py_impl(_CachingTorchDispatchMode)(keep)
+
+
 def keep_norms() -> tuple[object, object]:
     """A ``context_fn`` for ``torch.utils.checkpoint.checkpoint``: keep what norms return, recompute the rest.
 
-    Needed for a checkpoint inside a function that ``torch.compile`` compiles; without it torch raises "modified by an
-    inplace operation". Elsewhere it is optional: it stores the norms' results instead of recomputing them.
+    It stores the norms' results, which checkpoints inside of compiled code do in any case.
 
     Returns:
         Two context managers, for the first and for the second run.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _native
 from ._derivatives import transformed
-from ._recompute import FORWARDS, recompute_safe
+from ._recompute import FORWARDS, keep_in_checkpoints, recompute_safe
 
 library = torch.library.Library("normfuse", "FRAGMENT")
 
@@ -81,6 +81,7 @@ def register_forward(
     torch.library.register_fake(f"normfuse::{safe}", fake, lib=library)
     forms = operation, getattr(torch.ops.normfuse, safe).default
     FORWARDS.update(forms)
+    keep_in_checkpoints(forms[1])
     return forms
 
 
