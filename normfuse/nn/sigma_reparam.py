@@ -13,11 +13,37 @@ from torch.nn.utils import parametrize
 from ..ops._derivatives import copy_into
 from ..ops._layout import accumulation_dtype, cast
 from ..ops._recompute import statistics_of_this_run
+from ..ops._registry import register_forward
 from ._running_norm import check_choice
 from .weight_standardization import output_axis
 
 INITS = ("one", "spectral")
 PROGRAMS = ("speech", "vision")
+
+
+def _iterate(matrix: Tensor, u: Tensor, v: Tensor, vision: bool) -> tuple[Tensor, Tensor]:
+    if vision:
+        u = F.normalize(matrix @ v, dim=0)
+        return u, F.normalize(matrix.t() @ u, dim=0)
+    v = F.normalize(matrix.t() @ u, dim=0)
+    return F.normalize(matrix @ v, dim=0), v
+
+
+def _step(matrix: Tensor, u: Tensor, v: Tensor, vision: bool) -> tuple[Tensor, Tensor]:
+    """One iteration, which ``u`` and ``v`` keep; and its vectors."""
+    new_u, new_v = _iterate(matrix, u, v, vision)
+    copy_into(u, new_u)
+    copy_into(v, new_v)
+    return new_u, new_v
+
+
+_, _step_recompute_safe = register_forward(
+    "sigma_reparam_step",
+    _step,
+    lambda matrix, u, v, vision: (torch.empty_like(u), torch.empty_like(v)),
+    statistics=("u", "v"),
+    in_library=False,
+)
 
 
 class SigmaReparam(nn.Module):
@@ -56,23 +82,16 @@ class SigmaReparam(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         with _without_autocast(weight.device.type):
             matrix, u, v = cast(self._matrix(weight), self.u.dtype), self.u, self.v
-            if self.training or self.iterate_in_evaluation:
-                if self.training and not torch.compiler.is_compiling():
-                    u, v = statistics_of_this_run((u, v))
-                new_u, new_v = self._iterate(matrix.detach(), u, v)
-                if self.training:
-                    copy_into(u, new_u)
-                    copy_into(v, new_v)
-                u, v = new_u, new_v
+            vision = self.program == "vision"
+            if self.training and torch.compiler.is_compiling():
+                u, v = _step_recompute_safe(matrix.detach(), u, v, vision)
+            elif self.training:
+                u, v = statistics_of_this_run((u, v))
+                u, v = _step(matrix.detach(), u, v, vision)
+            elif self.iterate_in_evaluation:
+                u, v = _iterate(matrix.detach(), u, v, vision)
             factor = cast(self.gain, matrix.dtype) / torch.dot(u, matrix @ v)
             return weight * cast(factor, weight.dtype)
-
-    def _iterate(self, matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.program == "vision":
-            u = F.normalize(matrix @ v, dim=0)
-            return u, F.normalize(matrix.t() @ u, dim=0)
-        v = F.normalize(matrix.t() @ u, dim=0)
-        return F.normalize(matrix @ v, dim=0), v
 
     def extra_repr(self) -> str:
         return f"program={self.program!r}, iterate_in_evaluation={self.iterate_in_evaluation}"

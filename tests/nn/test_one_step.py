@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from normfuse.nn import EstimatedBatchNorm, MovingAverageBatchNorm, keep_norms
+from normfuse.nn import EstimatedBatchNorm, MovingAverageBatchNorm, keep_norms, sigma_reparam
 from tests.norms import running
 
 C = 6
@@ -213,6 +213,7 @@ INSIDE = {
 }
 FAMILY = {
     "estimated": lambda: EstimatedBatchNorm(C),
+    "spectral": lambda: sigma_reparam(nn.Linear(C, C)),
     "moving average": lambda: MovingAverageBatchNorm(C, channel_dim=-1, warmup_iters=1, window_size=2),
 }
 
@@ -226,6 +227,7 @@ FAMILY = {
             for arranged in (*INSIDE, "around", "around, reentrant")
         ),
         *((name, "inside", "aot_eager_decomp_partition") for name in FAMILY),
+        ("spectral", "around", "aot_eager_decomp_partition"),
         *(pytest.param(name, "inside", "inductor", marks=pytest.mark.slow) for name in ("unified", "power")),
     ],
 )
