@@ -50,9 +50,9 @@ def _core(node: Node, program: Program) -> tuple[Node, float] | None:
     """The value x and eps of ``x * rsqrt(mean(x²) + eps)`` and its like."""
     if node.target is aten.mul.Tensor:
         pairs = [node.args[:2], node.args[1::-1]]
-        found = next(((x, v) for x, root in pairs if (v := _under_root(root, inverse=True)) is not None), None)
+        found = next(((x, v) for x, root in pairs if (v := _under_inverse_root(root, program)) is not None), None)
     elif node.target is aten.div.Tensor:
-        root = _under_root(node.args[1], inverse=False)
+        root = _under_root(node.args[1])
         found = None if root is None else (node.args[0], root)
     else:
         return None
@@ -64,21 +64,29 @@ def _core(node: Node, program: Program) -> tuple[Node, float] | None:
     if number is None or square is None or found[1].kwargs:
         return None
     squared = _squared(square)
-    same = squared is not None and _equal(squared, x) and square.meta["val"].dtype == x.meta["val"].dtype
-    size = x.meta["val"].shape[-1]
-    plain = node.meta["val"].dtype == x.meta["val"].dtype and isinstance(size, int)
-    return (x, number) if same and plain else None
+    if squared is None or not _equal(squared, x):
+        return None
+    kinds = {value.meta["val"].dtype for value in (square, x, node)}
+    return (x, number) if len(kinds) == 1 and isinstance(x.meta["val"].shape[-1], int) else None
 
 
-def _under_root(node: Any, *, inverse: bool) -> Any:
-    """What v is in ``1 / sqrt(v)``, or in ``sqrt(v)``, however it is written."""
+def _under_inverse_root(node: Any, program: Program) -> Any:
+    """What v is in ``1 / sqrt(v)``, however it is written."""
     if _is(node, aten.pow.Tensor_Scalar):
-        return node.args[0] if node.args[1] == (-0.5 if inverse else 0.5) else None
-    if not inverse:
-        return node.args[0] if _is(node, aten.sqrt.default) else None
+        return node.args[0] if node.args[1] == -0.5 else None
     if _is(node, aten.rsqrt.default):
         return node.args[0]
-    return _under_root(node.args[0], inverse=False) if _is(node, aten.reciprocal.default) else None
+    if _is(node, aten.div.Tensor):
+        return _under_root(node.args[1]) if _number(node.args[0], program) == 1 else None
+    if _is(node, aten.mul.Tensor) and _number(node.args[1], program) == 1:  # PyTorch's 1 / x is reciprocal(x) * 1
+        node = node.args[0]
+    return _under_root(node.args[0]) if _is(node, aten.reciprocal.default) else None
+
+
+def _under_root(node: Any) -> Any:
+    """What v is in ``sqrt(v)``."""
+    power = _is(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5
+    return node.args[0] if power or _is(node, aten.sqrt.default) else None
 
 
 def _squared(node: Any) -> Node | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch.fx import Node
 
@@ -74,7 +75,9 @@ def _rewrite_constant(constant: Node, edits: WeightEdits) -> Node:
     centre = gauge.centring.centred.get(constant)
     if (scale == 1).all() and not shift.any() and centre is None:
         return constant
-    new = (gauge.program.constant(constant) - torch.from_numpy(shift)) / torch.from_numpy(scale)
+    # The numbers of a constant without axes are no arrays of numpy.
+    shift, scale = (torch.from_numpy(np.array(numbers)) for numbers in (shift, scale))
+    new = (gauge.program.constant(constant) - shift) / scale
     if centre is not None:
         new = subtract_means(new, centre)
     node = gauge.program.add_parameter(gauge.program.name(constant), new, constant)

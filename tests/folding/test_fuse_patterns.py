@@ -69,6 +69,8 @@ RMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "root by power": lambda m, x: x / (mean_square(x) + EPS).pow(0.5) * m.weight,
     "square": lambda m, x: m.weight * (torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * x),
     "product": lambda m, x: m.weight * (torch.rsqrt((x * x).mean(2, True) + EPS) * x),
+    "one over the root": lambda m, x: x * (1 / torch.sqrt(mean_square(x) + EPS)) * m.weight,
+    "one in a tensor": lambda m, x: x * (torch.ones((), dtype=x.dtype) / torch.sqrt(mean_square(x) + EPS)) * m.weight,
     "no gain": lambda m, x: x * torch.rsqrt(mean_square(x) + EPS),
     "eps in a tensor": lambda m, x: x * torch.rsqrt(mean_square(x) + torch.tensor(EPS, dtype=x.dtype)) * m.weight,
 }
@@ -107,6 +109,7 @@ OTHERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cube": lambda m, x: x * torch.rsqrt(x.pow(2).pow(1.5).mean(-1, keepdim=True) + EPS),
     "inverse": lambda m, x: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
     "eps per channel": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.weight),
+    "two over the root": lambda m, x: x * (torch.full((), 2.0) / torch.sqrt(mean_square(x) + EPS)),
     "two eps": lambda m, x: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), EPS, alpha=2)),
 }
 

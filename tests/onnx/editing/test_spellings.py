@@ -158,6 +158,14 @@ def test_what_reads_a_shape_takes_any_scale(tmp_path):
     assert_equal(tmp_path, {"x": draw(2, 3, 4)})
 
 
+def test_a_number_without_axes_takes_a_factor(tmp_path):
+    body = "e = Exp (x) d = Div (two, e) p = Mul (x, d) n = Mul (p, hundreds) y = MatMul (n, k)"
+    constants = {"two": np.float32(2), "hundreds": 100 * draw(3), "k": draw(3, 2)}
+    result, after = folded(model("float[batch, 3] x", "float y", body, **constants), tmp_path)
+    assert kinds(after) == ["Exp", "Div", "Mul", "MatMul"] and not result.report.remaining
+    assert_equal(tmp_path, {"x": draw(3, 3)})
+
+
 def test_dequantised_constants_stay(tmp_path):
     body = (
         "m = MatMul (x, w) q = QuantizeLinear (m, scale) d = DequantizeLinear (q, scale) "
