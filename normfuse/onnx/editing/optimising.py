@@ -12,6 +12,8 @@ from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session
 
 from .onnx_file import OnnxFile
 
+_INSERTED = ("InsertedPrecisionFreeCast_", "InsertedCast_")
+
 
 def operations(model: ModelProto) -> int:
     """The operations of the main graph, constants left out."""
@@ -28,13 +30,15 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
 
     Returns:
         The number, where a convolution with a sum and an activation in it is three: what folding leaves may be fused
-        elsewhere. That of all operations where ONNX Runtime cannot say, infinity where it crashes.
+        elsewhere. Casts around operations that the CPU has not in float16 do not count: such files are for others. That
+        of all operations where ONNX Runtime cannot say, infinity where it crashes.
     """
     path, weights = folder / "optimised.onnx", str(file.path.parent.resolve())
     try:
         Session(model.SerializeToString(), folder=weights, optimised=str(path), threads=1)
         optimised = onnx.load(path, load_external_data=False)
-        return operations(optimised) + sum(map(_fused, optimised.graph.node))
+        inserted = sum(node.op_type == "Cast" and node.name.startswith(_INSERTED) for node in optimised.graph.node)
+        return operations(optimised) - inserted + sum(map(_fused, optimised.graph.node))
     except RuntimeEnded:
         return math.inf
     except (RuntimeFailure, ValueError, OSError):  # beyond 2 GiB neither side can be written in one piece

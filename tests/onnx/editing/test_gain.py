@@ -1,9 +1,13 @@
 """A file is edited only where something is gained: fewer operations, in it and in what ONNX Runtime runs of it."""
 
 import numpy as np
+import onnx
 import pytest
 from onnx_files import NORM, ONE, assert_equal, folded, kinds, weights
 from onnx_text import draw, model
+
+from normfuse.onnx.editing.onnx_file import OnnxFile
+from normfuse.onnx.editing.optimising import optimised_operations
 
 NUMBERS = "gain, shift, shift, variance)"
 
@@ -78,6 +82,15 @@ def test_a_norm_becomes_the_bias_of_a_product(tmp_path, reading):
     assert sorted(kinds(after)) == sorted(["MatMul", "Add", "Shape", *2 * [reading.partition(" ")[0]]])
     assert [row.status for row in result.report.norms] == ["folded"]
     assert_equal(tmp_path, {"x": draw(2, 5, 3)})
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_casts_that_onnx_runtime_needs_for_float16_do_not_count(tmp_path, dtype):
+    """Otherwise a file would keep a norm because casts are put elsewhere without it."""
+    weight = draw(3, 3).astype({"float": np.float32}.get(dtype, dtype))
+    proto = model(f"{dtype}[batch, 3] x", f"{dtype} y", "m = MatMul (x, w) r = Tanh (m) y = MatMul (r, w)", w=weight)
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert optimised_operations(proto, OnnxFile(tmp_path / "in.onnx"), tmp_path) == 3
 
 
 def test_gains_of_layer_norms_take_what_stands_behind_them(tmp_path):
