@@ -218,7 +218,7 @@ class _Stream:
         scaled = [x for x in value.all_input_nodes if not _uniform(x, groups)]
         if rule.mean is MeanRole.SCALES and len(scaled) == 1 and not rule.divides_by(scaled[0]):
             return scaled
-        what = self.gauge.describe(value.args[0] if value.target is operator.getitem else value)
+        what = self.gauge.describe(value)
         raise _Refused(f"{what} writes it and has no weight that could subtract the mean")
 
     def _parts(self, value: Node, groups: np.ndarray) -> None:

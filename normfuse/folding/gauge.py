@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from torch.fx import Node
 
 from .arrays import CannotCarry, collapse_equal
-from .nodes import module_of, operation_name
+from .nodes import CALLED, module_of, operation_name
 from .operations import ABOUT_SIZES
 from .program import Program
 from .results import Cancelling, Centring, Matches, Shifts, Solution
@@ -72,7 +73,9 @@ class Facts:
         return module_of(node)[0] or node.name
 
     def describe(self, node: Node) -> str:
-        name, path = operation_name(node), module_of(node)[0]
+        if node.target is operator.getitem:
+            node = node.args[0]
+        name, path = node.meta.get(CALLED) or operation_name(node), module_of(node)[0]
         shared = [
             self.program.name(c)
             for c in node.all_input_nodes

@@ -60,6 +60,10 @@ def module_of(node: Node) -> tuple[str, str]:
     return path, (cls if isinstance(cls, str) else cls.__name__).rpartition(".")[2]
 
 
+#: Where a node's ``meta`` holds what its operation is called in the file that the program was read from.
+CALLED = "called"
+
+
 def operation_name(node: Node) -> str:
     """What an operation is called, without its overload."""
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

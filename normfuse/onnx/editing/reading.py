@@ -25,6 +25,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
 
+from normfuse.folding.nodes import CALLED
 from normfuse.quiet import quiet
 
 from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
@@ -186,7 +187,7 @@ class Reader:
         """An operation of the program whose result has no name in the file."""
         result = self._computed(target, args, _identifier("s", node.name or next(iter(node.output), "")))
         path = self._path(position, node, next(iter(node.output), ""))
-        result.meta["nn_module_stack"] = {path: (path, node.op_type)}
+        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: node.op_type})
         return result
 
     def _computed(self, target: Any, args: tuple, name: str) -> Node:
@@ -202,7 +203,7 @@ class Reader:
         """An operation of the program that gives `outputs`."""
         result = self.graph.call_function(target, args, name=_identifier("o", node.name or outputs[0]))
         path = self._path(position, node, outputs[0])
-        result.meta["nn_module_stack"] = {path: (path, node.op_type)}
+        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: node.op_type})
         values = [self.fake(name) if name else None for name in outputs]
         if len(outputs) == 1:
             result.meta["val"] = values[0]

@@ -145,6 +145,15 @@ LEFT_ALONE = {
     "its numbers are not finite": (
         "c = Conv (x, k) n = BatchNormalization (c, gain, shift, mean, negative) y = Conv (n, k2)", "not finite"
     ),
+    "behind a cast": (
+        "i = Cast <to: int = 7> (x) f = Cast <to: int = 1> (i) n = BatchNormalization (f, gain, shift, mean, variance) "
+        "y = Sigmoid (n)",
+        "its input is fixed by Cast in f, its result by Sigmoid in y",
+    ),
+    "behind one of two results": (
+        "v, i = TopK (x, count) n = BatchNormalization (v, gain, shift, mean, variance) y = Sigmoid (n)",
+        "its input is fixed by TopK in v, its result by Sigmoid in y",
+    ),
     "inside an If": (
         "c = ReduceSum <keepdims: int = 0> (x) b = Cast <to: int = 9> (c) y = If (b) <then_branch = t () => (float n) "
         "{ n = BatchNormalization (x, gain, shift, mean, variance) }, else_branch = e () => (float z) "
@@ -159,7 +168,7 @@ LEFT_ALONE = {
 }  # fmt: skip
 LEFT = {name: draw(4) for name in ("gain", "shift", "mean")}
 LEFT |= {"variance": np.ones(4, np.float32), "negative": np.full(4, -1, np.float32)}
-LEFT |= {"k": draw(4, 4, 3, 3), "k2": draw(2, 4, 1, 1)}
+LEFT |= {"k": draw(4, 4, 3, 3), "k2": draw(2, 4, 1, 1), "count": np.array([2])}
 
 
 @pytest.mark.parametrize("case", LEFT_ALONE)
