@@ -15,7 +15,7 @@ from ..nn import ProgressiveNorm
 from ..nn._running_norm import ChannelNorm, check_count
 from ..nn.calibration import keep_modes, run_batch
 from .fitting import static_alone
-from .progressive import Conversion
+from .progressive import Conversion, given_as
 
 OutputLoss = Callable[[Any, Any], Tensor]
 
@@ -96,7 +96,7 @@ class Distillation:
         hidden_weight: of the mean over ``at`` in the loss.
         output_weight: of the output in the loss.
         output_loss: function of both outputs that returns a scalar; None: :func:`output_error`.
-        valid_mask: the keyword argument of the student's ``forward`` that is not 0 where a position is valid; others
+        valid_mask: the argument of the student's ``forward`` that is not 0 where a position is valid; others
             are left out of the comparison at modules whose output has such positions.
 
     Raises:
@@ -167,7 +167,7 @@ class Distillation:
         with torch.no_grad():
             self._outputs, expected = None, self.teacher(*arguments, **options)
         self._outputs = output, expected
-        mask = options.get(self.valid_mask)
+        mask = given_as(student, self.valid_mask, arguments, options)
         self._valid = None if mask is None else mask != 0
 
     def loss(self) -> Tensor:
@@ -268,8 +268,8 @@ def distill(
 
     Args:
         distillation: of the student, which is trained in place and whose mode is restored.
-        loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
-            arguments; begun anew when it ends.
+        loader: batches, each a tensor or a mapping of keyword arguments, or a tuple or list that begins with
+            either; begun anew when it ends.
         steps: number of optimiser steps.
         optimizer: of the student's parameters.
         scheduler: takes a step with each of the optimiser's; None: a constant learning rate.

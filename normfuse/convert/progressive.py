@@ -74,6 +74,19 @@ class Schedule:
         return windows if parts == count else windows * count
 
 
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether ``model`` can be called with an argument of that name; wrappers take any and hand them on."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def given_as(model: nn.Module, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What ``model`` is called with for the argument ``name``; None where it is not given."""
+    if name in options:
+        return options[name]
+    return inspect.signature(model.forward).bind_partial(*arguments, **options).arguments.get(name)
+
+
 class Conversion:
     """A conversion under way, see :func:`progressive`.
 
@@ -104,14 +117,13 @@ class Conversion:
         self.report = report
         self._valid_mask = valid_mask
         self._hook = None
-        if valid_mask is not None and valid_mask in inspect.signature(model.forward).parameters:
+        if valid_mask is not None and _takes(model, valid_mask):
             self._hook = model.register_forward_pre_hook(self._hand_over_mask, with_kwargs=True)
 
     def _hand_over_mask(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if torch.compiler.is_exporting():  # an exported program may assign no attribute, and needs no mask
             return
-        given = inspect.signature(model.forward).bind_partial(*arguments, **options).arguments
-        mask = None if self._valid_mask is None else given.get(self._valid_mask)
+        mask = None if self._valid_mask is None else given_as(model, self._valid_mask, arguments, options)
         # It stays until the next forward: a checkpointed block runs again in the backward pass and needs it there.
         pad_mask = None if mask is None else mask == 0
         for norm in self.norms.values():
@@ -148,8 +160,8 @@ class Conversion:
         shortcut of a RepBatchNorm starts at 0.
 
         Args:
-            loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of keyword
-                arguments.
+            loader: batches, each a tensor or a mapping of keyword arguments, or a tuple or list that begins with
+                either.
             max_batches: stop after that many; None: all.
             device: where to move batches; None: leave them.
             fit: whether to set gain and shift.

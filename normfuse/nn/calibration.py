@@ -53,15 +53,16 @@ class _Moments:
 
 
 def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None:
-    """Call ``model`` with a batch: a tensor, a tuple or list that begins with the input, or a mapping of arguments."""
+    """Call ``model`` with a batch: a tensor, a mapping of arguments, or a tuple or list that begins with either."""
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
-    if isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
+    given = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(given, Mapping):
+        model(**{name: moved(value) for name, value in given.items()})
     else:
-        model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
+        model(moved(given))
 
 
 @contextmanager
@@ -100,8 +101,7 @@ def calibrate(
 
     Args:
         model: changed in place.
-        loader: batches, each a tensor, a tuple or list whose first entry is the input, or a mapping of
-            keyword arguments.
+        loader: batches, each a tensor or a mapping of keyword arguments, or a tuple or list that begins with either.
         max_batches: stop after that many; None: all.
         device: where to move batches; None: leave them.
         progress: show a progress bar.

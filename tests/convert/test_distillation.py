@@ -93,6 +93,8 @@ def test_the_loss_is_zero_as_long_as_the_student_is_the_original():
     hidden = (relative_error(mine, inside[0], valid) + relative_error(got, inside[1], valid)) / 2
     expected = 2 * hidden + 3 * relative_error(got, inside[1])
     torch.testing.assert_close(distillation.loss(), expected)
+    student(batch["input_ids"], batch["attention_mask"])  # the mask by position
+    torch.testing.assert_close(distillation.loss(), expected)
 
 
 def test_the_loop_lowers_the_loss_and_ends_with_static_norms():

@@ -192,6 +192,24 @@ def test_padding_is_left_out_of_the_statistics_in_training(model):
     assert model.norm.static.running_mean.abs().sum() > 0
 
 
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, nn.DataParallel])
+def test_padding_is_known_through_wrappers(model, wrap):
+    wrapped = wrap(copy.deepcopy(model))
+    progressive(model).calibrate(BATCHES)
+    progressive(wrapped).calibrate([(batch, "label") for batch in BATCHES])
+    for one, other in zip(model.buffers(), wrapped.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_layer_by_layer(model):
     conversion = progressive(model, schedule=Schedule(steps=20, start=0.1, end=0.7, order="layers"))
     assert [(norm.begin, norm.end) for norm in conversion.norms.values()] == [(2, 6), (6, 10), (10, 14)]

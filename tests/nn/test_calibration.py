@@ -173,7 +173,8 @@ def test_kinds_of_batches_and_the_bar(make, capsys):
     x = torch.randn(8, C)
     pad_mask = torch.arange(8) > 4
     results = []
-    loaders = [x[:5]], [(x[:5], "label")], ({"x": x[:5]} for _ in range(1)), [{"x": x, "pad_mask": pad_mask}]
+    named = {"x": x, "pad_mask": pad_mask}
+    loaders = [x[:5]], [(x[:5], "label")], ({"x": x[:5]} for _ in range(1)), [named], [(named, "label")]
     for loader in loaders:
         model = Named()
         assert calibrate(model, loader, device="cpu") == 1
