@@ -379,6 +379,15 @@ def test_given_factories_that_cannot_build_a_module():
         factory.build(factory.given("tiny_models:not_a_module"), {}, "not_a_module")
 
 
+def test_a_module_may_be_named_in_the_place_of_what_builds_one(tmp_path, monkeypatch):
+    (tmp_path / "a_script.py").write_text("from torch import nn\n\nmodel = nn.Linear(4, 2)\n")
+    torch.save({"weight": torch.ones(2, 4), "bias": torch.zeros(2)}, tmp_path / "m.pt")
+    monkeypatch.chdir(tmp_path)
+    given = {"model": "a_script:model", "inputs": ["input:float32[batch,4]"]}
+    assert load(tmp_path / "m.pt", **given).outputs == ("output",)
+    assert "model is a Linear already" in refusal(tmp_path / "m.pt", **given, model_args={"bias": False})
+
+
 def test_numbers_of_a_module_made_in_inference_mode_are_looked_at():
     with torch.inference_mode():
         weight = nn.Parameter(torch.ones(2))

@@ -52,8 +52,8 @@ def recorded(text: str, source: str) -> type[nn.Module]:
     return found
 
 
-def given(text: str) -> Callable[..., nn.Module]:
-    """The callable that a *person* names with ``--model package.module:factory``.
+def given(text: str) -> Callable[..., nn.Module] | nn.Module:
+    """What a *person* names with ``--model package.module:factory``: builds a module, or is one.
 
     The working directory is searched as well. Raises CheckpointError.
     """

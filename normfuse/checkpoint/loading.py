@@ -240,8 +240,14 @@ def _build(
         trust: whether the class that the file names may be built, and with any argument that it records.
         state: the weights in a file of format 1.
     """
-    if isinstance(model, nn.Module):
-        return model
+    named = factory.given(model) if isinstance(model, str) else model
+    if isinstance(named, nn.Module):
+        if model_args:
+            raise CheckpointError(
+                f"model is a {type(named).__name__} already; --model-arg (model_args) is for a class or function that "
+                "builds one"
+            )
+        return named
     label: Any = metadata.get("factory")
     if model is None and label is None:
         raise CheckpointError(
@@ -257,7 +263,7 @@ def _build(
     if model is None:
         build: Any = factory.recorded(label, str(path))
     elif isinstance(model, str):
-        build, label = factory.given(model), model
+        build, label = named, model
     else:
         build, label = model, getattr(model, "__qualname__", str(model))
     given, recorded = model_args or {}, metadata.get("kwargs") or {}
