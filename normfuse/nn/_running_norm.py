@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, check_input, check_tensor, to_rows
 from ..ops._recompute import State
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 from ._update_bn import refuse_update_bn
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class ChannelNorm(nn.Module):
     Statistics are buffers of float32, or float64 in a float64 module, whatever dtype the parameters are
     converted to. Options: see :class:`ChannelOptions`.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

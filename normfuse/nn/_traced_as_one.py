@@ -1,11 +1,11 @@
-"""Norms in graphs of torch.fx."""
+"""Norms in graphs of torch.fx and TorchScript."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.fx import Proxy
 
-__all__ = ["Proxy", "traced_as_one"]
+__all__ = ["Proxy", "refuse_script", "traced_as_one"]
 
 
 def traced_as_one(norm: nn.Module, x: Proxy, *others: object, **named: object) -> Proxy:
@@ -21,3 +21,11 @@ def traced_as_one(norm: nn.Module, x: Proxy, *others: object, **named: object) -
             "a model that holds it, such as nn.Sequential(norm)"
         )
     return x.tracer.create_proxy("call_module", path, (x, *others), named)
+
+
+def refuse_script(norm: nn.Module) -> nn.Module:
+    """As ``__prepare_scriptable__``: what ``torch.jit.script`` calls before it reads a module's code."""
+    raise TypeError(
+        f"torch.jit.script cannot compile {type(norm).__name__}; trace the model in evaluation instead "
+        "(torch.jit.trace(model.eval(), x)), or export it with torch.export or normfuse.onnx.export"
+    )

@@ -9,7 +9,7 @@ from ..ops import adaptive_instance_norm, instance_statistics
 from ..ops._layout import check_device
 from ..ops.adaptive_instance_norm import check_samples
 from ._running_norm import check_positive
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 class AdaptiveInstanceNorm(nn.Module):
@@ -35,6 +35,8 @@ class AdaptiveInstanceNorm(nn.Module):
         >>> y.shape, torch.allclose(y.mean((2, 3)), style.mean((2, 3)), atol=1e-5)
         (torch.Size([2, 3, 8, 8]), True)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *, eps: float = 1e-5, unbiased: bool = False) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..ops._layout import cast
 from ._running_norm import ChannelOptions, check_count, check_fraction
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 from .batch_norm import MaskedBatchNorm
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class BatchChannelNorm(nn.Module):
         >>> BatchChannelNorm(64, num_groups=16)(torch.randn(2, 64, 7, 7)).shape
         torch.Size([2, 64, 7, 7])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

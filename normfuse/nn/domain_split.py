@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._layout import check_tensor
 from ._running_norm import check_count
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 class DomainSplitNorm(nn.Module):
@@ -37,6 +37,8 @@ class DomainSplitNorm(nn.Module):
         >>> norm(torch.randn(6, 8)).shape  # the first three samples are of domain 0
         torch.Size([6, 8])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, norm: nn.Module, num_domains: int = 2, domain: int = 0) -> None:
         super().__init__()

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_erf, dynamic_tanh
 from ._running_norm import check_count, check_width
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 class _DynamicActivation(nn.Module):
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         num_features: int,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops._layout import accumulation_dtype
 from ._affine_fit import paired_rows, set_affine
 from ._running_norm import ChannelNorm, check_choice, check_count, check_fraction, refuse_negative_counters
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 SHAPES = ("linear", "cosine")
 
@@ -62,6 +62,8 @@ class ProgressiveNorm(nn.Module):
         >>> torch.equal(norm(x), nn.LayerNorm(8)(x))  # λ = 1
         True
     """
+
+    __prepare_scriptable__ = refuse_script
 
     step: Tensor
     moments: Tensor

@@ -9,7 +9,7 @@ from ..ops import region_norm
 from ..ops._layout import cast, check_device, check_dtype
 from ..ops.region_norm import POOLS
 from ._running_norm import check_choice, check_count, check_positive
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 class RegionNorm(nn.Module):
@@ -42,6 +42,8 @@ class RegionNorm(nn.Module):
         >>> RegionNorm(8)(x, hole).shape
         torch.Size([2, 8, 16, 16])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -105,6 +107,8 @@ class LearnableRegionNorm(nn.Module):
         >>> LearnableRegionNorm()(torch.randn(2, 8, 16, 16)).shape
         torch.Size([2, 8, 16, 16])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

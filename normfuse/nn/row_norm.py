@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import crms_norm, layer_norm, rms_norm
 from ._running_norm import check_width
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 def _channels(normalized_shape: int | Sequence[int]) -> tuple[int]:
@@ -25,6 +25,8 @@ def _channels(normalized_shape: int | Sequence[int]) -> tuple[int]:
 
 class _RowNorm:
     """What the three share, in front of torch's module: the gain's convention, and the check of x."""
+
+    __prepare_scriptable__ = refuse_script
 
     unit_offset = False
     weight: Tensor | None

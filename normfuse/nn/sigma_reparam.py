@@ -15,6 +15,7 @@ from ..ops._layout import accumulation_dtype, cast
 from ..ops._recompute import statistics_of_this_run
 from ..ops._registry import register_forward
 from ._running_norm import check_choice
+from ._traced_as_one import refuse_script
 from .weight_standardization import output_axis
 
 INITS = ("one", "spectral")
@@ -53,6 +54,8 @@ class SigmaReparam(nn.Module):
         gain: the learned spectral norm, a scalar parameter.
         u, v: buffers, the current left [out] and right [in·kernel] singular vector, in float32 or wider.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, weight: Tensor, dim: int, init: str, iterate_in_evaluation: bool, program: str) -> None:
         super().__init__()

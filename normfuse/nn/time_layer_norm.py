@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..ops._layout import accumulation_dtype, cast, check_device, check_dtype, check_tensor
 from ._running_norm import check_count, check_positive
-from ._traced_as_one import Proxy, traced_as_one
+from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 
 class TimeRamp(nn.Module):
@@ -110,6 +110,8 @@ class TimeDependentLayerNorm(nn.Module):
         >>> norm.at(0.5)
         LayerNorm((64,), eps=1e-05, elementwise_affine=True, bias=True)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

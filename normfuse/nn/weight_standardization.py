@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._running_norm import check_choice, check_positive
+from ._traced_as_one import refuse_script
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FORMS = ("std", "variance")
@@ -14,6 +15,8 @@ FORMS = ("std", "variance")
 
 class _PerFilter(nn.Module):
     """A weight seen one output filter at a time: statistics over every axis but ``dim``."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, dim: int) -> None:
         super().__init__()

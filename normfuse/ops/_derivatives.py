@@ -21,6 +21,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_jit_trace() -> None:
+    """Raise if ``torch.jit.trace`` records what runs now, a training step in Python."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record a training step of a norm: call model.eval() before tracing")
+
+
+def plain_only(x: Tensor) -> bool:
+    """Whether only plain operations know what ``x`` is or what acts on it: transforms, parts of several processes."""
+    return transformed() or type(x).__name__ == "DTensor"
+
+
 def differentiated_again() -> bool:
     """Inside a backward pass: whether its result is to be differentiated (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -90,9 +90,15 @@ def check_input(
             f"channel_dim={channel_dim}; expected {channels}: check num_features and channel_dim"
         )
     if statistic.dtype != accumulation_dtype(x.dtype):
+        narrow = statistic.dtype not in (torch.float32, torch.float64)
         raise TypeError(
             f"the statistics have dtype {statistic.dtype}, but x of dtype {x.dtype} needs "
-            f"{accumulation_dtype(x.dtype)}: convert the module (module.float() or module.double()) or x"
+            f"{accumulation_dtype(x.dtype)}: "
+            + (
+                "leave the buffers of norms as they are (no buffer_dtype in the MixedPrecision of FSDP)"
+                if narrow
+                else "convert the module (module.float() or module.double()) or x"
+            )
         )
     check_device(x, "the running statistic", statistic)
     check_pad_mask(x, channel_dim, pad_mask)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._derivatives import approximate_gradient
+from ._derivatives import approximate_gradient, refuse_jit_trace
 from ._group import sum_in_group
 from ._layout import ChannelsLast, ThreeAxes
 from ._nonfinite import rollback_unless, snapshot
@@ -202,6 +202,7 @@ def training_step(
 
     Over a ``group`` there is no residual: add it before.
     """
+    refuse_jit_trace()
     y, s, *_ = _Step.apply(
         x, pad_mask, weight, bias, residual, norm, state, options, backward_options, channel_dim, group
     )

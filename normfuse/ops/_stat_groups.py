@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._derivatives import differentiated_again, transformed
+from ._derivatives import differentiated_again, refuse_jit_trace, transformed
 from ._layout import ThreeAxes, accumulation_dtype
 from ._registry import register_forward, register_operation
 from ._stat_group_references import (
@@ -157,6 +157,7 @@ def normalise_stat_groups(
     Returns ``y`` like x; ``stats`` [3, K, N, C], whose first two, mean and variance, carry gradients; ``count`` [K, N].
     """
     if not transformed():
+        refuse_jit_trace()
         return _StatGroupNorm.apply(
             x, mask, weight, bias, shortcut, channel_dim, group, vectors, running, correction, eps, floor, eps_total
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._derivatives import differentiated_again, transformed
+from ._derivatives import differentiated_again, plain_only
 from ._layout import (
     accumulation_dtype,
     cast,
@@ -120,7 +120,7 @@ def _dynamic_activation(
     curve: int, x: Tensor, alpha: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, fused: bool
 ) -> Tensor:
     _check(x, {"alpha": alpha, "shift": shift}, {"weight": weight, "bias": bias})
-    if not fused or transformed():
+    if not fused or plain_only(x):
         alpha, weight, bias = (cast(p, x.dtype) for p in (alpha, weight, bias))
         u = _argument(x, alpha, None if shift is None else cast(shift, x.dtype))
         return torch.addcmul(bias, torch.tanh(u) if curve == TANH else torch.erf(u), weight)

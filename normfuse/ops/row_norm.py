@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from ._derivatives import differentiated_again, transformed
+from ._derivatives import differentiated_again, plain_only
 from ._layout import accumulation_dtype, cast, check_dtype, check_residual, check_vectors, like_input, rows_of
 from ._registry import can_run_cpp_autograd, register_composition, register_operation
 
@@ -176,7 +176,7 @@ def _row_norm(
     eps = torch.finfo(acc).eps if eps is None else eps
     if unit_offset and weight is not None:
         weight = 1 + cast(weight, acc)
-    if not fused or transformed():
+    if not fused or plain_only(x):
         s = x if residual is None else x + residual
         y = _plain(s, weight, bias, kind, eps)
         return y if residual is None else (y, s)

@@ -105,6 +105,11 @@ class Projected(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
+                if type(p).__name__ == "DTensor":
+                    raise TypeError(
+                        f"{type(self).__name__} takes whole parameters; one of shape {tuple(p.shape)} is spread over "
+                        "processes (DTensor), as fully_shard leaves it: train under DistributedDataParallel"
+                    )
                 if p.grad.is_sparse or p.is_complex():
                     raise TypeError(
                         f"{type(self).__name__} takes dense real gradients; a parameter of shape {tuple(p.shape)} has "

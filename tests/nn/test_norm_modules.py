@@ -165,6 +165,15 @@ def test_statistics_follow_float64_and_come_back(make):
     assert {value.dtype for value in statistics(norm).values()} == {torch.float32}
 
 
+def test_statistics_that_were_narrowed_from_outside_are_refused(make):
+    norm = make()
+    for buffer in norm.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.bfloat16()  # as FSDP does
+    with pytest.raises(TypeError, match=r"dtype torch\.bfloat16.*needs torch\.float32.*no buffer_dtype"):
+        norm(torch.randn(2, norm.num_features, dtype=torch.bfloat16))
+
+
 def test_dtype_and_device_of_construction(make):
     assert {value.dtype for value in statistics(make(dtype=torch.bfloat16)).values()} == {torch.float32}
     norm = make(dtype=torch.float64, device="meta")

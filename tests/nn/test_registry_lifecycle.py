@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import normfuse
-from normfuse.nn import EstimatedBatchNorm, ProgressiveNorm
+from normfuse.nn import EstimatedBatchNorm, MaskedBatchNorm, MovingAverageBatchNorm, ProgressiveNorm
 from normfuse.nn.registry import NORMS
 
 
@@ -196,6 +196,18 @@ def test_a_jit_trace_in_evaluation_takes_other_batches(entry):
     traced = torch.jit.trace(model, inputs_of(entry))
     more = tuple(torch.cat([value, value]) for value in inputs_of(entry, seed=1))
     torch.testing.assert_close(traced(*more), model(*more))
+
+
+@pytest.mark.parametrize("make", [MaskedBatchNorm, MovingAverageBatchNorm])
+def test_a_jit_trace_in_training_is_refused(make):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record a training step.*call model\.eval\(\)"):
+        torch.jit.trace(make(C), torch.randn(2, C))
+
+
+@EVERY
+def test_script_is_refused_with_the_way_out(entry):
+    with pytest.raises(TypeError, match=r"torch\.jit\.script cannot compile .*torch\.jit\.trace\(model\.eval\(\), x\)"):
+        torch.jit.script(model_of(entry))
 
 
 @EVERY

@@ -1,11 +1,14 @@
 """LayerNorm, RMSNorm and CRMSNorm as modules: torch's parameters, what evaluation exports, and what folds."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 import normfuse
-from normfuse.nn import CRMSNorm, LayerNorm, RMSNorm
+from normfuse.nn import CRMSNorm, DyT, LayerNorm, RMSNorm
 
 C = 8
 PAIRS = [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)]
@@ -36,6 +39,28 @@ def test_in_place_of_torchs_own(ours, theirs, training):
     torch.testing.assert_close(mine.grad, other.grad)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.fixture
+def mesh():
+    """One process as a mesh of devices."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm, CRMSNorm, DyT])
+def test_sequences_that_are_spread_over_processes(make, mesh):
+    norm = trained(make(C))
+    x = torch.randn(2, 3, C)
+    expected = norm(x)
+    spread = copy.deepcopy(norm)
+    y = parallelize_module(spread, mesh, SequenceParallel())(x).full_tensor()
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(spread.parameters(), norm.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
 
 def test_crms_norm_is_the_rms_norm_of_one_more_channel():

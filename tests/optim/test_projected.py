@@ -366,3 +366,8 @@ def test_refused_gradients():
     weight.grad = torch.ones_like(weight)
     with pytest.raises(TypeError, match="has a complex one"):
         SGDP([weight]).step()
+    part = nn.Parameter(torch.ones(2, 2))
+    part.grad = torch.ones_like(part)
+    part.__class__ = type("DTensor", (nn.Parameter,), {})
+    with pytest.raises(TypeError, match=r"one of shape \(2, 2\) is spread over processes.*DistributedDataParallel"):
+        AdamP([part]).step()
