@@ -73,6 +73,12 @@ class FusedModel(nn.Module):
 
     Raises (when it is called):
         ValueError: other arguments than it was made for, or another size where sizes are fixed.
+
+    Example:
+        >>> import normfuse
+        >>> fused = normfuse.fuse(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval(), (torch.randn(3, 4),))
+        >>> type(fused).__name__, fused(torch.randn(3, 4)).shape
+        ('FusedModel', torch.Size([3, 8]))
     """
 
     def __init__(self, captured: Captured, program: ExportedProgram) -> None:
@@ -98,6 +104,9 @@ class FusedModel(nn.Module):
         Args:
             args: what the model takes.
             kwargs: what the model takes by name.
+
+        Returns:
+            The same structure, as computed without the norms.
         """
         tensors = self._tensors(args, kwargs)
         results = self.program(*tensors)
@@ -105,7 +114,14 @@ class FusedModel(nn.Module):
         return structure.rebuilt(self._returned, dict(zip(self._output_paths, results, strict=True)))
 
     def train(self, mode: bool = True) -> FusedModel:
-        """Leave the module in evaluation mode, which it was traced in."""
+        """Leave the module in evaluation mode, which it was traced in.
+
+        Args:
+            mode: counts for nothing.
+
+        Returns:
+            This module.
+        """
         return self
 
     def extra_repr(self) -> str:
