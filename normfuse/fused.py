@@ -12,13 +12,13 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from normfuse.checkpoint import structure
+from normfuse.checkpoint import CheckpointError, structure
 from normfuse.checkpoint.archive import one_line
 from normfuse.checkpoint.arguments import signature_of
 from normfuse.checkpoint.capture import Captured, capture_model
 from normfuse.checkpoint.inputs import consistent_sizes, dimensions
 from normfuse.checkpoint.structure import Path
-from normfuse.folding import fold
+from normfuse.folding import FoldError, fold
 
 
 def fuse(
@@ -45,8 +45,8 @@ def fuse(
         A module that is called as ``model`` is.
 
     Raises:
-        CheckpointError: the model fails on the example inputs, cannot be traced, or holds invalid numbers.
-        FoldError: see :func:`fold`.
+        FoldError: the model fails on the example inputs, cannot be traced, or holds invalid numbers; see also
+            :func:`fold`.
 
     Example:
         >>> import normfuse
@@ -56,7 +56,10 @@ def fuse(
         >>> torch.allclose(fused(x), model.eval()(x), atol=1e-5)
         True
     """
-    captured = capture_model(model, example_inputs, dynamic_shapes, kwargs, widen=False)
+    try:
+        captured = capture_model(model, example_inputs, dynamic_shapes, kwargs, widen=False)
+    except CheckpointError as error:  # there is no checkpoint here
+        raise FoldError(str(error)) from error
     folded, _ = fold(captured.model.program, keep_dynamic_norms=keep_dynamic_norms, verify=verify)
     return FusedModel(captured, folded)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normfuse
-from normfuse import CheckpointError
+from normfuse import FoldError
 from normfuse.nn import UnifiedNorm
 from tests.folding.checks import difference
 from tests.folding.networks import look_trained
@@ -209,8 +209,8 @@ def test_wrappers_are_looked_through(model, x):
 
 def test_what_cannot_be_traced_is_one_line(model, x):
     for given, message in (((), "example_inputs is empty"), (x[:, :5], "Sequential fails on the example inputs")):
-        with pytest.raises(CheckpointError, match=message) as refusal:
+        with pytest.raises(FoldError, match=message) as refusal:
             normfuse.fuse(model, given)
         assert "\n" not in str(refusal.value)
-    with pytest.raises(CheckpointError, match="has no data"):
+    with pytest.raises(FoldError, match="has no data"):
         normfuse.fuse(network().to("meta"), x)

@@ -51,8 +51,8 @@ def fold(
     mean beforehand.
 
     Args:
-        program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``), before any
-            decomposition. It is not changed.
+        program: an exported program in evaluation mode (``torch.export.export(model.eval(), ...)``). It is not changed.
+            Its norms, and those that were decomposed, become whole operations again.
         copy_shared: whether a weight that is read at several places may be stored once per place where the places
             need different values. Otherwise operations with a shared weight stay as they are.
         carry_biases: whether the biases of the weights that write into a residual stream are moved into the weights

@@ -55,6 +55,11 @@ def choose_shifts(gauge: Gauge) -> None:
             gauge.shifts.chosen[node] = shift
 
 
+def adds_constant(node: Node, gauge: Gauge) -> bool:
+    """Whether the model adds a constant there, so that a shift costs nothing."""
+    return node in gauge.matches.affine and bool(gauge.matches.affine[node].b.any())
+
+
 def keep_shift(node: Node, gauge: Gauge) -> None:
     """Leave a shift in its norm that would have to be written out as an Add further on."""
     gauge.shifts.kept_shift[node] = "it would have to be written out further on"
@@ -69,7 +74,7 @@ def first_blockers(gauge: Gauge) -> dict[Node, str]:
     for node in reversed(gauge.program.graph.nodes):
         if node not in gauge.matches.scale_of:
             continue
-        uses = {user: _blocks(user, node, gauge) for user in node.users}
+        uses = {user: _blocks(user, node, gauge, found) for user in node.users}
         passing = (found.get(user, "") for user, why in uses.items() if why is None)
         why = next((why for why in (*uses.values(), *passing) if why), "")
         if why:
@@ -77,8 +82,8 @@ def first_blockers(gauge: Gauge) -> dict[Node, str]:
     return found
 
 
-def _blocks(user: Node, node: Node, gauge: Gauge) -> str | None:
-    """Why a reader cannot take any shift of a value; None where it passes it on."""
+def _blocks(user: Node, node: Node, gauge: Gauge, blocked: dict[Node, str]) -> str | None:
+    """Why a reader cannot take any shift of a value; None where it passes it on. `blocked` values take none."""
     if gauge.returns(user, node):
         return "the model's output cannot take a shift"
     if user not in gauge.matches.of or not gauge.reads_values(user):
@@ -87,6 +92,6 @@ def _blocks(user: Node, node: Node, gauge: Gauge) -> str | None:
     use = rule.use(node, gauge.any_shift(node), gauge)
     if use in (Use.STOP, Use.JOIN):
         return f"{gauge.describe(user)} cannot take a shift"
-    if not rule.has_bias:
-        return f"{gauge.describe(user)} has no bias to take it"
-    return None if use is Use.PASS else ""
+    if not rule.has_bias:  # then it is a shift of the result
+        return f"{gauge.describe(user)} has no bias to take it" if user in blocked else ""
+    return None if use is Use.PASS and not adds_constant(user, gauge) else ""

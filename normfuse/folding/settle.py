@@ -15,7 +15,7 @@ import numpy as np
 from torch.fx import Node
 
 from . import opposites
-from .gains import choose_shifts, keep_shift
+from .gains import adds_constant, choose_shifts, keep_shift
 from .gauge import Gauge
 from .opposites import cancel_shift, root_mean_square
 from .results import Shifts, closed
@@ -42,7 +42,8 @@ def settle(gauge: Gauge) -> Gauge:
         travelling = set(shifts.chosen)
         _carry_shifts(gauge)
         # Inside its norm a shift costs nothing: it does not travel to where it would have to be written out.
-        back = travelling & sources_of_shift(shifts.materialised_shifts, gauge).keys()
+        new_adds = [value for value in shifts.materialised_shifts if not adds_constant(value, gauge)]
+        back = travelling & sources_of_shift(new_adds, gauge).keys()
         if not back:
             written_out = all(gauge.scales[gauge.scale(node)].all() for node in shifts.materialised_shifts)
             if gauge.options.fold_zeros and not written_out:

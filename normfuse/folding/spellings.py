@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from .nodes import argument
 
 aten = torch.ops.aten
 _NAMES = {
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
     aten.multiply.Tensor: aten.mul.Tensor,
     aten.divide.Tensor: aten.div.Tensor,
     aten.true_divide.Tensor: aten.div.Tensor,
@@ -41,6 +46,58 @@ def write_plainly(node: Node) -> None:
     node.target = _NAMES.get(node.target, node.target)
     if node.target in _FORMS:
         _FORMS[node.target](node)
+
+
+def make_norm_whole(node: Node) -> None:
+    """Write the first of a norm's three results, as decompositions have them, as that norm, if it alone is read."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return
+    apart = node.args[0]
+    if apart.target in _WHOLE and not any(user.users for user in apart.users if user is not node):
+        node.target, node.args = _WHOLE[apart.target](*(argument(apart, each.name) for each in _parameters(apart)))
+        node.meta = dict(apart.meta) | {"val": node.meta["val"]}
+
+
+def _parameters(node: Node) -> list[Any]:
+    return node.target._schema.arguments
+
+
+def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    return aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False)
+
+
+def _layer_norm(x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return aten.layer_norm.default, (x, shape, weight, bias, eps, False)
+
+
+def _group_norm(x: Any, weight: Any, bias: Any, n: Any, c: Any, rest: Any, groups: int, eps: float) -> Any:
+    return aten.group_norm.default, (x, groups, weight, bias, eps, False)
+
+
+_WHOLE: dict[object, Callable[..., Any]] = {
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+}
+
+
+def _convolution(node: Node) -> None:
+    """The convolution of all kinds, as decompositions write it, is one of a number of axes."""
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = (
+        argument(node, each.name) for each in _parameters(node)
+    )
+    axes = weight.meta["val"].dim() - 2
+    if not 1 <= axes <= 3 or x.meta["val"].dim() != axes + 2:
+        return
+    if transposed:
+        node.target = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)[
+            axes - 1
+        ]
+        node.args = (x, weight, bias, stride, padding, output_padding, groups, dilation)
+    else:
+        node.target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[axes - 1]
+        node.args = (x, weight, bias, stride, padding, dilation, groups)
+    node.kwargs = {}
 
 
 def _cast_like(node: Node) -> None:
@@ -196,6 +253,8 @@ def _before(node: Node, target: Any, *args: Any) -> Node:
 
 
 _FORMS: dict[object, Callable[[Node], None]] = {
+    operator.getitem: make_norm_whole,
+    aten.convolution.default: _convolution,
     aten.type_as.default: _cast_like,
     aten.mul.Tensor: _square,
     aten.where.self: _where,

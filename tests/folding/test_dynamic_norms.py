@@ -262,3 +262,44 @@ def test_a_gain_of_zero_in_front_of_a_factor_of_zero() -> None:
         model[1].weight[1] = model[2].scale[2] = 0.0
     _, report = folded(model, sequence())
     assert status(report) == ["folded"] and report.dynamic[0].gain == "folded"
+
+
+class WrittenOut(nn.Module):
+    """A linear layer as many write it themselves, behind a LayerNorm."""
+
+    def __init__(self, product: str, *, bias: bool) -> None:
+        super().__init__()
+        self.product, self.first, self.norm = product, nn.Linear(C, C), nn.LayerNorm(C)
+        self.weight = nn.Parameter(torch.randn(C, 6))
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        if self.product == "bmm":
+            y = torch.bmm(y, self.weight.expand(y.shape[0], *self.weight.shape))
+        else:
+            y = y @ self.weight if self.product == "matmul" else torch.einsum("bnc,cd->bnd", y, self.weight)
+        return F.gelu(y if self.bias is None else y + self.bias)
+
+
+@pytest.mark.parametrize("product", ["matmul", "bmm", "einsum"])
+def test_an_addition_that_is_there_takes_the_shift(product: str) -> None:
+    model, x = look_trained(WrittenOut(product, bias=True)).double(), torch.randn(2, 5, C).double()
+    program, report = folded(model, (x,))
+    (record,) = report.dynamic
+    assert (record.core, record.gain, record.shift) == ("RMSNorm", "folded", "folded")
+    assert operations(program).count("aten.add.Tensor") == 1
+    assert difference(model(x), program.module()(x)) <= 1e-12
+
+
+@pytest.mark.parametrize("product", ["matmul", "bmm", "einsum"])
+def test_a_shift_stays_where_it_would_be_an_addition_of_its_own(product: str) -> None:
+    model, x = look_trained(WrittenOut(product, bias=False)).double(), torch.randn(2, 5, C).double()
+    program, report = folded(model, (x,))
+    (record,) = report.dynamic
+    assert (record.gain, record.shift, record.reasons["shift"]) == (
+        "folded",
+        "kept",
+        f"{product} has no bias to take it",
+    )
+    assert "aten.add.Tensor" not in operations(program)
