@@ -74,8 +74,8 @@ class FusedModel(nn.Module):
         captured: the model as it was traced.
         program: the folded program.
 
-    Raises (when it is called):
-        ValueError: other arguments than it was made for, or another size where sizes are fixed.
+    Raises:
+        ValueError: it is called with other arguments than it was made for, or with another size where sizes are fixed.
 
     Example:
         >>> import normfuse
