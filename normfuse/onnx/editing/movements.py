@@ -104,6 +104,9 @@ def _from_the_end(entry: tuple[int, ...], size: int) -> tuple[int, ...]:
     return axis, size - 1 - start, size - 1 - end, -step
 
 
+_COPIES = {"edge": "replicate", "reflect": "reflect", "wrap": "circular"}
+
+
 @operation("Pad")
 def _pad(call: Call) -> bool:
     """With zeros or copies, by constants."""
@@ -117,7 +120,7 @@ def _pad(call: Call) -> bool:
         if pads is None or value is None or (call.operand(3) is not None and axes is None):
             return False
         pads = pads.ravel().tolist()
-    if mode not in ("constant", "reflect", "edge") or (mode == "constant" and float(value) != 0):
+    if mode not in _COPIES and (mode != "constant" or float(value) != 0):
         return False
     where = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes.ravel()]
     before, after = [0] * rank, [0] * rank
@@ -126,7 +129,7 @@ def _pad(call: Call) -> bool:
     amounts = [amount for axis in reversed(range(rank)) for amount in (before[axis], after[axis])]
     if mode == "constant":
         return call.emit(aten.constant_pad_nd.default, call.operands[0], amounts)
-    return call.emit(aten.pad.default, call.operands[0], amounts, "replicate" if mode == "edge" else mode)
+    return call.emit(aten.pad.default, call.operands[0], amounts, _COPIES[mode])
 
 
 # -- pooling -----------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def _reduce(call: Call) -> bool:
 def _resize(call: Call) -> bool:
     """Between neighbouring positions of one channel, the weights adding up to one."""
     before, after = call.shape(0), list(call.result().shape)
-    if call.get("coordinate_transformation_mode") == "tf_crop_and_resize" or len(before) not in (3, 4):
+    if call.get("coordinate_transformation_mode") == "tf_crop_and_resize" or len(before) not in (3, 4, 5):
         return False
     if any(a is not b and a != b for a, b in zip(before[:2], after[:2], strict=True)):
         return False
@@ -199,6 +202,7 @@ def _resize(call: Call) -> bool:
     targets = {
         ("nearest", 3): aten.upsample_nearest1d.vec, ("nearest", 4): aten.upsample_nearest2d.vec,
         ("linear", 3): aten.upsample_linear1d.vec, ("linear", 4): aten.upsample_bilinear2d.vec,
+        ("nearest", 5): aten.upsample_nearest3d.vec, ("linear", 5): aten.upsample_trilinear3d.vec,
         ("cubic", 4): aten.upsample_bicubic2d.vec,
     }  # fmt: skip
     if (mode, len(before)) not in targets:
@@ -207,6 +211,13 @@ def _resize(call: Call) -> bool:
     if any(isinstance(value := operand.meta["val"], torch.Tensor) and value.is_floating_point() for operand in rest):
         return False  # factors that are computed are values as any
     return call.emit(targets[mode, len(before)], call.operands[0], *rest)
+
+
+@operation("GridSample")
+def _grid_sample(call: Call) -> bool:
+    """Only whether zeros are around matters; elsewhere the weights add up to one."""
+    zeros = call.get("padding_mode", "zeros") == "zeros"
+    return call.is_tensor(1) and call.emit(aten.grid_sampler.default, *call.operands, 0, int(not zeros), False)
 
 
 @operation("DepthToSpace")

@@ -52,6 +52,16 @@ BETWEEN = {
     "the smallest": ("s = ReduceMin (c, places)", ["ReduceMin"]),
     "zeros at some positions": ("h = Greater (x, zero) s = Where (h, c, zero)", ["Greater", "Where"]),
     "the larger of it and zero": ("s = Max (zero, c)", ["Max"]),
+    "padding from the other side": ('s = Pad <mode: string = "wrap"> (c, around)', ["Pad"]),
+    "a larger volume": (
+        'u = Unsqueeze (c, last) r = Resize <mode: string = "linear"> (u, , twice) s = Squeeze (r, last)',
+        ["Unsqueeze", "Resize", "Squeeze"],
+    ),
+    "values between positions": (
+        "t = Transpose <perm: ints = [0, 2, 3, 1]> (x) p, q = Split <axis: int = 3, num_outputs: int = 2> (t) "
+        "s = GridSample (c, p)",
+        ["Transpose", "Split", "GridSample"],
+    ),
     "the larger of two": ("d = Conv (x, k) s = Max (c, d)", ["Conv", "Max"]),
 }
 CONSTANTS = {
@@ -59,6 +69,7 @@ CONSTANTS = {
     "starts": np.array([1, 2]), "ends": np.array([9, 5]), "axes": np.array([2, 3]), "steps": np.array([2, 1]),
     "back": np.array([-2, -1]), "pairs": np.array([[0, 2], [3, 1]]),
     "slope": np.full(1, 0.25, np.float32), "slopes": np.abs(draw(4, 1, 1)),
+    "around": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "last": np.array([4]), "twice": np.float32([1, 1, 2, 2, 1]),
     "places": np.array([2, 3]), "zero": np.zeros(1, np.float32), "three": np.full(1, 3.0, np.float32),
 }  # fmt: skip
 
@@ -79,7 +90,7 @@ def test_a_factor_passes(tmp_path, case):
     """Which goes into the convolution: the Tanh behind it takes none."""
     body, left = BETWEEN[case]
     body = f"c = Conv (x, k) {body} m = Mul (s, three) y = Tanh (m)"
-    proto = model(IMAGE, "float y", body, 18, **read(body, CONSTANTS))
+    proto = model(IMAGE, "float y", body, 20, **read(body, CONSTANTS))
     _, after = folded(proto, tmp_path)
     assert kinds(after) == ["Conv", *left, "Tanh"]
     assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
