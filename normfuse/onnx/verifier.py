@@ -310,8 +310,9 @@ def onnx_runner(path: Path, model: ExportableModel, seconds: Callable[[], float]
 
 
 def runtime_problem(error: Exception) -> str:
-    """ONNX Runtime's message without its error codes, source paths and C++ signatures."""
+    """ONNX Runtime's message without its error codes, paths and C++ signatures."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", one_line(error, 2000))
+    text = re.sub(r"Load model from .*? failed:", "", text)
     node = re.search(r"while running (\w+) node\. Name:'([^']*)'", text)
     text = text.rpartition("Status Message: ")[2]
     text = _SIGNATURE.sub("", text).rpartition("was false. ")[2]

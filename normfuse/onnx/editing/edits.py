@@ -261,7 +261,7 @@ class _Editor:
         own = [value.name for value in self._graph.output]
         fixed = {*own, *(value.name for value in self._graph.input), *(t.name for t in self._graph.initializer)}
         alive = {self._names[node.name] for node in self._folded.graph.nodes if node.name in self._names}
-        for name, returned in zip(own, output.args[0], strict=False):
+        for name, returned in dict(zip(own, output.args[0], strict=False)).items():  # one may be listed twice
             result = returned.args[0][0]
             written = self._name(result)
             if written == name:

@@ -174,10 +174,9 @@ class OnnxFile:
         repeated = next((name for name in names if names.count(name) > 1), None) if len(fixed) < len(names) else None
         if repeated is not None:
             raise GraphError(f"{self.path}: two initialisers are called {repeated!r}")
-        for values in (graph.input, graph.output):
-            listed = [value.name for value in values]
-            if len(set(listed)) < len(listed) or "" in listed:
-                raise GraphError(f"{self.path}: inputs, or outputs, without a name of their own: {', '.join(listed)}")
+        listed = [value.name for value in graph.input]
+        if len(set(listed)) < len(listed) or "" in listed or any(not value.name for value in graph.output):
+            raise GraphError(f"{self.path}: inputs, or outputs, without a name of their own: {', '.join(listed)}")
         if not graph.output:
             raise GraphError(f"{self.path}: the graph has no output")
         _check_functions(self.proto, self.path)

@@ -137,6 +137,16 @@ def test_a_result_keeps_its_name_when_the_norm_that_wrote_it_goes(tmp_path):
     assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
 
 
+def test_a_result_may_be_listed_twice(tmp_path):
+    proto = images("r = Relu (n) y = Identity (r)")
+    del proto.graph.node[2:]
+    proto.graph.output[0].name = "n"
+    proto.graph.output.append(proto.graph.output[0])
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Conv"] and after.graph.output == proto.graph.output
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
 def test_dimensions_without_a_name_or_a_size(tmp_path):
     for number, change in enumerate(("", -1, None)):
         proto = images()
