@@ -15,6 +15,7 @@ from normfuse.onnx.verifier import RTOL, Case, VerificationError, runtime_proble
 
 from .inner import is_bounded
 from .onnx_file import OnnxFile
+from .protos import for_runtime
 from .trial import Trial, plain_session, run_session
 
 # Beyond the tolerance, a difference may be this many times as large as the one between the original as it is written
@@ -104,7 +105,7 @@ class _Sessions:
             wider = onnx.ModelProto()
             wider.CopyFrom(model)
             wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
-            self._source, self._folder = wider.SerializeToString(), str(path.parent.resolve())
+            self._source, self._folder = for_runtime(wider, path)
 
     def plain(self, trial: Trial) -> list[Any]:
         return run_session(self._plain, trial)

@@ -13,6 +13,7 @@ from onnx import TensorProto, ValueInfoProto, helper
 from normfuse.onnx.graph import GraphError
 
 from .onnx_file import OnnxFile, torch_dtype
+from .protos import for_runtime
 from .trial import Trial, plain_session, run_session
 
 _SMALL = 1 << 22  # entries of a constant that is computed for what can be seen then
@@ -43,7 +44,7 @@ def value_types(file: OnnxFile) -> dict[str, int]:
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in outputs)
     found = {}
-    for value in plain_session(model.SerializeToString(), str(file.path.parent.resolve())).outputs:
+    for value in plain_session(*for_runtime(model, file.path)).outputs:
         kind = _KINDS.get(value.type.removeprefix("tensor(").removesuffix(")"))
         if kind is not None and value.type.startswith("tensor("):
             found[value.name] = kind
@@ -70,7 +71,7 @@ def observe(file: OnnxFile, types: Mapping[str, int], trials: Sequence[Trial]) -
             shape += "_"
         model.graph.node.append(helper.make_node("Shape", [name], [shape]))
         model.graph.output.append(helper.make_tensor_value_info(shape, TensorProto.INT64, None))
-    session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
+    session = plain_session(*for_runtime(model, file.path))
     seen = [run_session(session, trial) for trial in trials]
     return {
         name: Observed(kind, tuple(tuple(run[number].tolist()) for run in seen))
@@ -91,7 +92,7 @@ def evaluate_constants(file: OnnxFile, observed: Mapping[str, Observed], trial: 
     model.CopyFrom(file.proto)
     del model.graph.output[:]
     model.graph.output.extend(ValueInfoProto(name=name) for name in small)
-    session = plain_session(model.SerializeToString(), str(file.path.parent.resolve()))
+    session = plain_session(*for_runtime(model, file.path))
     values = zip(small, run_session(session, trial), strict=True)
     file.learn({name: value for name, value in values if isinstance(value, np.ndarray)})
 

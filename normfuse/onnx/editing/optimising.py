@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session
 
 from .onnx_file import OnnxFile
+from .protos import for_runtime
 
 _INSERTED = ("InsertedPrecisionFreeCast_", "InsertedCast_")
 
@@ -33,9 +34,10 @@ def optimised_operations(model: ModelProto, file: OnnxFile, folder: Path) -> flo
         elsewhere. Casts around operations that the CPU has not in float16 do not count: such files are for others. That
         of all operations where ONNX Runtime cannot say, infinity where it crashes.
     """
-    path, weights = folder / "optimised.onnx", str(file.path.parent.resolve())
+    path = folder / "optimised.onnx"
     try:
-        Session(model.SerializeToString(), folder=weights, optimised=str(path), threads=1)
+        data, weights = for_runtime(model, file.path)
+        Session(data, folder=weights, optimised=str(path), threads=1)
         optimised = onnx.load(path, load_external_data=False)
         inserted = sum(node.op_type == "Cast" and node.name.startswith(_INSERTED) for node in optimised.graph.node)
         return operations(optimised) - inserted + sum(map(_fused, optimised.graph.node))

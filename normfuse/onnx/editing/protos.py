@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, numpy_helper
 
-from .onnx_file import graphs_of, reads
+from .onnx_file import graphs_of, reads, tensors_of
 
 
 def remove_attribute(node: NodeProto, name: str) -> None:
@@ -68,6 +70,34 @@ def replace_entries(entries: Any, by: Sequence[Any]) -> None:
         copies.append(copied)
     del entries[:]
     entries.extend(copies)
+
+
+def for_runtime(model: ModelProto, path: Path) -> tuple[bytes, str]:
+    """A model in bytes, and the folder in which ONNX Runtime finds its weights.
+
+    Of a file it follows links, such as those to `blobs` in the cache of the Hugging Face hub; of a model in memory it
+    does not leave the folder. So where weights lie elsewhere, they are named by where they are.
+
+    Args:
+        model: the model of a file, or a changed one.
+        path: the file beside which its weights lie.
+    """
+    folder = os.path.realpath(path.parent)
+    external = [t for t in tensors_of(model) if t.data_location == TensorProto.EXTERNAL]
+    real = {os.path.realpath(path.parent / _location(tensor).value) for tensor in external}
+    if all(Path(file).is_relative_to(folder) for file in real):
+        return model.SerializeToString(), folder
+    folder, moved = os.path.commonpath([os.path.dirname(file) for file in real]), ModelProto()
+    moved.CopyFrom(model)
+    for tensor in tensors_of(moved):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = _location(tensor)
+            place.value = os.path.relpath(os.path.realpath(path.parent / place.value), folder)
+    return moved.SerializeToString(), folder
+
+
+def _location(tensor: TensorProto) -> StringStringEntryProto:
+    return next(entry for entry in tensor.external_data if entry.key == "location")
 
 
 def to_proto(tensor: torch.Tensor, name: str) -> TensorProto:

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import NORM, assert_equal, folded, images, kinds, read, weights
+from onnx_files import NORM, assert_equal, folded, images, kinds, plain, read, weights
 from onnx_text import draw, model
 
 from normfuse.onnx import fold_file
@@ -230,6 +230,21 @@ def test_constants_that_a_file_computes_are_read(tmp_path):
     _, after = folded(model("float[batch, 3, 8, 8] x", "float y", body, 17, **weights()), tmp_path)
     assert kinds(after) == ["Conv", "Relu", "Conv"]
     assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
+def test_links_into_the_folder_of_the_real_file(tmp_path):
+    """As the cache of the Hugging Face hub has them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir(), snapshot.mkdir()
+    onnx.save(images(), blobs / "1f", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    (blobs / "model.onnx_data").rename(blobs / "2e")
+    for name, blob in {"model.onnx": "1f", "model.onnx_data": "2e"}.items():
+        (snapshot / name).symlink_to(blobs / blob)
+    fold_file(snapshot / "model.onnx", tmp_path / "out.onnx")
+    assert kinds(onnx.load(tmp_path / "out.onnx")) == ["Conv", "Relu", "Conv"]
+    x = {"x": draw(2, 3, 8, 8)}
+    before, after = (plain(path, x)[0] for path in (snapshot / "model.onnx", tmp_path / "out.onnx"))
+    assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
 
 
 def test_quantised_weights_are_no_constants(tmp_path):
