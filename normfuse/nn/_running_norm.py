@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops._layout import accumulation_dtype, check_input, check_tensor, to_rows
 from ..ops._recompute import State
+from ._torch_batch_norms import refuse_update_bn, warn_convert_sync
 from ._traced_as_one import Proxy, refuse_script, traced_as_one
-from ._update_bn import refuse_update_bn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,6 +79,19 @@ def split_ghosts(x: Tensor, ghost_size: int | None) -> list[int]:
         return [x.shape[0]]
     count = x.shape[0] // ghost_size
     return [ghost_size] * (count - 1) + [x.shape[0] - ghost_size * (count - 1)]
+
+
+class _Group:
+    """A process group in the state of a norm: copies share it, a stored norm forgets it, as DDP does."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Group], tuple[None]]:
+        return _Group, (None,)
 
 
 class ChannelOptions(TypedDict, total=False):
@@ -206,6 +219,17 @@ class ChannelNorm(nn.Module):
         if not torch.compiler.is_compiling():  # which knows no frames
             refuse_update_bn(self)
         return super().named_modules(*arguments, **options)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        if not (self.synchronised or torch.compiler.is_compiling()):
+            warn_convert_sync(self)
+        return super().named_children()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process_group": _Group(self.process_group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "process_group": getattr(state["process_group"], "group", None)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelNorm:
         before = {name: self._buffers[name] for name in self._start_values}

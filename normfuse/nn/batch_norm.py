@@ -220,7 +220,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
 
     def __getstate__(self) -> dict[str, object]:
         # It hangs on a graph, which can neither be copied nor stored.
-        return {**self.__dict__, "penalty": None, "_summed": 0}
+        return {**super().__getstate__(), "penalty": None, "_summed": 0}
 
     def extra_repr(self) -> str:
         return self._describe("momentum", "mean_penalty", "var_penalty")

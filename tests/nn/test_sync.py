@@ -4,15 +4,25 @@ With gloo on the CPU, and with NCCL where every rank gets a GPU of its own.
 """
 
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from normfuse.nn import EstimatedBatchNorm, MaskedBatchNorm, RegionNorm, UnifiedNorm, convert_sync
+from normfuse.nn import (
+    EstimatedBatchNorm,
+    MaskedBatchNorm,
+    RegionNorm,
+    RegularizedBatchNorm,
+    UnifiedNorm,
+    convert_sync,
+)
 
 WORKER = Path(__file__).with_name("sync_worker.py")
 
@@ -34,6 +44,29 @@ def test_without_processes_nothing_changes(kind):
     x = torch.randn(5, 4)
     assert torch.equal(norm(x), twin(x))
     assert "synchronised=True" in repr(norm)
+
+
+def test_torchs_conversion_says_what_it_leaves_alone():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(4), UnifiedNorm(4)))
+    with pytest.warns(RuntimeWarning, match=r"leaves UnifiedNorm as it is: call normfuse\.nn\.convert_sync\(model\)"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nn.SyncBatchNorm.convert_sync_batchnorm(convert_sync(model))
+        assert list(UnifiedNorm(4).children()) == []
+
+
+@pytest.mark.parametrize("kind", [UnifiedNorm, RegularizedBatchNorm])
+def test_copies_share_a_process_group_and_a_stored_norm_forgets_it(kind):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        model = convert_sync(nn.Sequential(kind(4)), group)
+        assert AveragedModel(model).module[0].process_group is group
+        again = pickle.loads(pickle.dumps(model))[0]
+        assert again.synchronised and again.process_group is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

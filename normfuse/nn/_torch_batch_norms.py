@@ -1,4 +1,4 @@
-"""``torch.optim.swa_utils.update_bn`` sees BatchNorms of PyTorch alone, and would leave ours without a word."""
+"""Functions of PyTorch that see its own BatchNorms alone, and would leave ours without a word."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 _UPDATE_BN = getattr(update_bn, "__wrapped__", update_bn).__code__
+_CONVERT_SYNC = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
 
 
 def refuse_update_bn(norm: nn.Module) -> None:
@@ -35,3 +36,15 @@ def refuse_update_bn(norm: nn.Module) -> None:
     if not others:
         raise RuntimeError(f"{message} instead")
     warnings.warn(f"{message} after it", RuntimeWarning, stacklevel=2)
+
+
+def warn_convert_sync(norm: nn.Module) -> None:
+    """Called when the children of ``norm`` are listed: warn if ``convert_sync_batchnorm`` lists them."""
+    caller = sys._getframe(1).f_back
+    if caller is not None and caller.f_code is _CONVERT_SYNC:
+        warnings.warn(
+            f"torch.nn.SyncBatchNorm.convert_sync_batchnorm leaves {type(norm).__name__} as it is: call "
+            "normfuse.nn.convert_sync(model) after it, for statistics over all processes",
+            RuntimeWarning,
+            stacklevel=3,
+        )
