@@ -95,3 +95,11 @@ def implementation(request, monkeypatch):
             monkeypatch.setattr(module, "_backward", backward)
     with autograd_in_python():
         yield request.param
+
+
+@pytest.fixture
+def mesh():
+    """One process as a mesh of devices."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

@@ -79,6 +79,13 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (tuple, list)) else []
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by name, also as they are called without DistributedDataParallel or torch.compile."""
+    known = dict(model.named_modules())
+    bare = {".".join(p for p in name.split(".") if p not in ("module", "_orig_mod")): m for name, m in known.items()}
+    return {**bare, **known}
+
+
 class Distillation:
     """Loss of a student against a frozen teacher: at modules inside and at the output.
 
@@ -135,7 +142,7 @@ class Distillation:
         self._valid: Tensor | None = None
         names = list(at.norms if isinstance(at, Conversion) else at)
         for kind, model in (("student", student), ("teacher", teacher)):
-            known = dict(model.named_modules())
+            known = _modules(model)
             unknown = [name for name in names if name not in known]
             if unknown:
                 raise ValueError(
@@ -145,7 +152,7 @@ class Distillation:
         self._hooks.append(student.register_forward_pre_hook(self._begin))
         for model in (student, teacher):
             for name in names:
-                self._hooks.append(model.get_submodule(name).register_forward_hook(self._keeper(model, name)))
+                self._hooks.append(_modules(model)[name].register_forward_hook(self._keeper(model, name)))
 
     def _begin(self, *_: Any) -> None:
         for kept in self._kept.values():
@@ -153,10 +160,12 @@ class Distillation:
         self._outputs = None
 
     def _keeper(self, model: nn.Module, name: str) -> Callable[..., None]:
+        kept = self._kept[model]  # outside of what torch.compile traces, which takes no module for a key
+
         def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
             # A checkpointed block runs again while gradients are computed; the loss exists by then.
             if self._outputs is None:
-                self._kept[model].setdefault(name, []).append(output)
+                kept.setdefault(name, []).append(output)
 
         return keep
 

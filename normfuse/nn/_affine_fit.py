@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,16 @@ def paired_rows(static: ChannelNorm, x: Tensor, y: Tensor, pad_mask: Tensor | No
         return u, v
     valid = torch.logical_not(pad_mask).reshape(-1)
     return u[valid], v[valid]
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    """``parameter.copy_(value)``, also where processes keep a part of it each, as ``fully_shard`` leaves it."""
+    if type(parameter).__name__ == "DTensor":
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        value = distribute_tensor(value.to(parameter.dtype), sharded.device_mesh, sharded.placements)
+    parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -66,7 +78,7 @@ def set_affine(
     if fit:
         if isinstance(static, RepBatchNorm):
             static.alpha.zero_()
-        static.weight.copy_(slope * deviation_of(static, static.running_var if centred else square))
-        static.bias.copy_(shift + slope * mean if centred else shift)
+        _fill(static.weight, slope * deviation_of(static, static.running_var if centred else square))
+        _fill(static.bias, shift + slope * mean if centred else shift)
     total = target_var.sum()
     return torch.where(total > 0, left / total, 0.0)

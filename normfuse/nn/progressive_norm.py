@@ -11,11 +11,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype
+from ..ops._registry import register_forward
 from ._affine_fit import paired_rows, set_affine
 from ._running_norm import ChannelNorm, check_choice, check_count, check_fraction, refuse_negative_counters
 from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
 SHAPES = ("linear", "cosine")
+
+
+def _move_moments(
+    u: Tensor, v: Tensor, pad_mask: Tensor | None, moments: Tensor, measured: Tensor, momentum: float
+) -> None:
+    """One step of the averages ``moments`` [5, C] and of their number, in place, from two norms' rows [R, C]."""
+    if pad_mask is not None:
+        valid = torch.logical_not(pad_mask)
+        u, v = u[valid], v[valid]
+    mean, target = u.mean(0), v.mean(0)
+    # Centred in their own dtype, so that float32 keeps a variance that is small beside the mean.
+    squares = [(a * b).mean(0) for a, b in ((u - mean, u - mean), (u - mean, v - target), (v - target, v - target))]
+    mean, target = mean.double(), target.double()
+    raw = (p.double() + q for p, q in zip(squares, (mean**2, mean * target, target**2), strict=True))
+    found = torch.stack([mean, target, *raw])
+    usable = found.isfinite().all()  # neither an empty batch nor one with infinities counts
+    measured.add_(usable)
+    share = torch.clamp(1 / measured.clamp(min=1).double(), min=momentum) * usable
+    moments.lerp_(torch.where(usable, found, moments), share)
+
+
+_, _move_moments_recompute_safe = register_forward(
+    "progressive_norm_moments", _move_moments, lambda *_: None, statistics=("moments", "measured"), in_library=False
+)
 
 
 class ProgressiveNorm(nn.Module):
@@ -155,20 +180,14 @@ class ProgressiveNorm(nn.Module):
             self._fit()
 
     @torch.no_grad()
-    def _measure(self, x: Tensor, y: Tensor, pad_mask: Tensor | None) -> None:
+    def _measure(self, x: Tensor, y: Tensor, pad_mask: Tensor | None, momentum: float) -> None:
         dtype = accumulation_dtype(x.dtype)
-        u, v = paired_rows(self.static, x.to(dtype), y.to(dtype), pad_mask)
-        mean, target = u.mean(0), v.mean(0)
-        # Centred in their own dtype, so that float32 keeps a variance that is small beside the mean.
-        squares = [(a * b).mean(0) for a, b in ((u - mean, u - mean), (u - mean, v - target), (v - target, v - target))]
-        mean, target = mean.double(), target.double()
-        raw = (p.double() + q for p, q in zip(squares, (mean**2, mean * target, target**2), strict=True))
-        found = torch.stack([mean, target, *raw])
-        usable = found.isfinite().all()  # neither an empty batch nor one with infinities counts
-        measured = self.measured + usable
-        share = torch.clamp(1 / measured.clamp(min=1).double(), min=self.momentum) * usable
-        self.moments = self.moments.lerp(torch.where(usable, found, self.moments), share)
-        self.measured = measured
+        u, v = paired_rows(self.static, x.to(dtype), y.to(dtype), None)
+        mask = None if pad_mask is None else pad_mask.reshape(-1)
+        compiling = torch.compiler.is_compiling()  # compiled code asks at run time whether it is a second run
+        if compiling or torch._C._current_graph_task_id() == -1:
+            move = _move_moments_recompute_safe if compiling else _move_moments
+            move(u, v, mask, self.moments, self.measured, momentum)
 
     @torch.no_grad()
     def _fit(self) -> None:
@@ -219,8 +238,8 @@ class ProgressiveNorm(nn.Module):
         original = self.original(x)
         if self.training and self.resting:
             # Not in a checkpoint's second run, which is part of the same step.
-            if self.momentum is not None and torch._C._current_graph_task_id() == -1:
-                self._measure(x, original, pad_mask)
+            if self.momentum is not None:
+                self._measure(x, original, pad_mask, self.momentum)
             return original
         static = self.static(x, pad_mask).to(original.dtype)
         return torch.lerp(static, original, self._share.to(original.dtype))

@@ -110,6 +110,19 @@ def test_the_loop_lowers_the_loss_and_ends_with_static_norms():
     conversion.finish()
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_student_is_compared_at_the_same_modules(wrap):
+    student, teacher, conversion, distillation, _ = setup()
+    conversion.step(20)
+    student(**batches()[0])
+    expected = distillation.loss()
+    distillation.close()
+    wrapped = wrap(student)
+    with Distillation(wrapped, teacher, conversion) as again:
+        wrapped(**batches()[0])
+        torch.testing.assert_close(again.loss(), expected)
+
+
 def test_without_training_it_stays_out_of_the_way():
     student, _, _, distillation, _ = setup()
     calls = []

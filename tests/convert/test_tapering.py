@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from normfuse.convert import ScaleAnchor, Schedule, taper
 from normfuse.nn import LayerNorm, MaskedBatchNorm, ProgressiveNorm
@@ -140,6 +141,39 @@ def test_a_checkpoint_measures_once(model):
     taper(model, Schedule(10, start=0.3, end=0.6))
     torch.utils.checkpoint.checkpoint(model, batch(0), use_reentrant=False).sum().backward()
     assert model.norms[0].measured == 1
+
+
+def test_compiled_steps_equal_eager_ones_and_compile_once_a_phase(model):
+    eager, compiled = model, copy.deepcopy(model)
+    conversions = [taper(net, Schedule(8, start=0.4, end=0.6)) for net in (eager, compiled)]
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    mask = (torch.arange(TOKENS) < 4).long().expand(16, -1)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for step in range(8):
+            for net in (eager, run):
+                net.zero_grad()
+                net(batch(step), attention_mask=mask).square().mean().backward()
+            for conversion in conversions:
+                conversion.step()
+    for (name, one), other in zip(eager.state_dict().items(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_a_checkpointed_compiled_block_measures_once(model):
+    taper(model, Schedule(10, start=0.3, end=0.6))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.utils.checkpoint.checkpoint(run, batch(0), use_reentrant=False).sum().backward()
+    assert model.norms[0].measured == 1
+
+
+def test_static_norms_are_fitted_where_processes_keep_a_part_each(model, mesh):
+    whole, sharded = model, copy.deepcopy(model)
+    for net in (whole, sharded):
+        conversion = taper(net, Schedule(10, start=0.2, end=0.6))
+        fully_shard(net, mesh=mesh) if net is sharded else None
+        train(net, conversion, 4)
+    for (name, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(other.full_tensor(), one.detach(), msg=name)
 
 
 def test_masked_positions_do_not_count(model):

@@ -41,14 +41,6 @@ def test_in_place_of_torchs_own(ours, theirs, training):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@pytest.fixture
-def mesh():
-    """One process as a mesh of devices."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("make", [LayerNorm, RMSNorm, CRMSNorm, DyT])
 def test_sequences_that_are_spread_over_processes(make, mesh):
     norm = trained(make(C))
