@@ -236,7 +236,7 @@ def test_directories_that_are_refused(saved, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"PEFT adapter.*merge_and_unload"):
         normfuse.load(folder)
-    with pytest.raises(CheckpointError, match="no folder of transformers"):
+    with pytest.raises(CheckpointError, match="is not a folder of transformers"):
         normfuse.load(tmp_path, with_past=True)
 
 
