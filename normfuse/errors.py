@@ -20,6 +20,12 @@ class NormfuseError(ValueError):
         self.advice = tuple(advice)
 
 
+def check_kind(name: str, value: object, allowed: type | tuple[type, ...], way_out: str) -> None:
+    """TypeError unless the argument `name` is of a kind that is allowed; `way_out` says in words what to give."""
+    if not isinstance(value, allowed):
+        raise TypeError(f"{name} is of type {type(value).__name__}; give {way_out}")
+
+
 def one_line(error: BaseException | str, limit: int = 400) -> str:
     """The first sentences of an error on a single line of at most ``limit`` printable characters."""
     # A file may put a terminal's control codes into its names.

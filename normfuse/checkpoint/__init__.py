@@ -11,9 +11,20 @@ from normfuse.checkpoint.capture import ExportableModel
 from normfuse.checkpoint.errors import CheckpointError
 from normfuse.checkpoint.inputs import Derived, Dimension, InputSpec, parse_input
 from normfuse.checkpoint.loading import load
+from normfuse.checkpoint.programs import from_program
 from normfuse.checkpoint.saving import save
 from normfuse.deprecation import deprecated_names
 
-__all__ = ["CheckpointError", "Derived", "Dimension", "ExportableModel", "InputSpec", "load", "parse_input", "save"]
+__all__ = [
+    "CheckpointError",
+    "Derived",
+    "Dimension",
+    "ExportableModel",
+    "InputSpec",
+    "from_program",
+    "load",
+    "parse_input",
+    "save",
+]
 
 __getattr__ = deprecated_names(__name__, {"Checkpoint": "ExportableModel"})

@@ -62,16 +62,41 @@ def _from_elsewhere(archive: Archive) -> ExportableModel:
     return ExportableModel(flat.program, specs, tuple(names), examples, (), archive.source)
 
 
-def _trusted(path: Path) -> ExportableModel:
-    program = files.guarded(path, torch.export.load)
+def from_program(program: ExportedProgram, source: str = "the program") -> ExportableModel:
+    """The model in a program that is in memory, traced again: flat, and in float32.
+
+    Args:
+        program: from ``torch.export``, of a model in evaluation mode. It is not changed.
+        source: what messages call it.
+
+    Returns:
+        The model. Dynamic dimensions are called as the program calls their symbols, and example inputs are the
+        program's, or made up where it has none.
+
+    Raises:
+        CheckpointError: the program takes other things than tensors, or cannot be traced again.
+
+    Example:
+        >>> from normfuse.checkpoint import from_program
+        >>> program = torch.export.export(nn.Linear(4, 2).eval(), (torch.ones(3, 4),))
+        >>> print(*from_program(program).inputs)
+        input:float32[3,4]
+    """
     names = program.graph_signature.user_inputs
     if not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{path}: the program takes other things than tensors")
-    specs = _specs(program, names, str(path))
+        raise CheckpointError(f"{source}: the program takes other things than tensors")
+    specs = _specs(program, names, source)
     saved = program.example_inputs
-    tensors = () if saved is None else (*saved[0], *saved[1].values())
-    examples = tensors if _fit(specs, tensors) else made_up(specs)
-    return _retraced(program, specs, examples, str(path))
+    if saved is not None:
+        call = bind(program.module(), saved[0], saved[1])
+        if _fit(specs, call.tensors):
+            named = [replace(spec, name=name) for spec, name in zip(specs, call.names, strict=True)]
+            return capture(program.module(), call, named, source)
+    return _retraced(program, specs, made_up(specs), source)
+
+
+def _trusted(path: Path) -> ExportableModel:
+    return from_program(files.guarded(path, torch.export.load), str(path))
 
 
 def _retraced(

@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from normfuse.errors import check_kind
+
 from .balance import BALANCES, choose, observe
 from .cancel import cancelling_norms
 from .centre import centre
@@ -80,7 +82,8 @@ def fold(
 
     Raises:
         FoldError: statistics are not finite, the program is in training mode, the outputs of the folded program
-            differ, or the program does not take ``example_inputs``. ValueError: ``balance`` is not allowed.
+            differ, or the program does not take ``example_inputs``. ValueError: ``balance`` is not allowed. TypeError:
+            ``program`` is no exported program.
 
     Example:
         >>> import normfuse
@@ -91,6 +94,13 @@ def fold(
         >>> [(record.name, record.status) for record in report.norms]
         [('1', 'folded')]
     """
+    check_kind(
+        "program",
+        program,
+        ExportedProgram,
+        "what torch.export.export(model.eval(), …) returns; a module goes into normfuse.fuse, an ONNX file into "
+        "normfuse.onnx.fold_file",
+    )
     given = program
     opened, removed = Program(program), list[RemovedChannels]()
     operations, size = opened.operations(), opened.bytes()

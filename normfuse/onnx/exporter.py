@@ -85,7 +85,7 @@ class ExportResult:
 
 @deprecated_arguments(no_shape="disable_passes")
 def export(
-    model: nn.Module | ExportableModel,
+    model: nn.Module | torch.export.ExportedProgram | ExportableModel,
     path: str | os.PathLike[str],
     *,
     example_inputs: Any = None,
@@ -110,8 +110,8 @@ def export(
     """Fold the norms of a model, write ONNX, and verify in ONNX Runtime that the outputs are the same.
 
     Args:
-        model: what :func:`normfuse.load` gives, or a module (then with ``example_inputs``), which is not
-            changed.
+        model: what :func:`normfuse.load` gives, a program of ``torch.export``, or a module (then with
+            ``example_inputs``), which is not changed.
         path: the file to write. It appears, together with a file of its weights for more than 2 GB, only after
             verification. A symbolic link stays and is followed.
         example_inputs: for a module, as in :meth:`normfuse.ExportableModel.from_model`. A model of transformers
@@ -175,7 +175,9 @@ def export(
     check_for_auto(target, sizes, threads)
     targets = TIMED if target == AUTO else (target,)
     plans = {name: plan(target=name, **options) for name in targets}
-    known = isinstance(model, ExportableModel) or huggingface.is_model(model)
+    if isinstance(model, str | os.PathLike):
+        raise ExportError(f"model is the path {str(model)!r}; give what normfuse.load makes of it")
+    known = isinstance(model, ExportableModel | torch.export.ExportedProgram) or huggingface.is_model(model)
     if not known and example_inputs is None:
         raise ExportError("a module needs example_inputs: a tuple of the arguments of its forward")
     sources = (model.source if isinstance(model, ExportableModel) else None, calibrate)

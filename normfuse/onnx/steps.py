@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from normfuse.checkpoint import ExportableModel
+from normfuse.checkpoint import ExportableModel, from_program
 from normfuse.checkpoint.archive import some_of
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphSummary, summarize
@@ -115,12 +116,14 @@ def plan(
 
 
 def traced(
-    model: nn.Module | ExportableModel, example_inputs: Any, dynamic_shapes: Any, progress: Progress
+    model: nn.Module | ExportedProgram | ExportableModel, example_inputs: Any, dynamic_shapes: Any, progress: Progress
 ) -> ExportableModel:
     """The program of a module; a model that is traced already is returned as it is."""
     if isinstance(model, ExportableModel):
         return model
     progress("trace with torch.export")
+    if isinstance(model, ExportedProgram):
+        return from_program(model)
     if example_inputs is None:
         return huggingface.exportable(model)
     return ExportableModel.from_model(model, example_inputs, dynamic_shapes)

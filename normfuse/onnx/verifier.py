@@ -15,6 +15,7 @@ import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
+from normfuse.errors import check_kind
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
 from normfuse.onnx.runtime import LONGEST_RUN, SLOWER, RuntimeFailure, Session
@@ -128,7 +129,7 @@ def verify(
 
     Raises:
         VerificationError: for the first difference beyond ``atol + rtol · largest value``, for outputs that
-            are not finite, and for a file that ONNX Runtime cannot load or run.
+            are not finite, and for a file that ONNX Runtime cannot load or run. TypeError: `model` is something else.
 
     Example:
         >>> import normfuse
@@ -139,6 +140,8 @@ def verify(
         >>> all(case.passed for case in normfuse.onnx.verify(model, "model.onnx").cases)
         True
     """
+    way_out = "what normfuse.load or normfuse.ExportableModel.from_model returns"
+    check_kind("model", model, ExportableModel, way_out)
     references = references or References(model, rounds=rounds, seed=seed, edges=edges)
     if path is None or not _is_int8(Path(path)):
         return compare_forms(references, None if path is None else Path(path), program, rtol=rtol, atol=atol)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.checkpoint.archive import one_line, some_of
 from normfuse.checkpoint.tracing import user_sizes
-from normfuse.errors import NormfuseError
+from normfuse.errors import NormfuseError, check_kind
 from normfuse.files import Output
 from normfuse.onnx.graph_passes import run_passes
 from normfuse.onnx.graph_passes.running import run
@@ -85,7 +85,7 @@ def write(
 
     Raises:
         WriteError: an operation has no translation, a weight does not fit float16, the checker objects, `path` cannot
-            be written.
+            be written. TypeError: `program` is no exported program.
 
     Example:
         >>> import normfuse
@@ -93,6 +93,8 @@ def write(
         >>> [path.name for path in normfuse.onnx.write(program, "linear.onnx", opset=20)]
         ['linear.onnx']
     """
+    way_out = "an exported program, such as normfuse.fold returns; normfuse.onnx.export takes modules"
+    check_kind("program", program, torch.export.ExportedProgram, way_out)
     path, translator = Path(path), Translator(inputs, outputs)
     with Output(path, error=WriteError) as output:
         problems: list[str] = []

@@ -217,3 +217,43 @@ def test_a_size_that_the_model_fixes_is_a_number_in_every_input(tmp_path):
     assert any(note.startswith("length is fixed at 3: the model runs step by step along it (") for note in result.notes)
     dims = [value.type.tensor_type.shape.dim for value in onnx.load(result.path).graph.input]
     assert [[dim.dim_param or dim.dim_value for dim in each] for each in dims] == [["batch", 3]] * 2
+
+
+class Nested(nn.Module):
+    """A dictionary in, a dictionary out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        self.layers[1].running_var.uniform_(0.5, 2)
+
+    def forward(self, batch, offset):
+        return {"y": self.layers(batch["x"]) + offset}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_program_in_memory_is_exported(tmp_path, decomposed):
+    model, x = Nested().eval(), torch.randn(3, 4)
+    shapes = {"batch": {"x": {0: Dim("batch")}}, "offset": None}
+    program = torch.export.export(model, ({"x": x},), {"offset": torch.ones(2)}, dynamic_shapes=shapes)
+    result = export(program.run_decompositions() if decomposed else program, tmp_path / "m.onnx")
+    assert not result.report.remaining and not result.graph.norms
+    (name,) = (value.name for value in onnx.load(result.path).graph.output)
+    assert name == "y"
+    x = torch.randn(5, 4)
+    (got,) = normfuse.onnx.runtime.Session(result.path).run({"batch_x": x.numpy(), "offset": np.ones(2, np.float32)})
+    np.testing.assert_allclose(got, model({"x": x}, torch.ones(2))["y"].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    module, path = nn.Linear(4, 2), tmp_path / "m.onnx"
+    with pytest.raises(ExportError, match=r"model is the path 'm\.pt'; give what normfuse\.load makes of it"):
+        export("m.pt", path)
+    for call, name in (
+        (lambda: normfuse.onnx.write(module, path), "program"),
+        (lambda: normfuse.fold(module), "program"),
+        (lambda: normfuse.onnx.verify(module, path), "model"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is of type Linear; give .*normfuse"):
+            call()
+    assert not path.exists()
