@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import some_of
 from ..nn import ProgressiveNorm
 from ..nn._affine_fit import paired_rows, set_affine
 from ..nn._running_norm import ChannelNorm, normalised_input
@@ -73,6 +75,13 @@ def fit_static_norms(
     seen = {name: found for name, found in moments.items() if found.rows > 0}
     if not seen:
         raise ValueError("no norm saw a valid row; check the mask and that the model calls its norms")
+    if idle := [name for name in norms if name not in seen]:
+        warnings.warn(
+            f"{len(idle)} of {len(norms)} norms saw no valid row and are not fitted: {some_of(idle)}. Calibrate with "
+            "data that reaches them, or leave them out with `where`",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     for name, found in seen.items():
         if not found.sums.isfinite().all():
             raise ValueError(f"the statistic of {name} is not finite; look at the weights and the data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import some_of
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_choice, check_count
 from ..nn.progressive_norm import SHAPES
@@ -117,6 +119,7 @@ class Conversion:
         self.report = report
         self._valid_mask = valid_mask
         self._hook = None
+        self._looked_for_idle = False
         if valid_mask is not None and _takes(model, valid_mask):
             self._hook = model.register_forward_pre_hook(self._hand_over_mask, with_kwargs=True)
 
@@ -135,13 +138,33 @@ class Conversion:
         return sum(norm.share for norm in self.norms.values()) / len(self.norms)
 
     def step(self, steps: int = 1) -> None:
-        """Count optimiser steps; call it after each ``optimizer.step()``. Does not wait for the device.
+        """Count optimiser steps; call it after each ``optimizer.step()``. Waits for the device the first time only.
 
         Args:
             steps: how many, at least 0.
+
+        Raises:
+            RuntimeError: the share of a norm begins to fall from moving averages, and it has not run in training mode.
         """
-        for norm in self.norms.values():
-            norm.advance(steps)
+        if not self._looked_for_idle:
+            self._looked_for_idle = True
+            self._warn_of_idle()
+        for name, norm in self.norms.items():
+            try:
+                norm.advance(steps)
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {error}") from error
+
+    def _warn_of_idle(self) -> None:
+        idle = [name for name, norm in self.norms.items() if norm.resting and norm.momentum and norm.measured == 0]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(self.norms)} norms have not run in training mode in the first step: "
+                f"{some_of(idle)}. Norms that have not when their λ begins to fall end the training with an error; "
+                "leave out what does not train with `where`",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def calibrate(
         self,

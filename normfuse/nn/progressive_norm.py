@@ -200,7 +200,7 @@ class ProgressiveNorm(nn.Module):
         if total == 0:
             raise RuntimeError(
                 f"λ begins to fall at step {self.begin}, but the norm has not run in training mode before; call step() "
-                "after each step of the optimiser"
+                "after each step of the optimiser, and leave out norms that do not train with `where`"
             )
         mean, target, square, product, target_square = moments / total
         var, target_var = ((s - m**2).clamp(min=0) for s, m in ((square, mean), (target_square, target)))

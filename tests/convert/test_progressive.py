@@ -304,6 +304,20 @@ def test_schedules_that_make_no_sense(options, message):
         Schedule(10, **options)
 
 
+def test_norms_that_the_data_does_not_reach_are_told(model):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = model, nn.LayerNorm(DIM)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.used(input_ids, attention_mask)
+
+    conversion = progressive(Half())
+    with pytest.warns(RuntimeWarning, match=r"^1 of 4 norms saw no valid row and are not fitted: idle\. .*`where`"):
+        assert len(conversion.calibrate(BATCHES)) == 3
+
+
 def test_calibration_needs_data(model):
     conversion = progressive(model, schedule=1)
     before = copy.deepcopy(model.state_dict())

@@ -183,10 +183,15 @@ def test_masked_positions_do_not_count(model):
     torch.testing.assert_close(model.norms[0].moments[0].float(), x[:, :4].flatten(0, 1).mean(0))
 
 
-def test_the_norm_must_have_run_before_it_fades(model):
+def test_a_norm_that_does_not_train_is_told_at_once_and_ends_it_when_its_turn_comes(model):
     conversion = taper(model, Schedule(10, start=0.3, end=0.6))
-    with pytest.raises(RuntimeError, match="begins to fall at step 3, but the norm has not run in training mode"):
-        conversion.step(3)
+    model.norms[1].eval()
+    model(batch(0))
+    with pytest.warns(RuntimeWarning, match=r"^1 of 2 norms have not run.* first step: norms\.1\. .*`where`"):
+        conversion.step()
+    conversion.step()  # which says nothing more
+    with pytest.raises(RuntimeError, match=r"^norms\.1: λ begins to fall at step 3, but the norm has not run.*`where`"):
+        conversion.step()
 
 
 @pytest.mark.parametrize(
