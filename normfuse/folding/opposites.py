@@ -53,7 +53,9 @@ def root_mean_square(shift: np.ndarray) -> float:
     return float(largest * np.sqrt(np.mean(np.square(shift / largest)))) if largest else 0.0
 
 
-def cancel_shift(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> bool:
+def cancel_shift(
+    node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge, *, only_biases: bool = False
+) -> bool:
     """Choose the shifts of sources such that `node` gets none.
 
     Args:
@@ -61,11 +63,12 @@ def cancel_shift(node: Node, order: dict[Node, int], tolerant: set[Node], gauge:
         order: the position of every operation.
         tolerant: values of which all readers take a shift.
         gauge: what is known; its shifts change if True is returned.
+        only_biases: whether it is left where that would cost an operation anywhere.
     """
     if noted(node, WRITTEN_OUT):
         return False
     shift, zero = gauge.shifts.of[node], gauge.no_shift(node)
-    if _change(node, -shift, order[node], order, tolerant, gauge) is None:
+    if _change(node, -shift, order[node], order, tolerant, gauge, only_biases) is None:
         return False
     # What is left is the rounding of the way there and back, which must not ask for an Add.
     gauge.shifts.of[node] = zero
@@ -73,7 +76,13 @@ def cancel_shift(node: Node, order: dict[Node, int], tolerant: set[Node], gauge:
 
 
 def _change(
-    node: Node, wanted: np.ndarray, last: int, order: dict[Node, int], tolerant: set[Node], gauge: Gauge
+    node: Node,
+    wanted: np.ndarray,
+    last: int,
+    order: dict[Node, int],
+    tolerant: set[Node],
+    gauge: Gauge,
+    only_biases: bool,
 ) -> int | None:
     """Change the shift of a value, and those of all that depends on it up to position `last`.
 
@@ -81,6 +90,8 @@ def _change(
         The price; None where no source can be changed so, and none is.
     """
     for route in sorted(_routes(node, tolerant, gauge), key=lambda r: _cost(r.source, gauge)):
+        if only_biases and not _costs_no_operation(route, gauge):
+            continue
         change = _needed_at_source(route, wanted, gauge)
         if change is None or _reaches_others(route, change, tolerant, gauge):
             continue
@@ -90,7 +101,7 @@ def _change(
         chosen, values = dict(shifts.chosen), dict(shifts.of)
         if route.parts:
             parts = gauge.matches.of[route.source].parts(change, gauge)
-            price = _change_all(parts, last, order, tolerant, gauge)
+            price = _change_all(parts, last, order, tolerant, gauge, only_biases)
         else:
             price = _choose(route.source, change, last, order, gauge)
         # A change that reaches the value on a second way as well is not the one that was wanted.
@@ -114,17 +125,28 @@ def _choose(source: Node, change: np.ndarray, last: int, order: dict[Node, int],
 
 
 def _change_all(
-    parts: list[tuple[Node, np.ndarray]], last: int, order: dict[Node, int], tolerant: set[Node], gauge: Gauge
+    parts: list[tuple[Node, np.ndarray]],
+    last: int,
+    order: dict[Node, int],
+    tolerant: set[Node],
+    gauge: Gauge,
+    only_biases: bool,
 ) -> int | None:
     """Change the shifts of several values; the highest price, None where one costs more than an Add behind them."""
     prices = [0]
     for part, change in parts:
         if change.any():
-            price = _change(part, change, last, order, tolerant, gauge)
+            price = _change(part, change, last, order, tolerant, gauge, only_biases)
             if price is None or price > _ADD:
                 return None
             prices.append(price)
     return max(prices)
+
+
+def _costs_no_operation(route: _Route, gauge: Gauge) -> bool:
+    """Whether the source has a bias to give, and nothing else reads what changes on the way."""
+    alone = all(sum(map(gauge.reads_values, operand.users)) == 1 for operand, _ in route.steps)
+    return alone and (route.parts or (route.source in gauge.matches.of and gauge.matches.of[route.source].has_bias))
 
 
 def _is_joint(node: Node, gauge: Gauge) -> bool:

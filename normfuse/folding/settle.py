@@ -76,9 +76,12 @@ def _carry_shifts(gauge: Gauge) -> None:
         gauge.shifts.of[node] = gauge.matches.of[node].settle(gauge)
         if isinstance(gauge.shifts.of[node], list) or not gauge.shifts.of[node].any():
             continue
-        # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply.
-        arises = node in gauge.matches.affine and node not in gauge.solution.kept and node not in tolerant
-        if arises and cancel_shift(node, order, tolerant, gauge):
+        # A shift that will be stopped somewhere is best cancelled where it arises, before readers multiply; one that
+        # would be an Add behind a product, where a bias in front can take it.
+        arises = node in gauge.matches.affine and node not in gauge.solution.kept
+        passes = node in tolerant
+        better = arises and (not passes or wants_adds(node, gauge, flexible))
+        if better and cancel_shift(node, order, tolerant, gauge, only_biases=passes):
             continue
         constants[node] = _constants(node, constants, gauge)
         grown = (

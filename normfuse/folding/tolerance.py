@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch.fx import Node
 
@@ -61,8 +61,14 @@ def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], s
     return readers, values
 
 
-def wants_adds(node: Node, gauge: Gauge) -> bool:
-    """Whether a shift of a value would come to a product without a bias, and be an Add behind it."""
+def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> bool:
+    """Whether a shift of a value would come to a product without a bias, and be an Add behind it.
+
+    Args:
+        node: the value.
+        gauge: what is known.
+        passing: products behind which it would go on instead.
+    """
     seen, pending = set[Node](), [node]
     while pending:
         current = pending.pop()
@@ -72,6 +78,11 @@ def wants_adds(node: Node, gauge: Gauge) -> bool:
         for user, use, _ in _taken(current, gauge):
             if use is Use.PASS:
                 pending.append(user)
-            elif use is Use.ABSORB and gauge.matches.of[user].weighs and not gauge.matches.of[user].has_bias:
+            elif use is Use.ABSORB and _appends_add(user, gauge) and user not in passing:
                 return True
     return False
+
+
+def _appends_add(user: Node, gauge: Gauge) -> bool:
+    """Whether what a constant adds to an operation's result is an operation of its own."""
+    return gauge.matches.of[user].weighs and not gauge.matches.of[user].has_bias

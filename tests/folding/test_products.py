@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import any_gauge, assert_nothing_left, folded, operations
-from .maps import C, MapNorm, sequence, status
+from .maps import C, MapNorm, Net, sequence, status
 from .networks import look_trained
 
 
@@ -55,6 +55,23 @@ def test_products_take_scale_and_shift(product: Callable[[Weights, Tensor], Tens
     assert status(report) == ["folded"], report.norms[0].reason
     with any_gauge(0):
         folded(Weights(product), sequence(), carry_biases=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_shift_goes_into_a_bias_in_front_rather_than_into_an_add_behind(bias: bool, alone: bool) -> None:
+    """The product has no bias. Where another one reads what is in front, a bias there would be an Add behind that."""
+
+    def product(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = m.first(x)
+        return m.norm(x) @ m.matrix, x.new_zeros(()) if alone else x @ m.matrix.T
+
+    generator = torch.Generator().manual_seed(0)
+    matrix = nn.Parameter(torch.randn(C, C, generator=generator))
+    model = Net(product, first=nn.Linear(C, C, bias=bias), norm=MapNorm(), matrix=matrix)
+    program, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+    assert operations(program).count("aten.add.Tensor") == (not alone)
 
 
 def test_a_bias_is_stored_beside_a_parameter_that_is_called_otherwise() -> None:
