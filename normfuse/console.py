@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from normfuse.errors import some_of
+from normfuse.errors import joined_names, some_of
 from normfuse.options import INT8_FILE
 
 if TYPE_CHECKING:
@@ -120,20 +120,17 @@ def print_report(console: Console, report: FoldReport) -> None:
     rows, hidden = _abridged(report.norms, lambda record: record.status != "folded")
     if console.width < _TABLE_WIDTH:
         for record in rows:
-            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
-            reason = f" ({record.reason})" if record.reason else ""
-            line = f"{record.name} ({record.kind}): {record.status}{into}{reason}"
-            console.print(escape(line), style=_style(record), highlight=False)
+            console.print(escape(str(record)), style=_style(record), highlight=False)
     elif rows:
         table = make_table("norm", "kind", "became", "into", *(["why it stayed"] if report.remaining else []))
         for record in rows:
-            cells = [record.name, record.kind, record.status, _joined(record.absorbed_by), record.reason]
+            cells = [record.name, record.kind, record.status, joined_names(record.absorbed_by), record.reason]
             table.add_row(*(escape(cell) for cell in cells[: len(table.columns)]), style=_style(record))
         console.print(table)
     if hidden:
         console.print(f"… and {hidden} more, all folded (--report has them)", highlight=False)
     for removed in report.removed:
-        what = f"{removed.channels} of {removed.num_features} channels taken out of {_joined(removed.weights)}"
+        what = f"{removed.channels} of {removed.num_features} channels taken out of {joined_names(removed.weights)}"
         line = f"{removed.name}: {what if removed.channels else f'constant channels stay ({removed.reason})'}"
         console.print(escape(line), highlight=False)
     if report.settled_early:
@@ -164,16 +161,13 @@ def _print_dynamic(console: Console, records: Sequence[DynamicNormRecord]) -> No
     rows, hidden = _abridged(records, lambda record: bool(record.reasons))
     if console.width < _TABLE_WIDTH:
         for record in rows:
-            into = f" into {_joined(record.absorbed_by)}" if record.absorbed_by else ""
-            line = f"{record.name} ({record.kind}): {record.core}, gain {record.gain}, shift {record.shift}{into}"
-            why = _first_reason(record)
-            console.print(escape(f"{line} ({why})" if why else line), highlight=False)
+            console.print(escape(str(record)), highlight=False)
     else:
         reasons = any(record.reasons for record in rows)
         table = make_table("norm", "kind", "core", "gain", "shift", "into", *(["why it stayed"] if reasons else []))
         for record in rows:
-            into = _joined(record.absorbed_by)
-            cells = [record.name, record.kind, record.core, record.gain, record.shift, into, _first_reason(record)]
+            into = joined_names(record.absorbed_by)
+            cells = [record.name, record.kind, record.core, record.gain, record.shift, into, record.first_reason]
             table.add_row(*map(escape, cells[: len(table.columns)]))
         console.print(table)
     if hidden:
@@ -190,26 +184,8 @@ def _print_dynamic(console: Console, records: Sequence[DynamicNormRecord]) -> No
     )
 
 
-def _first_reason(record: DynamicNormRecord) -> str:
-    """What stayed, and why: one reason is enough here, since a gain that stays holds the rest."""
-    return next((f"{what}: {why}" for what, why in record.reasons.items()), "")
-
-
 def _style(record: NormRecord) -> str:
     return "" if record.status == "folded" else "yellow"
-
-
-def _joined(weights: Sequence[str]) -> str:
-    """``mlp.0.weight, mlp.0.bias`` as ``mlp.0.{weight,bias}``: names as short as they can be told."""
-    members: dict[str, list[str]] = {}
-    for weight in weights:
-        module, _, name = weight.rpartition(".")
-        members.setdefault(module, []).append(name)
-    names = [
-        ".".join(filter(None, (module, own[0] if len(own) == 1 else "{" + ",".join(own) + "}")))
-        for module, own in members.items()
-    ]
-    return some_of(names, 2)
 
 
 def _abridged(records: Sequence[Record], stays: Callable[[Record], bool]) -> tuple[list[Record], int]:

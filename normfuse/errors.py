@@ -1,4 +1,4 @@
-"""What every refusal has in common. Needs no torch, so that the command can refuse before it loads one."""
+"""What refusals have in common, and how names are listed. Needs no torch: a command can refuse before it loads one."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
     """``a, b, c and 9 more``."""
     listed = ", ".join(names[:shown])
     return listed if len(names) <= shown else f"{listed} and {len(names) - shown} more"
+
+
+def joined_names(weights: Sequence[str]) -> str:
+    """``mlp.0.weight, mlp.0.bias`` as ``mlp.0.{weight,bias}``: names as short as they can be told."""
+    members: dict[str, list[str]] = {}
+    for weight in weights:
+        module, _, name = weight.rpartition(".")
+        members.setdefault(module, []).append(name)
+    names = [
+        ".".join(filter(None, (module, own[0] if len(own) == 1 else "{" + ",".join(own) + "}")))
+        for module, own in members.items()
+    ]
+    return some_of(names, 2)

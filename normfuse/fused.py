@@ -18,7 +18,7 @@ from normfuse.checkpoint.arguments import signature_of
 from normfuse.checkpoint.capture import Captured, capture_model
 from normfuse.checkpoint.inputs import consistent_sizes, dimensions
 from normfuse.checkpoint.structure import Path
-from normfuse.folding import FoldError, fold
+from normfuse.folding import FoldError, FoldReport, fold
 
 
 def fuse(
@@ -42,7 +42,7 @@ def fuse(
         verify: see :func:`fold`.
 
     Returns:
-        A module that is called as ``model`` is.
+        A module that is called as ``model`` is. Its ``report`` says what became of each norm.
 
     Raises:
         FoldError: the model fails on the example inputs, cannot be traced, or holds invalid numbers; see also
@@ -60,8 +60,8 @@ def fuse(
         captured = capture_model(model, example_inputs, dynamic_shapes, kwargs, widen=False)
     except CheckpointError as error:  # there is no checkpoint here
         raise FoldError(str(error)) from error
-    folded, _ = fold(captured.model.program, keep_dynamic_norms=keep_dynamic_norms, verify=verify)
-    return FusedModel(captured, folded)
+    folded, report = fold(captured.model.program, keep_dynamic_norms=keep_dynamic_norms, verify=verify)
+    return FusedModel(captured, folded, report)
 
 
 class FusedModel(nn.Module):
@@ -73,6 +73,7 @@ class FusedModel(nn.Module):
     Args:
         captured: the model as it was traced.
         program: the folded program.
+        report: what became of each norm.
 
     Raises:
         ValueError: it is called with other arguments than it was made for, or with another size where sizes are fixed.
@@ -84,9 +85,9 @@ class FusedModel(nn.Module):
         ('FusedModel', torch.Size([3, 8]))
     """
 
-    def __init__(self, captured: Captured, program: ExportedProgram) -> None:
+    def __init__(self, captured: Captured, program: ExportedProgram, report: FoldReport) -> None:
         super().__init__()
-        self.name = type(captured.live).__name__
+        self.name, self.report = type(captured.live).__name__, report
         self.inputs = captured.model.inputs
         self.program = _plain_module(program)
         signature = signature_of(captured.live)

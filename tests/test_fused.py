@@ -214,3 +214,13 @@ def test_what_cannot_be_traced_is_one_line(model, x):
         assert "\n" not in str(refusal.value)
     with pytest.raises(FoldError, match="has no data"):
         normfuse.fuse(network().to("meta"), x)
+
+
+def test_the_report_is_readable(model, x):
+    norm = look_trained(nn.LayerNorm(4)).eval()
+    report = normfuse.fuse(model.append(norm), x).report
+    assert str(report).splitlines() == [
+        "1 (UnifiedNorm): folded into 0.{weight,bias}, 4.{weight,bias}",
+        "5 (LayerNorm): LayerNorm, gain kept, shift kept (gain: its result is fixed by the model's output)",
+        "1 of 1 norms folded; program: 5 → 4 operations",
+    ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from normfuse.errors import NormfuseError
+from normfuse.errors import NormfuseError, joined_names
 
 
 class FoldError(NormfuseError):
@@ -34,6 +35,9 @@ class NormRecord:
     status: str = "folded"
     absorbed_by: list[str] = field(default_factory=list)
     reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}): {self.status}{_into(self.absorbed_by)}{_why(self.reason)}"
 
 
 @dataclass
@@ -81,6 +85,15 @@ class DynamicNormRecord:
     measured_by: list[str] = field(default_factory=list)
     absorbed_by: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first_reason(self) -> str:
+        """What stayed, and why: one reason is enough, since a gain that stays holds the rest."""
+        return next((f"{what}: {why}" for what, why in self.reasons.items()), "")
+
+    def __str__(self) -> str:
+        left = f"{self.name} ({self.kind}): {self.core}, gain {self.gain}, shift {self.shift}"
+        return f"{left}{_into(self.absorbed_by)}{_why(self.first_reason)}"
 
 
 @dataclass
@@ -130,6 +143,12 @@ class FoldReport:
         """The records of norms of which something is left in the graph."""
         return [record for record in self.norms if record.status != "folded"]
 
+    def __str__(self) -> str:
+        """A line for each norm, and the sums."""
+        folded = f"{len(self.norms) - len(self.remaining)} of {len(self.norms)} norms folded; " if self.norms else ""
+        sums = f"{folded}program: {self.nodes_before} → {self.nodes_after} operations"
+        return "\n".join([*map(str, self.norms), *map(str, self.dynamic), sums])
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data.
 
@@ -137,3 +156,11 @@ class FoldReport:
             A dictionary of everything above.
         """
         return asdict(self)
+
+
+def _into(weights: Sequence[str]) -> str:
+    return f" into {joined_names(weights)}" if weights else ""
+
+
+def _why(reason: str) -> str:
+    return f" ({reason})" if reason else ""
