@@ -222,5 +222,5 @@ def test_the_report_is_readable(model, x):
     assert str(report).splitlines() == [
         "1 (UnifiedNorm): folded into 0.{weight,bias}, 4.{weight,bias}",
         "5 (LayerNorm): LayerNorm, gain kept, shift kept (gain: its result is fixed by the model's output)",
-        "1 of 1 norms folded; program: 5 → 4 operations",
+        "1 of 1 norms folded; program: 6 → 4 operations",
     ]
