@@ -195,8 +195,7 @@ def _fitting(
     chosen = {aliases.get(name, name): size for name, size in given.items()}
     unknown = [name for name in given if aliases.get(name, name) not in usual]
     if unknown:
-        known = f"; there are {', '.join(usual)}" if usual else ""
-        raise BenchError(f"size {unknown[0]!r} names no dynamic dimension of the inputs{known}")
+        raise BenchError(sizes_module.no_dimension(unknown[0], usual))
     refusal: BenchError | None = None
     for sizes in sizes_module.attempts(usual, chosen):
         try:

@@ -15,7 +15,7 @@ from normfuse.checkpoint import ExportableModel
 from normfuse.deprecation import deprecated_arguments, deprecated_attribute
 from normfuse.files import Output
 from normfuse.folding import FoldReport
-from normfuse.onnx.fastest import TIMED, fastest
+from normfuse.onnx.fastest import TIMED, check_sizes, fastest
 from normfuse.onnx.graph import GraphSummary
 from normfuse.onnx.publish import publish
 from normfuse.onnx.quantize import typical_inputs
@@ -184,6 +184,7 @@ def export(
     reads = [source for source in sources if isinstance(source, str | os.PathLike)]
     with Output(path, reads=reads, error=ExportError) as output:
         program = traced(model, example_inputs, dynamic_shapes, progress)
+        check_sizes(sizes or {}, program.inputs)
         typical, references = typical_inputs(program, dtype, calibrate), References(program)
 
         # One target's plan differs from another's in its graph passes only.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normfuse.checkpoint import InputSpec
+from normfuse.checkpoint.inputs import dimensions
 from normfuse.files import Output
 from normfuse.onnx.benchmark import Timing, bench
 from normfuse.onnx.publish import data_beside
-from normfuse.options import TARGETS
+from normfuse.onnx.sizes import no_dimension
+from normfuse.options import TARGETS, ExportError
 
 ROUNDS = 60
 TIMED = tuple(target for target in TARGETS if target != "cuda")  # a GPU cannot be timed here
@@ -50,6 +53,14 @@ def fastest(
         os.replace(files[chosen].with_name(name), output.folder / name)
     result = results[chosen]
     return dataclasses.replace(result, notes=[*result.notes, _told(timing, chosen), *timing.notes])
+
+
+def check_sizes(sizes: Mapping[str, int], inputs: Sequence[InputSpec]) -> None:
+    """ExportError for a size of no dimension, which would show only when the files are timed."""
+    known = dimensions(inputs)
+    for name in sizes:
+        if name not in known:
+            raise ExportError(no_dimension(name, known))
 
 
 def _prefixed(progress: Callable[[str], None], target: str, stage: str) -> None:

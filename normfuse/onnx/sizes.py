@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _BATCH = re.compile(r"batch|^(n|b|bs|bsz|bsize)$", re.IGNORECASE)
 _CHANNELS = re.compile(r"channel|^c$", re.IGNORECASE)
@@ -18,6 +18,12 @@ _OTHERS = (64, 32, 16, 8, 4, 2, 1, 256, 512, 4096, 16000)
 def label(size: object, name: str, axis: int) -> str:
     """The name of a dynamic dimension; one without a name is called after its input and axis (``x.0``)."""
     return str(size) if size else f"{name}.{axis}"
+
+
+def no_dimension(name: str, known: Iterable[str]) -> str:
+    """In words, that a size is for none of the dynamic dimensions."""
+    names = ", ".join(known)
+    return f"size {name!r} names no dynamic dimension of the inputs" + (f"; there are {names}" if names else "")
 
 
 def words(dimension: str) -> list[str]:

@@ -17,7 +17,7 @@ from normfuse.onnx import fastest
 from normfuse.onnx.benchmark import Timing
 from normfuse.onnx.publish import publish
 from normfuse.onnx.verifier import session
-from normfuse.options import AUTO
+from normfuse.options import AUTO, ExportError
 
 steps = importlib.import_module("normfuse.onnx.steps")
 
@@ -37,6 +37,16 @@ def timing(*milliseconds):
 )
 def test_the_fastest_is_chosen_if_it_is_faster_in_most_rounds(times, chosen):
     assert fastest.choose(timing(*times)) == chosen
+
+
+def test_a_size_of_no_dimension_is_refused_before_anything_is_written(tmp_path):
+    stages = []
+    with pytest.raises(ExportError, match="size 'bath' names no dynamic dimension of the inputs; there are batch"):
+        normfuse.onnx.export(
+            nn.Linear(4, 2).eval(), tmp_path / "m.onnx", example_inputs=torch.randn(3, 4),
+            dynamic_shapes=({0: "batch"},), target=AUTO, sizes={"bath": 7}, progress=stages.append,
+        )  # fmt: skip
+    assert not any("portable" in stage for stage in stages)
 
 
 def test_the_file_is_the_one_that_was_timed(tmp_path, monkeypatch):
