@@ -16,7 +16,7 @@ from normfuse.checkpoint.inputs import Dimension, clamp, dimensions, parse_input
 from normfuse.errors import NormfuseError
 from normfuse.onnx import sizes as sizes_module
 from normfuse.onnx.graph import GraphError
-from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, clock
+from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, Value, clock
 from normfuse.onnx.verifier import runtime_problem, session
 from normfuse.onnx.writer import INPUTS
 from normfuse.options import check_timing
@@ -113,7 +113,8 @@ def bench(
         raise BenchError(f"rounds is {rounds}; at least 4 are needed for quartiles")
     check_timing(sizes, threads)
     sessions = [session(Path(path), threads, {"session.force_spinning_stop": "1"}) for path in paths]
-    entries = _matched(paths, sessions, mapping or {})
+    inputs = [_with_axes(Path(path), loaded.inputs) for path, loaded in zip(paths, sessions, strict=True)]
+    entries = _matched(paths, inputs, mapping or {})
     feeds, notes = _fitting(paths, sessions, entries, sizes or {}, seed)
     warm_up = max(3, rounds // 10)
     try:
@@ -124,19 +125,28 @@ def bench(
     return Timing([str(path) for path in paths], shapes, threads, times, notes)
 
 
+def _with_axes(path: Path, inputs: Sequence[Value]) -> list[Value]:
+    """The inputs of a file. One without a shape is a number for ONNX Runtime: it gets the axes that readers need."""
+    if all(entry.shape for entry in inputs):
+        return list(inputs)
+    listed, found = _hints(path)
+    ranks = {v.name: found[v.name].rank or 2 for v in listed if not v.type.tensor_type.HasField("shape")}
+    return [e._replace(shape=[None] * ranks[e.name]) if e.name in ranks else e for e in inputs]
+
+
 def _matched(
     paths: Sequence[str | os.PathLike[str]],
-    sessions: Sequence[Session],
+    inputs: Sequence[Sequence[Value]],
     mapping: Mapping[str, str],
 ) -> list[list[Any]]:
     """For each input of the first file, its entry in every file."""
-    first = {entry.name: entry for entry in sessions[0].inputs}
+    first = {entry.name: entry for entry in inputs[0]}
     unknown = [name for name in mapping if name not in first]
     if unknown:
         raise BenchError(f"{paths[0]} has no input {unknown[0]!r} to map; it takes {', '.join(first)}")
     matched = [[entry] for entry in first.values()]
-    for path, other in zip(paths[1:], sessions[1:], strict=True):
-        entries = {entry.name: entry for entry in other.inputs}
+    for path, other in zip(paths[1:], inputs[1:], strict=True):
+        entries = {entry.name: entry for entry in other}
         wanted = {name: mapping.get(name, name) for name in first}
         missing = [name for name in first if wanted[name] not in entries]
         left = [name for name in entries if name not in wanted.values()]
@@ -214,14 +224,19 @@ def _fitting(
 
 def _needed(path: Path) -> dict[tuple[str, int], int]:
     """Sizes that operations of a file ask for, by input and axis: the channels of a convolution."""
+    return {(name, axis): size for name, hints in _hints(path)[1].items() for axis, size in hints.sizes.items()}
+
+
+def _hints(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The inputs as a file lists them, and what its operations say of them; nothing where it cannot be read."""
     from .editing.hints import hints_of
     from .editing.onnx_file import OnnxFile
 
     try:
-        found = hints_of(OnnxFile(path))
+        file = OnnxFile(path)
+        return file.inputs, hints_of(file)
     except GraphError:
-        return {}
-    return {(name, axis): size for name, hints in found.items() for axis, size in hints.sizes.items()}
+        return [], {}
 
 
 def _bounds(loaded: Session) -> dict[str, Dimension]:

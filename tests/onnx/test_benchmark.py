@@ -1,3 +1,5 @@
+import math
+
 import onnx
 import onnx.parser
 import pytest
@@ -87,6 +89,25 @@ def test_channels_are_as_many_as_a_convolution_has(tmp_path):
     proto.graph.initializer.append(onnx.helper.make_tensor("k", 1, [2, 9, 3, 3], [0.0] * 162))
     onnx.save(proto, tmp_path / "m.onnx")
     assert bench([tmp_path / "m.onnx"], rounds=4, sizes={"h": 8, "w": 8}).shapes == {"x": [1, 9, 8, 8]}
+
+
+@pytest.mark.parametrize(
+    ("body", "weight", "shape"),
+    [
+        ("y = Conv (x, k)", [2, 9, 3, 3], [1, 9, 8, 8]),
+        ("y = MatMul (x, k)", [9, 2], [1, 9]),
+        ("y = Gather (k, i) z = Abs (x)", [9, 2], [1, 5]),
+    ],
+)
+def test_an_input_without_a_shape_has_the_axes_that_are_needed(tmp_path, body, weight, shape):
+    inputs = "float x, int64[n] i" if "i)" in body else "float x"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g ({inputs}) => (float y) {{ {body} }}')
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.ClearField("shape")
+    proto.graph.initializer.append(onnx.helper.make_tensor("k", 1, weight, [0.0] * math.prod(weight)))
+    onnx.save(proto, tmp_path / "m.onnx")
+    sizes = {"x.2": 8, "x.3": 8} if len(shape) == 4 else {"x.1": 5} if "i)" in body else {}
+    assert bench([tmp_path / "m.onnx"], rounds=4, sizes=sizes).shapes["x"] == shape
 
 
 def test_sums_of_dimensions_follow_their_terms(tmp_path):

@@ -90,7 +90,7 @@ def _look(
         flags = {a.name: a.i for a in node.attribute}
         _need(hints, axes, 0 if flags.get("transA") else 1, others[1][1 if flags.get("transB") else 0], 2)
     elif kind in ("MatMul", "MatMulInteger") and place == 0 and others[1] and len(others[1]) > 1:
-        _need(hints, axes, -1, others[1][-2], None)
+        _need(hints, axes, -1, others[1][-2], 2)  # or more, where the file says nothing
     elif kind in ("LSTM", "GRU", "RNN") and others[1]:
         if place == 0:
             _need(hints, axes, 2, others[1][2], 3)
