@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .files import check_readable
-from .options import Printing, UsageError, pairs, sizes_of
+from .options import OtherNames, Printing, UsageError, pairs, sizes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,12 +26,7 @@ def bench(
             "repeatable.",
         ),
     ] = [],  # noqa: B006 (typer reads the default, nothing changes it)
-    mapping: Annotated[
-        list[str],
-        typer.Option(
-            "--map", metavar="FIRST=SECOND", help="An input with another name in the second file; repeatable."
-        ),
-    ] = [],  # noqa: B006
+    mapping: OtherNames = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=4, help="Timed rounds; each runs every file once.")] = 50,
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,

@@ -11,7 +11,7 @@ import typer
 from normfuse.options import INT8_FILE, check_for_auto, check_for_int8, passes_for
 
 from .files import check_readable, described, reported
-from .options import Choosing, Loading, ModelFolding, ModelWriting, Printing, Tolerance
+from .options import Choosing, Loading, ModelFolding, ModelWriting, OtherNames, Printing, Tolerance, pairs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,10 +80,12 @@ def verify(
     loading: Loading,
     tolerance: Tolerance,
     printing: Printing,
+    mapping: OtherNames = [],  # noqa: B006 (typer reads the default, nothing changes it)
     rounds: Annotated[int, typer.Option(min=0, help="Number of random inputs besides the saved example.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
 ) -> None:
     """Compare an ONNX file with the model it came from, in ONNX Runtime."""
+    names = dict(pairs(mapping, "--map"))
     check_readable(checkpoint)
     check_readable(onnx)
     with printing.stages() as stages:
@@ -96,7 +98,7 @@ def verify(
         loaded = loading.load(checkpoint)
         allowed = RTOL[graph.dtype] if tolerance.rtol is None else tolerance.rtol
         stages(f"run {onnx} in ONNX Runtime")
-        verification = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed)
+        verification = run(loaded, onnx, rtol=allowed, atol=tolerance.atol, rounds=rounds, seed=seed, mapping=names)
     worst = verification.worst(INT8_FILE if graph.dtype == "int8" else "ONNX file")
 
     def show(console: Console) -> None:

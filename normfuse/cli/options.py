@@ -48,6 +48,12 @@ def _among(values: Iterable[object]) -> Callable[[str], list[str]]:
     return lambda incomplete: [str(value) for value in values if str(value).startswith(incomplete)]
 
 
+OtherNames = Annotated[
+    list[str],
+    typer.Option("--map", metavar="FIRST=SECOND", help="An input with another name in the second file; repeatable."),
+]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What inputs look like, where the file says too little."""

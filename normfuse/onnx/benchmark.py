@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from normfuse.errors import NormfuseError
 from normfuse.onnx import sizes as sizes_module
 from normfuse.onnx.graph import GraphError
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session, Value, clock
-from normfuse.onnx.verifier import runtime_problem, session
+from normfuse.onnx.verifier import advised_names, runtime_problem, session
 from normfuse.onnx.writer import INPUTS
 from normfuse.options import check_timing
 
@@ -151,12 +150,10 @@ def _matched(
         missing = [name for name in first if wanted[name] not in entries]
         left = [name for name in entries if name not in wanted.values()]
         if missing or left:
-            # The order is a guess that the reader sees, not one that is acted on.
-            advice = [f"--map {shlex.quote(f'{a}={b}')}" for a, b in zip(missing, left, strict=False)]
             raise BenchError(
                 f"{path} takes other inputs than {paths[0]}: {', '.join(entries)} instead of {', '.join(first)}; name "
                 f"those that are the same (mapping={{first: second}})",
-                advice=advice if len(missing) == len(left) else (),
+                advice=advised_names(missing, left),
             )
         for row in matched:
             row.append(entries[wanted[row[0].name]])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,7 @@ def verify(
     seed: int = 0,
     edges: bool = True,
     references: References | None = None,
+    mapping: Mapping[str, str] | None = None,
 ) -> VerificationReport:
     """Compare the outputs of a model with those of its folded program and of its ONNX file in ONNX Runtime (CPU).
 
@@ -123,6 +126,7 @@ def verify(
         edges: whether edge cases are tried.
         references: of `model`, where several forms are verified: the model runs once for all of them. They decide on
             `rounds`, `seed` and `edges`.
+        mapping: for inputs that have other names in the file: from the model's name to the file's.
 
     Returns:
         Every comparison that was made.
@@ -143,9 +147,11 @@ def verify(
     way_out = "what normfuse.load or normfuse.ExportableModel.from_model returns"
     check_kind("model", model, ExportableModel, way_out)
     references = references or References(model, rounds=rounds, seed=seed, edges=edges)
+    names = mapping or {}
     if path is None or not _is_int8(Path(path)):
-        return compare_forms(references, None if path is None else Path(path), program, rtol=rtol, atol=atol)
-    cases = compare_int8(model, Path(path), [tuple(model.example_inputs)], rtol)
+        file = None if path is None else Path(path)
+        return compare_forms(references, file, program, rtol=rtol, atol=atol, mapping=names)
+    cases = compare_int8(model, Path(path), [tuple(model.example_inputs)], rtol, names)
     if program is None:
         return VerificationReport(cases)
     exact = compare_forms(references, None, program, rtol=None, atol=atol)
@@ -167,6 +173,7 @@ def compare_forms(
     rtol: float | None,
     atol: float,
     half: bool | None = None,
+    mapping: Mapping[str, str] = MappingProxyType({}),
 ) -> VerificationReport:
     """What :func:`verify` does; `half` is whether the file holds float16, if that is known."""
     model = references.model
@@ -175,7 +182,7 @@ def compare_forms(
         runner = Runner(program)
         forms["folded program"] = lambda tensors: runner(*tensors)
     if path is not None:
-        forms["ONNX file"] = onnx_runner(path, model, lambda: LONGEST_RUN + SLOWER * references.slowest)
+        forms["ONNX file"] = onnx_runner(path, model, lambda: LONGEST_RUN + SLOWER * references.slowest, mapping)
     if half is None:
         half = path is not None and summarize(path).dtype == "float16"
     if rtol is None:
@@ -208,7 +215,11 @@ def compare_forms(
 
 
 def compare_int8(
-    model: ExportableModel, path: Path, inputs: Sequence[Sequence[torch.Tensor]], rtol: float | None
+    model: ExportableModel,
+    path: Path,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    rtol: float | None,
+    mapping: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Case]:
     """The error of an int8 file against the model in float32, for every output over all the inputs together.
 
@@ -219,7 +230,7 @@ def compare_int8(
         VerificationError: an error is beyond ``rtol``, or the file cannot be run.
     """
     rtol = RTOL["int8"] if rtol is None else rtol
-    run = onnx_runner(path, model)
+    run = onnx_runner(path, model, mapping=mapping)
     noise: list[float] = []
     signal: list[float] = []
     for tensors in inputs:
@@ -294,22 +305,41 @@ def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = N
         raise VerificationError(f"ONNX Runtime cannot load {path}: {runtime_problem(error)}") from error
 
 
-def onnx_runner(path: Path, model: ExportableModel, seconds: Callable[[], float] = lambda: LONGEST_RUN) -> Any:
+def onnx_runner(
+    path: Path,
+    model: ExportableModel,
+    seconds: Callable[[], float] = lambda: LONGEST_RUN,
+    mapping: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     """A function from tensors in the order of the model's inputs to the file's outputs; a run may take `seconds`."""
     loaded = session(path)
-    wanted = [entry.name for entry in loaded.inputs]
-    missing = [name for name in wanted if name not in model.input_names]
+    wanted, own = [entry.name for entry in loaded.inputs], model.input_names
+    unknown = [name for name in mapping if name not in own]
+    if unknown:
+        raise VerificationError(f"the module has no input {unknown[0]!r} to map; it takes {', '.join(own)}")
+    names = [mapping.get(name, name) for name in own]
+    missing = [name for name in wanted if name not in names]
     if missing:
+        left = [name for name, given in zip(own, names, strict=True) if given not in wanted]
         raise VerificationError(
-            f"{path} wants an input {missing[0]!r}; the module takes {', '.join(model.input_names)}"
+            f"{path} wants an input {missing[0]!r}; the module takes {', '.join(own)}; name those that are the same "
+            "(mapping={module: file})",
+            advice=advised_names(left, missing),
         )
 
     def run(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        named = dict(zip(model.input_names, tensors, strict=True))
+        named = dict(zip(names, tensors, strict=True))
         feeds = {name: named[name].numpy() for name in wanted}
         return [torch.from_numpy(array) for array in loaded.run(feeds, seconds=seconds())]
 
     return run
+
+
+def advised_names(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Options that name inputs which may be the same, in their order: a guess that is shown, not acted on."""
+    return [f"--map {shlex.quote(f'{a}={b}')}" for a, b in zip(first, second, strict=False)] * (
+        len(first) == len(second)
+    )
 
 
 def runtime_problem(error: Exception) -> str:

@@ -148,6 +148,28 @@ def test_files_that_cannot_be_compared(perceptron, tmp_path):
         verify(made(Pair(), torch.ones(3, 4)), path)
 
 
+def test_inputs_may_have_other_names_in_the_file(tmp_path):
+    class Difference(nn.Module):
+        def forward(self, x, y):
+            return x - y
+
+    model, path = made(Difference(), torch.randn(3, 4), torch.randn(3, 4)), tmp_path / "m.onnx"
+    exported(model, path)
+    proto = onnx.load(path)
+    (node,) = proto.graph.node
+    for place, name in enumerate(("left", "right")):
+        node.input[place] = proto.graph.input[place].name = name
+    onnx.save(proto, path)
+    with pytest.raises(VerificationError, match=r"name those that are the same \(mapping={module: file}\)") as caught:
+        verify(model, path)
+    assert caught.value.advice == ("--map x=left", "--map y=right")
+    verify(model, path, mapping={"x": "left", "y": "right"})
+    with pytest.raises(VerificationError, match="differs"):
+        verify(model, path, mapping={"x": "right", "y": "left"})
+    with pytest.raises(VerificationError, match="the module has no input 'z' to map; it takes x, y"):
+        verify(model, path, mapping={"z": "left"})
+
+
 def test_a_network_that_loses_digits_itself_is_told_apart_from_a_wrong_fold(perceptron, tmp_path):
     class Cancelling(nn.Module):
         def __init__(self, factor):
