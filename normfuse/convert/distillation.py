@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import ChannelNorm, check_count
 from ..nn.calibration import keep_modes, run_batch
+from ..ops._recompute import in_reentrant_checkpoint, refuse_reentrant
 from .fitting import static_alone
 from .progressive import Conversion, given_as
 
@@ -160,11 +161,14 @@ class Distillation:
         self._outputs = None
 
     def _keeper(self, model: nn.Module, name: str) -> Callable[..., None]:
-        kept = self._kept[model]  # outside of what torch.compile traces, which takes no module for a key
+        # Outside of what torch.compile traces, which takes no module for a key.
+        kept, learns = self._kept[model], model is self.student
 
         def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
             # A checkpointed block runs again while gradients are computed; the loss exists by then.
             if self._outputs is None:
+                if learns and in_reentrant_checkpoint():
+                    refuse_reentrant(f"the loss at {name}")
                 kept.setdefault(name, []).append(output)
 
         return keep

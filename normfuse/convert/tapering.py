@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn._running_norm import check_fraction, check_positive
 from ..ops._layout import accumulation_dtype
+from ..ops._recompute import in_reentrant_checkpoint, is_second_run, refuse_reentrant
 from .progressive import Conversion, Schedule, progressive
 from .swap import Where
 
@@ -111,8 +112,10 @@ class ScaleAnchor:
         self._hook = module.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not module.training:
+        if not module.training or is_second_run():
             return
+        if in_reentrant_checkpoint():
+            refuse_reentrant("the loss of a ScaleAnchor")
         x = arguments[0]
         self._scale = x.to(accumulation_dtype(x.dtype)).square().mean(-1).sqrt()
         if self.target is None:

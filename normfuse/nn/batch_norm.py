@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import BatchNormState, batch_norm
 from ..ops._layout import gain_and_shift
+from ..ops._recompute import in_reentrant_checkpoint, is_second_run, refuse_reentrant
 from ..ops.batch_norm import BatchStatistics, affine_by_statistics, batch_norm_with_statistics
 from ._running_norm import ChannelNorm, ChannelOptions, check_count, check_fraction
 from ._traced_as_one import Proxy, traced_as_one
@@ -180,6 +181,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         """Start the sum of penalties anew."""
         self.penalty: Tensor | None = None
         self._summed = 0
+        self._without_gradient = False
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if isinstance(x, Proxy):
@@ -199,6 +201,8 @@ class RegularizedBatchNorm(MaskedBatchNorm):
         return y if pad_mask is None else y.masked_fill(pad_mask.unsqueeze(self.channel_dim), 0.0)
 
     def _add_penalty(self, penalty: Tensor) -> None:
+        if is_second_run():  # the first run's term is in the loss
+            return
         if self._summed >= FORGOTTEN:
             warnings.warn(
                 f"{FORGOTTEN} penalties of a RegularizedBatchNorm were not used and are dropped: add "
@@ -208,6 +212,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
             )
             self.forget_penalty()
         if self.mean_penalty or self.var_penalty:
+            self._without_gradient |= in_reentrant_checkpoint()
             self.penalty = penalty if self.penalty is None else self.penalty + penalty
             self._summed += 1
 
@@ -220,7 +225,7 @@ class RegularizedBatchNorm(MaskedBatchNorm):
 
     def __getstate__(self) -> dict[str, object]:
         # It hangs on a graph, which can neither be copied nor stored.
-        return {**super().__getstate__(), "penalty": None, "_summed": 0}
+        return {**super().__getstate__(), "penalty": None, "_summed": 0, "_without_gradient": False}
 
     def extra_repr(self) -> str:
         return self._describe("momentum", "mean_penalty", "var_penalty")
@@ -249,6 +254,7 @@ def batch_norm_penalty(model: nn.Module, tokens: int = AUTHORS_TOKENS) -> Tensor
     Raises:
         TypeError, ValueError: ``tokens`` is not a positive int; ``model`` has no such norm, or none has run in training
             since the last call.
+        RuntimeError: one has run inside a reentrant checkpoint, where its term has no gradient.
 
     Example:
         >>> from normfuse.nn import RegularizedBatchNorm, batch_norm_penalty
@@ -266,6 +272,9 @@ def batch_norm_penalty(model: nn.Module, tokens: int = AUTHORS_TOKENS) -> Tensor
             f"model of class {type(model).__name__} has no RegularizedBatchNorm with a penalty; "
             "run a forward in training mode first"
         )
+    without_gradient = any(norm._without_gradient for norm in norms)
     for norm in norms:
         norm.forget_penalty()
+    if without_gradient:
+        refuse_reentrant("the penalty of a RegularizedBatchNorm")
     return torch.stack(found).sum() / tokens

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import Output
 from ..ops._layout import accumulation_dtype, mean_square
+from ..ops._recompute import is_second_run
 from ..ops._registry import library
 from ._running_norm import ChannelNorm, given_to_norm, running_norms
 
@@ -135,7 +136,7 @@ class Monitor:
             residual: as the norm takes it.
             *statistics: the norm's running ones, as they are before the step.
         """
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint's second run
+        if is_second_run():
             return
         self._calls[name] += 1
         if (self._calls[name] - 1) % self.every:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops._layout import accumulation_dtype
+from ..ops._recompute import is_second_run
 from ..ops._registry import register_forward
 from ._affine_fit import paired_rows, set_affine
 from ._running_norm import ChannelNorm, check_choice, check_count, check_fraction, refuse_negative_counters
@@ -184,9 +185,8 @@ class ProgressiveNorm(nn.Module):
         dtype = accumulation_dtype(x.dtype)
         u, v = paired_rows(self.static, x.to(dtype), y.to(dtype), None)
         mask = None if pad_mask is None else pad_mask.reshape(-1)
-        compiling = torch.compiler.is_compiling()  # compiled code asks at run time whether it is a second run
-        if compiling or torch._C._current_graph_task_id() == -1:
-            move = _move_moments_recompute_safe if compiling else _move_moments
+        if not is_second_run():  # compiled code asks at run time
+            move = _move_moments_recompute_safe if torch.compiler.is_compiling() else _move_moments
             move(u, v, mask, self.moments, self.measured, momentum)
 
     @torch.no_grad()

@@ -103,6 +103,26 @@ def _first_run_regions() -> Iterator[object]:
         caller = caller.f_back
 
 
+def is_second_run() -> bool:
+    """Whether a backward pass executes: a forward that runs then is a checkpoint's recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether what runs now runs without gradients inside a checkpoint, which runs it again with them."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return any(isinstance(region, torch.autograd.function.FunctionCtx) for region in _first_run_regions())
+
+
+def refuse_reentrant(what: str) -> None:
+    """Say that ``what``, a term of the loss, has no gradient."""
+    raise RuntimeError(
+        f"{what} has no gradient inside a reentrant checkpoint; call torch.utils.checkpoint.checkpoint with "
+        "use_reentrant=False"
+    )
+
+
 def _recomputed_region() -> Any:
     for variables in _checkpoint_hooks():
         if "target_frame_ref" in variables:

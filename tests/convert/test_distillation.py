@@ -29,12 +29,12 @@ class Encoder(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, inner):
+    def __init__(self, inner, use_reentrant=False):
         super().__init__()
-        self.inner = inner
+        self.inner, self.use_reentrant = inner, use_reentrant
 
     def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
 
 
 def batches(count=4):
@@ -157,6 +157,13 @@ def test_a_checkpointed_block_is_compared_once():
         gradients.append([p.grad.clone() for p in student.branches.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_states_inside_a_reentrant_checkpoint_are_refused():
+    student, *_ = setup()
+    student.norms[1] = Checkpointed(student.norms[1], use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"the loss at norms\.1 has no gradient inside a reentrant checkpoint"):
+        student(**batches()[0])
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import norm_formulas
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from normfuse.nn import (
     EstimatedBatchNorm,
@@ -219,6 +221,25 @@ def test_the_penalty_is_the_papers_and_has_the_gradient_of_the_batch():
     assert (published.mean_penalty, published.var_penalty) == (0.1, 0.01)
     with pytest.raises(ValueError, match="has no RegularizedBatchNorm with a penalty"):
         batch_norm_penalty(nn.Sequential(copy.deepcopy(norm)))
+
+
+def test_a_checkpoint_leaves_its_penalty_once_and_a_reentrant_one_none():
+    plain = RegularizedBatchNorm(C, mean_penalty=1.0, **DOUBLE)
+    checkpointed = copy.deepcopy(plain)
+    for _ in range(2):
+        x = torch.randn(6, C, **DOUBLE)
+        found = []
+        for norm, run in ((plain, plain), (checkpointed, partial(checkpoint, checkpointed, use_reentrant=False))):
+            leaf = x.clone().requires_grad_()
+            loss = run(leaf).sum() + batch_norm_penalty(norm)
+            loss.backward()
+            found += [loss, leaf.grad]
+        torch.testing.assert_close(found[:2], found[2:])
+    y = checkpoint(checkpointed, x.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"no gradient inside a reentrant checkpoint.*use_reentrant=False"):
+        batch_norm_penalty(checkpointed)
+    y.sum().backward()
+    assert checkpointed.penalty is None
 
 
 def test_penalties_of_several_forwards_add_up_and_are_for_a_mean_loss():
