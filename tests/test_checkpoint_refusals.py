@@ -5,6 +5,7 @@ import io
 import json
 import os
 import socket
+import sys
 import zipfile
 from pathlib import Path
 
@@ -395,3 +396,50 @@ def test_numbers_of_a_module_made_in_inference_mode_are_looked_at():
     check_tensors({"weight": weight}, "model")
     with pytest.raises(CheckpointError, match="weight holds infinity"):
         check_tensors({"weight": broken}, "model")
+
+
+def test_a_file_may_be_named_in_the_place_of_a_module(tmp_path):
+    folder = tmp_path / "my code"
+    folder.mkdir()
+    (folder / "json.py").write_text(  # also one that is called as a module of Python's
+        "import dataclasses\nfrom torch import nn\nfrom width_of_it import WIDTH\n\n\n"
+        "@dataclasses.dataclass\nclass Options:\n    width: 'int' = WIDTH\n\n\n"
+        "def Net():\n    return nn.Linear(Options().width, 2)\n"
+    )
+    (folder / "width_of_it.py").write_text("WIDTH = 4\n")
+    torch.save({"weight": torch.ones(2, 4), "bias": torch.zeros(2)}, tmp_path / "m.pt")
+    inputs = ["input:float32[batch,4]"]
+    assert load(tmp_path / "m.pt", model=f"{folder}/json.py:Net", inputs=inputs).outputs == ("output",)
+    assert json.loads("[1]") == [1] and str(folder) not in sys.path
+    assert "there is no file" in refusal(tmp_path / "m.pt", model=f"{folder}/no.py:Net", inputs=inputs)
+    assert "has no 'Other'" in refusal(tmp_path / "m.pt", model=f"{folder}/json.py:Other", inputs=inputs)
+    (folder / "broken.py").write_text("1 / 0\n")
+    assert "ZeroDivisionError" in refusal(tmp_path / "m.pt", model=f"{folder}/broken.py:Net", inputs=inputs)
+    assert "broken" not in sys.modules
+
+
+def test_classes_of_a_trusted_file_are_searched_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "of_this_folder.py").write_text("from torch import nn\n\n\nclass Net(nn.Linear):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    with factory.on_path(str(tmp_path)):
+        net = factory.given("of_this_folder:Net")(4, 2)
+        torch.save(net, "m.pt")
+    del sys.modules["of_this_folder"]
+    assert load("m.pt", trust=True, inputs=["input:float32[batch,4]"]).outputs == ("output",)
+
+
+@pytest.mark.parametrize(
+    ("first", "advice"),
+    [
+        (nn.Linear(4, 2), "float32[batch,4]"),
+        (nn.Conv2d(3, 2, 3), "float32[batch,3,32,32]"),
+        (nn.Embedding(9, 2), "int64[batch,seq]<9"),
+        (nn.LayerNorm(8), "float32[batch,8]"),
+    ],
+)
+def test_the_input_that_is_proposed_fits_the_first_weight(tmp_path, first, advice):
+    model = nn.Sequential(first, nn.ReLU())
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(CheckpointError) as refused:
+        load(tmp_path / "m.pt", model=model)
+    assert refused.value.advice == (f'--input "input:{advice}"',)

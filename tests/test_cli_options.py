@@ -226,4 +226,4 @@ def test_errors_that_advise_print_the_command(folder, monkeypatch):
     wanted = "run: normfuse export bare.pt --out b.onnx --target cpu --model package.module:factory"
     assert done.exit_code == 1 and done.stderr.rstrip().endswith(wanted)
     done = run("inspect", "bare.pt", "--model", "tiny_models:Perceptron")
-    assert 'run: normfuse inspect bare.pt --model tiny_models:Perceptron --input "x:float32[batch,8]"' in done.stderr
+    assert 'run: normfuse inspect bare.pt --model tiny_models:Perceptron --input "x:float32[batch,4]"' in done.stderr

@@ -6,6 +6,7 @@ Nothing in here runs code from a file unless the caller trusts it.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 
 from normfuse.checkpoint import kinds
 from normfuse.checkpoint.errors import CheckpointError
+from normfuse.checkpoint.factory import on_path
 from normfuse.checkpoint.pickled import data_globals, way_out
 from normfuse.errors import one_line, some_of
 
@@ -66,7 +68,8 @@ def read(path: Path, kind: str, trust: bool) -> Any:
     if kind == "safetensors":
         return _read_safetensors(path)
     if trust:
-        return guarded(path, lambda file: torch.load(file, map_location="cpu", weights_only=False))
+        with on_path(os.getcwd()):  # where the script may lie whose classes are in the file
+            return guarded(path, lambda file: torch.load(file, map_location="cpu", weights_only=False))
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(data_globals()):
             warnings.simplefilter("ignore")  # about pickle protocols that no torch.save writes: refused anyway

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ _FORM = "package.module:Class"
 
 def parse(text: str) -> tuple[str, list[str]]:
     """Splits ``package.module:Outer.Class`` into its module and attribute path, or raises CheckpointError."""
-    module, colon, attribute = text.partition(":")
+    module, colon, attribute = text.rpartition(":")
     path = attribute.split(".")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *path]):
         raise CheckpointError(f"factory {text!r} is not of the form {_FORM!r}")
@@ -55,15 +56,21 @@ def recorded(text: str, source: str) -> type[nn.Module]:
 def given(text: str) -> Callable[..., nn.Module] | nn.Module:
     """What a *person* names with ``--model package.module:factory``: builds a module, or is one.
 
-    The working directory is searched as well. Raises CheckpointError.
+    The working directory is searched as well. A file may stand for the module, ``folder/net.py:Net``, whose imports are
+    searched in its folder. Raises CheckpointError.
     """
-    module_name, path = parse(text)
-    with _working_directory_on_path():
+    place, colon, attribute = text.rpartition(":")
+    is_file = bool(colon) and place.endswith(".py")
+    if is_file and not os.path.isfile(place):
+        raise CheckpointError(f"--model {text}: there is no file {place}")
+    module_name, path = parse(f"file:{attribute}" if is_file else text)
+    folder = os.path.dirname(os.path.abspath(place)) if is_file else os.getcwd()
+    with on_path(folder):
         try:
-            found: Any = importlib.import_module(module_name)
+            found: Any = _module_in(place) if is_file else importlib.import_module(module_name)
         except (Exception, SystemExit) as error:  # the imported module is free to fail in its own way
             raise CheckpointError(
-                f"--model {text}: cannot import {module_name} ({type(error).__name__}: {one_line(error, 200)})"
+                f"--model {text}: cannot import {place} ({type(error).__name__}: {one_line(error, 200)})"
             ) from error
     for part in path:
         if not hasattr(found, part):
@@ -74,6 +81,20 @@ def given(text: str) -> Callable[..., nn.Module] | nn.Module:
             f"--model {text} is a {type(found).__name__}; give a class or function that builds the model"
         )
     return found
+
+
+def _module_in(file: str) -> Any:
+    """The module in a file, which runs; it is registered, since dataclasses look for their module."""
+    name = Path(file).stem
+    spec = importlib.util.spec_from_file_location(name if name not in sys.modules else f"_file_{name}", file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
 
 
 def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: str) -> nn.Module:
@@ -94,10 +115,10 @@ def build(factory: Callable[..., nn.Module], kwargs: Mapping[str, Any], label: s
 
 
 @contextmanager
-def _working_directory_on_path() -> Any:
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def on_path(folder: str) -> Iterator[None]:
+    """Modules are searched in a folder first."""
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)

@@ -44,9 +44,9 @@ def load(
         path: the file: of :func:`normfuse.save`, of ``torch.export.save`` (``.pt2``), of ``torch.save``,
             ``.safetensors``, an index of several (``….index.json``), or a folder that holds one of the last two.
             Weights are found under the keys that training scripts use, also with the prefixes of wrappers.
-        model: builds the module: ``"package.module:factory"`` (searched in the working directory as well), a
-            callable, or a module to load into. None: the program that the file holds. A file that holds its program
-            is exported as it was saved; a module that is given gets its weights.
+        model: builds the module: ``"package.module:factory"`` (searched in the working directory as well) or
+            ``"file.py:factory"``, a callable, or a module to load into. None: the program that the file holds. A file
+            that holds its program is exported as it was saved; a module that is given gets its weights.
         model_args: keyword arguments for it; they override those in the file.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records.
@@ -135,9 +135,21 @@ def _load(
         raise CheckpointError(
             f"{path} does not say which inputs the model takes; {_NAME_INPUTS}; {type(module).__name__}.forward takes "
             f"{some_of([p.name for p in parameters], 8)}",
-            advice=[f'--input "{name}:float32[batch,8]"' for name in names],
+            advice=[f'--input "{name}:{_likely(module)}"' for name in names],
         )
     return captured(module, specs, examples, str(path), [*notes, *said], plain)
+
+
+def _likely(module: nn.Module) -> str:
+    """Dtype and sizes of an input that the first weight of a module may take."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            return f"int64[batch,seq]<{part.num_embeddings}"
+        if isinstance(part, nn.Linear):
+            return f"float32[batch,{part.in_features}]"
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return f"float32[batch,{','.join(map(str, (part.in_channels, *[32] * len(part.kernel_size))))}]"
+    return "float32[batch,8]"
 
 
 def _is_half(module: nn.Module) -> bool:

@@ -87,8 +87,8 @@ class Loading(Inputs):
         str | None,
         typer.Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="Class or function that builds the model; the current folder is searched too. timm:NAME and "
-            "torchvision:NAME need no --input.",
+            help="Class or function that builds the model; the current folder is searched too, and FILE.py stands for "
+            "a module. timm:NAME and torchvision:NAME need no --input.",
         ),
     ] = None
     model_args: Annotated[
@@ -141,7 +141,10 @@ class Loading(Inputs):
 
     def files(self) -> list[Path]:
         """Where the module of --model may lie in this folder: it is read."""
-        name = "" if self.model is None else self.model.partition(":")[0].replace(".", "/")
+        place = "" if self.model is None else self.model.rpartition(":")[0]
+        if place.endswith(".py"):
+            return [Path(place)]
+        name = place.replace(".", "/")
         return [Path(f"{name}.py"), Path(name) / "__init__.py"] if name else []
 
     def load(self, path: Path) -> ExportableModel:

@@ -34,8 +34,8 @@ def load(
             transformers wrote (``save_pretrained``; needs ``pip install "normfuse[hf]"``). Weights are found under the
             keys that training scripts use, also with the prefixes of wrappers.
         model: builds the module: ``"package.module:factory"`` (searched in the working directory as well),
-            ``"timm:NAME"`` or ``"torchvision:NAME"`` (which need no `inputs`), a callable, or a module to load into.
-            None: the program that the file holds.
+            ``"file.py:factory"``, ``"timm:NAME"`` or ``"torchvision:NAME"`` (which need no `inputs`), a callable, or a
+            module to load into. None: the program that the file holds.
         model_args: keyword arguments for it; they override those in the file.
         inputs: what the model takes, e.g. ``["tokens:int64[batch,seq]<1000"]`` (see
             :func:`normfuse.checkpoint.parse_input`). None: what the file records, or the model's configuration says.
