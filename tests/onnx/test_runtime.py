@@ -78,6 +78,19 @@ def test_one_line_for_a_file_that_does_not_end_well(file, words, request, monkey
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_size_at_which_a_file_crashes_is_not_tried_in_other_ways(tmp_path, monkeypatch):
+    """Every crash costs a process."""
+    body = CRASH.replace("Mul (x, none)", "Mul (r, none)").replace("y = Cast", "f = Cast")
+    proto = model("float[?, ?, ?, ?] x", "float y", f"r = ReduceMax (x) {body} y = Add (x, f)", 17, **INTEGERS)
+    onnx.save(proto, tmp_path / "crash.onnx")
+    real, sizes = trial.Search.run, []
+    monkeypatch.setattr(trial, "_BASES", (5, 7))
+    monkeypatch.setattr(trial.Search, "run", lambda *given, **more: sizes.append(given[1]) or real(*given, **more))
+    with pytest.raises(GraphError, match=r"ONNX Runtime crashed \(SIGFPE\)"):
+        fold_file(tmp_path / "crash.onnx", tmp_path / "out.onnx")
+    assert [size["x[1]"] for size in sizes] == [5, 7]
+
+
 def test_a_run_may_take_as_long_as_that_of_the_model_suggests(tmp_path, for_ever):
     onnx.save(model(*PLAIN, FOR_EVER, 17, **TRIPS | {"trips": np.int64(500_000)}), tmp_path / "slow.onnx")
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from onnx import TensorProto, ValueInfoProto, helper
 
 from normfuse.checkpoint import Dimension, InputSpec
 from normfuse.onnx.graph import GraphError
-from normfuse.onnx.runtime import LONGEST_RUN, SLOWER, RuntimeFailure, Session
+from normfuse.onnx.runtime import LONGEST_RUN, SLOWER, RuntimeEnded, RuntimeFailure, Session
 from normfuse.onnx.verifier import runtime_problem
 
 from .hints import Hints, hints_of
@@ -154,7 +154,7 @@ class Search:
         self.session = plain_session(str(file.path))
         self._inputs = [_with_rank(entry) for entry in inputs]
         self._deadline = time.monotonic() + _SECONDS
-        self._failure = ""
+        self._failure, self._crashed = "", False
         self._symbols = self._tied()
         self._way = 0
         self._states = {
@@ -165,15 +165,16 @@ class Search:
 
     def first(self) -> Trial:
         """Inputs with which the file runs. Raises GraphError, one line, if none are found."""
-        tried = []
+        tried, crashed = [], 0  # the size at which it crashed: no other way is tried with it, each costs a process
         for base, batch, way in itertools.product(_BASES, _BATCHES, range(_WAYS)):
             sizes = self._sizes(base, batch, way)
-            if sizes in tried:
+            if sizes in tried or base == crashed:
                 continue
             tried.append(sizes)
             found = self.run(sizes, seed=0)
-            if found is None and not self._late():
+            if found is None and not self._crashed and not self._late():
                 found = self.run(sizes, seed=1, draw=1)
+            crashed = base if self._crashed else crashed
             if found is not None:
                 self._way = way
                 return found
@@ -229,11 +230,11 @@ class Search:
                 return None
             value = _draw(entry, shape, generator, draw)
             feeds[entry.name] = [value, value] if entry.sequence else value
-        started = time.monotonic()
+        started, self._crashed = time.monotonic(), False
         try:
             outputs = self.session.run(feeds, seconds=_ONE_RUN if self._symbols else LONGEST_RUN)
         except RuntimeFailure as error:
-            self._failure = runtime_problem(error)
+            self._failure, self._crashed = runtime_problem(error), isinstance(error, RuntimeEnded)
             return None
         if draw == 0 and any(isinstance(o, np.ndarray) and o.dtype.kind == "f" and np.isnan(o).all() and o.size
                              for o in outputs):  # fmt: skip
