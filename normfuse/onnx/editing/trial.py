@@ -33,6 +33,9 @@ _QUICK = 1.0  # seconds of a run, below which batches of three are tried too
 _ONE_RUN = 20.0  # seconds, after which a run is ended where other sizes may do
 _LARGEST_INPUT = 1 << 22  # entries, where the file leaves the sizes open
 _LARGEST_FIXED = 1 << 26  # entries of an input, where the file fixes the sizes
+_DRAWS = (0, 1, 2)  # see Search.run
+_FEW = 8  # entries of an input that may hold sizes, such as those of the picture that a mask is for
+_LEAST, _MOST = 8, 64  # such sizes
 _WAYS = 4  # in which dimensions may belong together, see Search._sizes
 
 
@@ -171,9 +174,10 @@ class Search:
             if sizes in tried or base == crashed:
                 continue
             tried.append(sizes)
-            found = self.run(sizes, seed=0)
-            if found is None and not self._crashed and not self._late():
-                found = self.run(sizes, seed=1, draw=1)
+            for draw in _DRAWS if any(map(_may_be_sizes, self._inputs)) else _DRAWS[:2]:
+                found = self.run(sizes, seed=draw, draw=draw)
+                if found is not None or self._crashed or self._late():
+                    break
             crashed = base if self._crashed else crashed
             if found is not None:
                 self._way = way
@@ -197,7 +201,7 @@ class Search:
                 continue
             for batch in (3, 1) if trial.seconds < _QUICK and self._has_batches(trial, free) else (1,):
                 sizes = self._sizes(base, batch, self._way)
-                found = self.run(sizes, seed=base) if sizes not in seen else None
+                found = self.run(sizes, seed=base, draw=trial.draw) if sizes not in seen else None
                 if found is not None:
                     yield found
                     seen.append(sizes)
@@ -208,7 +212,7 @@ class Search:
         for symbol in free:  # those that could not change together may do so alone
             for size in () if symbol in changed else (3, 4) if self._is_batch(symbol) else _BASES:
                 sizes = {**trial.sizes, symbol: self._bounded(symbol, size)}
-                found = None if sizes in seen or self._late() else self.run(sizes, seed=size)
+                found = None if sizes in seen or self._late() else self.run(sizes, seed=size, draw=trial.draw)
                 if found is not None:
                     yield found
                     break
@@ -219,7 +223,7 @@ class Search:
         Args:
             sizes: of the dynamic dimensions.
             seed: of the numbers.
-            draw: 0 for normal numbers, 1 for numbers from 0 to 1.
+            draw: 0 for normal numbers, 1 for numbers from 0 to 1, 2 for sizes where a few numbers may be some.
         """
         feeds = {}
         generator = np.random.default_rng(seed)
@@ -317,17 +321,27 @@ def _with_rank(entry: Input) -> Input:
     return Input(entry.name, entry.kind, dims, entry.hints, entry.sequence, entry.bounds)
 
 
+def _may_be_sizes(entry: Input) -> bool:
+    """Whether an input is a few numbers that may say how large something is to be."""
+    dims = entry.dims or ()
+    fixed = [dim for dim in dims if isinstance(dim, int)]
+    number = entry.kind not in (TensorProto.STRING, TensorProto.BOOL) and entry.hints.below is None
+    return number and len(dims) < 3 and len(fixed) == len(dims) and math.prod(fixed) <= _FEW
+
+
 def _draw(entry: Input, shape: Sequence[int], generator: np.random.Generator, draw: int) -> Any:
-    """Numbers of an input's type: normal or from 0 to 1, integers as the graph's indices allow."""
+    """Numbers of an input's type: normal, from 0 to 1, or sizes; integers as the graph's indices allow."""
     if entry.kind == TensorProto.STRING:
         return np.array(generator.choice(["a", "b", "1"], shape), object)
     dtype = helper.tensor_dtype_to_np_dtype(entry.kind)
     if dtype.kind == "b":
         return generator.random(shape) < 0.5
+    if draw == 2 and _may_be_sizes(entry):
+        return np.asarray(generator.integers(_LEAST, _MOST, shape)).astype(dtype)
     if dtype.kind in "iu":
         if entry.hints.equals and not shape:
             return np.array(entry.hints.equals[0], dtype)
         below = entry.hints.below or (256 if dtype.itemsize == 1 and dtype.kind == "u" else 2)
         return generator.integers(0, max(1, min(below, np.iinfo(dtype).max)), shape).astype(dtype)
-    numbers = generator.random(shape) if draw else generator.normal(size=shape)
+    numbers = generator.random(shape) if draw == 1 else generator.normal(size=shape)
     return np.asarray(numbers).astype(dtype)

@@ -64,3 +64,14 @@ def test_integers_that_look_into_a_table_and_numbers_that_are_compared_with(tmp_
     constants = {"table": draw(3, 4), "right": np.int64(16000)}
     (first, *_) = trials(model("int64[n, s] tokens, int64 rate", "float y", body, 17, **constants), tmp_path)
     assert first.feeds["rate"] == 16000 and first.feeds["tokens"].max() == 2
+
+
+def test_a_few_numbers_may_be_the_size_of_a_result(tmp_path):
+    """As of the picture that Segment Anything's masks are for."""
+    body = (
+        "s = Shape (x) front = Slice (s, zero, two) n = Cast <to: int = 7> (size) full = Concat <axis: int = 0> "
+        '(front, n) y = Resize <mode: string = "linear"> (x, , , full)'
+    )
+    constants = {"zero": np.array([0]), "two": np.array([2])}
+    found = trials(model("float[n, 3, 8, 8] x, float[2] size", "float y", body, 17, **constants), tmp_path)
+    assert len(found) > 1 and all(trial.feeds["size"].min() >= 8 for trial in found)
