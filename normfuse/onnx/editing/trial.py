@@ -126,7 +126,7 @@ def _input(value: ValueInfoProto, hints: Hints, spec: InputSpec | None) -> Input
     dims: tuple[int | str, ...] | None = None
     if tensor.HasField("shape"):
         dims = tuple(
-            dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0
+            dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0
             else dim.dim_param or f"{value.name}[{axis}]"
             for axis, dim in enumerate(tensor.shape.dim)
         )  # fmt: skip

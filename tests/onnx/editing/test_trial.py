@@ -75,3 +75,10 @@ def test_a_few_numbers_may_be_the_size_of_a_result(tmp_path):
     constants = {"zero": np.array([0]), "two": np.array([2])}
     found = trials(model("float[n, 3, 8, 8] x, float[2] size", "float y", body, 17, **constants), tmp_path)
     assert len(found) > 1 and all(trial.feeds["size"].min() >= 8 for trial in found)
+
+
+def test_a_size_of_zero_is_one(tmp_path):
+    """As of the keys of earlier tokens in a file for the first one: ONNX Runtime takes no other."""
+    proto = model("float[n, 4] x, float[n, 1] past", "float y", "y = Concat <axis: int = 1> (past, x)", 17)
+    proto.graph.input[1].type.tensor_type.shape.dim[1].dim_value = 0
+    assert {trial.feeds["past"].shape[1] for trial in trials(proto, tmp_path)} == {0}
