@@ -38,7 +38,8 @@ def unwrapped(model: Any) -> tuple[nn.Module, nn.Module, list[str]]:
         taken off, in words.
 
     Raises:
-        CheckpointError: there is no module inside, its weights are spread over processes, or it is TorchScript.
+        CheckpointError: there is no module inside, its weights are spread over processes or quantised, or it is
+            TorchScript.
     """
     taken: list[str] = []
     while (wrapper := _wrapper(model)) is not None:
@@ -54,6 +55,7 @@ def unwrapped(model: Any) -> tuple[nn.Module, nn.Module, list[str]]:
             f"{what}.state_dict()"
         )
     _refuse_shards(model)
+    _refuse_quantised(model)
     notes = [f"looked through {', '.join(taken)}"] if taken else []
     if "_original_forward" in vars(model):
         notes.append("without the autocast that accelerate put around forward")
@@ -86,3 +88,14 @@ def _refuse_shards(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if type(tensor).__name__ == "DTensor":
             raise CheckpointError(f"tensor {name!r} is spread over processes (DTensor): {way_out}")
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    way_out = "save or export the model as it was before (normfuse export --dtype int8 quantises the file)"
+    for name, part in model.named_modules():
+        if ".quantized" in type(part).__module__ and type(part).__module__.startswith("torch.ao.nn."):
+            raise CheckpointError(f"{name or 'model'} is quantised ({type(part).__name__} of torch.ao): {way_out}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # it computes by itself
+            raise CheckpointError(f"tensor {name!r} is a {kind.__name__} of {kind.__module__}, no plain one: {way_out}")

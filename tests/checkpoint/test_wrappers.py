@@ -148,3 +148,14 @@ def test_weights_that_are_spread_over_processes_are_the_reason():
     model.linear.weight.__class__ = type("DTensor", (nn.Parameter,), {})
     with pytest.raises(CheckpointError, match=r"tensor 'linear.weight' is spread over processes \(DTensor\)"):
         ExportableModel.from_model(model, X)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models_are_refused_with_the_way_out():
+    model = Inner().eval()
+    with pytest.raises(CheckpointError, match=r"^linear is quantised \(Linear of torch\.ao\): .*--dtype int8"):
+        ExportableModel.from_model(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), X)
+    own = {"__torch_dispatch__": classmethod(lambda cls, function, *_: NotImplemented)}  # it computes by itself
+    model.linear.weight.__class__ = type("Packed", (nn.Parameter,), own)
+    with pytest.raises(CheckpointError, match=r"^tensor 'linear\.weight' is a Packed of .*, no plain one: .*before"):
+        ExportableModel.from_model(model, X)
