@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import some_of
 from ..nn import (
     Derf,
     DyT,
@@ -221,7 +222,10 @@ def find_norms(model: nn.Module, where: Where | None) -> tuple[list[tuple[str, n
     places = [(name, m) for name, m in norms if selected(name, m)]
     kept = [name for name, m in norms if not selected(name, m)]
     if not places:
-        found = f"the norms are {', '.join(kept)}" if kept else "the model has no norms that it knows"
+        leaves = (type(m).__name__ for m in model.modules() if not any(m.children()))
+        others = sorted({name for name in leaves if "norm" in name.lower()})
+        unknown = f" (those of class {some_of(others)} it does not)" if others else ""
+        found = f"the norms are {', '.join(kept)}" if kept else f"the model has no norms that it knows{unknown}"
         raise ValueError(f"where={where!r} selects nothing; {found}")
     return places, kept
 

@@ -293,6 +293,7 @@ def test_a_shared_norm_stays_shared():
     [
         (lambda: nn.Sequential(nn.LayerNorm(C)), {"to": "group"}, "to='group' is unknown; give one of 'unified'"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "where=None selects nothing; the model has no norms"),
+        (lambda: nn.Sequential(nn.GroupNorm(2, C)), {}, r"it knows \(those of class GroupNorm it does not\)"),
         (lambda: nn.Sequential(nn.LayerNorm(C)), {"where": "x"}, "where='x' selects nothing; the norms are 0"),
         (lambda: nn.LayerNorm(C), {}, "model is itself a norm"),
         (lambda: nn.Sequential(nn.LayerNorm((2, C))), {}, r"0, a LayerNorm, normalises over the shape \(2, 8\)"),
