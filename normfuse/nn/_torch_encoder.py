@@ -6,6 +6,7 @@ and does not call them. A layer with another norm has to be told to stay off tha
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -19,7 +20,8 @@ def call_norms(module: nn.Module) -> None:
 
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if not isinstance(parent, nn.TransformerEncoderLayer) or child is None:
+    # Inside compiled code other modules may be half made: nothing must look at them.
+    if torch.compiler.is_compiling() or not isinstance(parent, nn.TransformerEncoderLayer) or child is None:
         return
     classes = (base for module in child.modules() for base in type(module).__mro__)
     if any(base.__module__.startswith("normfuse.") for base in classes):

@@ -95,3 +95,12 @@ def test_listing_modules_compiles_without_a_break():
 
     model, x = Model().eval(), torch.randn(3, C)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+def test_models_are_compiled_inside_of_compiled_code():
+    model, x = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C)), torch.randn(3, C)
+
+    def run(x):
+        return torch.compile(model, backend="eager")(x)
+
+    torch.testing.assert_close(torch.compile(run, backend="eager")(x), model(x))
