@@ -97,10 +97,10 @@ def test_listing_modules_compiles_without_a_break():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
-def test_models_are_compiled_inside_of_compiled_code():
-    model, x = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C)), torch.randn(3, C)
-
-    def run(x):
-        return torch.compile(model, backend="eager")(x)
-
-    torch.testing.assert_close(torch.compile(run, backend="eager")(x), model(x))
+def test_a_compiled_backward_pass_meets_no_half_made_module():
+    model, x = nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C)), torch.randn(3, C, requires_grad=True)
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: compiled(x).square().sum().backward(), backend="eager")()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)
