@@ -226,7 +226,7 @@ class Answers:
     ],
 )
 def test_integers_count_by_share_and_no_output_may_be_nan(monkeypatch, want, got, errors):
-    monkeypatch.setattr("normfuse.onnx.verifier.onnx_runner", lambda *_: Answers(*got).run)
+    monkeypatch.setattr("normfuse.onnx.verifier.onnx_runner", lambda *_, **__: Answers(*got).run)
     if errors is None:
         with pytest.raises(normfuse.NormfuseError, match="int8 changes output 1 by nan%"):
             compare_int8(Answers(*want), None, [[inputs(0)]], 0.3)
