@@ -292,6 +292,7 @@ def arrays() -> bytes:
         (b'{"weight_map": {}}', "model.json", "an index of several safetensors files"),
         (b"<!DOCTYPE html><html></html>", "m.pt", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "m.pt", "a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "m.onnx", "a pointer of Git LFS"),
         (b"\x08\x0a\x12\x07pytorch\x1a\x052.13.0", "m.pt", "an ONNX file"),
         (b"\x08\x0a\x12\x07pytorch\x1a\x052.13.0", "m.onnx", "an ONNX file"),
         (b"GGUF\x03\x00\x00\x00", "m.gguf", "a GGUF file"),

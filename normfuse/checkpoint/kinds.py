@@ -68,20 +68,38 @@ def kind_of(file: BinaryIO, path: Path) -> str:
         if _first_record(head).endswith(b".npy"):
             raise CheckpointError(f"{path} is {_NUMPY}")
         return _zip_kind(file, path)
-    for start, what in _STARTS.items():
-        if head.startswith(start):
-            raise CheckpointError(f"{path} is {what}")
     if _is_safetensors(head, os.fstat(file.fileno()).st_size):
         return "safetensors"
-    if head[257:262] == b"ustar":
-        raise CheckpointError(f"{path} is a tar archive: unpack it, or save it again if an old torch wrote it")
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return "pickle"
+    if what := _foreign(head, path, "a checkpoint"):
+        raise CheckpointError(f"{path} is {what}")
     if path.suffix == ".onnx" or _looks_like_onnx(head):
         raise CheckpointError(f"{path} is an ONNX file: normfuse fold reads those")
-    if _is_text(head):
-        raise CheckpointError(f"{path} is {_text_kind(head, path)}")
     raise CheckpointError(f"{path} is not a checkpoint: neither torch.save, torch.export.save nor safetensors wrote it")
+
+
+def what_instead_of_onnx(path: Path) -> str:
+    """What a file is that ought to be an ONNX file, as far as its first bytes show it; empty for nothing known."""
+    try:
+        with opened(path) as file:
+            head = file.read(_HEAD)
+            size = os.fstat(file.fileno()).st_size
+    except CheckpointError:
+        return ""
+    if head[4:8] == b"ORTM":
+        return "in ONNX Runtime's own format: give the ONNX file that it was made from"
+    if head.startswith(b"PK\x03\x04") or _is_safetensors(head, size):
+        return "a checkpoint or another archive, not an ONNX file: normfuse export reads checkpoints"
+    return _foreign(head, path, "an ONNX file")
+
+
+def _foreign(head: bytes, path: Path, wanted: str) -> str:
+    """What a file is that is nothing that normfuse reads; empty for nothing known."""
+    found = next((what for start, what in _STARTS.items() if head.startswith(start)), "")
+    if head[257:262] == b"ustar":
+        found = "a tar archive: unpack it, or save it again if an old torch wrote it"
+    return (found or (_text_kind(head, path) if head and _is_text(head) else "")).replace("a checkpoint", wanted)
 
 
 def _refuse_others(path: Path, status: os.stat_result) -> None:

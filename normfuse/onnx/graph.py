@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import NormfuseError
 
 NORMS = frozenset(
@@ -90,9 +91,9 @@ def summarize(path: str | os.PathLike[str]) -> GraphSummary:
     except OSError as error:
         raise GraphError(f"cannot read {path}: {error.strerror or error}") from error
     except DecodeError as error:
-        raise GraphError(f"{path} is not an ONNX file") from error
+        raise GraphError(f"{path} is {what_instead_of_onnx(path) or 'not an ONNX file'}") from error
     if not model.graph.node:
-        raise GraphError(f"{path} is not an ONNX file, or it is empty")
+        raise GraphError(f"{path} is {what_instead_of_onnx(path) or 'not an ONNX file, or it is empty'}")
     graph = model.graph
     constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:

@@ -17,6 +17,7 @@ import torch
 
 from normfuse.checkpoint import ExportableModel
 from normfuse.checkpoint.archive import one_line
+from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import check_kind
 from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.references import TIMES_ITS_OWN, References, VerificationError
@@ -302,6 +303,8 @@ def session(path: Path, threads: int = 0, settings: Mapping[str, str] | None = N
     try:
         return Session(path, threads=threads, settings=settings)
     except RuntimeFailure as error:
+        if what := what_instead_of_onnx(path):
+            raise VerificationError(f"{path} is {what}") from error
         raise VerificationError(f"ONNX Runtime cannot load {path}: {runtime_problem(error)}") from error
 
 

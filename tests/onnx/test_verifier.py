@@ -126,7 +126,7 @@ def test_infinities_count_as_equal_and_nan_is_never_verified(tmp_path):
 
 def test_files_that_cannot_be_compared(perceptron, tmp_path):
     checkpoint, _, path = perceptron
-    (tmp_path / "text.onnx").write_text("hello")
+    (tmp_path / "text.onnx").write_bytes(b"\xff" * 99)
     with pytest.raises(VerificationError, match="ONNX Runtime cannot load") as caught:
         verify(checkpoint, tmp_path / "text.onnx")
     assert "\n" not in str(caught.value) and str(caught.value).count("text.onnx") == 1

@@ -16,6 +16,7 @@ import torch
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import one_line
 from normfuse.onnx.graph import GraphError
 
@@ -256,9 +257,12 @@ def _parse(path: Path) -> ModelProto:
     try:
         model.ParseFromString(data)
     except (DecodeError, ValueError, RecursionError) as error:
-        raise GraphError(f"{path} is not an ONNX file: {one_line(error)}") from error
+        what = what_instead_of_onnx(path) or f"not an ONNX file: {one_line(error)}"
+        raise GraphError(f"{path} is {what}") from error
     if not model.graph.node or not model.opset_import or model.ir_version < 1:
-        raise GraphError(f"{path} is not an ONNX file with a graph: no operations, operator set or version in it")
+        what = what_instead_of_onnx(path)
+        what = what or "not an ONNX file with a graph: no operations, operator set or version in it"
+        raise GraphError(f"{path} is {what}")
     return model
 
 

@@ -11,7 +11,7 @@ from onnx_text import draw, model
 from typer.testing import CliRunner
 
 from normfuse.cli import app
-from normfuse.onnx import ExportError, GraphError, fold_file
+from normfuse.onnx import ExportError, GraphError, VerificationError, bench, fold_file
 
 
 def test_results_that_are_random_are_not_compared(tmp_path):
@@ -134,6 +134,25 @@ def test_the_command_line(tmp_path):
     (tmp_path / "in.onnx").write_bytes(b"\xff" * 99)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "is not an ONNX file" in done.stderr
+
+
+NO_ONNX = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a51b\nsize 10\n": "a pointer of Git LFS.*git lfs pull",
+    b"<!DOCTYPE html><html>Not found</html>": "a web page, not an ONNX file: download the file itself",
+    b"\x1f\x8b\x08\x00": "a gzip archive: unpack it first",
+    b"\x1c\x00\x00\x00ORTM": "in ONNX Runtime's own format",
+    b"PK\x03\x04": "a checkpoint or another archive.*normfuse export reads checkpoints",
+}
+
+
+@pytest.mark.parametrize("start", NO_ONNX, ids=lambda start: str(start[:8]))
+def test_what_is_no_onnx_file_is_called_by_its_name(tmp_path, start):
+    path = tmp_path / "in.onnx"
+    path.write_bytes(start)
+    with pytest.raises(GraphError, match=f"in.onnx is {NO_ONNX[start]}"):
+        fold_file(path, tmp_path / "out.onnx")
+    with pytest.raises(VerificationError, match=f"in.onnx is {NO_ONNX[start]}"):
+        bench([path], rounds=4)
 
 
 # What happens to the norm `n` between two convolutions, and the reason in its row.
