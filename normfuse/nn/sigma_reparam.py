@@ -102,7 +102,8 @@ class SigmaReparam(nn.Module):
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """The iteration and σ keep their digits. A context of its own would be a region in exported programs."""
-    known = torch.amp.is_autocast_available(device_type)
+    # Dynamo of torch 2.11 cannot ask which devices have autocast; it compiles for none that has not.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     active = known and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
