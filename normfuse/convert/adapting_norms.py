@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn._running_norm import check_count, check_fraction, check_positive
 from ..nn.batch_norm import deviation_of
-from ..ops._layout import accumulation_dtype, check_pad_mask
+from ..ops._layout import accumulation_dtype, check_pad_mask, is_exporting
 
 
 class AdaptingNorm(nn.Module):
@@ -116,7 +116,7 @@ class AlphaBatchNorm(AdaptingNorm):
             return self.norm(x)
         mean, var, rows = _moments(values, keep, (0, 2))
         mean, var = mean.to(self.seen_mean), var.to(self.seen_var)
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             self._see(mean.detach(), var.detach(), rows)
         return self._normalise(x, *self._mixed(mean, var, rows))
 
@@ -174,7 +174,7 @@ class DecayingBatchNorm(AdaptingNorm):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=norm.running_mean.device))
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             self._follow(*self._instances(x.detach(), pad_mask))
         return self.norm(x)
 
@@ -267,7 +267,7 @@ class UnMixBatchNorm(AdaptingNorm):
         means, vars_ = self.means.lerp(mean[:, None], p), self.vars.lerp(var[:, None], p)
         mixed = means.mean(1)
         mixed_var = vars_.mean(1) + (means - mixed[:, None]).square().mean(1)
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             # Samples without a valid position count for nothing.
             seen = rows[:, None, None] > 0 if isinstance(rows, Tensor) else torch.ones_like(p[:, :1], dtype=torch.bool)
             count = seen.sum()

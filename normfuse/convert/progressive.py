@@ -16,6 +16,7 @@ from ..errors import some_of
 from ..nn import ProgressiveNorm
 from ..nn._running_norm import check_choice, check_count
 from ..nn.progressive_norm import SHAPES
+from ..ops._layout import is_exporting
 from .composite import joined, split, take_hooks
 from .fitting import fit_static_norms
 from .swap import Swap, SwapReport, Where, find_norms, put, successor
@@ -124,7 +125,7 @@ class Conversion:
             self._hook = model.register_forward_pre_hook(self._hand_over_mask, with_kwargs=True)
 
     def _hand_over_mask(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():  # an exported program may assign no attribute, and needs no mask
+        if is_exporting():  # an exported program may assign no attribute, and needs no mask
             return
         mask = None if self._valid_mask is None else given_as(model, self._valid_mask, arguments, options)
         # It stays until the next forward: a checkpointed block runs again in the backward pass and needs it there.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dynamic_erf, dynamic_tanh
+from ..ops._layout import is_exporting
 from ._running_norm import check_count, check_width
 from ._traced_as_one import Proxy, refuse_script, traced_as_one
 
@@ -38,7 +39,7 @@ class _DynamicActivation(nn.Module):
             return traced_as_one(self, x)
         check_width(x, self.num_features, "num_features")
         # Exported programs hold plain ATen operations.
-        return self._apply_curve(x, fused=self.training and not torch.compiler.is_exporting())
+        return self._apply_curve(x, fused=self.training and not is_exporting())
 
     def _apply_curve(self, x: Tensor, fused: bool) -> Tensor:
         raise NotImplementedError

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops._layout import accumulation_dtype
+from ..ops._layout import accumulation_dtype, is_exporting
 from ..ops._recompute import is_second_run
 from ..ops._registry import register_forward
 from ._affine_fit import paired_rows, set_affine
@@ -226,11 +226,11 @@ class ProgressiveNorm(nn.Module):
         if isinstance(x, Proxy):
             return traced_as_one(self, x, pad_mask)
         self.static.check_input(x, pad_mask)
-        if pad_mask is None and not torch.compiler.is_exporting():  # comparing shapes would fix dynamic ones
+        if pad_mask is None and not is_exporting():  # comparing shapes would fix dynamic ones
             pad_mask = self.mask_for(x)
         if not self.training and (self.share == 0 or self.evaluate_static):
             return self.static(x, pad_mask)
-        if self.share > 0 and torch.compiler.is_exporting():
+        if self.share > 0 and is_exporting():
             raise RuntimeError(
                 f"a ProgressiveNorm is still {self.share:.1%} {type(self.original).__name__} (step {self._step} of "
                 f"{self.end}); train on until the conversion is done, call its finish(), then export"

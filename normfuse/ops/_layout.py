@@ -22,9 +22,14 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which torch 2.11 takes for true in all code that it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_traced() -> bool:
     """Whether a program is being made of what runs: of plain operations, which others know, too."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_exporting() or torch.jit.is_tracing()
 
 
 def check_tensor(name: str, x: Tensor) -> None:
