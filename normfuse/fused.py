@@ -94,8 +94,11 @@ class FusedModel(nn.Module):
         # Annotations may be of classes that cannot be pickled.
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
         self._signature = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
-        given = self._leaves(captured.call.args, captured.call.kwargs)
-        self._tensor_paths = [path for path, leaf in given.items() if isinstance(leaf, torch.Tensor)]
+        # The program takes tensors in the order in which they were given by name, which need not be the signature's.
+        order = [torch.empty(0) for _ in self.inputs]
+        given = self._leaves(*captured.call.with_tensors(order))
+        paths = {id(leaf): path for path, leaf in given.items() if isinstance(leaf, torch.Tensor)}
+        self._tensor_paths = [paths[id(tensor)] for tensor in order]
         self._constants = {path: leaf for path, leaf in given.items() if not isinstance(leaf, torch.Tensor)}
         self._returned, self._output_paths = captured.returned, captured.paths
         numbers = {path for path, leaf in structure.leaves(self._returned) if not isinstance(leaf, torch.Tensor)}

@@ -109,6 +109,21 @@ def test_structures_go_in_and_come_out(x):
     assert same(got.parts.second[1]["double"], want.parts.second[1]["double"])
 
 
+def test_names_are_given_in_any_order(x):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: torch.Tensor, *, first: torch.Tensor, second: torch.Tensor, **more: torch.Tensor) -> Any:
+            return self.layers(x) * first + second - 2 * more["third"] + more["fourth"] ** 2
+
+    model, numbers = Named().eval(), dict(zip(("first", "second", "third", "fourth"), torch.randn(4, 4), strict=True))
+    fused = normfuse.fuse(model, {**dict(reversed(numbers.items())), "x": x})
+    for given in (numbers, dict(reversed(numbers.items()))):
+        assert same(fused(**given, x=x), model(x, **numbers))
+
+
 def test_what_is_part_of_the_program_cannot_change(x):
     fused = normfuse.fuse(Structures().eval(), ({"x": x}, 2.0))
     with pytest.raises(ValueError, match=r"scale is 1\.0, but Structures was fused with 2\.0: fuse it again"):
