@@ -177,8 +177,12 @@ def export(
     plans = {name: plan(target=name, **options) for name in targets}
     if isinstance(model, str | os.PathLike):
         raise ExportError(f"model is the path {str(model)!r}; give what normfuse.load makes of it")
-    known = isinstance(model, ExportableModel | torch.export.ExportedProgram) or huggingface.is_model(model)
-    if not known and example_inputs is None:
+    is_traced = isinstance(model, ExportableModel | torch.export.ExportedProgram)
+    if is_traced and not (example_inputs is None and dynamic_shapes is None):
+        raise ExportError(
+            "example_inputs and dynamic_shapes are for modules; what is traced has its own: leave them out"
+        )
+    if not is_traced and not huggingface.is_model(model) and example_inputs is None:
         raise ExportError("a module needs example_inputs: a tuple of the arguments of its forward")
     sources = (model.source if isinstance(model, ExportableModel) else None, calibrate)
     reads = [source for source in sources if isinstance(source, str | os.PathLike)]

@@ -249,6 +249,10 @@ def test_what_is_no_model_is_named(tmp_path):
     module, path = nn.Linear(4, 2), tmp_path / "m.onnx"
     with pytest.raises(ExportError, match=r"model is the path 'm\.pt'; give what normfuse\.load makes of it"):
         export("m.pt", path)
+    program = torch.export.export(module, (torch.ones(3, 4),))
+    for traced in (program, normfuse.ExportableModel.from_model(module, torch.ones(3, 4))):
+        with pytest.raises(ExportError, match="what is traced has its own"):
+            export(traced, path, dynamic_shapes=({0: "batch"},))
     for call, name in (
         (lambda: normfuse.onnx.write(module, path), "program"),
         (lambda: normfuse.fold(module), "program"),
