@@ -42,7 +42,8 @@ def fuse(
         verify: see :func:`fold`.
 
     Returns:
-        A module that is called as ``model`` is. Its ``report`` says what became of each norm.
+        A module that is called as ``model`` is. Its ``report`` says what became of each norm, its ``notes`` what
+        tracing decided, such as sizes that cannot vary.
 
     Raises:
         FoldError: the model fails on the example inputs, cannot be traced, or holds invalid numbers; see also
@@ -88,7 +89,7 @@ class FusedModel(nn.Module):
     def __init__(self, captured: Captured, program: ExportedProgram, report: FoldReport) -> None:
         super().__init__()
         self.name, self.report = type(captured.live).__name__, report
-        self.inputs = captured.model.inputs
+        self.inputs, self.notes = captured.model.inputs, captured.model.notes
         self.program = _plain_module(program)
         signature = signature_of(captured.live)
         # Annotations may be of classes that cannot be pickled.
@@ -160,13 +161,16 @@ class FusedModel(nn.Module):
             self._check_sizes(tensors)
         return tensors
 
+    def _decided(self) -> str:
+        return f"; tracing decided: {'; '.join(self.notes)}" if self.notes else ""
+
     def _check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         for spec, tensor in zip(self.inputs, tensors, strict=True):
             fixed = [size if isinstance(dim, int) else None for dim, size in zip(spec.dims, tensor.shape, strict=False)]
             if len(spec.dims) != tensor.dim() or fixed != [dim if isinstance(dim, int) else None for dim in spec.dims]:
                 raise ValueError(
                     f"{spec.name} has shape {list(tensor.shape)}, but {self.name} was fused for {spec}; sizes that "
-                    "vary are given a name in dynamic_shapes of fuse, such as {0: 'batch'}"
+                    f"vary are given a name in dynamic_shapes of fuse, such as {{0: 'batch'}}{self._decided()}"
                 )
         specs = [replace(spec, dtype=tensor.dtype) for spec, tensor in zip(self.inputs, tensors, strict=True)]
         sizes = consistent_sizes(specs, tensors)

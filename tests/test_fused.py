@@ -96,6 +96,32 @@ def test_other_sizes_are_named(model, x):
         fused(torch.randn(5, 8))
 
 
+def test_a_size_that_the_model_fixes_is_named_with_the_reason(x):
+    class Unrolled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(row * i for i, row in enumerate(x.unbind(0)))
+
+    fused = normfuse.fuse(Unrolled(), x, BATCH)
+    assert fused.notes and "batch is fixed at 3" in fused.notes[0]
+    with pytest.raises(ValueError, match="tracing decided: batch is fixed at 3"):
+        fused(torch.randn(5, 8))
+
+
+def test_branches_of_a_condition_keep_their_weights(x):
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.other = network(), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda y: self.layers(y), lambda y: self.other(y), (x,))
+
+    model = Conditional().eval()
+    fused = normfuse.fuse(model, x, BATCH)
+    for y in (x.abs(), -x.abs(), torch.ones(5, 8)):
+        assert same(fused(y), model(y))
+
+
 def test_structures_go_in_and_come_out(x):
     model = Structures().eval()
     other = torch.ones(4)

@@ -98,6 +98,9 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         # torch.export prints the graph of a model that it gives up; the error says what is wrong with it.
         with torch.no_grad(), redirect_stderr(StringIO()), _masks_as_they_are(), _conversions_to_the_same_left_out():
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
+            if _leaves_weights_inside(program):
+                with torch.compiler.set_stance("default"):  # in which torch.compile hands them to torch.cond's branches
+                    program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes)
             if has_vmap(program):
                 program = functionalised(program)
     except Exception as error:  # torch.export has no common base for what it raises
@@ -113,6 +116,11 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
     copy_what_changes(program)
     program.validate()
     return Traced(program, tuple(paths), tuple(left_out), returned[0], allowed)
+
+
+def _leaves_weights_inside(program: ExportedProgram) -> bool:
+    """Whether graphs that the program calls hold weights without numbers, instead of taking the program's."""
+    return any(True for body in program.graph_module.modules() for _ in (*body.parameters(), *body.buffers()))
 
 
 @contextmanager
