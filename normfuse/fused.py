@@ -166,8 +166,8 @@ class FusedModel(nn.Module):
 
     def _check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
         for spec, tensor in zip(self.inputs, tensors, strict=True):
-            fixed = [size if isinstance(dim, int) else None for dim, size in zip(spec.dims, tensor.shape, strict=False)]
-            if len(spec.dims) != tensor.dim() or fixed != [dim if isinstance(dim, int) else None for dim in spec.dims]:
+            axes = zip(spec.dims, tensor.shape, strict=False)
+            if len(spec.dims) != tensor.dim() or any(isinstance(dim, int) and dim != size for dim, size in axes):
                 raise ValueError(
                     f"{spec.name} has shape {list(tensor.shape)}, but {self.name} was fused for {spec}; sizes that "
                     f"vary are given a name in dynamic_shapes of fuse, such as {{0: 'batch'}}{self._decided()}"

@@ -88,10 +88,11 @@ def from_program(program: ExportedProgram, source: str = "the program") -> Expor
     specs = _specs(program, names, source)
     saved = program.example_inputs
     if saved is not None:
-        call = bind(program.module(), saved[0], saved[1])
+        module = program.module()
+        call = bind(module, saved[0], saved[1])
         if _fit(specs, call.tensors):
             named = [replace(spec, name=name) for spec, name in zip(specs, call.names, strict=True)]
-            return capture(program.module(), call, named, source)
+            return capture(module, call, named, source)
     return _retraced(program, specs, made_up(specs), source)
 
 

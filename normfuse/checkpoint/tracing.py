@@ -76,13 +76,13 @@ def trace(module: nn.Module, call: Call, specs: Sequence[InputSpec], tensors: Se
         _relate(specs, tensors)
         args, kwargs = call.with_tensors(tensors)
         result = self.model(*args, **kwargs)
-        leaves = structure.leaves(result)
-        outputs = [(path, _as_tensor(leaf)) for path, leaf in leaves]
-        paths[:] = [path for path, tensor in outputs if tensor is not None]
-        left_out[:] = [(path, leaf) for path, leaf in leaves if leaf is not None and _as_tensor(leaf) is None]
-        empty = {path: _EMPTY if isinstance(leaf, torch.Tensor) else 0 for path, leaf in leaves if path in set(paths)}
+        leaves = [(path, leaf, _as_tensor(leaf)) for path, leaf in structure.leaves(result)]
+        outputs = [(path, leaf, tensor) for path, leaf, tensor in leaves if tensor is not None]
+        paths[:] = [path for path, _, _ in outputs]
+        left_out[:] = [(path, leaf) for path, leaf, tensor in leaves if leaf is not None and tensor is None]
+        empty = {path: _EMPTY if isinstance(leaf, torch.Tensor) else 0 for path, leaf, _ in outputs}
         returned[:] = [structure.rebuilt(result, empty)]
-        return tuple(tensor for _, tensor in outputs if tensor is not None)
+        return tuple(tensor for _, _, tensor in outputs)
 
     names = structure.parameter_names(call.names)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

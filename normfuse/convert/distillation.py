@@ -152,8 +152,9 @@ class Distillation:
         self._hooks = [student.register_forward_hook(self._run_teacher, with_kwargs=True)]
         self._hooks.append(student.register_forward_pre_hook(self._begin))
         for model in (student, teacher):
+            known = _modules(model)
             for name in names:
-                self._hooks.append(_modules(model)[name].register_forward_hook(self._keeper(model, name)))
+                self._hooks.append(known[name].register_forward_hook(self._keeper(model, name)))
 
     def _begin(self, *_: Any) -> None:
         for kept in self._kept.values():

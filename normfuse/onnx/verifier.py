@@ -340,9 +340,9 @@ def onnx_runner(
 
 def advised_names(first: Sequence[str], second: Sequence[str]) -> list[str]:
     """Options that name inputs which may be the same, in their order: a guess that is shown, not acted on."""
-    return [f"--map {shlex.quote(f'{a}={b}')}" for a, b in zip(first, second, strict=False)] * (
-        len(first) == len(second)
-    )
+    if len(first) != len(second):
+        return []
+    return [f"--map {shlex.quote(f'{a}={b}')}" for a, b in zip(first, second, strict=True)]
 
 
 def runtime_problem(error: Exception) -> str:
