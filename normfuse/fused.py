@@ -94,7 +94,7 @@ class FusedModel(nn.Module):
         signature = signature_of(captured.live)
         # Annotations may be of classes that cannot be pickled.
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-        self._signature = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+        self.__signature__ = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
         # The program takes tensors in the order in which they were given by name, which need not be the signature's.
         order = [torch.empty(0) for _ in self.inputs]
         given = self._leaves(*captured.call.with_tensors(order))
@@ -136,7 +136,7 @@ class FusedModel(nn.Module):
         return f"{self.name}({', '.join(map(str, self.inputs))})"
 
     def _leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Path, Any]:
-        bound = self._signature.bind(*args, **kwargs)
+        bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(structure.leaves(bound.arguments))
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import io
 from collections import namedtuple
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import normfuse
-from normfuse import FoldError
+from normfuse import ExportableModel, FoldError
 from normfuse.nn import UnifiedNorm
 from tests.folding.checks import difference
 from tests.folding.networks import look_trained
@@ -207,6 +208,12 @@ def test_it_moves_to_another_dtype(model, x):
 def test_fusing_what_is_fused(model, x):
     again = normfuse.fuse(normfuse.fuse(model, x), x)
     assert same(again(x), model(x))
+
+
+def test_a_fused_model_is_traced_with_the_names_of_its_arguments(model, x):
+    fused = normfuse.fuse(model, x)
+    assert list(inspect.signature(fused).parameters) == ["input"]
+    assert ExportableModel.from_model(fused, x).input_names == ("input",)
 
 
 def test_it_stays_in_evaluation_and_does_not_train(model, x):

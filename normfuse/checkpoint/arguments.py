@@ -64,7 +64,9 @@ def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
-    """The signature of ``module.forward``."""
+    """The signature of ``module.forward``, or the one that the module gives itself."""
+    if "__signature__" in vars(module):
+        return inspect.signature(module)
     # accelerate's mixed precision, which hides the arguments, keeps the forward it was put around.
     return inspect.signature(vars(module).get("_original_forward", module.forward))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -94,6 +95,18 @@ class _Group:
         return _Group, (None,)
 
 
+def _with_inherited_options(norm: type) -> inspect.Signature:
+    """The signature with each of ``**options`` by its name, as ``help`` shows it and ``skip_init`` asks for it."""
+    index = next(i for i, kind in enumerate(norm.__mro__) if "__init__" in vars(kind))
+    _, *own = inspect.signature(vars(norm.__mro__[index])["__init__"]).parameters.values()
+    if [p.kind for p in own if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] != [inspect.Parameter.VAR_KEYWORD]:
+        return inspect.Signature(own)
+    names = {p.name for p in own}
+    inherited = inspect.signature(norm.__mro__[index + 1]).parameters.values()
+    options = [p.replace(kind=p.KEYWORD_ONLY) for p in inherited if p.name not in names and p.default is not p.empty]
+    return inspect.Signature([*own[:-1], *options])
+
+
 class ChannelOptions(TypedDict, total=False):
     """What every norm over channels can be built with; their docstrings say more."""
 
@@ -113,6 +126,10 @@ class ChannelNorm(nn.Module):
     """
 
     __prepare_scriptable__ = refuse_script
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__signature__ = _with_inherited_options(cls)
 
     def __init__(
         self,

@@ -1,7 +1,9 @@
 """What a user does with a norm besides training it, for every row of the registry."""
 
 import copy
+import inspect
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,13 @@ from registry_cases import (
     train,
 )
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import normfuse
-from normfuse.nn import EstimatedBatchNorm, MaskedBatchNorm, MovingAverageBatchNorm, ProgressiveNorm
+from normfuse.nn import EstimatedBatchNorm, MaskedBatchNorm, MovingAverageBatchNorm, ProgressiveNorm, UnifiedNorm
+from normfuse.nn._running_norm import ChannelNorm
 from normfuse.nn.registry import NORMS
 
 
@@ -311,3 +314,34 @@ def test_a_reset_makes_a_norm_as_new(entry):
     for module in (trained, empty.to_empty(device="cpu")):
         assert same(reset(module).state_dict(), new.state_dict())
         assert torch.equal(module.eval()(*inputs), new.eval()(*inputs))
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in NORMS if isinstance(entry.make(C), ChannelNorm)], ids=lambda entry: entry.name
+)
+def test_options_of_every_kind_are_in_the_signature(entry):
+    kind = type(entry.make(C))
+    assert {"eps", "affine", "channel_dim", "device", "dtype"} <= inspect.signature(kind).parameters.keys()
+    skipped = skip_init(kind, C)
+    assert skipped.state_dict().keys() == kind(C).state_dict().keys()
+    skipped.reset_parameters()
+    assert same(skipped.state_dict(), kind(C).state_dict())
+
+
+def test_a_subclass_with_options_of_its_own_shows_them_and_the_rest():
+    class Mine(UnifiedNorm):
+        def __init__(self, channels: int, extra: int = 1, eps: float = 1e-3, **options: Any) -> None:
+            super().__init__(channels, eps=eps, **options)
+
+    parameters = inspect.signature(Mine).parameters
+    assert list(parameters)[:3] == ["channels", "extra", "eps"]
+    assert parameters["eps"].default == 1e-3 and "num_features" not in parameters
+    assert {"window_size", "skip_nonfinite", "device"} <= parameters.keys()
+
+
+def test_a_subclass_that_hands_everything_on_keeps_its_own_signature():
+    class Mine(UnifiedNorm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+
+    assert list(inspect.signature(Mine).parameters) == ["args", "options"]
