@@ -22,6 +22,10 @@ from .maps import BehindAnInput, C, MapNorm, Net, sequence, status
         nn.Conv1d(C, C, 3, groups=C),
         nn.Conv1d(C, C, 2, stride=2, dilation=2),
         nn.Conv1d(C, C, 3, padding="valid"),
+        nn.ConvTranspose1d(C, C, 1),
+        nn.ConvTranspose1d(C, C, 1, groups=2, bias=False),
+        nn.ConvTranspose1d(C, C, 3, groups=2, padding=2),
+        nn.ConvTranspose1d(C, C, 2, groups=C, dilation=2, padding=3),
     ],
     ids=str,
 )
@@ -38,7 +42,9 @@ def test_convolution_without_padding_takes_scale_and_shift(conv: nn.Module) -> N
         nn.Conv1d(C, C, 3, padding=1),
         nn.Conv1d(C, C, 3, padding="same"),
         nn.ConvTranspose1d(C, C, 3),
-        nn.ConvTranspose1d(C, C, 3, groups=2),
+        nn.ConvTranspose1d(C, C, 3, groups=2, padding=1),
+        nn.ConvTranspose1d(C, C, 1, stride=2),
+        nn.ConvTranspose1d(C, C, 1, dilation=2, output_padding=1),
     ],
     ids=str,
 )
@@ -48,6 +54,17 @@ def test_padded_and_transposed_convolutions_take_the_scale_only(conv: nn.Module)
         model.conv = conv
         _, report = folded(model, sequence())
         assert status(report) == [expected]
+
+
+def test_a_constant_may_be_expanded_to_a_size_known_at_run_time_only() -> None:
+    def operation(model: Net, x: Tensor) -> Tensor:
+        y = model.first(x)
+        y = y * model.gain.expand_as(y) / model.gain.expand(y.shape[0], 1, C)
+        return model.last(y - model.gain.broadcast_to(y.shape))
+
+    model = Net(operation, first=nn.Linear(C, C), last=nn.Linear(C, C), gain=nn.Parameter(torch.rand(C) + 0.5))
+    program, report = folded(model, sequence(), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert len(operations(program)) == 2 and set(status(report)) == {"folded"}
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
 from ..gauge import Facts, Gauge
 from ..nodes import tensors_of
+from ..operations import EXPANSIONS
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import Coefficients, Match, MeanRole, Use, argument, is_float, rule_for
@@ -100,7 +101,7 @@ def _read(node: Node, facts: Facts) -> Coefficients | None:
         return None
     if node.target in (aten.batch_norm.default, aten.instance_norm.default):
         return _batch_norm(node, facts)
-    products = _products(node)
+    products = [[_unexpanded(factor, facts) for factor in product] for product in _products(node)]
     factors = {x for product in products for x in product if isinstance(x, Node)}
     computed = [x for x in factors if not facts.program.is_constant(x)]
     if len(computed) != 1 or not is_float(computed[0]):
@@ -118,6 +119,16 @@ def _read(node: Node, facts: Facts) -> Coefficients | None:
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not np.isfinite(b).all():
         return None  # a mask
     return None if several or max(len(varying(a)), len(varying(b))) > 1 else Coefficients(operand, a, b)
+
+
+def _unexpanded(factor: object, facts: Facts) -> object:
+    """The constant that is expanded to a size known at run time only: it broadcasts to the operand's as well."""
+    if isinstance(factor, Inverse):
+        return Inverse(_unexpanded(factor.value, facts))
+    source = factor
+    while isinstance(source, Node) and source.target in EXPANSIONS:
+        source = source.args[0]
+    return source if facts.program.is_constant(source) else factor
 
 
 def _same_shape(a: Node, b: Node) -> bool:

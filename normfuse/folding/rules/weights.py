@@ -195,11 +195,17 @@ class Convolution(Weighted):
         return (1 - self._missing(),)
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        padding = self.argument("padding")
-        padding = [padding] if isinstance(padding, str | int) else padding
-        if any(amount not in (0, "valid") for amount in padding):
-            return Use.STOP
-        return super().use(operand, shift, gauge)
+        return super().use(operand, shift, gauge) if self._reads_whole_windows() else Use.STOP
+
+    def _reads_whole_windows(self) -> bool:
+        """Whether every entry of the result is a sum over the whole kernel."""
+        return all(amount in (0, "valid") for amount in self._amounts("padding"))
+
+    def _amounts(self, name: str) -> list[int | str]:
+        """An argument with a number for each axis of the kernel."""
+        amounts = self.argument(name)
+        axes = self.argument("weight").meta["val"].dim() - 2
+        return list(amounts) * (axes // len(amounts)) if isinstance(amounts, list | tuple) else [amounts] * axes
 
     def rows(self, numbers: np.ndarray) -> Tensor:
         return self._over_kernel(self._batched(numbers))
@@ -242,10 +248,16 @@ class Convolution(Weighted):
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 class TransposedConvolution(Convolution):
-    """W[in, out / groups, *kernel]: scales pass, a shift never does (the borders see fewer kernel taps)."""
+    """W[in, out / groups, *kernel]. Its borders see fewer taps of the kernel, and padding cuts them off.
 
-    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        return Use.STOP
+    ``W t_x`` sums over the kernel where all of them are cut off, without strides: with a kernel of one, always.
+    """
+
+    def _reads_whole_windows(self) -> bool:
+        kernel = self.argument("weight").meta["val"].shape[2:]
+        border = [(size - 1) * step for size, step in zip(kernel, self._amounts("dilation"), strict=True)]
+        plain = set(self._amounts("stride")) == {1} and set(self._amounts("output_padding")) == {0}
+        return plain and all(cut >= size for cut, size in zip(self._amounts("padding"), border, strict=True))
 
     def writes_rows(self) -> bool:
         return False
@@ -255,6 +267,13 @@ class TransposedConvolution(Convolution):
 
     def columns(self, numbers: np.ndarray) -> Tensor:
         return self._over_kernel(self._batched(numbers))
+
+    def contracted(self) -> tuple[int, ...]:
+        return super().contracted()[1:]
+
+    def written(self, total: Tensor) -> np.ndarray:
+        grouped = total.reshape(self.argument("groups"), -1, *total.shape[1:]).sum(1)
+        return super().written(grouped.reshape(-1, 1, *total.shape[2:]))
 
 
 @rule_for(aten.embedding.default)
