@@ -246,5 +246,8 @@ def _space_to_depth(call: Call) -> bool:
 
 @operation("Tile")
 def _tile(call: Call) -> bool:
-    repeats = call.number(1)
-    return repeats is not None and call.emit(aten.repeat.default, call.operands[0], [int(r) for r in repeats.ravel()])
+    repeats, given, sizes = call.number(1), call.shape(0), call.result().shape
+    if repeats is not None:
+        return call.emit(aten.repeat.default, call.operands[0], [int(r) for r in repeats.ravel()])
+    expanded = all(isinstance(a, int) and a in (1, b) for a, b in zip(given, sizes, strict=True))
+    return expanded and call.emit(aten.expand.default, *call.operands)

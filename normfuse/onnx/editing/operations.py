@@ -32,29 +32,34 @@ def convolution(call: Call) -> tuple[Any, tuple]:
     if rank not in (3, 4, 5) or rank != rank_of(call, 0):
         return None, ()
     axes = rank - 2
-    # Only whether there is padding matters: it adds zeros, which have no shift.
-    padded = [int(call.is_padded(call.shape(1)[2:]))] * axes
     strides, dilations = (list(call.get(name, [1] * axes)) for name in ("strides", "dilations"))
     group, x, weight, bias = call.get("group", 1), *(*call.operands, None)[:3]
     if call.node.op_type == "ConvTranspose":
         target = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
-        return target[axes], (x, weight, bias, strides, padded, [0] * axes, group, dilations)
+        told = call.get("auto_pad", "NOTSET") in ("NOTSET", "") and not call.get("output_shape")
+        pads = call.get("pads", [0] * 2 * axes) if told else [0] * 2 * axes
+        cut = [min(pads[axis], pads[axis + axes]) for axis in range(axes)]  # what it is at least
+        return target[axes], (x, weight, bias, strides, cut, call.get("output_padding", [0] * axes), group, dilations)
+    # Only whether there is padding matters: it adds zeros, which have no shift.
+    padded = [int(call.is_padded(call.shape(1)[2:]))] * axes
     target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
     return target[axes], (x, weight, bias, strides, padded, dilations, group)
 
 
 @operation("Gemm")
 def _gemm(call: Call) -> bool:
-    if not call.is_constant(1) or rank_of(call, 1) != 2:
-        return False
-    x = call.operands[0]
-    if call.get("transA", 0):
-        x = call.step(aten.permute.default, x, [1, 0])
-    weight, slot = weight_of(call, 1, transposed=not call.get("transB", 0))
-    bias, slots = call.operand(2), [slot]
+    side = next((side for side in (1, 0) if call.is_constant(side) and rank_of(call, side) == 2), None)
+    return side is not None and _linear(call, side)
+
+
+def _linear(call: Call, side: int) -> bool:
+    """A product of two axes of which one side is constant; a constant on the left writes the rows of the result."""
+    left, turned = side == 0, [bool(call.get(name, 0)) for name in ("transA", "transB")]
+    weight, slot = weight_of(call, side, transposed=turned[side] == left)
+    bias, rows = call.operand(2), weight.meta["val"].shape[0]
     if bias is not None:
-        rows, given = weight.meta["val"].shape[0], call.shape(2)
-        if not call.is_constant(2) or (math.prod(given) != 1 and given not in ([rows], [1, rows])):
+        given, fitting = call.shape(2), [[rows, 1]] if left else [[rows], [1, rows]]
+        if not call.is_constant(2) or (math.prod(given) != 1 and given not in fitting):
             return False
         if len(given) != 1:
             bias = call.derived(aten.reshape.default, bias, [-1])
@@ -62,8 +67,18 @@ def _gemm(call: Call) -> bool:
             bias = call.derived(aten.expand.default, bias, [rows])
         if call.get("beta", 1.0) != 1:
             bias = call.derived(aten.mul.Tensor, bias, call.get("beta"))
-    slots.append(call.slot(2, 2, required=call.version < 11, factor="beta"))
-    return call.emit(aten.linear.default, x, weight, bias, slots=slots)
+    x = call.operands[1 - side]
+    if turned[1 - side] != left:
+        x = call.step(aten.permute.default, x, [1, 0])
+    store = _as_column if left else None
+    slots = [slot, call.slot(2, 2, store=store, required=call.version < 11, factor="beta")]
+    if not left:
+        return call.emit(aten.linear.default, x, weight, bias, slots=slots)
+    return call.emit(aten.permute.default, call.step(aten.linear.default, x, weight, bias, slots=slots), [1, 0])
+
+
+def _as_column(bias: torch.Tensor) -> torch.Tensor:
+    return bias[:, None]
 
 
 def weight_of(call: Call, operand: int, *, transposed: bool) -> tuple[torch.fx.Node, Slot]:
@@ -81,9 +96,8 @@ def _matmul(call: Call) -> bool:
     ranks = [len(call.shape(place)) for place in (0, 1)]
     if min(ranks) < 2:
         return False
-    if ranks == [2, 2] and call.is_constant(1) and not call.is_constant(0) and call.result().dtype in _GEMM:
-        weight, slot = weight_of(call, 1, transposed=True)  # with a bias it becomes a Gemm
-        return call.emit(aten.linear.default, call.operands[0], weight, None, slots=[slot, call.slot(2, 2)])
+    if ranks == [2, 2] and call.is_constant(0) != call.is_constant(1) and call.result().dtype in _GEMM:
+        return _linear(call, int(call.is_constant(1)))  # with a bias it becomes a Gemm
     return call.emit(aten.matmul.default, *call.operands)
 
 
@@ -126,18 +140,20 @@ def _arithmetic(call: Call) -> bool:
     return call.emit(targets[call.node.op_type], *call.operands)
 
 
-@operation("Sum")
+@operation("Sum", "Mean")
 def _sum(call: Call) -> bool:
-    """Of any number of values."""
+    """Of any number of values; the mean of k of them lies 1/k of the way from the mean of the others to the last."""
     if not call.only_tensors():
         return False
-    *before, last = call.operands
-    if not before:
-        return call.emit(aten.clone.default, last)
-    total = before[0]
-    for operand in before[1:]:
-        total = call.step(aten.add.Tensor, total, operand)
-    return call.emit(aten.add.Tensor, total, last)
+    total, *others = call.operands
+    if not others:
+        return call.emit(aten.clone.default, total)
+    averages = call.node.op_type == "Mean"
+    target = aten.lerp.Scalar if averages else aten.add.Tensor
+    parts = [(operand, 1 / count) if averages else (operand,) for count, operand in enumerate(others, 2)]
+    for part in parts[:-1]:
+        total = call.step(target, total, *part)
+    return call.emit(target, total, *parts[-1])
 
 
 @operation("Max", "Min")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 import warnings
@@ -25,11 +26,12 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
 
+from normfuse.errors import one_line
 from normfuse.folding.nodes import CALLED
 from normfuse.quiet import quiet
 
 from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
-from .calls import Call, Origin, unknown_operation
+from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, outer_names, torch_dtype
 from .protos import uses_of
@@ -191,8 +193,11 @@ class Reader:
         return result
 
     def _computed(self, target: Any, args: tuple, name: str) -> Node:
-        with self.mode:
-            value = target(*map_arg(args, lambda operand: operand.meta["val"]))
+        try:
+            with self.mode, quiet(logging.ERROR):
+                value = target(*map_arg(args, lambda operand: operand.meta["val"]))
+        except RuntimeError as error:  # sizes that differ from run to run, and in one of them are one
+            raise NotATensor(one_line(error)) from error
         # Sizes that are not known stand in the value alone.
         plain = [[-1 if isinstance(n, torch.SymInt) else n for n in a] if isinstance(a, list) else a for a in args]
         result = self.graph.call_function(target, tuple(plain), name=name or None)

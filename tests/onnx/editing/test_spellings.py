@@ -7,6 +7,7 @@ from onnx_text import draw, model
 
 TAIL = " a = Mul (l, gain) y = Add (a, shift)"
 FLAT = "float[batch, 3] x"
+COLUMNS = "float[3, 5] x"
 IMAGE = "float[batch, 4, 6, 6] x"
 # Inputs, what comes before the map, what is left of it; and the map, where it is not the usual one behind.
 BEHIND = {
@@ -19,6 +20,14 @@ BEHIND = {
     "a sum of three": (
         FLAT, "m = MatMul (x, w) n = MatMul (x, w) l = Sum (m, n, m)", ["MatMul", "Gemm", "Sum"]
     ),
+    "a mean of three": (
+        FLAT, "m = MatMul (x, w) n = MatMul (x, w) l = Mean (m, n, n)", ["Gemm", "MatMul", "Mean"]
+    ),
+    "Gemm, the weight on the left": (COLUMNS, "l = Gemm <alpha: float = 0.5> (wt, x)", ["Gemm"]),
+    "Gemm, the weight on the left, both transposed": (
+        "float[5, 3] x", "l = Gemm <transA: int = 1, transB: int = 1, beta: float = 2.0> (w, x, column)", ["Gemm"]
+    ),
+    "MatMul, the weight on the left": (COLUMNS, "l = MatMul (wt, x)", ["Gemm"]),
     "FusedMatMul": (
         FLAT, "p = com.microsoft.FusedMatMul <alpha: float = 0.5> (x, w) l = Add (p, b)", ["FusedMatMul", "Add"]
     ),
@@ -62,10 +71,12 @@ BETWEEN = {
         "s = GridSample (c, p)",
         ["Transpose", "Split", "GridSample"],
     ),
+    "the mean of three": ("d = Conv (x, k) s = Mean (c, d, d)", ["Conv", "Mean"]),
     "the larger of two": ("d = Conv (x, k) s = Max (c, d)", ["Conv", "Max"]),
 }
 CONSTANTS = {
-    "w": draw(3, 4), "wt": draw(4, 3), "b": draw(4), "row": draw(1, 4), "gain1": draw(4), "k": draw(4, 4, 1, 1),
+    "w": draw(3, 4), "wt": draw(4, 3), "b": draw(4), "row": draw(1, 4), "column": draw(4, 1), "gain1": draw(4),
+    "k": draw(4, 4, 1, 1),
     "starts": np.array([1, 2]), "ends": np.array([9, 5]), "axes": np.array([2, 3]), "steps": np.array([2, 1]),
     "back": np.array([-2, -1]), "pairs": np.array([[0, 2], [3, 1]]),
     "slope": np.full(1, 0.25, np.float32), "slopes": np.abs(draw(4, 1, 1)),
@@ -77,7 +88,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("case", BEHIND)
 def test_a_map_goes_into_what_is_in_front_of_it(tmp_path, case):
     inputs, body, left = BEHIND[case]
-    axes = (4, 1) if "5]" in inputs else (4,)
+    axes = (4,) if "batch, 3" in inputs or "3, batch" in inputs else (4, 1)
     proto = model(inputs, "float y", body + TAIL, 21, **read(body, CONSTANTS), gain=draw(*axes), shift=draw(*axes))
     _, after = folded(proto, tmp_path)
     assert kinds(after) == left
@@ -93,6 +104,58 @@ def test_a_factor_passes(tmp_path, case):
     proto = model(IMAGE, "float y", body, 20, **read(body, CONSTANTS))
     _, after = folded(proto, tmp_path)
     assert kinds(after) == ["Conv", *left, "Tanh"]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
+
+
+IN_FRONT = {
+    "a transposed convolution with one tap": (IMAGE, "y = ConvTranspose <group: int = 2> (l, pairwise)"),
+    "a transposed convolution whose borders are cut off": (
+        IMAGE, "y = ConvTranspose <pads: ints = [2, 2, 2, 2]> (l, taps, gain1)"
+    ),
+    "a product with the weight on the left": (COLUMNS, "y = Gemm (wide, l, column)"),
+}  # fmt: skip
+BORDERS = {
+    "strides": "strides: ints = [2, 2]",
+    "positions added at the end": "strides: ints = [2, 2], output_padding: ints = [1, 1]",
+    "borders that are not cut off": "kernel_shape: ints = [3, 3], pads: ints = [2, 1, 2, 1]",
+    "the same size": 'kernel_shape: ints = [3, 3], auto_pad: string = "SAME_UPPER"',
+}
+TAPS = {"pairwise": draw(4, 2, 1, 1), "taps": draw(4, 4, 3, 3), "wide": draw(4, 3), **CONSTANTS}
+
+
+@pytest.mark.parametrize("case", IN_FRONT)
+def test_a_map_in_front_goes_into(tmp_path, case):
+    inputs, body = IN_FRONT[case]
+    channels = (3, 1) if inputs == COLUMNS else (4, 1, 1)
+    constants = read(body, TAPS) | {"gain": draw(*channels), "shift": draw(*channels)}
+    _, after = folded(model(inputs, "float y", FRONT + body, 17, **constants), tmp_path)
+    assert len(kinds(after)) == 1
+    assert_equal(tmp_path, {"x": draw(3, 5) if inputs == COLUMNS else draw(2, 4, 6, 6)})
+
+
+@pytest.mark.parametrize("case", BORDERS)
+def test_a_transposed_convolution_takes_no_shift_where_positions_see_fewer_taps(tmp_path, case):
+    taps = "taps" if "kernel" in BORDERS[case] else "pairwise"
+    body = f"l = Add (x, shift) y = ConvTranspose <{BORDERS[case]}> (l, {taps})"
+    proto = model(IMAGE, "float y", body, 17, **read(body, TAPS), shift=draw(4, 1, 1))
+    result, after = folded(proto, tmp_path)
+    assert kinds(after) == kinds(proto) and not any("left as it was" in note for note in result.notes)
+
+
+EXPANDED = {
+    "by the shape of another value": "size = Shape (x) e = Expand (gain, size)",
+    "repeated as often as a value has entries": (
+        "size = Shape (x) b = Slice (size, none, unit) o = Concat <axis: int = 0> (b, units) e = Tile (gain, o)"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPANDED)
+def test_a_gain_may_be_expanded(tmp_path, case):
+    body = f"{EXPANDED[case]} c = Conv (x, k) m = Mul (c, e) l = Add (m, e) y = Relu (l)"
+    constants = {"none": np.array([0]), "unit": np.array([1]), "units": np.array([1, 1, 1]), "k": CONSTANTS["k"]}
+    _, after = folded(model(IMAGE, "float y", body, 17, gain=draw(1, 4, 1, 1), **read(body, constants)), tmp_path)
+    assert kinds(after) == ["Conv", "Relu"]
     assert_equal(tmp_path, {"x": draw(2, 4, 6, 6)})
 
 
