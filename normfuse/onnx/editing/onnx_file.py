@@ -20,6 +20,8 @@ from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import one_line
 from normfuse.onnx.graph import GraphError
 
+from .stored import held, make_dense
+
 STANDARD = ("", "ai.onnx")
 # A file is parsed in memory as one message, which ends at 2 GiB; larger models keep their weights beside it.
 _LARGEST = 2**31 - 1
@@ -37,7 +39,7 @@ class OnnxFile:
         fold_defaults: see :func:`fold_file`.
 
     Attributes:
-        proto: the whole model; weights beside the file are not in it.
+        proto: the whole model, no initialiser sparse; weights beside the file are not in it.
         nodes: the operations of the main graph in an order in which each comes after what it reads.
         positions: of those operations in the file.
         inputs: what a caller has to give.
@@ -56,6 +58,8 @@ class OnnxFile:
         graph = self.proto.graph
         self.opsets = {("" if o.domain in STANDARD else o.domain): o.version for o in self.proto.opset_import}
         self.functions = {(f.domain if f.domain not in STANDARD else "", f.name) for f in self.proto.functions}
+        self._check()
+        make_dense(graph)
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         fixed = {*self._initializers, *(tensor.values.name for tensor in graph.sparse_initializer)}
         self.inputs = [value for value in graph.input if value.name not in fixed]
@@ -65,7 +69,6 @@ class OnnxFile:
             weights = [tensor.name for tensor in graph.initializer if tensor.data_type in _FLOATS]
             fold_defaults = {*weights} <= {*self.listed}
         self.settable = [] if fold_defaults else self.listed
-        self._check(fixed)
         order = _ordered(graph, {value.name for value in graph.input} | fixed, self.path)
         self.nodes = [graph.node[position] for position in order]
         self.positions = order
@@ -82,7 +85,7 @@ class OnnxFile:
         for node in self.nodes:
             if not self.is_own(node) or not node.output or node.op_type not in ("Constant", "Identity"):
                 continue
-            tensor = _held(node) if node.op_type == "Constant" else found.get(node.input[0])
+            tensor = held(node) if node.op_type == "Constant" else found.get(node.input[0])
             if tensor is not None:
                 found[node.output[0]] = tensor
         return found
@@ -169,10 +172,10 @@ class OnnxFile:
         domain = "" if node.domain in STANDARD else node.domain
         return None if (domain, node.op_type) in self.functions else domain
 
-    def _check(self, fixed: set[str]) -> None:
+    def _check(self) -> None:
         graph = self.proto.graph
         names = [tensor.name for tensor in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
-        repeated = next((name for name in names if names.count(name) > 1), None) if len(fixed) < len(names) else None
+        repeated = next((name for name, count in Counter(names).items() if count > 1), None)
         if repeated is not None:
             raise GraphError(f"{self.path}: two initialisers are called {repeated!r}")
         listed = [value.name for value in graph.input]
@@ -309,20 +312,6 @@ def _ordered(graph: GraphProto, given: set[str], path: Path) -> list[int]:
 def label(node: NodeProto) -> str:
     """An operation in words."""
     return f"{node.op_type} {node.name or next(iter(node.output), '')!r}"
-
-
-def _held(node: NodeProto) -> TensorProto | None:
-    """What a Constant holds, as a tensor; None for texts and sparse tensors."""
-    attribute = next(iter(node.attribute), None)
-    if attribute is None:
-        return None
-    if attribute.name == "value":
-        return attribute.t
-    if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
-        value = helper.get_attribute_value(attribute)
-        kind = np.float32 if "float" in attribute.name else np.int64
-        return numpy_helper.from_array(np.array(value, kind))
-    return None
 
 
 def _entries(tensor: TensorProto, path: Path) -> int:

@@ -90,6 +90,28 @@ def test_a_weight_that_two_read_is_stored_twice_unless_forbidden(tmp_path):
     assert after == proto and result.report.norms[0].status == "kept"
 
 
+@pytest.mark.parametrize("places", ["counted through", "by axis"])
+def test_sparse_constants_are_constants(tmp_path, places):
+    numbers = weights() | {"mean": np.zeros(4, np.float32)}
+    numbers["k2"][0, 1:] = 0
+    body = f"{NORM} r = Relu (n) y = Conv (r, k2)"
+    proto = model("float[batch, 3, 8, 8] x", "float y", body, 17, **numbers)
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name in ("mean", "k2")]:
+        proto.graph.initializer.remove(tensor)
+        array = numpy_helper.to_array(tensor)
+        where = np.flatnonzero(array) if places == "counted through" else np.argwhere(array)
+        values = numpy_helper.from_array(array[array != 0], tensor.name)
+        stored = helper.make_sparse_tensor(values, numpy_helper.from_array(where, "places"), array.shape)
+        if tensor.name == "k2":
+            proto.graph.node.insert(0, helper.make_node("Constant", [], ["k2"], sparse_value=stored))
+        else:
+            proto.graph.sparse_initializer.append(stored)
+    _, after = folded(proto, tmp_path)
+    assert [kind for kind in kinds(after) if kind != "Constant"] == ["Conv", "Relu", "Conv"]
+    assert not after.graph.sparse_initializer
+    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
+
+
 # What stays as it was
 
 
