@@ -39,10 +39,9 @@ def make_dense(graph: GraphProto) -> None:
 def _dense(sparse: SparseTensorProto) -> TensorProto | None:
     """The tensor that a sparse one stands for; None where it is too large, lies beside the file, or is damaged."""
     dims, count = tuple(sparse.dims), math.prod(sparse.dims)
-    if not 0 <= count <= _LARGEST or TensorProto.EXTERNAL in (
-        sparse.values.data_location,
-        sparse.indices.data_location,
-    ):
+    if TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
+        return None
+    if not 0 <= count <= _ENTRIES_EACH * math.prod(sparse.values.dims) + _ENTRIES_BEYOND:
         return None
     try:
         values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
