@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .calls import Call, aten
-from .operations import convolution, weight_of
+from .operations import convolution, product, weight_of
 from .translating import operation
 
 _MICROSOFT = "com.microsoft"
@@ -18,15 +18,25 @@ def _fused_matmul(call: Call) -> bool:
     ranks = [len(call.shape(place)) for place in (0, 1)]
     if call.get("transBatchA", 0) or call.get("transBatchB", 0) or min(ranks) < 2:
         return False
-    x, weight, slots = call.operands[0], call.operands[1], []
-    if call.get("transA", 0):
-        x = call.step(aten.transpose.int, x, -1, -2)
-    if call.is_constant(1) and ranks[1] == 2:
-        weight, slot = weight_of(call, 1, transposed=bool(call.get("transB", 0)))
-        slots.append(slot)
-    elif call.get("transB", 0):
-        weight = call.step(aten.transpose.int, weight, -1, -2)
-    return call.emit(aten.matmul.default, x, weight, slots=slots)
+    constant = next((place for place in (1, 0) if call.is_constant(place)), None)
+    if constant is None and call.get("alpha", 1.0) != 1:
+        return False  # an average's shift would be multiplied as well
+    factors, slots = list(call.operands), []
+    for place, name in enumerate(("transA", "transB")):
+        turned = bool(call.get(name, 0))
+        if place == constant:
+            factors[place], slot = weight_of(call, place, transposed=turned, argument=place)
+            slots.append(slot)
+        elif turned:
+            factors[place] = call.step(aten.transpose.int, factors[place], -1, -2)
+    return call.emit(aten.matmul.default, *factors, slots=slots)
+
+
+@operation("FusedGemm", domain=_MICROSOFT)
+def _fused_gemm(call: Call) -> bool:
+    """A product with a bias, and an activation."""
+    part = product(call, call.step)
+    return bool(part) and call.opaque([part], {0, 1, 2})
 
 
 @operation("FusedConv", domain=_MICROSOFT)

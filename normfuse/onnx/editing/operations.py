@@ -7,6 +7,7 @@ operation opaque. Sizes that only shape a result may be missing, because the res
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,12 +49,22 @@ def convolution(call: Call) -> tuple[Any, tuple]:
 
 @operation("Gemm")
 def _gemm(call: Call) -> bool:
+    return bool(product(call, call.emit))
+
+
+def product(call: Call, put: Callable[..., Any]) -> Any:
+    """A product of two axes of which one side is constant; a constant on the left writes the rows of the result.
+
+    Args:
+        call: a Gemm, or a MatMul that becomes one where it gets a bias.
+        put: :meth:`Call.emit` or :meth:`Call.step`.
+
+    Returns:
+        What `put` gives; False where neither side is constant, or the bias is none per channel.
+    """
     side = next((side for side in (1, 0) if call.is_constant(side) and rank_of(call, side) == 2), None)
-    return side is not None and _linear(call, side)
-
-
-def _linear(call: Call, side: int) -> bool:
-    """A product of two axes of which one side is constant; a constant on the left writes the rows of the result."""
+    if side is None:
+        return False
     left, turned = side == 0, [bool(call.get(name, 0)) for name in ("transA", "transB")]
     weight, slot = weight_of(call, side, transposed=turned[side] == left)
     bias, rows = call.operand(2), weight.meta["val"].shape[0]
@@ -73,22 +84,26 @@ def _linear(call: Call, side: int) -> bool:
     store = _as_column if left else None
     slots = [slot, call.slot(2, 2, store=store, required=call.version < 11, factor="beta")]
     if not left:
-        return call.emit(aten.linear.default, x, weight, bias, slots=slots)
-    return call.emit(aten.permute.default, call.step(aten.linear.default, x, weight, bias, slots=slots), [1, 0])
+        return put(aten.linear.default, x, weight, bias, slots=slots)
+    return put(aten.permute.default, call.step(aten.linear.default, x, weight, bias, slots=slots), [1, 0])
 
 
 def _as_column(bias: torch.Tensor) -> torch.Tensor:
     return bias[:, None]
 
 
-def weight_of(call: Call, operand: int, *, transposed: bool) -> tuple[torch.fx.Node, Slot]:
-    """A constant factor as a linear layer has it, multiplied by the attribute `alpha` if there is one."""
+def weight_of(call: Call, operand: int, *, transposed: bool, argument: int = 1) -> tuple[torch.fx.Node, Slot]:
+    """A constant factor as the program has it, multiplied by the attribute `alpha` if there is one, and its slot."""
     weight = call.operands[operand]
     if transposed:
-        weight = call.derived(aten.t.default, weight)
+        weight = call.derived(aten.transpose.int, weight, -1, -2)
     if call.get("alpha", 1.0) != 1:
         weight = call.derived(aten.mul.Tensor, weight, call.get("alpha"))
-    return weight, call.slot(1, operand, store=torch.Tensor.t if transposed else None, factor="alpha")
+    return weight, call.slot(argument, operand, store=_turned if transposed else None, factor="alpha")
+
+
+def _turned(weight: torch.Tensor) -> torch.Tensor:
+    return weight.transpose(-1, -2)
 
 
 @operation("MatMul")
@@ -97,7 +112,7 @@ def _matmul(call: Call) -> bool:
     if min(ranks) < 2:
         return False
     if ranks == [2, 2] and call.is_constant(0) != call.is_constant(1) and call.result().dtype in _GEMM:
-        return _linear(call, int(call.is_constant(1)))  # with a bias it becomes a Gemm
+        return bool(product(call, call.emit))
     return call.emit(aten.matmul.default, *call.operands)
 
 
@@ -193,10 +208,11 @@ def _layer_norm(call: Call) -> bool:
     return call.emit(aten.layer_norm.default, *args, slots=slots)
 
 
-@operation("RMSNormalization")
+@operation("RMSNormalization", "SimplifiedLayerNormalization")
 def _rms_norm(call: Call) -> bool:
+    """ONNX's own, and what ONNX Runtime has under ONNX's domain."""
     rank = len(call.shape(0))
-    if call.get("axis", -1) % max(rank, 1) != rank - 1 or rank_of(call, 1) != 1:
+    if call.get("axis", -1) % max(rank, 1) != rank - 1 or rank_of(call, 1) != 1 or not call.only_first():
         return False
     x, weight = call.operands
     slots = [call.slot(2, 1, required=True)]
@@ -221,6 +237,14 @@ def _group_norm(call: Call) -> bool:
     slots = [call.slot(2, 1, required=True), call.slot(3, 2, required=True)]
     args = (x, call.get("num_groups"), weight, bias, call.get("epsilon", 1e-5))
     return call.emit(aten.group_norm.default, *args, slots=slots)
+
+
+@operation("Softmax")
+def _softmax(call: Call) -> bool:
+    """Of operator sets before 13 over all axes from one on, which has to be the last."""
+    rank, old = len(call.shape(0)), call.version < 13
+    axis = call.get("axis", 1 if old else -1) % max(rank, 1)
+    return (axis == rank - 1 or not old) and call.emit(aten.softmax.int, call.operands[0], axis)
 
 
 @operation("Relu")

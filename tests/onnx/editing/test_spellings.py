@@ -34,6 +34,12 @@ BEHIND = {
     "FusedMatMul, transposed": (
         FLAT, "p = com.microsoft.FusedMatMul <transB: int = 1> (x, wt) l = Add (p, b)", ["FusedMatMul", "Add"]
     ),
+    "FusedMatMul, the weight on the left": (
+        COLUMNS, "l = com.microsoft.FusedMatMul <alpha: float = 0.5, transA: int = 1> (w, x)", ["FusedMatMul", "Add"]
+    ),
+    "SimplifiedLayerNormalization": (
+        "float[5, 4] x", "l = SimplifiedLayerNormalization (x, gain1)", ["SimplifiedLayerNormalization", "Add"]
+    ),
     "InstanceNormalization": (
         "float[batch, 4, 5] x", "l = InstanceNormalization (x, gain1, b)", ["InstanceNormalization"]
     ),
@@ -88,7 +94,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("case", BEHIND)
 def test_a_map_goes_into_what_is_in_front_of_it(tmp_path, case):
     inputs, body, left = BEHIND[case]
-    axes = (4,) if "batch, 3" in inputs or "3, batch" in inputs else (4, 1)
+    axes = (4,) if inputs.endswith((FLAT, "3, batch] x", "5, 4] x")) else (4, 1)
     proto = model(inputs, "float y", body + TAIL, 21, **read(body, CONSTANTS), gain=draw(*axes), shift=draw(*axes))
     _, after = folded(proto, tmp_path)
     assert kinds(after) == left
@@ -168,11 +174,15 @@ FUSED = {
     "a GRU in both directions": (
         'y = GRU <hidden_size: int = 2, direction: string = "bidirectional"> (l, wg, rg, bg)', ["GRU"]
     ),
+    "a fused Gemm": (
+        'f = Reshape (l, flat) y = com.microsoft.FusedGemm <activation: string = "Relu", alpha: float = 0.5> (f, wf)',
+        ["Reshape", "FusedGemm"],
+    ),
     "fused attention": ("y = com.microsoft.Attention <num_heads: int = 2> (l, wa, ba)", ["Attention"]),
 }  # fmt: skip
 LARGE = {
     "wl": draw(1, 8, 4), "rl": draw(1, 8, 2), "bl": draw(1, 16), "wg": draw(2, 6, 4), "rg": draw(2, 6, 2),
-    "bg": draw(2, 12), "wa": draw(4, 12), "ba": draw(12),
+    "bg": draw(2, 12), "flat": np.array([-1, 4]), "wf": draw(4, 3), "wa": draw(4, 12), "ba": draw(12),
 }  # fmt: skip
 
 
@@ -183,6 +193,29 @@ def test_a_map_goes_into_the_first_part_of(tmp_path, case):
     _, after = folded(model("float[steps, batch, 4] x", "float y", FRONT + body, 17, **constants), tmp_path)
     assert kinds(after) == left
     assert_equal(tmp_path, {"x": draw(5, 3, 4)})
+
+
+AVERAGES = {
+    "a product": ("p = Softmax (s) a = MatMul (p, v)", 13, True),
+    "a fused product": ("p = Softmax (s) a = com.microsoft.FusedMatMul (p, v)", 13, True),
+    "a factor": ("p = Softmax (s) a = com.microsoft.FusedMatMul <alpha: float = 0.5> (p, v)", 13, False),
+    "a Softmax over two axes": ("p = Softmax (s) a = MatMul (p, v)", 11, False),
+    "an older Softmax over the last axis": ("p = Softmax <axis: int = 2> (s) a = MatMul (p, v)", 11, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_a_shift_passes_averages(tmp_path, case):
+    """Which weigh positions with a Softmax over them."""
+    attention, opset, passes = AVERAGES[case]
+    body = (
+        f"t = Transpose <perm: ints = [0, 2, 1]> (x) s = MatMul (x, t) r = Relu (x) v = Add (r, shift) {attention} "
+        "m = MatMul (a, w) y = Add (m, b)"
+    )
+    constants = {"w": draw(4, 6), "b": draw(6), "shift": draw(4)}
+    _, after = folded(model("float[batch, seq, 4] x", "float y", body, opset, **constants), tmp_path)
+    assert kinds(after).count("Add") == (1 if passes else 2)
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
 
 
 def test_a_norm_in_front_of_a_convolution_that_onnx_runtime_fused_with_its_relu(tmp_path):
