@@ -164,6 +164,10 @@ LEFT_ALONE = {
     "its numbers are not finite": (
         "c = Conv (x, k) n = BatchNormalization (c, gain, shift, mean, negative) y = Conv (n, k2)", "not finite"
     ),
+    "its gain is quantised": (
+        "g = DequantizeLinear (eights, step) n = BatchNormalization (x, g, shift, mean, variance) y = Conv (n, k)",
+        "are quantised",
+    ),
     "behind a cast": (
         "i = Cast <to: int = 7> (x) f = Cast <to: int = 1> (i) n = BatchNormalization (f, gain, shift, mean, variance) "
         "y = Sigmoid (n)",
@@ -188,6 +192,7 @@ LEFT_ALONE = {
 LEFT = {name: draw(4) for name in ("gain", "shift", "mean")}
 LEFT |= {"variance": np.ones(4, np.float32), "negative": np.full(4, -1, np.float32)}
 LEFT |= {"k": draw(4, 4, 3, 3), "k2": draw(2, 4, 1, 1), "count": np.array([2])}
+LEFT |= {"eights": np.array([3, -5, 7, 9], np.int8), "step": np.float32(0.1)}
 
 
 @pytest.mark.parametrize("case", LEFT_ALONE)
