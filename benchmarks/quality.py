@@ -46,19 +46,20 @@ STORE_EVERY = 60.0  # seconds
 DIGIT_STEPS = 700
 # What is most useful first, so that a study that was cut short says something: (task, placement, norms, seeds).
 MAIN = ("layer", "unified", "power", "batch", "tapered", "progressive")
+ALL = tuple(name for name, norm in NORMS.items() if not norm.variant)
 PHASES: list[tuple[str, str, tuple[str, ...], int]] = [
-    ("transformer", "pre", tuple(NORMS), 3),
+    ("transformer", "pre", ALL, 3),
     ("lm", "pre", MAIN, 1),
-    ("transformer", "post", tuple(NORMS), 3),
+    ("transformer", "post", ALL, 3),
     ("lm", "post", MAIN, 1),
-    ("cnn", "pre", tuple(NORMS), 3),
-    ("cnn", "post", tuple(NORMS), 3),
-    ("lm", "pre", tuple(NORMS), 3),
-    ("lm", "post", tuple(NORMS), 3),
-    ("transformer", "pre", tuple(NORMS), 10),
-    ("transformer", "post", tuple(NORMS), 10),
-    ("cnn", "pre", tuple(NORMS), 10),
-    ("cnn", "post", tuple(NORMS), 10),
+    ("cnn", "pre", ALL, 3),
+    ("cnn", "post", ALL, 3),
+    ("lm", "pre", ALL, 3),
+    ("lm", "post", ALL, 3),
+    ("transformer", "pre", ALL, 10),
+    ("transformer", "post", ALL, 10),
+    ("cnn", "pre", ALL, 10),
+    ("cnn", "post", ALL, 10),
 ]
 
 
@@ -212,6 +213,10 @@ class Trainer:
         return _number(self.task.score(self.model, "test")["loss"])
 
     def _take_step(self) -> None:
+        if self.step >= NORMS[self.training.norm].moving * self.training.steps:
+            for module in self.model.modules():
+                if isinstance(module, ChannelNorm):
+                    module.eval()
         inputs, targets = self.task.batch(self.generator)
         loss = total = self.task.loss(self.model, inputs.to(self.device), targets.to(self.device))
         if self.penalty:
@@ -290,9 +295,14 @@ class Study:
     def phases(self) -> Iterator[tuple[str, str, tuple[str, ...], int]]:
         only = [entry.split(":") for entry in self.options.only or ["*"]]
         given = {parts[0] for parts in only} - {"*"} - {task for task, *_ in PHASES}
-        extra = [(task, place, tuple(NORMS), 3) for task in sorted(given) for place in PLACEMENTS]
+        extra = [(task, place, ALL, 3) for task in sorted(given) for place in PLACEMENTS]
+        variants = {name for parts in only for name in parts[2:] if name not in ("*", *ALL)}
         for task, placement, norms, seeds in [*PHASES, *extra]:
-            chosen = tuple(norm for norm in norms if any(_matches(entry, task, placement, norm) for entry in only))
+            chosen = tuple(
+                norm
+                for norm in (*norms, *sorted(variants))
+                if any(_matches(entry, task, placement, norm) for entry in only)
+            )
             if chosen:
                 yield task, placement, chosen, min(seeds, self.options.seeds or seeds)
 
@@ -338,7 +348,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seeds", type=int, help="at most so many at the best rate")
     parser.add_argument(
-        "--only", nargs="+", metavar="TASK[:PLACEMENT[:NORM]]", help=f"tasks: {', '.join(TASKS)}; * for any"
+        "--only",
+        nargs="+",
+        metavar="TASK[:PLACEMENT[:NORM]]",
+        help=f"tasks: {', '.join(TASKS)}; * for any but variants: {', '.join(sorted(NORMS.keys() - ALL))}",
     )
     options = parser.parse_args()
     for name in ("tokens", "choosing_tokens", "digit_steps"):

@@ -22,9 +22,11 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 COLOURS = {
     "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "unified_batch": "#74a892",
-    "power": "#d1495b", "power_groups": "#e09aa3",
-    "batch": "#edae49", "regularized": "#c98b1b", "progressive": "#3d5a98", "tapered": "#7b2d8b",
-    "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
+    "unified_long": "#a3c4b5", "unified_frozen": "#3a8f70",
+    "power": "#d1495b", "power_groups": "#e09aa3", "power_early": "#b36a76",
+    "batch": "#edae49", "batch_slow": "#f3cc8e", "regularized": "#c98b1b",
+    "progressive": "#3d5a98", "tapered": "#7b2d8b", "tapered_wholly": "#b07bbd",
+    "dyt": "#2a9d8f",
 }  # fmt: skip
 Group = tuple[str, str, int, float]  # task, placement, steps, rate (0: that which was chosen for each norm)
 Runs = dict[str, list[dict[str, Any]]]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,33 +31,63 @@ class Norm:
 
     Attributes:
         title: its name in tables.
-        folds: whether it folds away after the training: "yes", "no", or "all but one".
+        folds: whether it folds away after the training: "yes", "no", "all but one", or "half".
         make: builds it for so many channels and so many training steps; None: LayerNorm stays.
+        late: the same for the second half of the norms; None: as the first.
         conversion: a way from LayerNorm to a static norm within the training.
+        moving: share of the training in which statistics move; then they are frozen.
+        variant: whether it is an experiment with another contender, which runs only where it is asked for.
     """
 
     title: str
     folds: str
     make: Callable[[int, int], nn.Module] | None = None
+    late: Callable[[int, int], nn.Module] | None = None
     conversion: str | None = None
+    moving: float = 1.0
+    variant: bool = False
+
+
+def _unified(dim: int, steps: int, **options: Any) -> UnifiedNorm:
+    return UnifiedNorm(dim, warmup_iters=steps // 10, **options)
+
+
+def _power(dim: int, steps: int, group_num: int | None = None) -> PowerNorm:
+    return PowerNorm(dim, group_num=group_num, warmup_iters=steps // 10)
 
 
 NORMS = {
     "layer": Norm("LayerNorm", "no"),
     "rms": Norm("RMSNorm", "no", lambda dim, steps: nn.RMSNorm(dim, eps=1e-5)),
-    "unified": Norm("UnifiedNorm", "yes", lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps // 10)),
+    "unified": Norm("UnifiedNorm", "yes", _unified),
     "unified_batch": Norm(
         "UnifiedNorm, statistics of the batch throughout",
         "yes",
         lambda dim, steps: UnifiedNorm(dim, warmup_iters=steps),
+        variant=True,
     ),
-    "power": Norm(
-        "PowerNorm(group_num=None)",
+    "unified_long": Norm(
+        "UnifiedNorm, window 16, momentum 0.99",
         "yes",
-        lambda dim, steps: PowerNorm(dim, group_num=None, warmup_iters=steps // 10),
+        partial(_unified, window_size=16, momentum=0.99),
+        variant=True,
     ),
-    "power_groups": Norm("PowerNorm", "no", lambda dim, steps: PowerNorm(dim, warmup_iters=steps // 10)),
+    "unified_frozen": Norm(
+        "UnifiedNorm, statistics frozen in the last fifth", "yes", _unified, moving=0.8, variant=True
+    ),
+    "power": Norm("PowerNorm(group_num=None)", "yes", _power),
+    "power_groups": Norm("PowerNorm", "no", partial(_power, group_num=1)),
+    "power_early": Norm(
+        "PowerNorm, group scaling in the first half of the norms",
+        "half",
+        partial(_power, group_num=1),
+        late=_power,
+        variant=True,
+    ),
     "batch": Norm("MaskedBatchNorm", "yes", lambda dim, steps: MaskedBatchNorm(dim)),
+    "batch_slow": Norm(
+        "MaskedBatchNorm, momentum 0.01", "yes", lambda dim, steps: MaskedBatchNorm(dim, momentum=0.01), variant=True
+    ),
     "regularized": Norm("RegularizedBatchNorm", "yes", lambda dim, steps: RegularizedBatchNorm(dim)),
     "progressive": Norm("LayerNorm → RepBatchNorm", "yes", conversion="progressive"),
     "tapered": Norm("LayerNorm tapered, the last one kept", "all but one", conversion="tapered"),
@@ -69,9 +100,10 @@ def apply_norm(model: nn.Module, norm: Norm, steps: int) -> None:
     """Put the contender in the place of every LayerNorm, before the optimiser is made."""
     if norm.make is None:
         return
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.LayerNorm):
-            put(model, name, norm.make(module.normalized_shape[0], steps))
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    for index, (name, module) in enumerate(layers):
+        make = norm.late if norm.late is not None and 2 * index >= len(layers) else norm.make
+        put(model, name, make(module.normalized_shape[0], steps))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from normfuse.nn import PowerNorm, UnifiedNorm
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -79,6 +81,29 @@ def test_the_best_rate_is_that_of_the_validation_split(quality, tmp_path):
         ("judge", 2e-3, 0),
         ("judge", 2e-3, 1),
     ]
+
+
+def test_variants_run_only_where_they_are_asked_for(quality, tmp_path):
+    def planned(*only):
+        options = quality.argparse.Namespace(
+            state=tmp_path / "state", results=tmp_path, digit_steps=40, only=list(only), seeds=1, rate=1e-3
+        )
+        return {training.norm for training in quality.Study(options).plan()}
+
+    assert planned("cnn:pre") == set(quality.ALL)
+    assert planned("cnn:pre:power_early", "cnn:pre:layer") == {"power_early", "layer"}
+
+
+def test_a_variant_has_another_norm_in_the_second_half_and_freezes_statistics(quality, tmp_path):
+    def training(norm, rate=1e-3):
+        return quality.Training("cnn", "pre", norm, "judge", 5, rate, 0)
+
+    task = quality.TASKS["cnn"]()
+    early = quality.Trainer(training("power_early"), task, tmp_path).model
+    assert [m.group_num for m in early.modules() if isinstance(m, PowerNorm)] == [1] * 4 + [None] * 3
+    frozen = quality.Trainer(training("unified_frozen"), task, tmp_path)
+    frozen.run()
+    assert {int(m.iters) for m in frozen.model.modules() if isinstance(m, UnifiedNorm)} == {4}
 
 
 def test_no_picture_that_is_judged_on_is_trained_on(quality):
