@@ -14,19 +14,18 @@ from typing import Any
 
 import matplotlib
 import records
+from quality import ALL
 from quality_tasks import NORMS, PLACEMENTS, TASKS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {
-    "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "unified_batch": "#74a892",
-    "unified_long": "#a3c4b5", "unified_frozen": "#3a8f70",
-    "power": "#d1495b", "power_groups": "#e09aa3", "power_early": "#b36a76",
-    "batch": "#edae49", "batch_slow": "#f3cc8e", "regularized": "#c98b1b",
-    "progressive": "#3d5a98", "tapered": "#7b2d8b", "tapered_wholly": "#b07bbd",
-    "dyt": "#2a9d8f",
+    "layer": "#5c677d", "rms": "#8d99ae", "unified": "#0b6e4f", "power": "#d1495b", "power_groups": "#e09aa3",
+    "batch": "#edae49", "regularized": "#c98b1b", "progressive": "#3d5a98", "tapered": "#7b2d8b",
+    "tapered_wholly": "#b07bbd", "dyt": "#2a9d8f",
 }  # fmt: skip
 Group = tuple[str, str, int, float]  # task, placement, steps, rate (0: that which was chosen for each norm)
 Runs = dict[str, list[dict[str, Any]]]
@@ -140,7 +139,12 @@ def text(groups: dict[Group, Runs]) -> str:
 
 
 def draw(groups: dict[Group, Runs], file: Path) -> None:
-    """Validation loss over the steps, a panel for each group; a line is a mean over seeds."""
+    """Validation loss over the steps, without variants; a line is a mean over seeds.
+
+    A panel for each group of four norms or more.
+    """
+    drawn = {group: [name for name in ALL if name in runs] for group, runs in groups.items()}
+    groups = {group: runs for group, runs in groups.items() if len(drawn[group]) >= 4} or groups
     columns = 2
     rows = -(-len(groups) // columns)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -149,7 +153,7 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
         panel.set_visible(False)
     seen = {}
     for panel, (group, runs) in zip(panels.flat, groups.items(), strict=False):
-        for name in (name for name in NORMS if name in runs):
+        for name in drawn[group]:
             curves = [r["curve"] for r in runs[name] if not r["diverged"]]
             if not curves:
                 continue
@@ -160,11 +164,13 @@ def draw(groups: dict[Group, Runs], file: Path) -> None:
         name, rest = title(group, runs).split(", ", 1)
         panel.set_title(f"{name},\n{rest}", loc="left", fontsize=9)
         panel.set(xlabel="step", ylabel="validation loss")
-        low = min(point[2] for found in runs.values() for r in found if not r["diverged"] for point in r["curve"])
-        panel.set_ylim(0.95 * low, None)
+        losses = [p[2] for found in drawn[group] for r in runs[found] if not r["diverged"] for p in r["curve"]]
         panel.set_yscale("log")
-        for labelled in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            labelled("{x:g}")
+        panel.set_ylim(0.95 * min(losses), min(1.05 * max(losses), 30 * min(losses)))
+        narrow = max(losses) < 4 * min(losses)
+        panel.yaxis.set_major_locator(LogLocator(subs=[1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4] if narrow else [1, 2, 5]))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.grid(color="#e8e8e8")
     figure.legend(
         seen.values(), [NORMS[name].title for name in seen], ncols=3, frameon=False, loc="outside lower center"
