@@ -207,6 +207,12 @@ class Call:
         self._reader.origins[node.name] = Origin((self._position,), tuple(slots))
         return True
 
+    def unread(self) -> None:
+        """Put the operation into the program as one whose results nobody reads: its operands may change."""
+        fixed = self._reader.fixed
+        free = [n for n, operand in enumerate(self.operands) if self.is_tensor(n) and operand not in fixed]
+        self.opaque([self.step(aten.empty_like.default, self.operands[number]) for number in free], free)
+
     def _slots(self, args: tuple, optional: Mapping[int, int], given: Sequence[Slot]) -> list[Slot]:
         waiting: dict[Node, list[int]] = {}
         self._placed.update(slot.operand for slot in given if slot.operand is not None)

@@ -90,6 +90,17 @@ class OnnxFile:
                 found[node.output[0]] = tensor
         return found
 
+    @cached_property
+    def dead(self) -> set[int]:
+        """Positions of operations whose results lead to no output, as in files that were cut off."""
+        needed, found = {value.name for value in self.proto.graph.output}, set()
+        for position, node in zip(reversed(self.positions), reversed(self.nodes), strict=True):
+            if needed.isdisjoint(node.output):
+                found.add(position)
+            else:
+                needed.update(reads(node))
+        return found
+
     def computed(self) -> list[str]:
         """Values that operations compute from constants alone, in an order in which each comes after its operands.
 

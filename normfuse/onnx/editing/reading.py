@@ -107,7 +107,9 @@ class Reader:
             if position in skip and skip[position] is None:
                 continue  # read with the Add behind it
             call = Call(self, position, node, skip.get(position))
-            if position in self._pinned or self.file.version < _OLDEST or not translate(call):
+            if position in self.file.dead:
+                call.unread()
+            elif position in self._pinned or self.file.version < _OLDEST or not translate(call):
                 call.opaque()
                 opaque.add(position)
         return Reading(self.file, self._program(), self.origins, self.names, self.paths, opaque)

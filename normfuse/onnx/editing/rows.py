@@ -58,7 +58,8 @@ def with_all_norms(
     for position, norm, around in _norms_of(file):
         if not around and position in seen:
             continue
-        reason = around or why_unread(file, norm) or why.get(position, otherwise)
+        unread = "nothing reads its result" if position in file.dead else why_unread(file, norm)
+        reason = around or unread or why.get(position, otherwise)
         name = norm.name or norm.output[0]
         name = name if around else names.get(position, name)
         if reason == _BY_THE_BATCH:

@@ -19,6 +19,18 @@ def test_a_file_without_norms_is_copied(tmp_path):
     assert any(note.startswith("nothing folds") for note in result.notes) and not result.verification.cases
 
 
+def test_what_nothing_reads_prevents_no_folding(tmp_path):
+    """As in files that were cut off at an inner value."""
+    body = f"l = MatMul (x, w) n = BatchNormalization (l, {NUMBERS} a = Tanh (l) d = BatchNormalization (a, {NUMBERS}"
+    constants = {"w": draw(4, 4), "gain": 3 * ONE, "shift": ONE, "variance": ONE}
+    proto = model("float[batch, 4] x", "float y", f"{body} y = Sigmoid (n)", **constants)
+    result, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Gemm", "Tanh", "BatchNormalization", "Sigmoid"]
+    assert_equal(tmp_path, {"x": draw(2, 4)})
+    assert [row.status for row in result.report.norms] == ["folded", "kept"]
+    assert result.report.norms[1].reason == "nothing reads its result"
+
+
 SPELLED_OUT = (
     "u = ReduceMean <axes: ints = [-1]> (x) d = Sub (x, u) p = Pow (d, two) v = ReduceMean <axes: ints = [-1]> (p) "
     "e = Add (v, eps) r = Sqrt (e) c = Div (d, r) a = Mul (c, gain) b = Add (a, shift) m = MatMul (b, up) "
