@@ -15,6 +15,7 @@ from torch.fx import Node
 from .onnx_file import outer_names
 
 if TYPE_CHECKING:
+    from .pairs import Front
     from .reading import Reader
 
 aten = torch.ops.aten
@@ -64,10 +65,10 @@ class Call:
         domain: whose operation it is: empty for ONNX's own, None for one that the file defines itself.
     """
 
-    def __init__(self, reader: Reader, position: int, node: NodeProto, product: tuple[int, NodeProto] | None) -> None:
+    def __init__(self, reader: Reader, position: int, node: NodeProto, front: Front | None) -> None:
         self._reader, self._position, self.node = reader, position, node
-        self.product = product
-        own = () if product is None else product[1].output  # which nothing else reads, so that it is no value here
+        self.front = front
+        own = () if front is None else front.node.output  # which nothing else reads, so that it is no value here
         self.operands = [None if name in own else reader.value(name) for name in node.input]
         self._attributes = {attribute.name: attribute for attribute in node.attribute}
         self.domain = reader.file.domain(node)
@@ -113,7 +114,8 @@ class Call:
 
     def is_fixed(self) -> bool:
         """Whether all operands are constants, so that the result is one."""
-        return all(operand is None or operand in self._reader.fixed for operand in self.operands)
+        fixed = self._reader.fixed
+        return self.front is None and all(operand is None or operand in fixed for operand in self.operands)
 
     def operand(self, number: int) -> Node | None:
         return self.operands[number] if number < len(self.operands) else None
@@ -160,7 +162,7 @@ class Call:
             optional: absent operands that folding may create: argument to operand.
         """
         found = [*slots, *self._slots(args, optional, slots)]
-        nodes = (self._position,) if self.product is None else (self.product[0], self._position)
+        nodes = (self._position,) if self.front is None else (self.front.position, self._position)
         names = list(self.node.output)[:outputs]
         node = self._reader.add(target, args, self._position, self.node, names)
         self._reader.origins[node.name] = Origin(nodes, tuple(found))
@@ -168,17 +170,32 @@ class Call:
             self._reader.fixed.add(node)
         return True
 
-    def emit_product(self) -> bool:
-        """A product with a constant and the Add of its bias, as one operation."""
-        assert self.product is not None
-        place, maker = self.product
+    def emit_pair(self) -> bool:
+        """The operation and the one in front of it as one, see :mod:`.pairs`."""
+        assert self.front is not None
+        own = next(i for i, name in enumerate(self.node.input) if name not in self.front.node.output)
+        if self.front.axis is None:
+            return self._emit_product(*self.front[:2], own)
+        return self._emit_scales(*self.front[:2], own, self.front.axis)
+
+    def _emit_product(self, place: int, maker: NodeProto, bias: int) -> bool:
+        """A product with a constant and the Add of its bias."""
         x, weight = (self._reader.value(name) for name in maker.input)
-        bias = next(i for i, name in enumerate(self.node.input) if name != maker.output[0])
         slots = (Slot((0,), place, 0), Slot((1,), place, 1, torch.Tensor.t), Slot((2,), self._position, bias))
         args = (x, self.derived(aten.t.default, weight), self.operands[bias])
-        node = self._reader.add(aten.linear.default, args, self._position, self.node, self.node.output[:1])
-        self._reader.origins[node.name] = Origin((place, self._position), slots)
-        return True
+        return self.emit(aten.linear.default, *args, slots=slots)
+
+    def _emit_scales(self, place: int, maker: NodeProto, numbers: int, axis: int) -> bool:
+        """What integers are multiplied by; the measured scale of the input belongs to them, and stays where it is."""
+        value = self.tensor(numbers)
+        operand = next(i for i, name in enumerate(maker.input) if name in self.file.constants)
+        scale = self.derived(aten.reshape.default, self._reader.value(maker.input[operand]), [-1])
+        if scale.meta["val"].shape[0] == 1:
+            scale = self.derived(aten.expand.default, scale, [value.shape[axis]])
+        letters, rest = "abcdefgh"[: value.dim()], [1] * (value.dim() - 1 - axis % value.dim())
+        slot = Slot((1, 1), place, operand, lambda scale: scale.reshape(-1, *rest))
+        equation = f"{letters},{letters[axis]}->{letters}"
+        return self.emit(aten.einsum.default, equation, [self.operands[numbers], scale], slots=[slot])
 
     def slot(self, argument: int, operand: int, **more: Any) -> Slot:
         """Where an argument of the program's operation stands; see :class:`Slot`."""

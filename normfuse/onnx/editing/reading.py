@@ -33,7 +33,8 @@ from normfuse.quiet import quiet
 from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
 from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
-from .onnx_file import OnnxFile, outer_names, torch_dtype
+from .onnx_file import OnnxFile, torch_dtype
+from .pairs import Front, pairs_of
 from .protos import uses_of
 from .symbols import Sizes
 from .translating import translate
@@ -100,13 +101,14 @@ class Reader:
             self._input(value.name)
         for name in self.file.settable:
             self._opaque_source(name)
-        skip, opaque = self._products_with_bias(), set()
+        pairs: dict[int, Front | None] = {} if self.file.version < _OLDEST else pairs_of(self, self._pinned)
+        opaque = set()
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
             if any(node.output) and all(name in self.file.constants for name in node.output if name):
                 continue
-            if position in skip and skip[position] is None:
-                continue  # read with the Add behind it
-            call = Call(self, position, node, skip.get(position))
+            if position in pairs and pairs[position] is None:
+                continue  # read with what follows
+            call = Call(self, position, node, pairs.get(position))
             if position in self.file.dead:
                 call.unread()
             elif position in self._pinned or self.file.version < _OLDEST or not translate(call):
@@ -231,35 +233,6 @@ class Reader:
         path = path if self.paths.get(path, position) == position else f"{path} ({position})"
         self.paths[path] = position
         return path
-
-    def _products_with_bias(self) -> dict[int, tuple[int, NodeProto] | None]:
-        """Products with a constant whose only reader adds a bias: the position of the Add to that of the product."""
-        if self.file.version < _OLDEST:
-            return {}
-        makers: dict[str, Any] = {}
-        readers: dict[str, Any] = {}
-        kept = {value.name for value in self.file.proto.graph.output}
-        for position, node in zip(self.file.positions, self.file.nodes, strict=True):
-            for name in (*node.input, *outer_names(node)):
-                readers.setdefault(name, []).append(position)
-            makers[node.output[0] if node.output else ""] = (position, node)
-        found: dict[int, tuple[int, NodeProto] | None] = {}
-        constants = self.file.constants
-        for position, node in zip(self.file.positions, self.file.nodes, strict=True):
-            if node.op_type != "Add" or not self.file.is_own(node) or position in self._pinned:
-                continue
-            for product, bias in (node.input, reversed(node.input)):
-                place, maker = makers.get(product, (None, None))
-                if maker is None or bias not in constants or maker.op_type != "MatMul" or product in kept:
-                    continue
-                weight = list(constants[maker.input[1]].dims) if maker.input[1] in constants else []
-                fits = len(weight) == 2 and list(constants[bias].dims) == [weight[1]]
-                free = self.file.is_own(maker) and place not in self._pinned and readers[product] == [position]
-                known = self.fake(node.output[0]) is not None and maker.input[0] not in constants
-                if fits and free and known:
-                    found[position], found[place] = (place, maker), None
-                    break
-        return found
 
     # -- the program -------------------------------------------------------------------------------------------
 

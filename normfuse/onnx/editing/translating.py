@@ -19,8 +19,8 @@ _ABOUT_SIZES = ("Shape", "Size")
 
 def translate(call: Call) -> bool:
     """Put an operation into the program as one that folding knows; False if there is none."""
-    if call.product is not None:
-        return call.emit_product()
+    if call.front is not None:
+        return call.emit_pair()
     translation = _TABLE.get((call.domain, call.node.op_type))
     first = next((number for number, name in enumerate(call.node.output) if name), None)
     if translation is None or first is None:

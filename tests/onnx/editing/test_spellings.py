@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from onnx_files import assert_equal, folded, kinds, read
-from onnx_text import draw, model
+from onnx_text import GENERATOR, draw, model
 
 TAIL = " a = Mul (l, gain) y = Add (a, shift)"
 FLAT = "float[batch, 3] x"
@@ -216,6 +216,41 @@ def test_a_shift_passes_averages(tmp_path, case):
     _, after = folded(model("float[batch, seq, 4] x", "float y", body, opset, **constants), tmp_path)
     assert kinds(after).count("Add") == (1 if passes else 2)
     assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
+QUANTISED = {
+    "a product": ("MatMulInteger (q, w, z)", "float[batch, 4] x", (4,)),
+    "a product, a scale for each column": ("MatMulInteger (q, w, z)", "float[batch, 4] x", (4,)),
+    "a convolution": ("ConvInteger (q, w, z)", IMAGE, (4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_the_scale_of_a_dynamically_quantised_weight_takes_a_map(tmp_path, case):
+    """The integers stay what they are."""
+    product, inputs, channels = QUANTISED[case]
+    body = (
+        f"q, s, z = DynamicQuantizeLinear (x) i = {product} c = Cast <to: int = 1> (i) f = Mul (s, scale) "
+        "p = Mul (c, f) a = Add (b, p) m = Mul (a, gain) y = Add (m, shift)"
+    )
+    weight = GENERATOR.integers(-99, 99, (4, 4) if len(channels) == 1 else (4, 4, 1, 1)).astype(np.int8)
+    constants = {name: draw(*channels) for name in ("b", "gain", "shift")}
+    constants["scale"] = np.abs(draw(4)) if "column" in case else np.float32(0.01)
+    proto = model(inputs, "float y", body, 17, w=weight, **constants)
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == [*kinds(proto)[:-3], "Add"]
+    assert_equal(tmp_path, {"x": draw(2, 4, 6, 6) if inputs == IMAGE else draw(2, 4)})
+
+
+def test_a_scale_of_integers_that_two_read_takes_none(tmp_path):
+    body = (
+        "q, s, z = DynamicQuantizeLinear (x) i = MatMulInteger (q, w, z) c = Cast <to: int = 1> (i) "
+        "f = Mul (s, scale) p = Mul (c, f) m = Mul (p, gain) y = Add (m, f)"
+    )
+    constants = {"w": np.ones((4, 4), np.int8), "scale": np.float32(0.01), "gain": draw(4)}
+    proto = model("float[batch, 4] x", "float y", body, 17, **constants)
+    _, after = folded(proto, tmp_path)
+    assert after == proto
 
 
 def test_a_norm_in_front_of_a_convolution_that_onnx_runtime_fused_with_its_relu(tmp_path):
