@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, NodeProto
 
+from .axes import ELEMENTWISE, ONE, Axes, attribute, moved
 from .onnx_file import OnnxFile, graphs_of
 
-# Operations whose result has its first operand's axes, one for one.
-_ALIKE = frozenset(
-    "Abs Add Cast Clip Ceil Div Dropout Elu Erf Exp Floor Identity LeakyRelu Log LogSoftmax Max Min Mul Neg Not Pow "
-    "PRelu Reciprocal Relu Round Sigmoid Sign Softmax Softplus Sqrt Sub Tanh Where QuantizeLinear DequantizeLinear "
-    "DynamicQuantizeLinear".split()
-)
-_FIRST_WEIGHT = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1}
+# Convolutions, and products of matrices, by the operand that is their weight.
+_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1, "FusedConv": 1}
+_PRODUCTS = {
+    **dict.fromkeys(("MatMul", "MatMulInteger", "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"), 1),
+    "QLinearMatMul": 3,
+}
+_OVER_LAST_AXES = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _REACH = 64  # operations that are followed from an input
 
 
@@ -42,29 +43,60 @@ class Hints:
 def hints_of(file: OnnxFile) -> dict[str, Hints]:
     """Follows every input through operations that keep its axes to those that show what it has to be."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.dims) for name, tensor in file.constants.items()}
     for node in _everywhere(file.proto.graph):
         if not (file.is_own(node) or node.domain == "com.microsoft"):
             continue  # what bears a known name may mean something else
         for name in dict.fromkeys(node.input):
             readers[name].append(node)
+    shapes = _shapes(file)
     found = {}
     for value in file.inputs:
         hints = found[value.name] = Hints()
         rank = len(value.type.tensor_type.shape.dim) if value.type.tensor_type.HasField("shape") else None
-        axes = None if rank is None else list(range(rank))
-        pending: list[tuple[str, Any]] = [(value.name, axes)]
-        seen = {value.name}
-        while pending and len(seen) < _REACH:
-            name, axes = pending.pop(0)
-            for node in readers[name]:
-                _look(node, name, axes, hints, shapes, file)
-                moved = _moved(node, name, axes, file)
-                for output in node.output[:1] if moved is not False else ():
-                    if output not in seen:
-                        seen.add(output)
-                        pending.append((output, moved))
+        if rank is None:
+            _follow(value.name, None, readers, hints, shapes, file)
+            rank = hints.rank
+        if rank is not None:
+            _follow(value.name, list(range(rank)), readers, hints, shapes, file)
     return found
+
+
+def _follow(
+    name: str,
+    axes: Axes | None,
+    readers: Mapping[str, Sequence[NodeProto]],
+    hints: Hints,
+    shapes: Mapping[str, tuple[int, ...]],
+    file: OnnxFile,
+) -> None:
+    """Look at what reads a value, and at what reads that; without axes only as long as all axes stay."""
+    pending, seen = [(name, axes)], {name}
+    while pending and len(seen) < _REACH:
+        name, axes = pending.pop(0)
+        for node in readers.get(name, ()):
+            place = list(node.input).index(name)
+            _look(node, place, axes, hints, shapes, file)
+            results = node.output if node.op_type == "Split" else node.output[:1]
+            after = None if axes is None else moved(node, place, axes, file)
+            if after is None and not (axes is None and node.op_type in ELEMENTWISE):
+                continue
+            pending += [(output, after) for output in results if output not in seen]
+            seen.update(results)
+
+
+def _shapes(file: OnnxFile) -> dict[str, tuple[int, ...]]:
+    """The sizes of constants, and of weights that are transposed or restored from them."""
+    shapes = {name: tuple(tensor.dims) for name, tensor in file.constants.items()}
+    for node in file.nodes:
+        if not node.output or not node.input or node.input[0] not in shapes or node.output[0] in shapes:
+            continue
+        before = shapes[node.input[0]]
+        if node.op_type == "Transpose":
+            perm = attribute(node, "perm", list(range(len(before)))[::-1])
+            shapes[node.output[0]] = tuple(before[axis] for axis in perm)
+        elif node.op_type in ("Cast", "DequantizeLinear", "Identity"):
+            shapes[node.output[0]] = before
+    return shapes
 
 
 def _everywhere(graph: GraphProto) -> Iterator[NodeProto]:
@@ -75,39 +107,67 @@ def _everywhere(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _look(
-    node: NodeProto, name: str, axes: list | None, hints: Hints, shapes: dict[str, tuple[int, ...]], file: OnnxFile
+    node: NodeProto,
+    place: int,
+    axes: Axes | None,
+    hints: Hints,
+    shapes: Mapping[str, tuple[int, ...]],
+    file: OnnxFile,
 ) -> None:
     """Note what one reader shows."""
-    place = list(node.input).index(name)
-    others = [shapes.get(other) for other in node.input]
     kind = node.op_type
-    if kind in _FIRST_WEIGHT and place == 0 and len(others) > _FIRST_WEIGHT[kind]:
-        weight = others[_FIRST_WEIGHT[kind]]
-        if weight:
-            group = next((a.i for a in node.attribute if a.name == "group"), 1)
-            _need(hints, axes, 1, weight[0] if kind == "ConvTranspose" else weight[1] * group, len(weight))
-    elif kind == "Gemm" and place == 0 and len(others) > 1 and others[1] and len(others[1]) == 2:
-        flags = {a.name: a.i for a in node.attribute}
-        _need(hints, axes, 0 if flags.get("transA") else 1, others[1][1 if flags.get("transB") else 0], 2)
-    elif kind in ("MatMul", "MatMulInteger") and place == 0 and others[1] and len(others[1]) > 1:
-        _need(hints, axes, -1, others[1][-2], 2)  # or more, where the file says nothing
-    elif kind in ("LSTM", "GRU", "RNN") and others[1]:
+
+    def sizes(operand: int) -> tuple[int, ...]:
+        return shapes.get(node.input[operand], ()) if operand < len(node.input) else ()
+
+    if kind in _CONVOLUTIONS and place == 0 and (weight := sizes(_CONVOLUTIONS[kind])):
+        channels = weight[0] if kind == "ConvTranspose" else weight[1] * attribute(node, "group", 1)
+        _need(hints, axes, 1, channels, len(weight))
+    elif kind in ("Gemm", "FusedGemm") and place < 2 and len(sizes(1 - place)) == 2:
+        turned = [bool(attribute(node, name, 0)) for name in ("transA", "transB")]
+        summed = [0 if turned[0] else 1, 1 if turned[1] else 0]
+        _need(hints, axes, summed[place], sizes(1 - place)[summed[1 - place]], 2)
+    elif kind in _PRODUCTS and place == 0 and len(weight := sizes(_PRODUCTS[kind])) > 1:
+        size = weight[-1 if attribute(node, "transB", 0) else -2]
+        _need(hints, axes, -2 if attribute(node, "transA", 0) else -1, size, 2)  # or more, where the file says nothing
+    elif kind in ("MatMul", "MatMulInteger") and place == 1 and sizes(0):
+        _need(hints, axes, -2, sizes(0)[-1], 2)
+    elif kind == "MatMulNBits" and place == 0:
+        _need(hints, axes, -1, attribute(node, "K", 0), 2)
+    elif kind == "Attention" and place == 0 and sizes(1):
+        _need(hints, axes, -1, sizes(1)[0], 3)
+    elif kind in ("LSTM", "GRU", "RNN") and sizes(1):
         if place == 0:
-            _need(hints, axes, 2, others[1][2], 3)
-        elif place >= 5 and others[2]:
-            _need(hints, axes, 2, others[2][2], 3)
-            _need(hints, axes, 0, others[2][0], 3)
-    elif kind in ("BatchNormalization", "InstanceNormalization") and place == 0 and others[1]:
-        _need(hints, axes, 1, others[1][0], None)
+            _need(hints, axes, 2, sizes(1)[2], 3)
+        elif place >= 5 and sizes(2):
+            _need(hints, axes, 2, sizes(2)[2], 3)
+            _need(hints, axes, 0, sizes(2)[0], 3)
+    elif kind in ("BatchNormalization", "InstanceNormalization") and place == 0 and sizes(1):
+        _need(hints, axes, 1, sizes(1)[0], None)
+    elif kind in _OVER_LAST_AXES and place == 0:
+        _need_last(hints, axes, sizes(1))
+    elif kind == "Einsum" and len(node.input) == 2:
+        _look_at_letters(attribute(node, "equation"), place, axes, hints, sizes(1 - place))
+    elif kind in ELEMENTWISE and "Quantize" not in kind and axes is not None:
+        for operand in range(len(node.input)):  # batches of one broadcast
+            _need_last(hints, [None if axis == 0 else axis for axis in axes], sizes(operand))
+    elif kind == "Concat" and axes:
+        along = attribute(node, "axis", 0) % len(axes)
+        for operand in range(len(node.input)):
+            _need_last(hints, [None if at == along else axis for at, axis in enumerate(axes)], sizes(operand))
+    elif kind in ("MaxPool", "AveragePool", "LpPool") and axes is None:
+        hints.rank = hints.rank or len(attribute(node, "kernel_shape", ())) + 2
+    elif kind == "Transpose" and axes is None:
+        hints.rank = hints.rank or len(attribute(node, "perm", ())) or None
     elif kind in ("Gather", "OneHot"):
-        data = others[0] if kind == "Gather" else None
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        data = sizes(0) if kind == "Gather" else None
+        axis = attribute(node, "axis", 0)
         if kind == "Gather" and place == 1 and data:
             hints.below = min(hints.below or data[axis], data[axis])
         if kind == "OneHot" and place == 0 and node.input[1] in file.constants:
             depth = int(np.ravel(file.array(node.input[1]))[0])
             hints.below = min(hints.below or depth, depth)
-    elif kind == "EmbedLayerNormalization" and place < 2 and (table := others[2 + 2 * place]):  # tokens and segments
+    elif kind == "EmbedLayerNormalization" and place < 2 and (table := sizes(2 + 2 * place)):  # tokens and segments
         hints.below = min(hints.below or table[0], table[0])
     elif kind == "Equal":
         other = node.input[1 - place]
@@ -115,41 +175,26 @@ def _look(
             hints.equals += [int(number) for number in np.ravel(file.array(other))[:4]]
 
 
-def _need(hints: Hints, axes: list | None, axis: int, size: int, rank: int | None) -> None:
+def _look_at_letters(equation: Any, place: int, axes: Axes | None, hints: Hints, other: tuple[int, ...]) -> None:
+    """What the constant factor of an einsum shows."""
+    terms = equation.decode().replace(" ", "").partition("->")[0].split(",") if isinstance(equation, bytes) else []
+    if len(terms) != 2 or "." in "".join(terms) or len(other) != len(terms[1 - place]):
+        return
+    sizes = dict(zip(terms[1 - place], other, strict=True))
+    for axis, letter in enumerate(terms[place]):
+        if letter in sizes:
+            _need(hints, axes, axis, sizes[letter], len(terms[place]))
+
+
+def _need_last(hints: Hints, axes: Axes | None, sizes: Sequence[int]) -> None:
+    """Note what the last axes have to be, but where a constant broadcasts."""
+    for place, size in enumerate(reversed(sizes), 1):
+        if size != 1:
+            _need(hints, axes, -place, size, None)
+
+
+def _need(hints: Hints, axes: Axes | None, axis: int, size: int, rank: int | None) -> None:
     if axes is None:
         hints.rank = hints.rank or rank
-        if rank is not None:
-            hints.sizes.setdefault(axis % rank, size)
-        return
-    if -len(axes) <= axis < len(axes) and axes[axis] is not None:
-        hints.sizes.setdefault(axes[axis], size)
-
-
-def _moved(node: NodeProto, name: str, axes: list | None, file: OnnxFile) -> list | bool | None:
-    """Which axes of the input are those of an operation's result; False where that is unknown."""
-    place, kind = list(node.input).index(name), node.op_type
-    if kind in _ALIKE:
-        if axes is None:
-            return None
-        constants = [len(file.constants[o].dims) for o in node.input if o in file.constants]
-        wider = max([len(axes), *constants])
-        return [None] * (wider - len(axes)) + axes
-    if axes is None or place:
-        return False
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in ("perm", "axes")}
-    if kind == "Transpose":
-        perm = attributes.get("perm", list(range(len(axes)))[::-1])
-        return [axes[p] for p in perm] if sorted(perm) == list(range(len(axes))) else False
-    if kind in ("Unsqueeze", "Squeeze"):
-        where = attributes.get("axes")
-        if where is None and len(node.input) > 1 and node.input[1] in file.constants:
-            where = np.ravel(file.array(node.input[1])).tolist()
-        if where is None:
-            return False
-        if kind == "Squeeze":
-            gone = {a % len(axes) for a in where} if axes else set()
-            return [axis for position, axis in enumerate(axes) if position not in gone]
-        rank, rest = len(axes) + len(where), iter(axes)
-        new = {a % rank for a in where}
-        return [None if position in new else next(rest, None) for position in range(rank)]
-    return False
+    elif -len(axes) <= axis < len(axes) and (own := axes[axis]) is not None and own != ONE:
+        hints.sizes.setdefault(own, size)

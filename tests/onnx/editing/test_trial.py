@@ -20,6 +20,31 @@ CASES = {
         "float[s, n, w] x", "y, h = GRU <hidden_size: int = 2> (x, k, r)", {"k": draw(1, 6, 5), "r": draw(1, 6, 2)},
         {2: 5},
     ),
+    "channels behind pooling": (
+        "float[n, c, h, w] x", "a = MaxPool <kernel_shape: ints = [2, 2]> (x) y = Conv (a, k)",
+        {"k": draw(4, 3, 3, 3)}, {1: 3},
+    ),
+    "channels that a head asks for": (
+        "float[n, c, h, w] x", "a = GlobalAveragePool (x) f = Flatten (a) y = Gemm (f, k)", {"k": draw(3, 4)}, {1: 3}
+    ),
+    "the width of a norm": (
+        "float[n, s, w] x", "y = LayerNormalization (x, gain)", {"gain": draw(6)}, {2: 6}
+    ),
+    "positions that are added": ("float[n, s, w] x", "y = Add (x, k)", {"k": draw(1, 9, 6)}, {1: 9, 2: 6}),
+    "the width of the first position": (
+        "float[n, s, w] x", "a = Gather <axis: int = 1> (x, zero) y = MatMul (a, k)",
+        {"zero": np.array(0), "k": draw(6, 2)}, {2: 6},
+    ),
+    "the width of a weight that is turned": (
+        "float[n, s, w] x", "t = Transpose (k) y = MatMul (x, t)", {"k": draw(2, 6)}, {2: 6}
+    ),
+    "the width of a weight on the left": ("float[w, s] x", "y = Gemm (k, x)", {"k": draw(2, 6)}, {0: 6}),
+    "the width of an einsum": (
+        "float[n, s, w] x", 'y = Einsum <equation: string = "nsw,wv->nsv"> (x, k)', {"k": draw(6, 2)}, {2: 6}
+    ),
+    "a picture without a shape behind a pool": (
+        "float[] x", "a = MaxPool <kernel_shape: ints = [2, 2]> (x) y = Conv (a, k)", {"k": draw(4, 3, 3, 3)}, {1: 3}
+    ),
     "what strides leave of a picture": (
         "float[n, 1, h, w] x",
         "a = MaxPool <kernel_shape: ints = [16, 16], strides: ints = [16, 16]> (x) r = Resize (a, , big) "
