@@ -239,7 +239,7 @@ class Reader:
     def _returned(self, value: Node) -> Node:
         """What is returned: read by an operation that nothing is known of, because no value in ONNX is a view."""
         node = self.graph.call_function(unknown_operation("Output"), ([value],))
-        node.meta["val"] = value.meta["val"]
+        node.meta.update({"val": value.meta["val"], CALLED: f"the model's output {self.names.get(value.name, '')!r}"})
         return node
 
     def _program(self) -> ExportedProgram:

@@ -168,6 +168,10 @@ LEFT_ALONE = {
         "g = DequantizeLinear (eights, step) n = BatchNormalization (x, g, shift, mean, variance) y = Conv (n, k)",
         "are quantised",
     ),
+    "at an output": (
+        "n = BatchNormalization (x, gain, shift, mean, variance) y = Relu (n)",
+        "its input is fixed by the model's input, its result by the model's output 'y'",
+    ),
     "behind a cast": (
         "i = Cast <to: int = 7> (x) f = Cast <to: int = 1> (i) n = BatchNormalization (f, gain, shift, mean, variance) "
         "y = Sigmoid (n)",
