@@ -49,7 +49,16 @@ def convolution(call: Call) -> tuple[Any, tuple]:
 
 @operation("Gemm")
 def _gemm(call: Call) -> bool:
-    return bool(product(call, call.emit))
+    """Also of two values, as torch writes its mm: with a bias that counts nothing."""
+    if call.is_constant(0) or call.is_constant(1) or call.get("alpha", 1.0) != 1:
+        return bool(product(call, call.emit))
+    if call.operand(2) is not None and call.get("beta", 1.0) != 0:
+        return False
+    factors = call.operands[:2]
+    for place, name in enumerate(("transA", "transB")):
+        if call.get(name, 0):
+            factors[place] = call.step(aten.permute.default, factors[place], [1, 0])
+    return call.emit(aten.matmul.default, *factors)
 
 
 def product(call: Call, put: Callable[..., Any]) -> Any:

@@ -242,6 +242,16 @@ def test_the_scale_of_a_dynamically_quantised_weight_takes_a_map(tmp_path, case)
     assert_equal(tmp_path, {"x": draw(2, 4, 6, 6) if inputs == IMAGE else draw(2, 4)})
 
 
+def test_a_factor_passes_a_gemm_of_two_values(tmp_path):
+    """As torch writes `mm`, of a graph's neighbours say."""
+    product = "g = Gemm <transA: int = 1, beta: float = 0.0> (graph, m, slope)"
+    body = f"m = MatMul (x, w) {product} a = Mul (g, gain) y = Tanh (a)"
+    proto = model("float[n, 3] x, float[n, n] graph", "float y", body, 17, w=draw(3, 4), gain=draw(4), slope=draw(1))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["MatMul", "Gemm", "Tanh"]
+    assert_equal(tmp_path, {"x": draw(5, 3), "graph": draw(5, 5)})
+
+
 def test_a_scale_of_integers_that_two_read_takes_none(tmp_path):
     body = (
         "q, s, z = DynamicQuantizeLinear (x) i = MatMulInteger (q, w, z) c = Cast <to: int = 1> (i) "
