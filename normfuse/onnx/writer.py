@@ -34,7 +34,7 @@ from normfuse.onnx.norms import RMS_NORM_SINCE, adopt, spell_out, translations
 from normfuse.onnx.publish import data_beside, data_name, publish
 from normfuse.onnx.workarounds.ort_bfloat16 import widen_bfloat16
 from normfuse.onnx.workarounds.ort_broadcasting import expand_attention_masks, expand_rotary_caches
-from normfuse.onnx.workarounds.ort_float16 import lift_weights
+from normfuse.onnx.workarounds.ort_float16 import float32_only, lift_weights
 from normfuse.onnx.workarounds.torch_onnx_refusals import translatable
 from normfuse.onnx.workarounds.torch_onnx_table import kept_table
 from normfuse.options import DTYPES, OPSETS
@@ -331,10 +331,12 @@ def _hides(numbers: np.ndarray) -> bool:
 
 def as_float16(path: Path) -> ir.Model:
     """The model in a file with weights and operations in float16; inputs and outputs keep their types."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers import float16
 
+    left = float32_only(onnx.load(path, load_external_data=False), float16.ALWAYS_FLOAT_INPUTS)
+    left |= {*float16.DEFAULT_OP_BLOCK_LIST}
     # By path, because the converter's shape inference on a model in memory ends at 2 GiB.
-    converted = convert_float_to_float16(str(path), keep_io_types=True)
+    converted = float16.convert_float_to_float16(str(path), keep_io_types=True, op_block_list=sorted(left))
     lift_weights(converted)
     model = ir.from_proto(converted)
     TopologicalSortPass()(model)  # the converter appends its casts at the end

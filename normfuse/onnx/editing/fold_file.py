@@ -267,7 +267,10 @@ class _Job:
         if not result.changed:
             saving.save(self._file, Edited(self._file.proto), self._staged)
         refuse_overflow(ir.load(self._staged))
-        save_model(as_float16(self._staged), self._staged)
+        try:
+            save_model(as_float16(self._staged), self._staged)
+        except Exception as error:  # of the converter, on a graph that it cannot take
+            raise WriteError(f"{self._file.path} cannot be converted to float16: {one_line(error)}") from error
         if isinstance(failure(self._staged), RuntimeEnded):
             raise WriteError(f"{self._file.path}: ONNX Runtime crashes when it optimises the float16 file")
         return replace(result, changed=True, cases=self._comparison.compare(self._staged))

@@ -1,13 +1,39 @@
-"""float16 files on which ONNX Runtime crashes."""
+"""float16 files that ONNX Runtime refuses, or on which it crashes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
+import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 _TYPES = ("Cast", "Identity")
+
+
+def float32_only(model: ModelProto, known: Mapping[str, Collection[int]]) -> set[str]:
+    """Operations of a model that have no float16, around integers above all: the converter takes them for the others.
+
+    Args:
+        model: the model.
+        known: operands that the converter leaves alone, by operation.
+    """
+    versions = {o.domain.removeprefix("ai.onnx"): o.version for o in model.opset_import}
+    found = set()
+    for kind, domain in {(node.op_type, node.domain) for node in _nodes(model.graph)}:
+        if domain not in ("", "ai.onnx"):
+            narrow = "quantize" in kind.lower() or "Integer" in kind or (kind[:1] == "Q" and kind[1:2].isupper())
+        else:
+            narrow = onnx.defs.has(kind) and _is_narrow(kind, versions.get("", 1), known.get(kind, ()))
+        found |= {kind} if narrow else set()
+    return found
+
+
+def _is_narrow(kind: str, version: int, known: Collection[int]) -> bool:
+    """Whether an operand, or the first result, may be float32 and not float16."""
+    schema = onnx.defs.get_schema(kind, version)
+    parts = [part for place, part in enumerate(schema.inputs) if place not in known] + list(schema.outputs[:1])
+    return any("tensor(float)" in part.types and "tensor(float16)" not in part.types for part in parts)
 
 
 def lift_weights(model: ModelProto) -> int:

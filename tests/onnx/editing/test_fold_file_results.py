@@ -155,6 +155,29 @@ def test_what_is_no_onnx_file_is_called_by_its_name(tmp_path, start):
         bench([path], rounds=4)
 
 
+WITH_INTEGERS = {
+    "quantised as it comes": (
+        "q, s, z = DynamicQuantizeLinear (x) i = MatMulInteger (q, eight, z) f = Cast <to: int = 1> (i) p = Mul (f, s) "
+        "m = Mul (p, gain) y = Tanh (m)"
+    ),
+    "quantised before": (
+        "q = QuantizeLinear (x, step) d = DequantizeLinear (q, step) w = DequantizeLinear (eight, step) "
+        "p = MatMul (d, w) m = Mul (p, gain) y = Celu (m)"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_INTEGERS)
+def test_what_has_no_float16_stays_in_float32(tmp_path, case):
+    constants = {"eight": np.ones((4, 4), np.int8), "step": np.float32(0.1), "gain": draw(4)}
+    if "before" not in case:
+        del constants["step"]
+    proto = model("float[batch, 4] x", "float y", WITH_INTEGERS[case], 17, **constants)
+    result, _ = folded(proto, tmp_path, dtype="float16")
+    assert result.dtype == "float16"
+    assert_equal(tmp_path, {"x": draw(3, 4)}, rtol=2e-2)
+
+
 # What happens to the norm `n` between two convolutions, and the reason in its row.
 LEFT_ALONE = {
     "in front of a padded convolution": (
