@@ -101,7 +101,8 @@ class Reader:
             self._input(value.name)
         for name in self.file.settable:
             self._opaque_source(name)
-        pairs: dict[int, Front | None] = {} if self.file.version < _OLDEST else pairs_of(self, self._pinned)
+        alone = self._pinned | self.file.dead
+        pairs: dict[int, Front | None] = {} if self.file.version < _OLDEST else pairs_of(self, alone)
         opaque = set()
         for position, node in zip(self.file.positions, self.file.nodes, strict=True):
             if any(node.output) and all(name in self.file.constants for name in node.output if name):

@@ -23,11 +23,11 @@ def test_what_nothing_reads_prevents_no_folding(tmp_path):
     """As in files that were cut off at an inner value."""
     body = f"l = MatMul (x, w) n = BatchNormalization (l, {NUMBERS} a = Tanh (l) d = BatchNormalization (a, {NUMBERS}"
     constants = {"w": draw(4, 4), "gain": 3 * ONE, "shift": ONE, "variance": ONE}
-    proto = model("float[batch, 4] x", "float y", f"{body} y = Sigmoid (n)", **constants)
-    result, after = folded(proto, tmp_path)
-    assert kinds(after) == ["Gemm", "Tanh", "BatchNormalization", "Sigmoid"]
+    body += " k = Mul (n, shift) p = MatMul (k, w) r = Add (p, shift) y = Sigmoid (k)"
+    result, after = folded(model("float[batch, 4] x", "float y", body, **constants), tmp_path)
+    assert kinds(after) == ["Gemm", "Tanh", "BatchNormalization", "MatMul", "Add", "Sigmoid"]
     assert_equal(tmp_path, {"x": draw(2, 4)})
-    assert [row.status for row in result.report.norms] == ["folded", "kept"]
+    assert [row.status for row in result.report.norms] == ["folded", "kept", "folded"]
     assert result.report.norms[1].reason == "nothing reads its result"
 
 
