@@ -25,11 +25,10 @@ def why_unread(file: OnnxFile, norm: NodeProto) -> str:
         return _BY_THE_BATCH
     if given.get("spatial", 1) != 1:
         return "it has a number for each position"
-    constant = all(name in file.constants for name in norm.input[1:])
-    numbers = {*norm.input[1:]}
-    if any(node.op_type == "DequantizeLinear" and numbers & {*node.output} for node in file.nodes):
+    computed = {*norm.input[1:]} - file.constants.keys()
+    if computed and any(node.op_type == "DequantizeLinear" and computed & {*node.output} for node in file.nodes):
         return "its gain, shift or statistics are quantised"
-    if constant and len(norm.input) == 5:
+    if not computed and len(norm.input) == 5:
         gain, shift, mean, variance = (file.array(name).astype(np.float64) for name in norm.input[1:])
         with np.errstate(all="ignore"):
             scale = gain / np.sqrt(variance + given.get("epsilon", 1e-5))
