@@ -61,11 +61,7 @@ class Public:
     @property
     def unknown(self) -> set[str]:
         """Arguments that the docstring describes and that there are not; none where keywords are passed on."""
-        try:
-            kinds = {parameter.kind for parameter in inspect.signature(self.thing).parameters.values()}
-        except ValueError:
-            return set()
-        if inspect.Parameter.VAR_KEYWORD in kinds:
+        if inspect.Parameter.VAR_KEYWORD in {parameter.kind for parameter in self._signature.parameters.values()}:
             return set()
         described = {name.lstrip("*") for name in _ENTRY.findall(self.sections.get("Args", ""))}
         return described - set(self.parameters)
@@ -73,11 +69,16 @@ class Public:
     @property
     def parameters(self) -> list[str]:
         """The names of what it takes."""
+        return [name for name in self._signature.parameters if name not in ("self", "cls")]
+
+    @property
+    def _signature(self) -> inspect.Signature:
+        """As the source has it: a norm's ``__signature__`` names the options that its ``__init__`` passes on."""
+        written = vars(self.thing).get("__init__", self.thing) if inspect.isclass(self.thing) else self.thing
         try:
-            signature = inspect.signature(self.thing)
+            return inspect.signature(written)
         except ValueError:
-            return []
-        return [name for name in signature.parameters if name not in ("self", "cls")]
+            return inspect.Signature()
 
     @property
     def without_default(self) -> list[str]:
