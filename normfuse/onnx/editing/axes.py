@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
+
+from normfuse.onnx.protos import attribute
 
 from .onnx_file import OnnxFile
 
@@ -49,11 +50,6 @@ def moved(node: NodeProto, place: int, axes: Axes, file: OnnxFile) -> Axes | Non
     if kind in _LIKE_THE_FIRST:
         return axes
     return _RULES[kind](node, axes, file) if kind in _RULES else None
-
-
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute of an operation."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def _rule(*kinds: str) -> Callable:

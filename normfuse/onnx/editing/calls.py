@@ -12,7 +12,7 @@ import torch
 from onnx import NodeProto, helper
 from torch.fx import Node
 
-from .onnx_file import outer_names
+from normfuse.onnx.protos import outer_names
 
 if TYPE_CHECKING:
     from .pairs import Front

@@ -16,13 +16,14 @@ from torch.fx import Node
 
 from normfuse.folding import FoldReport, fold
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.protos import tensors_of
 from normfuse.onnx.workarounds.ort_float16 import lift_weights
 from normfuse.quiet import quiet
 
 from .calls import aten
 from .edits import Edited, EditError, edit, rewritten_maps
 from .observing import Observed
-from .onnx_file import OnnxFile, tensors_of
+from .onnx_file import OnnxFile
 from .optimising import operations, optimised_operations
 from .reading import Reader, Reading
 from .rows import KIND, NOTHING_GAINED, with_all_norms

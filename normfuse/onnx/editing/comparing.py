@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 
+from normfuse.onnx.protos import for_runtime
 from normfuse.onnx.runtime import RuntimeFailure, Session
 from normfuse.onnx.verifier import RTOL, Case, VerificationError, runtime_problem
 
 from .inner import is_bounded
 from .onnx_file import OnnxFile
-from .protos import for_runtime
 from .trial import Trial, plain_session, run_session
 
 # Beyond the tolerance, a difference may be this many times as large as the one between the original as it is written

@@ -12,10 +12,22 @@ from onnx import ModelProto, NodeProto, helper
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from normfuse.onnx.protos import (
+    all_names,
+    attribute,
+    graphs_of,
+    reads,
+    remove_attribute,
+    rename,
+    replace_entries,
+    sort_by_place,
+    to_proto,
+    uses_of,
+)
+
 from .calls import Origin, Slot, arguments, aten
 from .inner import inner_values
-from .onnx_file import graphs_of, label, reads
-from .protos import all_names, remove_attribute, rename, replace_entries, sort_by_place, to_proto, uses_of
+from .onnx_file import label
 from .reading import Reading
 
 Store = Callable[[torch.Tensor], torch.Tensor] | None  # see Slot.store
@@ -213,7 +225,7 @@ class _Editor:
         norm, file = self._nodes[position], self._reading.file
         names = list(norm.input)
         mean, variance = (file.array(name).astype(np.float64) for name in names[3:5])
-        eps = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
+        eps = attribute(norm, "epsilon", 1e-5)
         scale, shift = (
             np.broadcast_to(self._stored(node.args[1]).double().numpy().ravel(), mean.shape)
             for node in (product, addition)

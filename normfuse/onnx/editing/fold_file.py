@@ -22,6 +22,7 @@ from normfuse.folding import FoldError, FoldReport
 from normfuse.onnx import graph_passes
 from normfuse.onnx.exporter import ExportResult
 from normfuse.onnx.graph import GraphError, summarize
+from normfuse.onnx.protos import tensors_of
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
 from normfuse.onnx.runtime import RuntimeEnded, failure
@@ -34,7 +35,7 @@ from .choosing import choose
 from .comparing import Comparison
 from .edits import Edited, EditError
 from .observing import evaluate_constants, observe, observe_inputs, value_types
-from .onnx_file import OnnxFile, tensors_of
+from .onnx_file import OnnxFile
 from .rows import NOTHING_GAINED, all_kept, with_all_norms
 from .trial import Search, Trial, describe_inputs
 

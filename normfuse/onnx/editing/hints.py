@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto
+from onnx import NodeProto
 
-from .axes import ELEMENTWISE, ONE, Axes, attribute, moved
-from .onnx_file import OnnxFile, graphs_of
+from normfuse.onnx.protos import all_nodes, attribute
+
+from .axes import ELEMENTWISE, ONE, Axes, moved
+from .onnx_file import OnnxFile
 
 # Convolutions, and products of matrices, by the operand that is their weight.
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "ConvTranspose": 1, "FusedConv": 1}
@@ -43,7 +45,7 @@ class Hints:
 def hints_of(file: OnnxFile) -> dict[str, Hints]:
     """Follows every input through operations that keep its axes to those that show what it has to be."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in _everywhere(file.proto.graph):
+    for node in all_nodes(file.proto.graph.node):
         if not (file.is_own(node) or node.domain == "com.microsoft"):
             continue  # what bears a known name may mean something else
         for name in dict.fromkeys(node.input):
@@ -97,13 +99,6 @@ def _shapes(file: OnnxFile) -> dict[str, tuple[int, ...]]:
         elif node.op_type in ("Cast", "DequantizeLinear", "Identity"):
             shapes[node.output[0]] = before
     return shapes
-
-
-def _everywhere(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
-        yield node
-        for inner in graphs_of(node):
-            yield from _everywhere(inner)
 
 
 def _look(

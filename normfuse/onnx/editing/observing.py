@@ -11,9 +11,9 @@ import onnx
 from onnx import TensorProto, ValueInfoProto, helper
 
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.protos import for_runtime
 
 from .onnx_file import OnnxFile, torch_dtype
-from .protos import for_runtime
 from .trial import Trial, plain_session, run_session
 
 _SMALL = 1 << 22  # entries of a constant that is computed for what can be seen then

@@ -6,7 +6,7 @@ import heapq
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import one_line
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.protos import all_nodes, graphs_of, reads, tensors_of
 
 from .stored import held, make_dense
 
 STANDARD = ("", "ai.onnx")
 # A file is parsed in memory as one message, which ends at 2 GiB; larger models keep their weights beside it.
 _LARGEST = 2**31 - 1
-_DEEPEST = 64  # graphs within graphs
 _MOST_OPERATIONS = 1_000_000  # with functions written out, as ONNX Runtime does
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _PACKED: dict[int, float] = {TensorProto.UINT4: 0.5, TensorProto.INT4: 0.5, TensorProto.FLOAT4E2M1: 0.5}
@@ -202,64 +202,6 @@ class OnnxFile:
                 _check_length(tensor, self.path)
 
 
-def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
-    """All tensors in a model, those in graphs of operations and in functions among them."""
-    yield from _in_graph(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _in_node(node)
-
-
-def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _in_node(node)
-
-
-def _in_node(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.TENSOR:
-            yield attribute.t
-        yield from attribute.tensors
-        for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []:
-            yield from (sparse.values, sparse.indices)
-    for graph in graphs_of(node):
-        yield from _in_graph(graph)
-
-
-def graphs_of(node: NodeProto) -> list[GraphProto]:
-    """The graphs that an operation holds: the branches of If, the bodies of Loop and Scan."""
-    return [
-        graph
-        for attribute in node.attribute
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
-    ]
-
-
-def outer_names(node: NodeProto) -> list[str]:
-    """What the graphs of an operation read from around them."""
-    return list(dict.fromkeys(name for graph in graphs_of(node) for name in _free_names(graph, 0)))
-
-
-def _free_names(graph: GraphProto, depth: int) -> Iterator[str]:
-    if depth > _DEEPEST:
-        raise GraphError(f"graphs are nested more than {_DEEPEST} deep")
-    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    own |= {tensor.values.name for tensor in graph.sparse_initializer}
-    for node in graph.node:
-        inner = (name for within in graphs_of(node) for name in _free_names(within, depth + 1))
-        yield from (name for name in (*node.input, *inner) if name and name not in own)
-        own.update(node.output)
-    yield from (value.name for value in graph.output if value.name not in own)
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Everything an operation reads, in order; absent operands are empty."""
-    return [*node.input, *outer_names(node)]
-
-
 def _parse(path: Path) -> ModelProto:
     try:
         if path.stat().st_size > _LARGEST:
@@ -343,7 +285,7 @@ def _bytes(tensor: TensorProto, path: Path) -> int:
 
 def _check_functions(model: ModelProto, path: Path) -> None:
     """GraphError where functions that call functions stand for more operations than a machine can hold."""
-    calls = {(f.domain, f.name): Counter(_called(f.node)) for f in model.functions}
+    calls = {(f.domain, f.name): _called(f.node) for f in model.functions}
     sizes: dict[tuple[str, str], int] = {}
     pending, begun = list(calls), set()
     while pending:
@@ -357,16 +299,13 @@ def _check_functions(model: ModelProto, path: Path) -> None:
         else:
             begun.add(key)
             pending += inner
-    if sum(sizes.get(key, 1) for key in _called(model.graph.node)) > _MOST_OPERATIONS:
+    if sum(sizes.get(key, 1) for key in _called(model.graph.node).elements()) > _MOST_OPERATIONS:
         raise GraphError(f"{path}: its functions stand for more than {_MOST_OPERATIONS} operations")
 
 
-def _called(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, str]]:
-    """What operations are called, those in their graphs too."""
-    for node in nodes:
-        yield node.domain, node.op_type
-        for graph in graphs_of(node):
-            yield from _called(graph.node)
+def _called(nodes: Iterable[NodeProto]) -> Counter[tuple[str, str]]:
+    """How often each kind of operation is called."""
+    return Counter((node.domain, node.op_type) for node in all_nodes(nodes))
 
 
 def _check_length(tensor: TensorProto, path: Path) -> None:

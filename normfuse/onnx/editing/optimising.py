@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto
 
+from normfuse.onnx.protos import attribute, for_runtime
 from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, Session
 
 from .onnx_file import OnnxFile
-from .protos import for_runtime
 
 _INSERTED = ("InsertedPrecisionFreeCast_", "InsertedCast_")
 
@@ -55,4 +55,4 @@ def _fused(node: NodeProto) -> int:
     if not node.domain or not node.op_type.endswith("Conv"):
         return 0
     summed = len(node.input) > 3 and bool(node.input[3])
-    return summed + any(attribute.name == "activation" and attribute.s for attribute in node.attribute)
+    return summed + bool(attribute(node, "activation"))

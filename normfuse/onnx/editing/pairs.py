@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from onnx import NodeProto
 
-from .onnx_file import outer_names
+from normfuse.onnx.protos import outer_names
 
 if TYPE_CHECKING:
     from .reading import Reader

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import one_line
 from normfuse.folding.nodes import CALLED
+from normfuse.onnx.protos import uses_of
 from normfuse.quiet import quiet
 
 from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
@@ -35,7 +36,6 @@ from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, torch_dtype
 from .pairs import Front, pairs_of
-from .protos import uses_of
 from .symbols import Sizes
 from .translating import translate
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
 from normfuse.folding import FoldReport
 from normfuse.folding.report import DynamicNormRecord, NormRecord
+from normfuse.onnx.protos import all_nodes, attribute, graphs_of
 
-from .onnx_file import OnnxFile, graphs_of, label
+from .onnx_file import OnnxFile, label
 
 KIND = "BatchNormalization"
 _BY_THE_BATCH = "it has no running statistics and measures each batch"
@@ -20,10 +21,9 @@ NOTHING_GAINED = "nothing would be gained"
 
 def why_unread(file: OnnxFile, norm: NodeProto) -> str:
     """Why a BatchNormalization is no map with a finite number for each channel; empty if it is."""
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in norm.attribute}
-    if given.get("training_mode", 0) or any(norm.output[1:]):
+    if attribute(norm, "training_mode", 0) or any(norm.output[1:]):
         return _BY_THE_BATCH
-    if given.get("spatial", 1) != 1:
+    if attribute(norm, "spatial", 1) != 1:
         return "it has a number for each position"
     computed = {*norm.input[1:]} - file.constants.keys()
     if computed and any(node.op_type == "DequantizeLinear" and computed & {*node.output} for node in file.nodes):
@@ -31,7 +31,7 @@ def why_unread(file: OnnxFile, norm: NodeProto) -> str:
     if not computed and len(norm.input) == 5:
         gain, shift, mean, variance = (file.array(name).astype(np.float64) for name in norm.input[1:])
         with np.errstate(all="ignore"):
-            scale = gain / np.sqrt(variance + given.get("epsilon", 1e-5))
+            scale = gain / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
             if not np.isfinite([scale, shift - mean * scale]).all():
                 return "its gain, shift or statistics are not finite, or its variance is negative"
     return ""
@@ -83,19 +83,11 @@ def _norms_of(file: OnnxFile) -> Iterator[tuple[int, NodeProto, str]]:
     for position, node in zip(file.positions, file.nodes, strict=True):
         if node.op_type == KIND and file.is_own(node):
             yield position, node, ""
-        inner = (norm for graph in graphs_of(node) for norm in _below(graph.node))
+        inner = [norm for graph in graphs_of(node) for norm in all_nodes(graph.node) if norm.op_type == KIND]
         yield from ((position, norm, f"it is inside {label(node)}, which stays as it is") for norm in inner)
     for function in file.proto.functions:
         why = (
             f"it is inside the function {function.name!r}, which stays as it is "
             "(onnx.inliner.inline_local_functions writes functions out)"
         )
-        yield from ((len(file.nodes), norm, why) for norm in _below(function.node))
-
-
-def _below(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    for node in nodes:
-        if node.op_type == KIND:
-            yield node
-        for graph in graphs_of(node):
-            yield from _below(graph.node)
+        yield from ((len(file.nodes), norm, why) for norm in all_nodes(function.node) if norm.op_type == KIND)

@@ -11,10 +11,11 @@ import onnx
 from onnx import TensorProto
 
 from normfuse.onnx.graph import GraphError
+from normfuse.onnx.protos import tensors_of
 from normfuse.onnx.publish import data_name
 
 from .edits import Edited
-from .onnx_file import OnnxFile, tensors_of
+from .onnx_file import OnnxFile
 
 _ALIGNED = 4096  # so that a weight can be mapped
 _SMALL = 1024  # bytes that stay in the file itself

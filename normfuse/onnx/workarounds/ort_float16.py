@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from normfuse.onnx.protos import all_nodes, attribute
 
 _TYPES = ("Cast", "Identity")
 
@@ -20,7 +22,7 @@ def float32_only(model: ModelProto, known: Mapping[str, Collection[int]]) -> set
     """
     versions = {o.domain.removeprefix("ai.onnx"): o.version for o in model.opset_import}
     found = set()
-    for kind, domain in {(node.op_type, node.domain) for node in _nodes(model.graph)}:
+    for kind, domain in {(node.op_type, node.domain) for node in all_nodes(model.graph.node)}:
         if domain not in ("", "ai.onnx"):
             narrow = "quantize" in kind.lower() or "Integer" in kind or (kind[:1] == "Q" and kind[1:2].isupper())
         else:
@@ -47,7 +49,7 @@ def lift_weights(model: ModelProto) -> int:
     makers = {name: node for node in graph.node for name in node.output}
     listed = {value.name for value in graph.input}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in listed}
-    reads = Counter(name for node in _nodes(graph) for name in node.input)
+    reads = Counter(name for node in all_nodes(graph.node) for name in node.input)
     reads.update(value.name for value in graph.output)
     lifted: dict[tuple[str, int], str] = {}
     count = 0
@@ -69,7 +71,7 @@ def lift_weights(model: ModelProto) -> int:
 def _moved_rank(node: NodeProto | None, makers: dict[str, NodeProto]) -> int:
     """How many axes a value has whose first one a Transpose in front has moved; 0 if none has."""
     while node is not None and node.op_type in ("Transpose", *_TYPES):
-        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+        perm = attribute(node, "perm", [])
         if node.op_type == "Transpose" and len(perm) > 2 and perm[0] != 0:
             return len(perm)
         node = makers.get(node.input[0])
@@ -93,12 +95,3 @@ def _lift(graph: GraphProto, weight: TensorProto, rank: int, *, alone: bool) -> 
         del graph.value_info[:]
         graph.value_info.extend(kept)
     return weight.name
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The operations of a graph, and of those inside of them."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)

@@ -1,22 +1,101 @@
-"""Small changes to ONNX's messages."""
+"""ONNX's messages: what is in them, and small changes to them."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    StringStringEntryProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
-from .onnx_file import graphs_of, reads, tensors_of
+from normfuse.onnx.graph import GraphError
+
+_DEEPEST = 64  # graphs within graphs
+
+# -- what is in them ---------------------------------------------------------------------------------------------
 
 
-def remove_attribute(node: NodeProto, name: str) -> None:
-    """Take an attribute off a node, if it has it."""
-    replace_entries(node.attribute, [attribute for attribute in node.attribute if attribute.name != name])
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """An attribute of an operation."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def graphs_of(node: NodeProto) -> list[GraphProto]:
+    """The graphs that an operation holds: the branches of If, the bodies of Loop and Scan."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+    ]
+
+
+def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Operations, and those of the graphs that they hold."""
+    for node in nodes:
+        yield node
+        for graph in graphs_of(node):
+            yield from all_nodes(graph.node)
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors in a model, those in graphs of operations and in functions among them."""
+    yield from _in_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _in_node(node)
+
+
+def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _in_node(node)
+
+
+def _in_node(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []:
+            yield from (sparse.values, sparse.indices)
+    for graph in graphs_of(node):
+        yield from _in_graph(graph)
+
+
+def outer_names(node: NodeProto) -> list[str]:
+    """What the graphs of an operation read from around them."""
+    return list(dict.fromkeys(name for graph in graphs_of(node) for name in _free_names(graph, 0)))
+
+
+def _free_names(graph: GraphProto, depth: int) -> Iterator[str]:
+    if depth > _DEEPEST:
+        raise GraphError(f"graphs are nested more than {_DEEPEST} deep")
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for node in graph.node:
+        inner = (name for within in graphs_of(node) for name in _free_names(within, depth + 1))
+        yield from (name for name in (*node.input, *inner) if name and name not in own)
+        own.update(node.output)
+    yield from (value.name for value in graph.output if value.name not in own)
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Everything an operation reads, in order; absent operands are empty."""
+    return [*node.input, *outer_names(node)]
 
 
 def uses_of(graph: GraphProto) -> Counter[str]:
@@ -39,6 +118,14 @@ def all_names(model: ModelProto) -> set[str]:
                 yield from inside(inner)
 
     return set(inside(model.graph))
+
+
+# -- changes -----------------------------------------------------------------------------------------------------
+
+
+def remove_attribute(node: NodeProto, name: str) -> None:
+    """Take an attribute off a node, if it has it."""
+    replace_entries(node.attribute, [attribute for attribute in node.attribute if attribute.name != name])
 
 
 def rename(graph: GraphProto, names: dict[str, str], *, outputs: bool = False) -> None:
