@@ -64,7 +64,7 @@ class WeightEdits:
                     new.mul_(piece(factor, rows))
                 yield rows, largest_entry(block), new
 
-        name, old_largest, new_largest = self.program.name(weight), 0.0, 0.0
+        old_largest, new_largest = 0.0, 0.0
         stored = torch.empty(weight.meta["val"].shape, dtype=weight.meta["val"].dtype)
         means = None
         if centre is not None:  # where groups span blocks, all of them are seen before the first is written
@@ -76,10 +76,15 @@ class WeightEdits:
                 means.subtract(new, rows)
             stored[rows] = new
             old_largest, new_largest = max(old_largest, largest), max(new_largest, largest_entry(new))
-        node.replace_input_with(weight, self.program.add_parameter(name, stored, weight))
-        self.absorbed.setdefault(node, []).append(name)
+        self.exchange(node, weight, stored)
         if old_largest > 0:
             self.weight_growth = max(self.weight_growth, new_largest / old_largest)
+
+    def exchange(self, node: Node, constant: Node, value: torch.Tensor) -> None:
+        """Let an operation read another value in the place of a constant."""
+        name = self.program.name(constant)
+        node.replace_input_with(constant, self.program.add_parameter(name, value, constant))
+        self.absorbed.setdefault(node, []).append(name)
 
     def create_weight(self, node: Node, argument: str, value: torch.Tensor) -> None:
         """Give an operation a weight it did not have, in the dtype of its input."""

@@ -186,3 +186,22 @@ def test_position_and_class_token_go_along() -> None:
 def test_bias_add_disappears_into_the_next_weight() -> None:
     program, _ = folded(BehindAnInput(lambda x: x + 1.5, shift=True), sequence())
     assert operations(program) == ["aten.linear.default"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_take_scale_and_shift(kind: type[nn.RNNBase]) -> None:
+    """What they return is fixed: a norm behind them goes into the weights behind it."""
+    layer = kind(C, C // 2, 2, bidirectional=True, batch_first=True)
+    model = BehindAnInput(lambda x: F.layer_norm(model.second(layer(x)[0]), (C,)), shift=True)
+    model.layer, model.second = layer, MapNorm(seed=1)
+    _, report = folded(model, sequence())
+    assert [record.reason.partition(":")[0] for record in report.norms if record.name == "norm"] == [""]
+    assert status(report) == ["folded", "kept"]
+
+
+def test_recurrent_cells_take_a_shift_only_with_biases() -> None:
+    for cell, expected in ((nn.GRUCell(C, C), "folded"), (nn.LSTMCell(C, C, bias=False), "partly folded")):
+        model = BehindAnInput(lambda x, cell=cell: cell(x.flatten(0, 1))[:4], shift=True)
+        model.last, model.cell = nn.Identity(), cell
+        _, report = folded(model, sequence())
+        assert status(report) == [expected]

@@ -216,7 +216,8 @@ class Piece(Carry):
 
     def fits(self, facts: Facts) -> bool:
         several = self.args[0]
-        return isinstance(several.meta.get("val"), list | tuple) and match(several, facts) is not None
+        found = match(several, facts) if isinstance(several.meta.get("val"), list | tuple) else None
+        return found is not None and found.moves
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         return Use.PASS

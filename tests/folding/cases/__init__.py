@@ -6,7 +6,7 @@ written out. Sizes differ from axis to axis, so that a number along a wrong axis
 
 from __future__ import annotations
 
-from . import arithmetic, movements, neighbourhoods, products
+from . import arithmetic, movements, neighbourhoods, products, recurrent
 from .base import Case
 
 __all__ = ["CASES", "Case"]
@@ -16,4 +16,5 @@ CASES: dict[object, list[Case]] = {
     **movements.CASES,
     **neighbourhoods.CASES,
     **products.CASES,
+    **recurrent.CASES,
 }
