@@ -28,6 +28,8 @@ class Options:
         fold_zeros: whether norms with gains of zero fold where only weights read the result, by columns of zeros. The
             channels in front of them then hold something, which takes part in the steps of integers.
         fixed_equations: powers and products whose equations cannot be met: their scales are fixed before all demands.
+        mixing: products with constants that mix positions, of which each channel keeps its scale: see
+            :class:`normfuse.folding.rules.attention.Mixture`.
         kept_maps: affine maps that stay, see :mod:`normfuse.folding.balance`.
         untouched: names of norms and other maps that stay exactly as they are, with the reason: their numbers would
             leave the dtype of a weight.
@@ -40,6 +42,7 @@ class Options:
     zero_rows: bool = True
     fold_zeros: bool = True
     fixed_equations: frozenset[Node] = frozenset()
+    mixing: frozenset[Node] = frozenset()
     kept_maps: frozenset[Node] = frozenset()
     untouched: Mapping[str, str] = field(default_factory=dict)
 

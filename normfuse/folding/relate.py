@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +50,8 @@ def relate(program: Program, options: Options) -> Gauge:
                 relations.pin(operand, "the model's output")
         elif node.op == "placeholder" and not program.is_constant(node):
             relations.pin(node, "the model's input")
+    if relations.mixing:
+        return relate(program, replace(options, mixing=options.mixing.union(relations.mixing)))
     related = {node: found for node, found in matches.items() if node in scale_of}
     return gauge.knowing(
         matches=Matches(

@@ -27,6 +27,7 @@ class Relations:
         gauge: what is known of the program; it answers with the scale variables that there are so far.
         scales: the solver.
         scale_of, stored, free_constants, equations: see :class:`normfuse.folding.results.Matches`.
+        mixing: products with constants whose operand has scales along axes that the constant does not read.
     """
 
     def __init__(self, gauge: Gauge, scale_of: dict[Node, Any]) -> None:
@@ -35,6 +36,7 @@ class Relations:
         self.stored: list[np.ndarray] = []
         self.free_constants: list[Node] = []
         self.equations: list[Node] = []
+        self.mixing: list[Node] = []
 
     def scale(self, node: Node) -> Any:
         """The scale variables of a value; a constant that is asked for becomes a value with free entries."""

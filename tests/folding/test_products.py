@@ -57,6 +57,53 @@ def test_products_take_scale_and_shift(product: Callable[[Weights, Tensor], Tens
         folded(Weights(product), sequence(), carry_biases=True)
 
 
+MIXTURES: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "matmul": lambda m, x: m.mix @ x,
+    "linear": lambda m, x: F.linear(x.mT, m.mix).mT,
+    "einsum": lambda m, x: torch.einsum("vw,bwc->bvc", m.mix, x),
+    "tensordot": lambda m, x: torch.tensordot(x, m.mix, dims=([1], [0])).mT,
+    "adjacency of several kinds": lambda m, x: torch.einsum(
+        "bwkc,kwv->bvc", m.first(x).unflatten(-1, (2, C // 2)), torch.stack([m.mix, -m.mix])
+    ).repeat(1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_scales_of_channels_pass_constants_that_mix_positions(mixture: Callable[[Net, Tensor], Tensor]) -> None:
+    mix = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+    model = Net(
+        lambda m, x: m.last(m.behind(mixture(m, m.front(torch.tanh(x))))),
+        front=MapNorm(shift=False), behind=MapNorm(seed=1), mix=mix, first=nn.Linear(C, C), last=nn.Linear(C, 4),
+    )  # fmt: skip
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded", "folded"], report
+    with any_gauge(0):
+        folded(model, sequence())
+
+
+@pytest.mark.parametrize("chosen", ["bec,becd->bed", "bdc,bdce->bde"])
+def test_weights_that_are_chosen_by_an_index_take_scales(chosen: str) -> None:
+    """As in a mixture of experts that gathers the weights of each token's experts."""
+    model = Net(
+        lambda m, x: torch.einsum(chosen, m.norm(torch.tanh(x)), m.experts[m.router(x).argmax(-1)]),
+        norm=MapNorm(shift=False), router=nn.Linear(C, 3), experts=nn.Parameter(torch.randn(3, C, 4)),
+    )  # fmt: skip
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"], report
+    with any_gauge(0):
+        folded(model, sequence())
+
+
+def test_a_constant_that_mixes_positions_takes_norms_along_them() -> None:
+    mix = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+    model = Net(
+        lambda m, x: torch.relu(m.mix @ m.norm(m.first(torch.tanh(x)))),
+        mix=mix, norm=MapNorm(5, -2, shift=False), first=nn.Linear(C, C),
+    )  # fmt: skip
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"], report
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_shift_goes_into_a_bias_in_front_rather_than_into_an_add_behind(bias: bool, alone: bool) -> None:

@@ -22,19 +22,26 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME = CASTS | COPIES | DROPOUTS | HANDED_ON
 
 
-@rule_for(aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.dot.default, aten.linalg_vecdot.default)
+@rule_for(
+    *(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default, aten.einsum.default),
+    *(aten.tensordot.default, aten.dot.default, aten.linalg_vecdot.default),
+)
 class Mixture(ProductOfTwo):
     """``y = P x`` with a computed P: scales along the axes that stay are multiplied. Those of averages are fixed.
 
-    A shift passes where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
+    A constant P that mixes positions whose channels have scales is a value with scales of its own. A shift passes
+    where each of the sums is weighted by a softmax over its positions, whose weights add up to one.
     """
 
     def fits(self, facts: Facts) -> bool:
-        return contraction_of(self.node) is not None and all(is_float(factor) for factor in factors_of(self.node))
+        if self.argument("bias") is not None or contraction_of(self.node) is None:
+            return False
+        return all(is_float(factor) for factor in factors_of(self.node))
 
     def relate(self, relations: Relations) -> np.ndarray:
         factors = factors_of(self.node)
-        fixed = [relations.gauge.program.is_constant(x) or relations.is_fixed(x) for x in factors]
+        is_constant, mixes = relations.gauge.program.is_constant, self.node in relations.gauge.options.mixing
+        fixed = [(is_constant(x) and not mixes) or relations.is_fixed(x) for x in factors]
         at = self._averaged()
         if at is None and not any(fixed) and self.may_multiply(relations):
             return self.multiplied(relations)
@@ -47,8 +54,25 @@ class Mixture(ProductOfTwo):
         return factors_of(self.node)
 
     def may_multiply(self, relations: Relations) -> bool:
-        sizes = [self.laid(at, relations.scale(x), take_first).shape for at, x in enumerate(self.factors())]
-        return super().may_multiply(relations) and math.prod(np.broadcast_shapes(*sizes)) <= MAX_FREE_ENTRIES
+        sides = self._side_by_side(*map(relations.scale, self.factors()))
+        shape = np.broadcast_shapes(*(side.shape for side in sides))
+        return super().may_multiply(relations) and math.prod(shape) <= MAX_FREE_ENTRIES
+
+    def multiplied(self, relations: Relations) -> np.ndarray:
+        relations.equations.append(self.node)
+        sides = [self.laid(at, relations.scale(x), take_first) for at, x in enumerate(self.factors())]
+        return relations.scales.fresh(np.broadcast_shapes(*(side.shape for side in sides)))
+
+    def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+        sides = self._side_by_side(*map(gauge.scale, (*self.factors(), self.node)))
+        return tuple(np.broadcast_arrays(*sides))
+
+    def _side_by_side(self, *numbers: np.ndarray) -> list[np.ndarray]:
+        """Numbers about the factors, and perhaps the result, along all axes: their products are equal in each sum."""
+        found = contraction_of(self.node)
+        assert found is not None  # it matches
+        names = tuple(dict.fromkeys(name for name in (*found.left, *found.right) if name))
+        return [lay(own, axes, names) for own, axes in zip(numbers, found, strict=False)]
 
     def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
         at, factors = self._averaged(), factors_of(self.node)

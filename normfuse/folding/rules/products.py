@@ -29,12 +29,19 @@ class Product(Weighted):
         return factors[1 - self.weight_at], factors[self.weight_at], None
 
     def fits(self, facts: Facts) -> bool:
-        found = contraction_of(self.node)
-        if found is None or not super().fits(facts):
+        found, options = contraction_of(self.node), facts.options
+        if found is None or self.node in options.mixing - options.fixed_equations or not super().fits(facts):
             return False
         x, weight, result = self._axes(found)
         # What is summed over belongs to both: a sum over positions or over a weight alone is no map along axes.
         return all(name in result or (name in x and name in weight) for name in {*x, *weight} - {""})
+
+    def relate(self, relations: Relations) -> np.ndarray:
+        operand, _, bias = self.operands()
+        others = self._others(relations.scale(operand))
+        if others and bias is None and self.held is None and self.node not in relations.gauge.options.fixed_equations:
+            relations.mixing.append(self.node)
+        return super().relate(relations)
 
     def input_axes(self) -> tuple[int, ...]:
         x, weight, _ = self._axes(contraction_of(self.node))
