@@ -38,6 +38,7 @@ class Slot:
         store: makes what the file holds of a new value; None where both are the same.
         required: whether the ONNX operation cannot do without it.
         factor: the attribute that multiplies it in the file, and is 1 once the value is a new one.
+        axis: of a quantised weight, along which the operand then has a number for each channel.
     """
 
     path: tuple[int, ...]
@@ -46,6 +47,7 @@ class Slot:
     store: Callable[[torch.Tensor], torch.Tensor] | None = None
     required: bool = False
     factor: str = ""
+    axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Call:
         self._attributes = {attribute.name: attribute for attribute in node.attribute}
         self.domain = reader.file.domain(node)
         self._placed: set[int] = set()  # operands that operations of the program read
+        self.restored = reader.restored.get(position)
         self.file = reader.file
         self.version = reader.file.version
 
@@ -127,6 +130,10 @@ class Call:
             raise NotATensor(f"result {number} of {self.node.op_type}")
         return result
 
+    def sizes(self) -> list[int]:
+        """The sizes of the result, -1 for those that differ from run to run."""
+        return [size if isinstance(size, int) else -1 for size in self.result().shape]
+
     def only_first(self) -> bool:
         """Whether no result but the first is read."""
         return not any(self._reader.uses[name] for name in self.node.output[1:] if name)
@@ -142,10 +149,20 @@ class Call:
         """A constant that is computed from another one, as the program needs it."""
         return self._reader.derived(target, constant, *args)
 
-    def step(self, target: Any, *args: Any, slots: Sequence[Slot] = (), optional: Mapping[int, int] = {}) -> Node:
-        """Put a part of the operation into the program whose result has no name in the file; see :meth:`emit`."""
+    def step(
+        self,
+        target: Any,
+        *args: Any,
+        slots: Sequence[Slot] = (),
+        optional: Mapping[int, int] = {},
+        value: torch.Tensor | None = None,
+    ) -> Node:
+        """Put a part of the operation into the program whose result has no name in the file.
+
+        See :meth:`emit`; `value` is what the result looks like, where the operation cannot say.
+        """
         found = [*slots, *self._slots(args, optional, slots)]
-        node = self._reader.inner(target, args, self._position, self.node)
+        node = self._reader.inner(target, args, self._position, self.node, value)
         self._reader.origins[node.name] = Origin((self._position,), tuple(found))
         return node
 
@@ -192,10 +209,22 @@ class Call:
         scale = self.derived(aten.reshape.default, self._reader.value(maker.input[operand]), [-1])
         if scale.meta["val"].shape[0] == 1:
             scale = self.derived(aten.expand.default, scale, [value.shape[axis]])
-        letters, rest = "abcdefgh"[: value.dim()], [1] * (value.dim() - 1 - axis % value.dim())
+        rest = [1] * (value.dim() - 1 - axis % value.dim())
         slot = Slot((1, 1), place, operand, lambda scale: scale.reshape(-1, *rest))
+        return self.scale_channels(self.operands[numbers], scale, slot, axis)
+
+    def scale_channels(self, value: Node, scale: Node, slot: Slot, axis: int = -1) -> bool:
+        """Put the operation into the program as a value times a number for each entry of an axis."""
+        letters = "abcdefgh"[: value.meta["val"].dim()]
         equation = f"{letters},{letters[axis]}->{letters}"
-        return self.emit(aten.einsum.default, equation, [self.operands[numbers], scale], slots=[slot])
+        return self.emit(aten.einsum.default, equation, [value, scale], slots=[slot])
+
+    def factor(self, *path: int) -> tuple[Node, Slot]:
+        """A factor for each channel of the result, which the scales of the weight take, and its slot."""
+        weight = self.restored
+        assert weight is not None
+        slot = Slot(path, weight.position, weight.operand, weight.store, axis=weight.axis)
+        return self._reader.factors[self._position], slot
 
     def slot(self, argument: int, operand: int, **more: Any) -> Slot:
         """Where an argument of the program's operation stands; see :class:`Slot`."""

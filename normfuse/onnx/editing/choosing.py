@@ -228,6 +228,8 @@ def _in_words_of_the_file(report: FoldReport, reading: Reading) -> FoldReport:
     for record in report.norms:
         while record.name and record.name not in reading.paths and "." in record.name:
             record.name = record.name.rpartition(".")[0]
+    for absorbed in (record.absorbed_by for records in (report.norms, report.dynamic) for record in records):
+        absorbed[:] = [reading.scales.get(name, name) for name in absorbed]
     return report
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .calls import Call, aten
-from .operations import convolution, product, weight_of
+from .calls import Call, aten, unknown_operation
+from .operations import channelwise, convolution, product, weight_of
 from .translating import operation
 
 _MICROSOFT = "com.microsoft"
@@ -30,6 +30,18 @@ def _fused_matmul(call: Call) -> bool:
         elif turned:
             factors[place] = call.step(aten.transpose.int, factors[place], -1, -2)
     return call.emit(aten.matmul.default, *factors, slots=slots)
+
+
+@operation("MatMulNBits", domain=_MICROSOFT)
+def _product_of_few_bits(call: Call) -> bool:
+    """With a weight of a few bits."""
+    bias = call.operand(5)
+    if call.restored is None or (bias is not None and not call.is_constant(5)):
+        return False
+    value = call.step(unknown_operation("MatMulNBits"), list(call.operands[:2]), value=call.result())
+    if bias is not None:
+        return channelwise(call, value, bias, operand=5)
+    return call.scale_channels(value, *call.factor(1, 1))
 
 
 @operation("FusedGemm", domain=_MICROSOFT)

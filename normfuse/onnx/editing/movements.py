@@ -22,12 +22,7 @@ def _reshape(call: Call) -> bool:
     rest = [operand for operand in call.operands[1:] if operand is not None and not _is_placeholder(operand)]
     if rest:
         return call.emit(aten.reshape.default, call.operands[0], rest[0])
-    return call.emit(aten.reshape.default, call.operands[0], _known(call))
-
-
-def _known(call: Call) -> list[int]:
-    """The result's sizes, -1 for those that differ from run to run."""
-    return [size if isinstance(size, int) else -1 for size in call.result().shape]
+    return call.emit(aten.reshape.default, call.operands[0], call.sizes())
 
 
 def _is_placeholder(operand: torch.fx.Node) -> bool:
@@ -43,7 +38,7 @@ def _transpose(call: Call) -> bool:
 @operation("Expand")
 def _expand(call: Call) -> bool:
     if call.is_constant(1):
-        return call.emit(aten.expand.default, call.operands[0], _known(call))
+        return call.emit(aten.expand.default, call.operands[0], call.sizes())
     return call.emit(aten.expand.default, *call.operands)
 
 
@@ -230,7 +225,7 @@ def _depth_to_space(call: Call) -> bool:
     parts = [batch, block, block, channels // block**2, height, width]
     x = call.step(aten.reshape.default, call.operands[0], parts)
     x = call.step(aten.permute.default, x, [0, 3, 4, 1, 5, 2])
-    return call.emit(aten.reshape.default, x, _known(call))
+    return call.emit(aten.reshape.default, x, call.sizes())
 
 
 @operation("SpaceToDepth")
@@ -241,7 +236,7 @@ def _space_to_depth(call: Call) -> bool:
     height, width = call.result().shape[2:]
     x = call.step(aten.reshape.default, call.operands[0], [batch, channels, height, block, width, block])
     x = call.step(aten.permute.default, x, [0, 3, 5, 1, 2, 4])
-    return call.emit(aten.reshape.default, x, _known(call))
+    return call.emit(aten.reshape.default, x, call.sizes())
 
 
 @operation("Tile")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from .calls import Call, Slot, aten
+from .calls import Call, Slot, aten, unknown_operation
 from .rows import why_unread
 from .translating import operation, rank_of
 
@@ -24,7 +24,28 @@ _GEMM = (torch.float32, torch.float64)
 @operation("Conv", "ConvTranspose")
 def _convolution(call: Call) -> bool:
     target, args = convolution(call)
-    return target is not None and call.emit(target, *args, optional={2: 2})
+    if target is None or call.restored is None:
+        return target is not None and call.emit(target, *args, optional={2: 2})
+    x, weight, bias, *rest = args
+    return channelwise(call, call.step(target, x, weight, None, *rest, value=call.result()), bias)
+
+
+def channelwise(call: Call, value: torch.fx.Node, bias: torch.fx.Node | None, **bias_slot: Any) -> bool:
+    """A value times a factor for each channel, plus a bias: what the scales of quantised weights are to a product."""
+    assert call.restored is not None
+    channels, shape = call.restored.channels, list(value.meta["val"].shape)
+    images = len(shape) > 2 and call.node.op_type != "MatMulNBits"
+    if not images:
+        value = call.step(aten.reshape.default, value, [-1, channels, 1])
+    axes = len(shape) - 2 if images else 1
+    factor, slot = call.factor(1)
+    factor = call.derived(aten.reshape.default, factor, [channels, *[1] * (axes + 1)])
+    target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[axes]
+    args = (value, factor, bias, [1] * axes, [0] * axes, [1] * axes, channels)
+    slots = [slot, call.slot(2, **{"operand": 2, **bias_slot})]
+    if images:
+        return call.emit(target, *args, slots=slots)
+    return call.emit(aten.reshape.default, call.step(target, *args, slots=slots), call.sizes())
 
 
 def convolution(call: Call) -> tuple[Any, tuple]:
@@ -50,15 +71,35 @@ def convolution(call: Call) -> tuple[Any, tuple]:
 @operation("Gemm")
 def _gemm(call: Call) -> bool:
     """Also of two values, as torch writes its mm: with a bias that counts nothing."""
-    if call.is_constant(0) or call.is_constant(1) or call.get("alpha", 1.0) != 1:
+    if call.is_constant(0) or call.is_constant(1):
         return bool(product(call, call.emit))
-    if call.operand(2) is not None and call.get("beta", 1.0) != 0:
+    if call.restored is not None:
+        return _restored_product(call)
+    if call.get("alpha", 1.0) != 1 or (call.operand(2) is not None and call.get("beta", 1.0) != 0):
         return False
+    return call.emit(aten.matmul.default, *_factors(call))
+
+
+def _factors(call: Call) -> list[torch.fx.Node]:
+    """Both sides of a product of values, turned as it says."""
     factors = call.operands[:2]
     for place, name in enumerate(("transA", "transB")):
         if call.get(name, 0):
             factors[place] = call.step(aten.permute.default, factors[place], [1, 0])
-    return call.emit(aten.matmul.default, *factors)
+    return factors
+
+
+def _restored_product(call: Call) -> bool:
+    """A product of two axes with a quantised weight."""
+    assert call.restored is not None
+    bias = _bias(call, call.restored.channels, left=False)
+    if bias is False:
+        return False
+    if call.get("alpha", 1.0) != 1:
+        value = call.step(unknown_operation("Gemm"), call.operands[:2], value=call.result())
+    else:
+        value = call.step(aten.matmul.default, *_factors(call))
+    return channelwise(call, value, bias, required=call.version < 11, factor="beta")
 
 
 def product(call: Call, put: Callable[..., Any]) -> Any:
@@ -76,17 +117,9 @@ def product(call: Call, put: Callable[..., Any]) -> Any:
         return False
     left, turned = side == 0, [bool(call.get(name, 0)) for name in ("transA", "transB")]
     weight, slot = weight_of(call, side, transposed=turned[side] == left)
-    bias, rows = call.operand(2), weight.meta["val"].shape[0]
-    if bias is not None:
-        given, fitting = call.shape(2), [[rows, 1]] if left else [[rows], [1, rows]]
-        if not call.is_constant(2) or (math.prod(given) != 1 and given not in fitting):
-            return False
-        if len(given) != 1:
-            bias = call.derived(aten.reshape.default, bias, [-1])
-        if math.prod(given) != rows:
-            bias = call.derived(aten.expand.default, bias, [rows])
-        if call.get("beta", 1.0) != 1:
-            bias = call.derived(aten.mul.Tensor, bias, call.get("beta"))
+    bias = _bias(call, weight.meta["val"].shape[0], left=left)
+    if bias is False:
+        return False
     x = call.operands[1 - side]
     if turned[1 - side] != left:
         x = call.step(aten.permute.default, x, [1, 0])
@@ -95,6 +128,23 @@ def product(call: Call, put: Callable[..., Any]) -> Any:
     if not left:
         return put(aten.linear.default, x, weight, bias, slots=slots)
     return put(aten.permute.default, call.step(aten.linear.default, x, weight, bias, slots=slots), [1, 0])
+
+
+def _bias(call: Call, rows: int, *, left: bool) -> torch.fx.Node | Literal[False] | None:
+    """The bias of a Gemm, multiplied by `beta`; None if it has none, False if it is none per channel."""
+    bias = call.operand(2)
+    if bias is None:
+        return None
+    given, fitting = call.shape(2), [[rows, 1]] if left else [[rows], [1, rows]]
+    if not call.is_constant(2) or (math.prod(given) != 1 and given not in fitting):
+        return False
+    if len(given) != 1:
+        bias = call.derived(aten.reshape.default, bias, [-1])
+    if math.prod(given) != rows:
+        bias = call.derived(aten.expand.default, bias, [rows])
+    if call.get("beta", 1.0) != 1:
+        bias = call.derived(aten.mul.Tensor, bias, call.get("beta"))
+    return bias
 
 
 def _as_column(bias: torch.Tensor) -> torch.Tensor:
@@ -122,7 +172,11 @@ def _matmul(call: Call) -> bool:
         return False
     if ranks == [2, 2] and call.is_constant(0) != call.is_constant(1) and call.result().dtype in _GEMM:
         return bool(product(call, call.emit))
-    return call.emit(aten.matmul.default, *call.operands)
+    if call.restored is None:
+        return call.emit(aten.matmul.default, *call.operands)
+    if ranks == [2, 2] and call.result().dtype in _GEMM:
+        return _restored_product(call)
+    return call.scale_channels(call.step(aten.matmul.default, *call.operands), *call.factor(1, 1))
 
 
 @operation("Einsum")

@@ -36,6 +36,7 @@ from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, torch_dtype
 from .pairs import Front, pairs_of
+from .restored import restored_values, restored_weights
 from .symbols import Sizes
 from .translating import translate
 
@@ -54,6 +55,7 @@ class Reading:
         names: the names of its values in the file, by their names in the program.
         paths: positions of the file's operations by what reports call them.
         opaque: positions of those of which nothing is known, so that all that they read is as it was.
+        scales: names of the scales of quantised weights, by what the program has for them.
     """
 
     file: OnnxFile
@@ -62,6 +64,7 @@ class Reading:
     names: dict[str, str] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
     opaque: set[int] = field(default_factory=set)
+    scales: dict[str, str] = field(default_factory=dict)
 
 
 class Reader:
@@ -93,6 +96,10 @@ class Reader:
         self._fakes: dict[str, torch.Tensor | None] = {}
         self.fixed: set[Node] = set()
         self.uses = uses_of(file.proto.graph)
+        self.restored = restored_weights(file, pinned | file.dead)
+        self.factors: dict[int, Node] = {}
+        self.scales: dict[str, str] = {}
+        self._restored = restored_values(file)
 
     def read(self) -> Reading:
         """The whole file."""
@@ -115,7 +122,7 @@ class Reader:
             elif position in self._pinned or self.file.version < _OLDEST or not translate(call):
                 call.opaque()
                 opaque.add(position)
-        return Reading(self.file, self._program(), self.origins, self.names, self.paths, opaque)
+        return Reading(self.file, self._program(), self.origins, self.names, self.paths, opaque, self.scales)
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -148,12 +155,20 @@ class Reader:
             tensor = _as_tensor(self.file, name)
             if tensor is not None:
                 tensors[name] = tensor
-        for floating in (True, False):
-            for name, tensor in tensors.items():
-                if tensor.is_floating_point() == floating:
-                    self._constant(name, tensor)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                self._constant(name, tensor)
+        for position, weight in self.restored.items():  # what the scales of its weight are multiplied by
+            name = f"{self.file.proto.graph.node[position].output[0]}.weight"
+            while name in tensors:
+                name = f"_{name}"
+            self.factors[position] = self._constant(name, torch.ones(weight.channels, dtype=weight.dtype))
+            self.names[self.factors[position].name] = self.scales[name] = weight.name
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                self._constant(name, tensor)
 
-    def _constant(self, name: str, tensor: torch.Tensor) -> None:
+    def _constant(self, name: str, tensor: torch.Tensor) -> Node:
         floating = tensor.is_floating_point()
         node = self.graph.placeholder(_identifier("p", name))
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
@@ -162,6 +177,7 @@ class Reader:
         self._state[name] = torch.nn.Parameter(tensor, requires_grad=False) if floating else tensor
         self.fixed.add(node)
         self._known(name, node)
+        return node
 
     def _input(self, name: str) -> None:
         value = self.fake(name)
@@ -190,17 +206,18 @@ class Reader:
             self.fixed.add(self._derived[key])
         return self._derived[key]
 
-    def inner(self, target: Any, args: tuple, position: int, node: NodeProto) -> Node:
-        """An operation of the program whose result has no name in the file."""
-        result = self._computed(target, args, _identifier("s", node.name or next(iter(node.output), "")))
+    def inner(self, target: Any, args: tuple, position: int, node: NodeProto, value: torch.Tensor | None) -> Node:
+        """An operation of the program whose result has no name in the file; `value` is what it looks like."""
+        name = _identifier("s", node.name or next(iter(node.output), ""))
+        result = self._computed(target, args, name, value)
         path = self._path(position, node, next(iter(node.output), ""))
-        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: node.op_type})
+        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: self._called(node)})
         return result
 
-    def _computed(self, target: Any, args: tuple, name: str) -> Node:
+    def _computed(self, target: Any, args: tuple, name: str, value: torch.Tensor | None = None) -> Node:
         try:
             with self.mode, quiet(logging.ERROR):
-                value = target(*map_arg(args, lambda operand: operand.meta["val"]))
+                value = target(*map_arg(args, lambda operand: operand.meta["val"])) if value is None else value
         except RuntimeError as error:  # sizes that differ from run to run, and in one of them are one
             raise NotATensor(one_line(error)) from error
         # Sizes that are not known stand in the value alone.
@@ -213,7 +230,7 @@ class Reader:
         """An operation of the program that gives `outputs`."""
         result = self.graph.call_function(target, args, name=_identifier("o", node.name or outputs[0]))
         path = self._path(position, node, outputs[0])
-        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: node.op_type})
+        result.meta.update({"nn_module_stack": {path: (path, node.op_type)}, CALLED: self._called(node)})
         values = [self.fake(name) if name else None for name in outputs]
         if len(outputs) == 1:
             result.meta["val"] = values[0]
@@ -227,6 +244,11 @@ class Reader:
                 piece.meta["nn_module_stack"] = result.meta["nn_module_stack"]
                 self._known(name, piece)
         return result
+
+    def _called(self, node: NodeProto) -> str:
+        """What reasons call an operation."""
+        quantised = node.op_type == "MatMulNBits" or not self._restored.isdisjoint(node.input)
+        return f"{node.op_type} with quantised weights" if quantised else node.op_type
 
     def _path(self, position: int, node: NodeProto, output: str) -> str:
         """What reports call an operation."""
