@@ -369,6 +369,16 @@ def test_a_power_that_cannot_have_its_scale_is_fixed() -> None:
     assert [record.status for record in report.norms if record.name == "1"] == ["kept"]
 
 
+def test_a_norm_beside_the_input_times_a_number_folds() -> None:
+    """Behind a concatenation, as of pixels / 255 and features: the number is the same for all channels of its part."""
+    norm, outer = MapNorm(), nn.Linear(2 * C, C)
+    model = nn.ModuleList([norm, outer])
+    model.forward = lambda x: outer(torch.cat([norm(torch.tanh(x)), x / 255], -1))
+    program, report = folded(model, sequence())
+    assert status(report) == ["folded"]
+    assert operations(program) == ["aten.tanh.default", "aten.cat.default", "aten.linear.default"]
+
+
 def test_vectors_are_stacked_as_rows() -> None:
     """`vstack` gives vectors an axis, which a concatenation would not."""
     program, _ = folded(BehindAnInput(lambda x: torch.vstack([x[0, 0], x[1, 2]]), shift=True), sequence())

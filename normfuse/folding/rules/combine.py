@@ -149,15 +149,21 @@ class Concatenation(Match):
         return self.argument("dim") % self.value.dim()
 
     def _along_channels(self, gauge: Gauge) -> bool:
-        """Whether the parts' sizes are known and no part with several entries has one scale for all of them."""
+        """Whether the parts' sizes are known, and the scales of one that is computed differ along the axis.
+
+        Or those of a parameter, where every other part has a scale for each entry as well, or a fixed one: a parameter
+        could have scales for positions, too.
+        """
         axis = self._axis()
         sizes = [part.meta["val"].shape[axis] for part in self.args[0]]
         if not all(isinstance(size, int) for size in sizes):
             return False
-        scales = [gauge.scale(part) for part in self.args[0]]
-        return any(s.shape[axis] != 1 for s in scales) and all(
-            s.shape[axis] != 1 or size == 1 or gauge.is_fixed(part)
-            for s, size, part in zip(scales, sizes, self.args[0], strict=True)
+        varying_parts = [part for part in self.args[0] if gauge.scale(part).shape[axis] != 1]
+        computed = [part for part in self.args[0] if not gauge.program.is_constant(part)]
+        free = any(part in computed for part in varying_parts)
+        return bool(varying_parts) and all(
+            part in varying_parts or size == 1 or (part in computed if free else gauge.is_fixed(part))
+            for size, part in zip(sizes, self.args[0], strict=True)
         )
 
     def _join(self, parts: list[np.ndarray], axis: int, collapse: Collapse) -> np.ndarray:
