@@ -25,8 +25,8 @@ from normfuse.onnx.graph import GraphError, summarize
 from normfuse.onnx.protos import tensors_of
 from normfuse.onnx.publish import publish
 from normfuse.onnx.ranges import SCALE_RANGES
-from normfuse.onnx.runtime import RuntimeEnded, failure
-from normfuse.onnx.verifier import Case, VerificationError, VerificationReport
+from normfuse.onnx.runtime import RuntimeEnded, RuntimeFailure, failure
+from normfuse.onnx.verifier import Case, VerificationError, VerificationReport, runtime_problem
 from normfuse.onnx.writer import WriteError, as_float16, refuse_overflow, save_model
 from normfuse.options import ExportError, check_dtype, check_scale_range, passes_for
 
@@ -224,8 +224,13 @@ class _Job:
             return self._as_it_was(None, "its results differ from run to run, so nothing can be compared")
         file, trials = self._file, self._trials
         self._progress("run it to find the shapes inside")
-        observed, shapes = observe(file, self._types, trials), observe_inputs(file, trials)
-        evaluate_constants(file, observed, trials[0])
+        shapes = observe_inputs(file, trials)
+        try:
+            observed = observe(file, self._types, trials)
+            evaluate_constants(file, observed, trials[0])
+        except RuntimeFailure as error:  # which runs the file itself: such as casts it adds around float16 operations
+            why = f"ONNX Runtime cannot show the shapes inside: {runtime_problem(error)}"
+            return self._as_it_was(None, why).noting(f"left as it was: {why}")
         refused: list[str] = []
         first: FoldReport | None = None
         for bound in dict.fromkeys(min(bound, at_most) for bound in SCALE_RANGES[self._narrowest]):
@@ -244,8 +249,8 @@ class _Job:
                 saving.save(file, choice.edited, self._staged)
                 try:
                     cases = self._comparison.compare(self._staged, choice.edited.inner)
-                except (VerificationError, GraphError) as error:
-                    refused.append(str(error))
+                except (VerificationError, GraphError, RuntimeFailure) as error:
+                    refused.append(one_line(error))
                     continue
                 return _Result(choice.report, True, cases, notes=_changes(file, choice.edited))
             if not choices:

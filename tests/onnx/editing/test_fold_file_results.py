@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from normfuse.cli import app
 from normfuse.onnx import ExportError, GraphError, VerificationError, bench, fold_file
+from normfuse.onnx.editing import observing
+from normfuse.onnx.runtime import RuntimeFailure
 
 
 def test_results_that_are_random_are_not_compared(tmp_path):
@@ -254,6 +256,19 @@ def test_one_norm_that_cannot_fold_costs_itself_only(tmp_path):
     result, after = folded(proto, tmp_path)
     assert kinds(after) == ["Conv", "Relu", "Conv", "BatchNormalization", "Relu"]
     assert [row.status for row in result.report.norms] == ["folded", "kept"]
+
+
+def test_a_file_whose_inner_values_onnx_runtime_cannot_show_is_copied(tmp_path, monkeypatch):
+    """It fails on float16 files with an If whose branches read what a Shape reads as well."""
+
+    def fail(*_):
+        raise RuntimeFailure("Missing Input: v3")
+
+    monkeypatch.setattr(observing, "run_session", fail)
+    proto = images()
+    result, after = folded(proto, tmp_path)
+    assert after == proto and any("Missing Input" in note for note in result.notes)
+    assert "Missing Input" in result.report.norms[0].reason
 
 
 def test_values_that_are_infinite_in_one_order_of_sums_only_are_no_excuse(tmp_path):
