@@ -63,10 +63,11 @@ def fold_file(
     """Fold the norms of an ONNX file. All else in the file stays the same.
 
     BatchNormalization and Mul, Add, Sub and Div with a constant go into the weights around them. Names, types,
-    dimensions, operator sets, properties, functions and the order of operations stay. Operations that folding does not
-    know (If, Loop, quantised parts, operations of other domains) stay, and so do the values that they read. If nothing
-    folds, or nothing would be gained, the result is a copy, and its ``notes`` say so. Original and result are compared
-    in ONNX Runtime, both without optimisations, on inputs generated from the file's types and sizes.
+    dimensions, operator sets, properties, functions without norms and the order of operations stay. Operations that
+    folding does not know (If, Loop, quantised parts, operations of other domains) stay, and so do the values that they
+    read. If nothing folds, or nothing would be gained, the result is a copy, and its ``notes`` say so. Original and
+    result are compared in ONNX Runtime, both without optimisations, on inputs generated from the file's types and
+    sizes.
 
     Args:
         source: the file to read, of any operator set from 7 on, with weights in it or beside it.
@@ -305,13 +306,15 @@ class _Job:
 
 def _changes(file: OnnxFile, edited: Edited) -> tuple[str, ...]:
     """What an edited file has become, in words."""
-    if not edited.unlisted:
-        return (_difference(file, edited),)
-    return (
-        _difference(file, edited),
-        f"no longer listed among the inputs, because their values were used: {some_of(edited.unlisted)} "
-        "(--keep-defaults, fold_defaults=False, leaves them alone)",
-    )
+    notes = [_difference(file, edited)]
+    if file.written_out:
+        notes.append(f"functions written out, because norms are inside: {some_of(file.written_out)}")
+    if edited.unlisted:
+        notes.append(
+            f"no longer listed among the inputs, because their values were used: {some_of(edited.unlisted)} "
+            "(--keep-defaults, fold_defaults=False, leaves them alone)"
+        )
+    return tuple(notes)
 
 
 def _difference(file: OnnxFile, edited: Edited) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.inliner import inline_local_functions
 
 from normfuse.checkpoint.kinds import what_instead_of_onnx
 from normfuse.errors import one_line
@@ -40,6 +41,7 @@ class OnnxFile:
 
     Attributes:
         proto: the whole model, no initialiser sparse; weights beside the file are not in it.
+        written_out: names of functions whose operations stand in the graph in their place, see :func:`_write_out`.
         nodes: the operations of the main graph in an order in which each comes after what it reads.
         positions: of those operations in the file.
         inputs: what a caller has to give.
@@ -55,10 +57,11 @@ class OnnxFile:
     def __init__(self, path: str | os.PathLike[str], fold_defaults: bool | None = False) -> None:
         self.path = Path(path)
         self.proto = _parse(self.path)
-        graph = self.proto.graph
-        self.opsets = {("" if o.domain in STANDARD else o.domain): o.version for o in self.proto.opset_import}
-        self.functions = {(f.domain if f.domain not in STANDARD else "", f.name) for f in self.proto.functions}
+        self.opsets = {_plain(o.domain): o.version for o in self.proto.opset_import}
         self._check()
+        self.proto, self.written_out = _write_out(self.proto)
+        self.functions = {(_plain(f.domain), f.name) for f in self.proto.functions}
+        graph = self.proto.graph
         make_dense(graph)
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         fixed = {*self._initializers, *(tensor.values.name for tensor in graph.sparse_initializer)}
@@ -180,7 +183,7 @@ class OnnxFile:
 
     def domain(self, node: NodeProto) -> str | None:
         """The domain of an operation, empty for ONNX's own; None for a function of the file."""
-        domain = "" if node.domain in STANDARD else node.domain
+        domain = _plain(node.domain)
         return None if (domain, node.op_type) in self.functions else domain
 
     def _check(self) -> None:
@@ -220,6 +223,27 @@ def _parse(path: Path) -> ModelProto:
         what = what or "not an ONNX file with a graph: no operations, operator set or version in it"
         raise GraphError(f"{path} is {what}")
     return model
+
+
+def _plain(domain: str) -> str:
+    """The name of a domain: ONNX's own has two."""
+    return "" if domain in STANDARD else domain
+
+
+def _write_out(model: ModelProto) -> tuple[ModelProto, list[str]]:
+    """Functions replaced by their operations where a BatchNormalization is inside one, and their names.
+
+    So they are when ONNX Runtime loads the file. A function of another operator set than the file's stays.
+    """
+    if not any(node.op_type == "BatchNormalization" for f in model.functions for node in all_nodes(f.node)):
+        return model, []
+    try:
+        plain = inline_local_functions(model)
+    except Exception:  # ONNX Runtime says what is wrong with them
+        return model, []
+    left = {(f.domain, f.name) for f in plain.functions}
+    gone = [f.name for f in model.functions if (f.domain, f.name) not in left]
+    return (plain, gone) if gone else (model, [])
 
 
 def _ordered(graph: GraphProto, given: set[str], path: Path) -> list[int]:
