@@ -60,7 +60,7 @@ def _rule(*kinds: str) -> Callable:
     return register
 
 
-def _numbers(node: NodeProto, name: str, place: int, file: OnnxFile) -> list | None:
+def numbers(node: NodeProto, name: str, place: int, file: OnnxFile) -> list | None:
     """Numbers from an attribute of older operator sets, or from a constant operand."""
     given = attribute(node, name)
     if given is None and place < len(node.input) and node.input[place] in file.constants:
@@ -76,7 +76,7 @@ def _transpose(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
 
 @_rule("Unsqueeze")
 def _unsqueeze(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
-    where = _numbers(node, "axes", 1, file)
+    where = numbers(node, "axes", 1, file)
     if where is None:
         return None
     rank, rest = len(axes) + len(where), iter(axes)
@@ -86,7 +86,7 @@ def _unsqueeze(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
 
 @_rule("Squeeze", *(f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Sum", "L2")))
 def _without(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
-    where = _numbers(node, "axes", 1, file)
+    where = numbers(node, "axes", 1, file)
     if where is None and (node.op_type == "Squeeze" or len(node.input) > 1):
         return None
     gone = set(range(len(axes))) if where is None else {axis % len(axes) for axis in where}
@@ -102,7 +102,7 @@ def _pool(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes:
 
 @_rule("Pad")
 def _pad(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
-    pads = _numbers(node, "pads", 1, file)
+    pads = numbers(node, "pads", 1, file)
     if pads is None or len(pads) != 2 * len(axes):
         return None
     return [None if pads[p] or pads[p + len(axes)] else axis for p, axis in enumerate(axes)]
@@ -110,7 +110,7 @@ def _pad(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
 
 @_rule("Slice")
 def _slice(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
-    where, starts = _numbers(node, "axes", 3, file), _numbers(node, "starts", 1, file)
+    where, starts = numbers(node, "axes", 3, file), numbers(node, "starts", 1, file)
     if where is None:
         where = None if starts is None else list(range(len(starts)))
     cut = None if where is None else {axis % len(axes) for axis in where}
@@ -138,7 +138,7 @@ def _flatten(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes:
 
 @_rule("Reshape")
 def _reshape(node: NodeProto, axes: Axes, file: OnnxFile) -> Axes | None:
-    sizes = _numbers(node, "shape", 1, file)
+    sizes = numbers(node, "shape", 1, file)
     if sizes is None:
         return None
     found = [axes[place] if not size and place < len(axes) else ONE if size == 1 else None

@@ -37,7 +37,7 @@ from .edits import Edited, EditError
 from .observing import evaluate_constants, observe, observe_inputs, value_types
 from .onnx_file import OnnxFile
 from .rows import NOTHING_GAINED, all_kept, with_all_norms
-from .trial import Search, Trial, describe_inputs
+from .trial import GUESSES, Search, Trial, describe_inputs
 
 _PASSES_SINCE = 23  # the operator set with Attention as one operation
 
@@ -161,11 +161,20 @@ def find_trials(file: OnnxFile, given: Sequence[InputSpec] = ()) -> tuple[dict[s
         GraphError: there are none; one line.
     """
     try:
-        inputs = describe_inputs(file, given)
-        types = value_types(file)
-        search = Search(file, inputs)
-        first = search.first()
-        return types, [first, *search.others(first)]
+        types, refused = value_types(file), None
+        for guess in GUESSES:
+            inputs = describe_inputs(file, given, guess)
+            file.rank_guessed = any(entry.hints.guessed and entry.dims is None for entry in inputs)
+            search = Search(file, inputs)
+            try:
+                first = search.first()
+                return types, [first, *search.others(first)]
+            except GraphError as error:
+                refused = refused or error
+            if not file.rank_guessed:
+                break
+        assert refused is not None
+        raise refused
     except GraphError as error:
         raise GraphError(f"{file.path}: {error}") from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, MemoryError) as error:

@@ -12,7 +12,7 @@ from onnx import NodeProto
 
 from normfuse.onnx.protos import all_nodes, attribute
 
-from .axes import ELEMENTWISE, ONE, Axes, moved
+from .axes import ELEMENTWISE, ONE, Axes, moved, numbers
 from .onnx_file import OnnxFile
 
 # Convolutions, and products of matrices, by the operand that is their weight.
@@ -30,20 +30,27 @@ class Hints:
     """What is known of one input.
 
     Attributes:
-        rank: the number of its axes, if an operation shows it.
+        rank: the number of its axes, if the file does not say it, and an operation shows it.
+        guessed: whether no operation shows it either, so that it is a guess.
         sizes: sizes that an operation needs, by axis.
         below: integers are smaller than this, being indices.
         equals: integers that it is compared with.
     """
 
     rank: int | None = None
+    guessed: bool = False
     sizes: dict[int, int] = field(default_factory=dict)
     below: int | None = None
     equals: list[int] = field(default_factory=list)
 
 
-def hints_of(file: OnnxFile) -> dict[str, Hints]:
-    """Follows every input through operations that keep its axes to those that show what it has to be."""
+def hints_of(file: OnnxFile, guess: int = 2) -> dict[str, Hints]:
+    """Follows every input through operations that keep its axes to those that show what it has to be.
+
+    Args:
+        file: the file.
+        guess: the number of axes of inputs of which nothing shows it.
+    """
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in all_nodes(file.proto.graph.node):
         if not (file.is_own(node) or node.domain == "com.microsoft"):
@@ -57,9 +64,9 @@ def hints_of(file: OnnxFile) -> dict[str, Hints]:
         rank = len(value.type.tensor_type.shape.dim) if value.type.tensor_type.HasField("shape") else None
         if rank is None:
             _follow(value.name, None, readers, hints, shapes, file)
-            rank = hints.rank
-        if rank is not None:
-            _follow(value.name, list(range(rank)), readers, hints, shapes, file)
+            hints.guessed, rank = hints.rank is None, guess if hints.rank is None else hints.rank
+            hints.rank = rank
+        _follow(value.name, list(range(rank)), readers, hints, shapes, file)
     return found
 
 
@@ -124,11 +131,11 @@ def _look(
         _need(hints, axes, summed[place], sizes(1 - place)[summed[1 - place]], 2)
     elif kind in _PRODUCTS and place == 0 and len(weight := sizes(_PRODUCTS[kind])) > 1:
         size = weight[-1 if attribute(node, "transB", 0) else -2]
-        _need(hints, axes, -2 if attribute(node, "transA", 0) else -1, size, 2)  # or more, where the file says nothing
+        _need(hints, axes, -2 if attribute(node, "transA", 0) else -1, size, None)
     elif kind in ("MatMul", "MatMulInteger") and place == 1 and sizes(0):
-        _need(hints, axes, -2, sizes(0)[-1], 2)
+        _need(hints, axes, -2, sizes(0)[-1], None)
     elif kind == "MatMulNBits" and place == 0:
-        _need(hints, axes, -1, attribute(node, "K", 0), 2)
+        _need(hints, axes, -1, attribute(node, "K", 0), None)
     elif kind == "Attention" and place == 0 and sizes(1):
         _need(hints, axes, -1, sizes(1)[0], 3)
     elif kind in ("LSTM", "GRU", "RNN") and sizes(1):
@@ -146,6 +153,11 @@ def _look(
     elif kind in ELEMENTWISE and "Quantize" not in kind and axes is not None:
         for operand in range(len(node.input)):  # batches of one broadcast
             _need_last(hints, [None if axis == 0 else axis for axis in axes], sizes(operand))
+    elif kind == "Squeeze" and axes:
+        for axis in numbers(node, "axes", 1, file) or ():
+            _need(hints, axes, axis, 1, None)
+    elif kind == "Split" and axes and (parts := numbers(node, "split", 1, file)):
+        _need(hints, axes, attribute(node, "axis", 0), sum(parts), None)
     elif kind == "Concat" and axes:
         along = attribute(node, "axis", 0) % len(axes)
         for operand in range(len(node.input)):

@@ -49,6 +49,8 @@ class OnnxFile:
         settable: those of them that are not to be taken as constants.
         opsets: the version of each domain.
         functions: domain and name of every operation that the file defines itself.
+        rank_guessed: whether it takes inputs of which nothing shows how many axes they have, so that other numbers than
+            those it is run with are possible.
 
     Raises:
         GraphError: it is not an ONNX file, or one that contradicts itself; one line.
@@ -60,6 +62,7 @@ class OnnxFile:
         self.opsets = {_plain(o.domain): o.version for o in self.proto.opset_import}
         self._check()
         self.proto, self.written_out = _write_out(self.proto)
+        self.rank_guessed = False
         self.functions = {(_plain(f.domain), f.name) for f in self.proto.functions}
         graph = self.proto.graph
         make_dense(graph)

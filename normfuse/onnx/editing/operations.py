@@ -170,11 +170,12 @@ def _matmul(call: Call) -> bool:
     ranks = [len(call.shape(place)) for place in (0, 1)]
     if min(ranks) < 2:
         return False
-    if ranks == [2, 2] and call.is_constant(0) != call.is_constant(1) and call.result().dtype in _GEMM:
+    gemm = ranks == [2, 2] and call.result().dtype in _GEMM and not call.file.rank_guessed
+    if gemm and call.is_constant(0) != call.is_constant(1):
         return bool(product(call, call.emit))
     if call.restored is None:
         return call.emit(aten.matmul.default, *call.operands)
-    if ranks == [2, 2] and call.result().dtype in _GEMM:
+    if gemm:
         return _restored_product(call)
     return call.scale_channels(call.step(aten.matmul.default, *call.operands), *call.factor(1, 1))
 

@@ -36,6 +36,8 @@ _LARGEST_FIXED = 1 << 26  # entries of an input, where the file fixes the sizes
 _DRAWS = (0, 1, 2)  # see Search.run
 _FEW = 8  # entries of an input that may hold sizes, such as those of the picture that a mask is for
 _LEAST, _MOST = 8, 64  # such sizes
+#: Numbers of axes that are tried where nothing shows it.
+GUESSES = (2, 4, 3, 1, 5)
 _WAYS = 4  # in which dimensions may belong together, see Search._sizes
 
 
@@ -92,13 +94,18 @@ def plain_session(source: str | bytes, folder: str = "", optimised: str | None =
         raise GraphError(f"ONNX Runtime cannot load it: {runtime_problem(error)}") from error
 
 
-def describe_inputs(file: OnnxFile, given: Sequence[InputSpec] = ()) -> list[Input]:
+def describe_inputs(file: OnnxFile, given: Sequence[InputSpec] = (), guess: int = GUESSES[0]) -> list[Input]:
     """What the file says of its inputs, narrowed by what the caller says of some.
+
+    Args:
+        file: the file.
+        given: what the caller says.
+        guess: see :func:`hints_of`.
 
     Raises:
         GraphError: an input is no tensor and no sequence of tensors, or the caller names one that the file lacks.
     """
-    hints = hints_of(file)
+    hints = hints_of(file, guess)
     bounds = {spec.name: spec for spec in given}
     names = {plain_name(value.name): value.name for value in file.inputs}
     unknown = [name for name in bounds if name not in names and name not in names.values()]
@@ -316,8 +323,8 @@ def run_session(session: Session, trial: Trial) -> list[Any]:
 def _with_rank(entry: Input) -> Input:
     if entry.dims is not None:
         return entry
-    rank = entry.hints.rank if entry.hints.rank is not None else 2
-    dims = tuple(entry.hints.sizes.get(axis, f"{entry.name}[{axis}]") for axis in range(rank))
+    axes = range(entry.hints.rank or 0)
+    dims = tuple(entry.hints.sizes.get(axis, f"{entry.name}[{axis}]") for axis in axes)
     return Input(entry.name, entry.kind, dims, entry.hints, entry.sequence, entry.bounds)
 
 

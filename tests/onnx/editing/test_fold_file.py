@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import NORM, assert_equal, folded, images, kinds, plain, read, weights
 from onnx_text import draw, model
 
-from normfuse.onnx import GraphError, fold_file
+from normfuse.onnx import fold_file
 
 # What folds
 
@@ -183,6 +183,16 @@ def test_dimensions_without_a_name_or_a_size(tmp_path):
         assert kinds(after) == ["Conv", "Relu", "Conv"] and after.graph.input == proto.graph.input
 
 
+def test_a_product_stays_one_of_any_number_of_axes(tmp_path):
+    """Where neither the file nor what reads its input shows that there are two."""
+    body = "l = MatMul (x, w) m = Mul (l, gain) a = Add (m, shift) y = Tanh (a)"
+    _, after = folded(model("float[] x", "float y", body, w=draw(3, 4), gain=draw(4), shift=draw(4)), tmp_path)
+    proto = onnx.load(tmp_path / "in.onnx")
+    assert kinds(after) == ["MatMul", "Add", "Tanh"] and not proto.graph.input[0].type.tensor_type.HasField("shape")
+    for shape in [(2, 3), (2, 5, 3)]:
+        assert_equal(tmp_path, {"x": draw(*shape)})
+
+
 def test_float16_stays_float16(tmp_path):
     body = NORM + "r = Relu (n) y = Conv (r, k2)"
     proto = model("float16[batch, 3, 8, 8] x", "float16 y", body, 17, **weights(np.float16))
@@ -332,53 +342,6 @@ def test_what_is_unknown_passes_through_and_the_rest_folds(tmp_path, case):
     _, after = folded(images(tail, **read(tail, constants)), tmp_path)
     assert kinds(after) == ["Conv", *left]
     assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
-
-
-@pytest.mark.parametrize("domain", ["own", ""])
-def test_functions_of_the_file_stay_even_where_they_shadow_an_operator(tmp_path, domain):
-    kind = "Twice" if domain else "Relu"
-    proto = images("r = Relu (n) y = Conv (r, k2)", extra=[domain] if domain else [])
-    proto.graph.node[2].op_type, proto.graph.node[2].domain = kind, domain
-    body = [helper.make_node("Neg", ["a"], ["z"])]
-    proto.functions.append(helper.make_function(domain, kind, ["a"], ["z"], body, [helper.make_opsetid("", 17)]))
-    _, after = folded(proto, tmp_path)
-    assert kinds(after) == ["Conv", kind, "Conv"] and after.functions == proto.functions
-    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
-
-
-def in_functions():
-    """A norm in a function that another one calls, beside one without a norm."""
-    numbers, operators = ["gain", "shift", "mean", "variance"], [helper.make_opsetid("", 17)]
-    proto = images("y = own.Twice (n)", extra=["own"])
-    del proto.graph.node[:2]
-    proto.graph.node.insert(0, helper.make_node("Block", ["x", "k", *numbers], ["n"], domain="own"))
-    bodies = {
-        "Norm": (["a"], [helper.make_node("BatchNormalization", ["a", *numbers], ["z"])]),
-        "Block": (["a", "k"], [
-            helper.make_node("Conv", ["a", "k"], ["c"]), helper.make_node("Norm", ["c", *numbers], ["z"], domain="own")
-        ]),
-        "Twice": (["a"], [helper.make_node("Add", ["a", "a"], ["z"])]),
-    }  # fmt: skip
-    for name, (given, nodes) in bodies.items():
-        given = given if name == "Twice" else [*given, *numbers]
-        domains = [*operators, helper.make_opsetid("own", 1)]
-        proto.functions.append(helper.make_function("own", name, given, ["z"], nodes, domains))
-    return proto
-
-
-def test_functions_with_norms_are_written_out(tmp_path):
-    result, after = folded(in_functions(), tmp_path)
-    assert kinds(after) == ["Conv", "Add"] and not after.functions
-    assert "functions written out, because norms are inside: Norm, Block, Twice" in result.notes
-    assert_equal(tmp_path, {"x": draw(2, 3, 8, 8)})
-
-
-def test_functions_that_call_each_other_are_refused_in_one_line(tmp_path):
-    proto = in_functions()
-    proto.functions[0].node.append(helper.make_node("Block", ["z"] * 6, ["again"], domain="own"))
-    with pytest.raises(GraphError, match="cannot load it") as refused:
-        folded(proto, tmp_path)
-    assert "\n" not in str(refused.value)
 
 
 # Options and refusals

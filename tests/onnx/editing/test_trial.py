@@ -45,6 +45,19 @@ CASES = {
     "a picture without a shape behind a pool": (
         "float[] x", "a = MaxPool <kernel_shape: ints = [2, 2]> (x) y = Conv (a, k)", {"k": draw(4, 3, 3, 3)}, {1: 3}
     ),
+    "rows without a shape, by a norm": (
+        "float[] x", "y = BatchNormalization (x, k, k, k, k)", {"k": np.ones(6, np.float32)}, {1: 6}
+    ),
+    "a picture without a shape, by axes": (
+        "float[] x", "m = ReduceMean <axes: ints = [2, 3], keepdims: int = 0> (x) y = MatMul (m, k)", {"k": draw(6, 2)},
+        {1: 6}
+    ),
+    "a sequence without a shape, by a split": (
+        "float[] x", "a, b = Split <axis: int = 2> (x, parts) y = Mul (a, b)", {"parts": np.array([3, 3])}, {2: 6}
+    ),
+    "one entry without a shape, by Squeeze": (
+        "float[] x", "s = Squeeze (x, axis) y = Gemm (s, k)", {"axis": np.array([2]), "k": draw(6, 2)}, {2: 1, 1: 6}
+    ),
     "what strides leave of a picture": (
         "float[n, 1, h, w] x",
         "a = MaxPool <kernel_shape: ints = [16, 16], strides: ints = [16, 16]> (x) r = Resize (a, , big) "
