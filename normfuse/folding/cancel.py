@@ -36,11 +36,11 @@ from .operations import (
     REARRANGED,
     REDUCTIONS,
     RESHAPES,
-    SHAPED_LIKE,
     SLOPES,
     SPLITS,
     SQUEEZES,
     SUMS,
+    filled_with,
 )
 from .rules.carry import Permute
 from .rules.contraction import contraction_of, factors_of
@@ -151,8 +151,6 @@ class _Walk:
         target, first = node.target, node.args[0] if node.args else None
         having = [operand for operand in node.all_input_nodes if self._of(operand) is not None]
         factor = self._of(first)
-        if target in SHAPED_LIKE:  # which reads no values of its second operand
-            having = [operand for operand in having if operand is first]
         if not having:
             return None
         if target is operator.getitem:
@@ -341,7 +339,7 @@ class _Walk:
     def _is_zero(self, value: object) -> bool:
         if not isinstance(value, Node):
             return value == 0
-        if value.target in (aten.zeros_like.default, aten.new_zeros.default):
+        if filled_with(value) == 0:
             return True
         return self._program.is_constant(value) and not bool(self._program.constant(value).any())
 

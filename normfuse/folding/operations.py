@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .nodes import tensors_of
+from .nodes import argument, tensors_of
 
 aten = torch.ops.aten
 
@@ -32,22 +32,19 @@ PERMUTATIONS = {
 }
 #: Another shape for the same elements in the same order, with new sizes that are named.
 RESHAPES = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.reshape_as.default),
-    *(aten.view_as.default, aten.unflatten.int, aten.ravel.default),
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.ravel.default),
 }
 #: The same, with sizes that follow from those before.
 SQUEEZES = {
     *(aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
 }
 #: Repetition along axes of size one.
-EXPANSIONS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
+EXPANSIONS = {aten.expand.default, aten.broadcast_to.default}
 #: Consecutive pieces along an axis.
 SPLITS = {
     *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
     *(aten.tensor_split.sections, aten.tensor_split.indices),
 }
-#: Operations that read only the shape of their second operand.
-SHAPED_LIKE = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
 #: Sums of two values, each times a number.
 SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.lerp.Scalar}
 #: Products of matrices, with the names of their factors, and of those that have one, of the bias.
@@ -109,12 +106,22 @@ EXPONENTS = {
     aten.rsqrt.default: -0.5,
     aten.reciprocal.default: -1.0,
 }
+#: Tensors with one number everywhere, which the operation names; of others it is an argument.
+FILLS = {
+    **dict.fromkeys((aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default), 0.0),
+    **dict.fromkeys((aten.ones_like.default, aten.new_ones.default, aten.ones.default), 1.0),
+    **dict.fromkeys((aten.full_like.default, aten.new_full.default, aten.full.default), None),
+}
+#: Tensors that hold anything, as nothing has been written yet.
+UNWRITTEN = {
+    *(aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format),
+}
 #: Operations that look at the shape of a tensor, not at its numbers.
 ABOUT_SIZES = {
     *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
     *(aten.sym_storage_offset.default, aten._assert_tensor_metadata.default),
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
-    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+    *FILLS,
+    *UNWRITTEN,
 }
 #: Operations that normalise, and what they are called.
 NORMALISING = {
@@ -161,6 +168,17 @@ _SMOOTH = {
     *(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.outer.default),
     *(aten.einsum.default, aten.linear.default, aten.addmm.default, aten.where.self, aten._weight_norm.default),
 }
+
+
+def filled_with(value: object) -> float | None:
+    """The number that a tensor of any size holds everywhere; None where the operation that makes it does not say so."""
+    while isinstance(value, Node) and value.target in EXPANSIONS | COPIES | HANDED_ON:
+        value = value.args[0]
+    if not isinstance(value, Node) or value.target not in FILLS:
+        return None
+    named = FILLS[value.target]
+    number = argument(value, "fill_value") if named is None else named
+    return float(number) if isinstance(number, int | float) else None
 
 
 def is_view(node: Node) -> bool:

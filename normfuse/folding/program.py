@@ -18,7 +18,7 @@ from .aliases import memory_of, output_values, separate_outputs, shared_by_outpu
 from .constants import Constants, storage_of, widen
 from .exported import copy_graph, copy_signature, rebuild
 from .functional import functionalised, has_vmap
-from .nodes import argument, module_of, operation_name
+from .nodes import argument, is_float, module_of, operation_name
 from .operations import NORMALISING
 from .regions import bodies, open_regions
 from .report import FoldError, OutOfRange
@@ -61,6 +61,8 @@ class Program:
         for node in list(self.graph.nodes):  # what is asserted of a constant is known, and would keep it alive
             if node.target is aten._assert_tensor_metadata.default and node.args[0] in self._constants:
                 self.graph.erase_node(node)
+            elif node.target is aten.fill.Tensor and is_float(node) and node.args[1] in self._constants:  # x[0] = 0.0
+                node.target, node.args = aten.full_like.default, (node.args[0], float(self.constant(node.args[1])))
         self._parameters = sum(spec.kind == InputKind.PARAMETER for spec in self.signature.input_specs)
         self._behind_parameters = list(self.graph.nodes)[self._parameters]
         #: Values in which several outputs lie, and the readers that lead to these.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.fx import Node
 from .arrays import take_first
 from .gauge import Gauge
 from .nodes import is_float
+from .operations import UNWRITTEN, filled_with
 
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
@@ -42,8 +44,12 @@ class Relations:
         """The scale variables of a value; a constant that is asked for becomes a value with free entries."""
         if node not in self.scale_of:
             value, program = node.meta["val"], self.gauge.program
+            known = tuple(size if isinstance(size, int) else 1 for size in value.shape)
             if program.is_constant(node) and value.numel() == 0:  # what has no entries has them at any scale
                 self.scale_of[node] = self.scales.fresh(tuple(size or 1 for size in value.shape))
+            # Zeros are zeros at any scale, also where their number is not known.
+            elif (filled_with(node) == 0 or node.target in UNWRITTEN) and math.prod(known) <= MAX_FREE_ENTRIES:
+                self.scale_of[node] = self.scales.fresh(known)
             # A constant that holds infinities is a mask.
             elif (
                 program.is_constant(node)

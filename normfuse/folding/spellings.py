@@ -12,6 +12,7 @@ from torch.fx import Node, map_arg
 
 from .arrays import same_size
 from .nodes import argument
+from .operations import filled_with
 
 aten = torch.ops.aten
 _NAMES = {
@@ -101,10 +102,28 @@ def _convolution(node: Node) -> None:
 
 
 def _cast_like(node: Node) -> None:
-    """``x.type_as(y)`` does not read y."""
-    value, other = (operand.meta["val"] for operand in node.args)
-    if value.device == other.device:
-        node.target, node.args = aten.to.dtype, (node.args[0], other.dtype)
+    """``x.type_as(y)``, ``x.to(y)`` and ``x.to(y.device, y.dtype)`` do not read y."""
+    value, result = node.args[0].meta["val"], node.meta["val"]
+    if value.device == result.device:
+        node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], result.dtype), {}
+
+
+def _shaped_like(target: Any) -> Callable[[Node], None]:
+    """``x.expand_as(y)`` and its like read the sizes of y."""
+
+    def respell(node: Node) -> None:
+        value, other = node.args
+        node.target, node.args = target, (value, _sizes(node, other))
+
+    return respell
+
+
+def _sizes(node: Node, other: Node) -> list[Any]:
+    """The sizes of a tensor, those that are not known as operations in front of a node."""
+    shape = other.meta["val"].shape
+    return [
+        size if isinstance(size, int) else _before(node, aten.sym_size.int, other, a) for a, size in enumerate(shape)
+    ]
 
 
 def _square(node: Node) -> None:
@@ -148,7 +167,7 @@ def _where(node: Node) -> None:
     if below:
         value, other = other, value
     positive = below or (isinstance(condition, Node) and condition.target in (aten.gt.Scalar, aten.ge.Scalar))
-    zeros = other == 0 if not isinstance(other, Node) else other.target is aten.zeros_like.default
+    zeros = other == 0 if not isinstance(other, Node) else filled_with(other) == 0
     if positive and zeros and condition.args[1] == 0 and condition.args[0] is value and _same_form(node, value):
         node.target, node.args = aten.relu.default, (value,)
 
@@ -192,6 +211,27 @@ def _multiply_by(factor: float) -> Callable[[Node], None]:
         node.target, node.args = aten.mul.Tensor, (node.args[0], factor)
 
     return respell
+
+
+def _fill(node: Node) -> None:
+    """A tensor that is filled counts for its shape only."""
+    if not isinstance(node.args[1], Node):
+        node.target = aten.full_like.default
+
+
+def _zero(node: Node) -> None:
+    node.target = aten.zeros_like.default
+
+
+def _copy(node: Node) -> None:
+    """What is copied into a tensor, in the shape and dtype of that."""
+    target, value = node.args[:2]
+    into = target.meta["val"]
+    if value.meta["val"].dtype != into.dtype:
+        value = _before(node, aten.to.dtype, value, into.dtype)
+    if not _same_form(node, value):
+        value = _before(node, aten.expand.default, value, _sizes(node, target))
+    node.target, node.args, node.kwargs = aten.clone.default, (value,), {}
 
 
 def _times_power_of_two(node: Node) -> None:
@@ -255,7 +295,10 @@ def _before(node: Node, target: Any, *args: Any) -> Node:
 _FORMS: dict[object, Callable[[Node], None]] = {
     operator.getitem: make_norm_whole,
     aten.convolution.default: _convolution,
-    aten.type_as.default: _cast_like,
+    **dict.fromkeys((aten.type_as.default, aten.to.other, aten.to.device), _cast_like),
+    aten.expand_as.default: _shaped_like(aten.expand.default),
+    aten.view_as.default: _shaped_like(aten.view.default),
+    aten.reshape_as.default: _shaped_like(aten.reshape.default),
     aten.mul.Tensor: _square,
     aten.where.self: _where,
     aten.where.ScalarSelf: _where,
@@ -273,6 +316,9 @@ _FORMS: dict[object, Callable[[Node], None]] = {
     aten.vsplit.array: _split_along(0, aten.tensor_split.indices),
     aten.dsplit.int: _split_along(2, aten.tensor_split.sections),
     aten.dsplit.array: _split_along(2, aten.tensor_split.indices),
+    aten.fill.Scalar: _fill,
+    aten.zero.default: _zero,
+    aten.copy.default: _copy,
     aten.deg2rad.default: _multiply_by(math.pi / 180.0),
     aten.rad2deg.default: _multiply_by(180.0 / math.pi),
     aten.ldexp.Tensor: _times_power_of_two,

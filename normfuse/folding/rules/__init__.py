@@ -5,7 +5,7 @@ gate, ``matmul`` by a weight a projection before it is a mixture.
 """
 
 from . import affine, carry, parts, averages, order, powers, dynamic, weights, products  # noqa: F401, I001
-from . import combine, attention, recurrent  # noqa: F401
+from . import combine, writes, attention, recurrent  # noqa: F401
 from .base import Match, Opaque, Use, match
 
 __all__ = ["Match", "Opaque", "Use", "match"]

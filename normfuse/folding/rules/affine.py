@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
 from ..gauge import Facts, Gauge
 from ..nodes import tensors_of
-from ..operations import EXPANSIONS
+from ..operations import EXPANSIONS, filled_with
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import Coefficients, Match, MeanRole, Use, argument, is_float, rule_for
@@ -122,9 +122,11 @@ def _read(node: Node, facts: Facts) -> Coefficients | None:
 
 
 def _unexpanded(factor: object, facts: Facts) -> object:
-    """The constant that is expanded to a size known at run time only: it broadcasts to the operand's as well."""
+    """The constant or number that is expanded to a size known at run time only: it broadcasts to the operand's too."""
     if isinstance(factor, Inverse):
         return Inverse(_unexpanded(factor.value, facts))
+    if (number := filled_with(factor)) is not None:
+        return number
     source = factor
     while isinstance(source, Node) and source.target in EXPANSIONS:
         source = source.args[0]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import CannotCarry, Collapse, same_size, take_first, to_rank, varying
+from ..arrays import CannotCarry, Collapse, take_first, to_rank, varying
 from ..gauge import Facts, Gauge
-from ..operations import SUMS
+from ..operations import SUMS, filled_with
 from ..relations import Relations
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
 from .equations import ProductOfTwo
@@ -225,7 +226,11 @@ class ZeroFill(Match):
         value, fill = self._value_and_fill(facts)
         if not is_float(value) or facts.program.is_constant(value) or value.meta["val"].dim() != self.value.dim():
             return False
-        return value.meta["val"].dtype == self.value.dtype and is_zero(fill, facts)
+        return value.meta["val"].dtype == self.value.dtype and self.fills(fill, facts)
+
+    def fills(self, fill: object, facts: Facts) -> bool:
+        """Whether the rule covers what stands at these positions."""
+        return is_zero(fill, facts)
 
     def relate(self, relations: Relations) -> np.ndarray:
         return relations.scale(self._value_and_fill(relations.gauge)[0])
@@ -234,17 +239,46 @@ class ZeroFill(Match):
         if self.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             return self.args[0], self.args[2]
         first, second = self.args[1:3]
-        return (second, first) if is_zero(first, facts) else (first, second)
+        return (second, first) if self.fills(first, facts) else (first, second)
 
 
-@rule_for(aten.index_fill.int_Scalar, aten.scatter.value, aten.tril.default, aten.triu.default)
+@rule_for(
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
+    *(aten.where.ScalarSelf, aten.where.ScalarOther),
+)
+class InfiniteFill(ZeroFill):
+    """Infinities at computed positions, which a maximum is not to find: positive scales pass, and any shift."""
+
+    mean = MeanRole.READS
+
+    def fills(self, fill: object, facts: Facts) -> bool:
+        return is_infinite(fill, facts)
+
+    def relate(self, relations: Relations) -> np.ndarray:
+        scale = super().relate(relations)
+        relations.scales.require_positive(scale)
+        return scale
+
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.PASS if operand is self._value_and_fill(gauge)[0] else Use.STOP
+
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        return numbers
+
+    def settle(self, gauge: Gauge) -> np.ndarray:
+        return gauge.carried(self.node, self._value_and_fill(gauge)[0])
+
+
+@rule_for(
+    *(aten.index_fill.int_Scalar, aten.scatter.value, aten.index_put.default, aten.tril.default, aten.triu.default),
+)
 class ZeroPlaces(ZeroFill):
     """Zeros at places that are told by their numbers, of channels perhaps."""
 
     mean = MeanRole.READS
 
     def _value_and_fill(self, facts: Facts) -> tuple[object, object]:
-        return self.args[0], self.argument("value", 0)
+        return self.args[0], self.argument("values", self.argument("value", 0))
 
 
 @rule_for(aten.where.self, aten.maximum.default, aten.minimum.default)
@@ -279,20 +313,24 @@ class Choice(Match):
 class Gate(ProductOfTwo):
     """``y = x * m`` (or ``x / m``) with a computed m: scales are multiplied, a shift stops.
 
-    ``(s * f + t) * m = s * (f * m) + t * m``, and ``t * m`` is no constant.
+    ``(s * f + t) * m = s * (f * m) + t * m``, and ``t * m`` is no constant. Masks, counts and sizes have no scale.
     """
 
     mean = MeanRole.SCALES
 
     def fits(self, facts: Facts) -> bool:
-        return all(is_float(x) and x.meta["val"].dtype == self.value.dtype for x in self.args[:2])
+        floats = [x for x in self.args[:2] if is_float(x)]
+        one_passes = self.target is aten.mul.Tensor or self.args[0] in floats
+        computed = all(isinstance(x, Node) for x in self.args[:2])
+        return computed and one_passes and bool(floats) and {x.meta["val"].dtype for x in floats} == {self.value.dtype}
 
     def divides_by(self, operand: Node) -> bool:
         return self.target is aten.div.Tensor and operand is self.args[1]
 
     def relate(self, relations: Relations) -> np.ndarray:
         first, second = self.args[:2]
-        fixed = [relations.gauge.program.is_constant(x) or relations.is_fixed(x) for x in (first, second)]
+        is_constant = relations.gauge.program.is_constant
+        fixed = [not is_float(x) or is_constant(x) or relations.is_fixed(x) for x in (first, second)]
         if not any(fixed) and self.may_multiply(relations):
             return self.multiplied(relations)
         swap = self.target is aten.mul.Tensor and fixed[0] and not fixed[1]
@@ -309,67 +347,6 @@ class Gate(ProductOfTwo):
 
     def laid(self, at: int, numbers: np.ndarray, collapse: Collapse) -> np.ndarray:
         return to_rank(numbers, self.value.dim())
-
-
-@rule_for(
-    *(aten.slice_scatter.default, aten.select_scatter.default, aten.index_copy.default, aten.scatter.src),
-    *(aten.index_add.default, aten.scatter_add.default, aten.index_put.default),
-)
-class Overwrite(Match):
-    """Some positions along an axis hold another value's entries: both have one scale, and one shift.
-
-    Where the entries are added, the other value has none.
-    """
-
-    def fits(self, facts: Facts) -> bool:
-        base, written = self._values()
-        if self.target is aten.index_put.default and not self._puts_along_an_axis():
-            return False
-        if not all(is_float(x) and x.meta["val"].dtype == self.value.dtype for x in (base, written)):
-            return False
-        sizes = list(written.meta["val"].shape)
-        if self.target is aten.select_scatter.default:
-            sizes.insert(self._axis(), 1)
-        own = base.meta["val"].shape
-        return all(axis == self._axis() or same_size(own[axis], size) for axis, size in enumerate(sizes))
-
-    def relate(self, relations: Relations) -> np.ndarray:
-        scales = [self.carry(x, relations.scale(x), relations.require_equal, relations.gauge) for x in self._values()]
-        return equate(scales, relations)
-
-    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
-        base, written = self._values()
-        if operand not in (base, written) or not gauge.can_carry(self.node, operand, shift):
-            return Use.STOP
-        if self._adds():
-            return Use.STOP if operand is written else Use.PASS
-        return Use.JOIN
-
-    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
-        if self.target is aten.select_scatter.default and numbers.ndim < self.value.dim():
-            return np.expand_dims(numbers, self._axis())
-        return collapse(numbers, tuple(axis for axis in varying(numbers) if axis == self._axis()))
-
-    def settle(self, gauge: Gauge) -> np.ndarray:
-        return gauge.carried(self.node, self.args[0])
-
-    def _values(self) -> tuple[Node, Node]:
-        return self.args[0], self.argument("src", self.argument("source", self.argument("values")))
-
-    def _axis(self) -> int:
-        if self.target is aten.index_put.default:
-            return len(self.args[1]) - 1
-        return self.argument("dim") % self.value.dim()
-
-    def _adds(self) -> bool:
-        return self.target in (aten.index_add.default, aten.scatter_add.default) or bool(self.argument("accumulate"))
-
-    def _puts_along_an_axis(self) -> bool:
-        """Whether ``x[:, index] = values`` with one tensor of indices, of one axis, and values of the rank of x."""
-        *before, index = self.args[1]
-        if any(isinstance(i, Node) for i in before) or not isinstance(index, Node) or index.meta["val"].dim() != 1:
-            return False
-        return index.meta["val"].dtype.is_signed and self.args[2].meta["val"].dim() == self.value.dim()
 
 
 @rule_for(aten.glu.default)
@@ -391,7 +368,17 @@ def is_zero(value: object, facts: Facts) -> bool:
     """Whether a number or a tensor is zero everywhere."""
     if not isinstance(value, Node):
         return value == 0
-    if value.target in (aten.zeros_like.default, aten.new_zeros.default):
+    if filled_with(value) == 0:
         return True
     small = facts.program.is_constant(value) and value.meta["val"].numel() <= MAX_LOOKED_AT
     return small and not bool(facts.program.constant(value).any())
+
+
+def is_infinite(value: object, facts: Facts) -> bool:
+    """Whether a number or a tensor is infinite everywhere."""
+    if not isinstance(value, Node):
+        return isinstance(value, float) and math.isinf(value)
+    if (number := filled_with(value)) is not None:
+        return math.isinf(number)
+    small = facts.program.is_constant(value) and 0 < value.meta["val"].numel() <= MAX_LOOKED_AT
+    return small and bool(facts.program.constant(value).isinf().all())

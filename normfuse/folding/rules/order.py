@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..arrays import Collapse
 from ..gauge import Facts, Gauge
-from ..operations import BOUNDS, COMPARISONS, SLOPES
+from ..operations import BOUNDS, COMPARISONS, SLOPES, filled_with
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import MAX_LOOKED_AT, Match, MeanRole, Use, is_float, rule_for
@@ -191,6 +191,7 @@ def is_bound(bound: object, facts: Facts) -> bool:
     """Whether a bound is the same for every positive scale: none, zero or infinite, everywhere."""
     if bound is None:
         return True
+    bound = bound if (number := filled_with(bound)) is None else number
     if isinstance(bound, int | float):
         return bound == 0 or math.isinf(bound)
     if not facts.program.is_constant(bound) or bound.meta["val"].numel() > MAX_LOOKED_AT:

@@ -47,8 +47,17 @@ CASES: dict[object, list[Case]] = {
         Case(lambda s, x, c: aten.addcmul.default(s, x, c), (SEQUENCE, SEQUENCE), ((6,),)),
         Case(lambda s, x, c: aten.addcmul.default(s, x, c), (SEQUENCE, SEQUENCE, SEQUENCE)),
     ],
-    aten.mul.Tensor: binary(aten.mul.Tensor),
-    aten.div.Tensor: binary(aten.div.Tensor, 2),
+    aten.mul.Tensor: [
+        *binary(aten.mul.Tensor),
+        *unary(aten.mul.Tensor, (MASK,)),
+        *unary(lambda x: aten.mul.Tensor(x > 0, x)),
+        *unary(lambda x: aten.mul.Tensor(x, aten.full_like.default(x, 0.3))),
+    ],
+    aten.div.Tensor: [
+        *binary(aten.div.Tensor, 2),
+        *unary(lambda x: aten.div.Tensor(x, (x > 0).sum(1, keepdim=True) + 1)),
+        *unary(lambda x: aten.div.Tensor((x > 0).long(), x)),
+    ],
     aten.add.Tensor: [*binary(aten.add.Tensor), Case(lambda x, y: aten.add.Tensor(x, y, alpha=2), (SEQUENCE,) * 2)],
     aten.sub.Tensor: [
         *binary(aten.sub.Tensor, 2),
@@ -141,14 +150,16 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x, v=v, m=m: aten.masked_fill.Scalar(x, m.to(x.device), v), (shape,))
         for m in (torch.tensor([True, False, False] * 2), torch.ones(2, 4, 6, dtype=torch.bool).triu())
         for v, shape in ((0, SEQUENCE), (0.0, (2, 1, 6)), (-1.0, SEQUENCE), (0, (6,)))
-    ],
+    ]
+    + [Case(lambda x: aten.masked_fill.Scalar(x, ~MASK, -math.inf).amax(1), (SEQUENCE,))],
     aten.masked_fill.Tensor: [
         Case(
             lambda x, v=v: aten.masked_fill.Tensor(x, torch.ones(4, 6, dtype=torch.bool).triu(), torch.tensor(v)),
             (SEQUENCE,),
         )
         for v in (0.0, -1.0)
-    ],
+    ]
+    + [Case(lambda x: aten.masked_fill.Tensor(x, ~MASK, torch.tensor(math.inf)).amin(1), (SEQUENCE,))],
     aten.where.self: [
         *(
             Case(lambda x, y, m=m: aten.where.self(m, x, y), shapes)
@@ -161,17 +172,25 @@ CASES: dict[object, list[Case]] = {
         Case(lambda x: aten.where.self(MASK, x, torch.flip(x, [1])), (SEQUENCE,)),
         Case(lambda x, c: aten.where.self(MASK, c, x), (SEQUENCE,), ((6,),)),
         Case(lambda x, c: aten.where.self(MASK, c * 0.0, x), (SEQUENCE,), ((6,),)),
+        Case(lambda x, c: aten.where.self(~MASK, c.abs() * math.inf, x).amin(1), (SEQUENCE,), ((1,),)),
     ],
     aten.where.ScalarOther: unary(lambda x, v: aten.where.ScalarOther(x > 0, x, v), (0,), (0.5,))
-    + unary(lambda x: aten.where.ScalarOther(MASK, x, 0)),
+    + unary(lambda x: aten.where.ScalarOther(MASK, x, 0))
+    + unary(lambda x: aten.where.ScalarOther(MASK, x, -math.inf).amax(1)),
     aten.slice_scatter.default: [
         *(Case(lambda x, y, d=d: aten.slice_scatter.default(x, y, d, 1, 3), (SEQUENCE, s)) for d, s in SCATTERED),
         Case(lambda x: aten.slice_scatter.default(x, x[:, 2:], 1, 0, 2), (SEQUENCE,)),
         Case(lambda x, c: aten.slice_scatter.default(x, c, 1, 1, 3), (SEQUENCE,), ((2, 2, 6),)),
+        Case(lambda x, y: aten.slice_scatter.default(x, y, 2, None, -1, 2), (SEQUENCE, (2, 4, 3))),
+        Case(lambda x: aten.slice_scatter.default(aten.empty_like.default(x) * 0.0, x, 2), (SEQUENCE,)),
+        Case(lambda x: aten.slice_scatter.default(aten.new_zeros.default(x, [2, 4, 9]), x, 2, 2, 8), (SEQUENCE,)),
+        Case(lambda x: aten.slice_scatter.default(aten.zeros_like.default(x), x[:, 1:], 1, 0, 3), (SEQUENCE,)),
     ],
     aten.select_scatter.default: [
         Case(lambda x, y: aten.select_scatter.default(x, y, 1, 2), (SEQUENCE, (2, 6))),
         Case(lambda x, y: aten.select_scatter.default(x, y, -1, 2), (SEQUENCE, (2, 4))),
+        Case(lambda x: aten.select_scatter.default(x, aten.zero.default(x[..., 0]), -1, -1), (SEQUENCE,)),
+        Case(lambda x, y: aten.select_scatter.default(x, aten.copy.default(x[:, 1], y), 1, 1), (SEQUENCE, (2, 1))),
     ],
     aten.index_copy.default: [
         Case(lambda x, y, d=d: aten.index_copy.default(x, d, torch.tensor([2, 0]), y), (SEQUENCE, s))
@@ -202,6 +221,29 @@ CASES: dict[object, list[Case]] = {
         ),
         Case(lambda x, y: aten.index_put.default(x, [None, torch.tensor([3, 2])], y), (SEQUENCE, (6,))),
         Case(lambda x, y: aten.index_put.default(x, [MASK[:2, 0]], y), (SEQUENCE, (1, 4, 6))),
+        Case(lambda x, y: aten.index_put.default(x, [MASK[:2, :4]], y), (SEQUENCE, (6,))),
+        Case(lambda x, y: aten.index_put.default(x, [None, torch.tensor([[0], [2]])], y), (SEQUENCE, (2, 1, 6))),
+        Case(lambda x, y: aten.index_put.default(x, [torch.tensor([1]), None, torch.tensor([2])], y), (SEQUENCE, (4,))),
+        *(
+            Case(lambda x, i=i: aten.index_put.default(x, i, torch.tensor(0.0, dtype=x.dtype)), (SEQUENCE,))
+            for i in ([MASK[:2, :4]], [None, None, torch.tensor([1, 4])], [torch.tensor([1]), None, torch.tensor([2])])
+        ),
+    ],
+    aten.scatter_reduce.two: [
+        Case(
+            lambda x, y, d=d, s=s, r=r: aten.scatter_reduce.two(x, d, torch.zeros(s, dtype=torch.int64), y, r),
+            (SEQUENCE, s),
+        )
+        for d, s in SCATTERED
+        for r in ("sum", "mean", "amax", "prod")
+    ],
+    aten.index_reduce.default: [
+        Case(
+            lambda x, y, d=d, r=r: aten.index_reduce.default(x, d, torch.tensor([2, 0]), y, r, include_self=False),
+            (SEQUENCE, s),
+        )
+        for d, s in SCATTERED
+        for r in ("mean", "amin", "prod")
     ],
     aten.index_fill.int_Scalar: unary(
         aten.index_fill.int_Scalar, *((d, torch.tensor([1]), v) for d in (1, 2) for v in (0, 1))
@@ -211,7 +253,8 @@ CASES: dict[object, list[Case]] = {
     ),
     aten.tril.default: unary(aten.tril.default, (), (1,)),
     aten.triu.default: unary(aten.triu.default, (), (1,)),
-    aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,)),
+    aten.where.ScalarSelf: unary(lambda x, v: aten.where.ScalarSelf(MASK, v, x), (0,), (0.5,))
+    + unary(lambda x: aten.where.ScalarSelf(~MASK, -math.inf, x).amax(1)),
     aten.square.default: unary(aten.square.default),
     aten.mse_loss.default: [
         *(Case(lambda x, c: aten.mse_loss.default(x, c, 0), (SEQUENCE,), (shape,)) for shape in CONSTANTS),

@@ -38,14 +38,6 @@ CASES: dict[object, list[Case]] = {
     aten.view.default: unary(aten.view.default, ([8, 6],), ([2, 24],), ([2, 4, 2, 3],), ([2, 4, 6, 1],), ([-1],)),
     aten.reshape.default: unary(aten.reshape.default, ([4, 2, 6],), ([2, 6, 4],), ([8, 2, 3],)),
     aten._unsafe_view.default: unary(aten._unsafe_view.default, ([8, 6],)),
-    aten.reshape_as.default: [
-        Case(lambda x, y: aten.reshape_as.default(x, y), (SEQUENCE, (8, 6))),
-        Case(lambda x, c: aten.reshape_as.default(c, x) + x, (SEQUENCE,), ((8, 6),)),
-    ],
-    aten.view_as.default: [
-        Case(lambda x, y: aten.view_as.default(x, y), (SEQUENCE, (2, 2, 2, 6))),
-        Case(lambda x, c: aten.view_as.default(c, x) + x, (SEQUENCE,), ((8, 6),)),
-    ],
     aten.flatten.using_ints: unary(aten.flatten.using_ints, (), (1,), (0, 1), (-2, -1)),
     aten.ravel.default: unary(aten.ravel.default),
     aten.unflatten.int: unary(aten.unflatten.int, (2, [3, 2]), (-2, [2, 2])),
@@ -65,7 +57,6 @@ CASES: dict[object, list[Case]] = {
     aten.movedim.intlist: unary(aten.movedim.intlist, ([0, 1], [1, -1])),
     aten.expand.default: unary(aten.expand.default, ([3, 2, 4, 6],), ([-1, 4, -1],), shape=(2, 1, 6))[1:]
     + unary(aten.expand.default, ([3, 2, 4, 6],)),
-    aten.expand_as.default: [Case(lambda x, y: aten.expand_as.default(x, y), ((4, 1), SEQUENCE))],
     aten.broadcast_to.default: unary(aten.broadcast_to.default, ([2, 4, 6],), shape=(4, 1)),
     aten.repeat.default: unary(aten.repeat.default, ([1, 2, 3],), ([3, 1, 1, 2],)),
     # parts
