@@ -13,14 +13,16 @@ from .operations import NORMALISING
 from .report import DynamicNormRecord, NormRecord
 from .rules.base import MeanRole
 from .settle import sources_of_shift
+from .tolerance import tolerant_values
 
 _FAR = 64  # operations around a norm among which the weights that took it are looked for
 
 
 def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
     """One record per module (affine maps in one norm belong together), with the operations around it."""
+    tolerant = tolerant_values(gauge)
     materialising = {
-        source: _what_stops(value, gauge)
+        source: _why_written_out(value, tolerant, gauge)
         for source, value in sources_of_shift(gauge.shifts.materialised_shifts, gauge).items()
     }
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
@@ -36,9 +38,7 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
             record.status, record.reason = "kept", gauge.solution.kept[node]
         elif node in materialising and record.status == "folded":
             record.status = "partly folded"
-            record.reason = (
-                f"its shift meets {materialising[node]}, which cannot take one, and no weight before it can cancel it"
-            )
+            record.reason = materialising[node]
         around += _operations_around(node, gauge)
     return list(records.values())
 
@@ -143,10 +143,13 @@ def _fate(present: bool, gone: bool) -> str:
     return "kept" if not gone else "folded" if present else "none"
 
 
-def _what_stops(value: Node, gauge: Gauge) -> str:
-    """The reader for which the shift of a value is written out, in words."""
+def _why_written_out(value: Node, tolerant: set[Node], gauge: Gauge) -> str:
+    """Why the shift of a value is an Add."""
     reader = gauge.shifts.materialised_shifts[value][0]
-    return "the model's output" if gauge.returns(reader, value) else gauge.describe(reader)
+    if value in tolerant:
+        return "its shift stays as one Add, instead of one behind each of the products without a bias that read it"
+    stops = "the model's output" if gauge.returns(reader, value) else gauge.describe(reader)
+    return f"its shift meets {stops}, which cannot take one, and no weight before it can cancel it"
 
 
 def _operations_around(node: Node, gauge: Gauge, *, backward: bool = True) -> Iterable[Node]:

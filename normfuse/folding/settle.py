@@ -17,6 +17,7 @@ from torch.fx import Node
 from . import opposites
 from .gains import adds_constant, choose_shifts, keep_shift
 from .gauge import Gauge
+from .nodes import CALLED
 from .opposites import cancel_shift, root_mean_square
 from .results import Shifts, closed
 from .rules import Use
@@ -80,8 +81,13 @@ def _carry_shifts(gauge: Gauge) -> None:
         # would be an Add behind a product, where a bias in front can take it.
         arises = node in gauge.matches.affine and node not in gauge.solution.kept
         passes = node in tolerant
-        better = arises and (not passes or wants_adds(node, gauge, flexible))
+        adds = wants_adds(node, gauge, flexible) if arises and passes else 0
+        better = arises and (not passes or adds > 0)
         if better and cancel_shift(node, order, tolerant, gauge, only_biases=passes):
+            continue
+        # Read from a file, each of them is an operation, of which one in front does the same.
+        if adds > 1 and CALLED in node.meta and not _goes_into_a_map(node, gauge):
+            gauge.shifts.materialised_shifts[node] = [user for user in node.users if user in gauge.matches.of]
             continue
         constants[node] = _constants(node, constants, gauge)
         grown = (
@@ -168,6 +174,11 @@ def _rides(node: Node, gauge: Gauge) -> bool:
     """Whether a value goes into an addition, possibly rearranged."""
     rules = [(user, gauge.matches.of[user]) for user in node.users if user in gauge.matches.of]
     return any(rule.adds or (rule.moves and _rides(user, gauge)) for user, rule in rules)
+
+
+def _goes_into_a_map(node: Node, gauge: Gauge) -> bool:
+    """Whether the shift of a value becomes part of that of a map behind it."""
+    return any(user in gauge.matches.affine and user not in gauge.solution.kept for user in node.users)
 
 
 def _lets_go(node: Node, gauge: Gauge) -> bool:

@@ -61,15 +61,15 @@ def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], s
     return readers, values
 
 
-def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> bool:
-    """Whether a shift of a value would come to a product without a bias, and be an Add behind it.
+def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> int:
+    """To how many products without a bias a shift of a value would come, and be an Add behind each.
 
     Args:
         node: the value.
         gauge: what is known.
         passing: products behind which it would go on instead.
     """
-    seen, pending = set[Node](), [node]
+    seen, pending, products = set[Node](), [node], set[Node]()
     while pending:
         current = pending.pop()
         if current in seen:
@@ -79,8 +79,8 @@ def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> bool:
             if use is Use.PASS:
                 pending.append(user)
             elif use is Use.ABSORB and _appends_add(user, gauge) and user not in passing:
-                return True
-    return False
+                products.add(user)
+    return len(products)
 
 
 def _appends_add(user: Node, gauge: Gauge) -> bool:

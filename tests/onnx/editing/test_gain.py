@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from onnx_files import NORM, ONE, assert_equal, folded, images, kinds, weights
+from onnx_files import NORM, ONE, assert_equal, folded, images, kinds, read, weights
 from onnx_text import draw, model
 
 from normfuse.onnx.editing.onnx_file import OnnxFile
@@ -94,6 +94,19 @@ def test_a_norm_becomes_the_bias_of_a_product(tmp_path, reading):
     assert sorted(kinds(after)) == sorted(["MatMul", "Add", "Shape", *2 * [reading.partition(" ")[0]]])
     assert [row.status for row in result.report.norms] == ["folded"]
     assert_equal(tmp_path, {"x": draw(2, 5, 3)})
+
+
+@pytest.mark.parametrize(
+    "norm", ["s = Sub (x, mean) m = Mul (s, gain) n = Add (m, shift)", "m = Mul (x, gain) n = Add (m, shift)"]
+)
+def test_a_shift_in_front_of_several_products_stays_one_add(tmp_path, norm):
+    """Not one behind each of them."""
+    body = f"{norm} q = MatMul (n, w) k = MatMul (n, w2) t = Tanh (q) y = Mul (t, k)"
+    constants = {"gain": draw(4) + 3, "shift": draw(4), "mean": draw(4), "w": draw(4, 4), "w2": draw(4, 4)}
+    proto = model("float[batch, seq, 4] x", "float y", body, 17, **read(body, constants))
+    _, after = folded(proto, tmp_path)
+    assert kinds(after) == ["Add", "MatMul", "MatMul", "Tanh", "Mul"]
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
 
 
 @pytest.mark.parametrize("reading", ["MatMul (f, w)", 'Einsum <equation: string = "bpc,co->bpo"> (f, w)'])
