@@ -31,7 +31,7 @@ from normfuse.folding.nodes import CALLED
 from normfuse.onnx.protos import uses_of
 from normfuse.quiet import quiet
 
-from . import fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
+from . import attention, fused, movements, operations  # noqa: F401 (they fill the table that translate looks into)
 from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, torch_dtype
