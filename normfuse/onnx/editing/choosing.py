@@ -159,6 +159,10 @@ def _settled(
             best, paths = choice, reading.paths
         if moved <= pinned:
             break
+        for record in report.norms:
+            position = reading.paths.get(record.name)
+            if position in moved and record.reason:
+                why.setdefault(position, f"{NOTHING_GAINED}: {record.reason}")
         pinned |= moved
     assert best is not None
     report = with_all_norms(best.report, file, paths, why, NOTHING_GAINED)

@@ -184,7 +184,7 @@ def test_what_has_no_float16_stays_in_float32(tmp_path, case):
 LEFT_ALONE = {
     "in front of a padded convolution": (
         "n = BatchNormalization (x, gain, shift, mean, variance) y = Conv <pads: ints = [1, 1, 1, 1]> (n, k)",
-        "nothing would be gained",
+        "nothing would be gained: its shift meets Conv in y",
     ),
     "its numbers are not finite": (
         "c = Conv (x, k) n = BatchNormalization (c, gain, shift, mean, negative) y = Conv (n, k2)", "not finite"
