@@ -26,6 +26,7 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
         for source, value in sources_of_shift(gauge.shifts.materialised_shifts, gauge).items()
     }
     records: dict[str, tuple[NormRecord, list[Node]]] = {}
+    calls: dict[str, dict[str, bool]] = {}  # of each module: whether something of a call stays
     for node, (_, a, _) in gauge.matches.affine.items():
         path, kind = module_of(node)
         norm = "Norm" in kind or node.target in NORMALISING
@@ -39,7 +40,14 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
         elif node in materialising and record.status == "folded":
             record.status = "partly folded"
             record.reason = materialising[node]
+        own = calls.setdefault(key, {})
+        call = next(reversed(node.meta.get("nn_module_stack") or {}), "") if norm else ""
+        own[call] = own.get(call, False) or node in gauge.solution.kept
         around += _operations_around(node, gauge)
+    for key, (record, _) in records.items():
+        stays = list(calls[key].values())
+        if any(stays) and not all(stays):
+            record.status, record.reason = "partly folded", f"at {sum(stays)} of {len(stays)} uses {record.reason}"
     return list(records.values())
 
 

@@ -110,8 +110,8 @@ def _refuse_not_finite(node: Node) -> None:
 
 
 def _what_fixes(node: Node, gauge: Gauge) -> str:
-    before = gauge.scales.why_pinned(gauge.scale(gauge.matches.affine[node].operand))
-    behind = gauge.scales.why_pinned(gauge.scale(node))
+    sides = gauge.scale(gauge.matches.affine[node].operand), gauge.scale(node)
+    before, behind = (gauge.scales.why_pinned(side).rstrip(",") for side in sides)
     if before and behind:
         return f"its input is fixed by {before}, its result by {behind}: no weight between them can take the scale"
     return (

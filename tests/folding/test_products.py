@@ -94,6 +94,16 @@ def test_weights_that_are_chosen_by_an_index_take_scales(chosen: str) -> None:
         folded(model, sequence())
 
 
+def test_a_norm_behind_a_constant_that_mixes_positions_goes_into_the_weight_in_front() -> None:
+    mix = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+    model = Net(
+        lambda m, x: torch.relu(m.norm(m.mix @ m.first(x))), mix=mix, norm=MapNorm(shift=False), first=nn.Linear(C, C)
+    )
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"], report
+    assert report.norms[0].absorbed_by == ["first.weight", "first.bias"]
+
+
 def test_a_constant_that_mixes_positions_takes_norms_along_them() -> None:
     mix = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
     model = Net(

@@ -110,6 +110,35 @@ def test_the_report_counts_norms_that_are_to_be_kept() -> None:
     ]
 
 
+def test_a_norm_that_stays_at_one_of_its_uses_is_partly_folded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(C, C), UnifiedNorm(C), nn.Linear(C, C)
+            nn.init.uniform_(self.norm.weight, 0.5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(x))) + torch.tanh(self.norm(torch.tanh(x)))
+
+    (record,) = checked(Twice(), torch.randn(TOKENS)).norms
+    assert record.status == "partly folded"
+    assert record.reason.startswith("at 1 of 2 uses its input is fixed by tanh")
+
+
+def test_reasons_read_well_where_a_shared_weight_may_not_be_copied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(7, C), UnifiedNorm(C)
+            nn.init.uniform_(self.norm.weight, 0.5, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.norm(self.table(ids)) @ self.table.weight.mT
+
+    (record,) = checked(Tied(), torch.tensor([[1, 2]]), copy_shared=False).norms
+    assert ",," not in record.reason and ",:" not in record.reason
+
+
 @pytest.mark.parametrize("kinds", [("Gain", "ScaleNorm"), ("GainNorm", "Scale"), ("LayerScale", "Affine")])
 def test_what_is_folded_does_not_depend_on_the_names_of_classes(kinds: tuple[str, str]) -> None:
     """Two norms that cannot both go: the one that saves more does, or the first."""

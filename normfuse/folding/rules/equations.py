@@ -8,13 +8,15 @@ from torch.fx import Node
 from ..arrays import Collapse, take_first
 from ..gauge import Gauge
 from ..relations import Relations
+from ..scales import AGREEMENT
 from .base import Match
 
 
 class Equation(Match):
     """``s_y = s_1 * s_2^power``, met when the ratios are: see :mod:`normfuse.folding.solve`.
 
-    Of scales that are fixed the others follow; where all are free, ``s_2`` is chosen.
+    Of scales that are fixed the others follow; where all are free, ``s_2`` is chosen. Of two factors with a result that
+    is fixed, the one that varies as the result does follows.
     """
 
     @property
@@ -29,7 +31,8 @@ class Equation(Match):
     def meet(self, gauge: Gauge) -> bool:
         scales = gauge.scales
         first, second, result = self.sides(gauge)
-        if self.power == 1 and np.isnan(scales.known(second)).any() and not np.isnan(scales.known(first)).any():
+        unknown = [bool(np.isnan(scales.known(side)).any()) for side in (first, second)]
+        if self.power == 1 and unknown[1] and not (unknown[0] and _has_one_each(first, scales.known(result))):
             first, second = second, first
         ratio = scales.known(result) / scales.known(first)
         follows = np.isnan(scales.known(second)) & ~np.isnan(ratio)
@@ -40,6 +43,14 @@ class Equation(Match):
             return False
         scales.choose(second)
         return bool(scales.demand(result, first, scales.known(second) ** self.power))
+
+
+def _has_one_each(variables: np.ndarray, numbers: np.ndarray) -> bool:
+    """Whether numbers laid against scale variables are the same, or unknown, wherever a variable is."""
+    order = np.argsort(variables, axis=None, kind="stable")
+    ids, found = variables.ravel()[order], numbers.ravel()[order]
+    again = ids[1:] == ids[:-1]
+    return np.allclose(found[1:][again], found[:-1][again], rtol=AGREEMENT, atol=0.0, equal_nan=True)
 
 
 class ProductOfTwo(Equation):
