@@ -6,6 +6,7 @@ import torch
 
 from .calls import Call, aten, unknown_operation
 from .operations import channelwise, convolution, product, weight_of
+from .restored import WITH_SCALES
 from .translating import operation
 
 _MICROSOFT = "com.microsoft"
@@ -32,15 +33,18 @@ def _fused_matmul(call: Call) -> bool:
     return call.emit(aten.matmul.default, *factors, slots=slots)
 
 
-@operation("MatMulNBits", domain=_MICROSOFT)
-def _product_of_few_bits(call: Call) -> bool:
-    """With a weight of a few bits."""
-    bias = call.operand(5)
-    if call.restored is None or (bias is not None and not call.is_constant(5)):
+@operation(*WITH_SCALES, domain=_MICROSOFT)
+def _product_with_scales(call: Call) -> bool:
+    """With quantised weights; MatMulNBits has a bias only in newer versions of ONNX Runtime, so that it gets none."""
+    kind = call.node.op_type
+    scales, place = WITH_SCALES[kind]
+    bias = call.operand(place)
+    if call.restored is None or (bias is not None and not call.is_constant(place)):
         return False
-    value = call.step(unknown_operation("MatMulNBits"), list(call.operands[:2]), value=call.result())
-    if bias is not None:
-        return channelwise(call, value, bias, operand=5)
+    read = [None if number in (scales, place) else operand for number, operand in enumerate(call.operands)]
+    value = call.step(unknown_operation(kind), read, value=call.result())
+    if bias is not None or kind != "MatMulNBits":
+        return channelwise(call, value, bias, operand=place)
     return call.scale_channels(value, *call.factor(1, 1))
 
 

@@ -34,7 +34,7 @@ def channelwise(call: Call, value: torch.fx.Node, bias: torch.fx.Node | None, **
     """A value times a factor for each channel, plus a bias: what the scales of quantised weights are to a product."""
     assert call.restored is not None
     channels, shape = call.restored.channels, list(value.meta["val"].shape)
-    images = len(shape) > 2 and call.node.op_type != "MatMulNBits"
+    images = len(shape) > 2 and call.node.op_type in ("Conv", "ConvTranspose")
     if not images:
         value = call.step(aten.reshape.default, value, [-1, channels, 1])
     axes = len(shape) - 2 if images else 1

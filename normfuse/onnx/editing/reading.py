@@ -36,7 +36,7 @@ from .calls import Call, NotATensor, Origin, unknown_operation
 from .observing import Observed
 from .onnx_file import OnnxFile, torch_dtype
 from .pairs import Front, pairs_of
-from .restored import restored_values, restored_weights
+from .restored import WITH_SCALES, restored_values, restored_weights
 from .symbols import Sizes
 from .translating import translate
 
@@ -247,7 +247,7 @@ class Reader:
 
     def _called(self, node: NodeProto) -> str:
         """What reasons call an operation."""
-        quantised = node.op_type == "MatMulNBits" or not self._restored.isdisjoint(node.input)
+        quantised = node.op_type in WITH_SCALES or not self._restored.isdisjoint(node.input)
         return f"{node.op_type} with quantised weights" if quantised else node.op_type
 
     def _path(self, position: int, node: NodeProto, output: str) -> str:

@@ -16,6 +16,8 @@ from normfuse.onnx.protos import attribute, reads
 from .onnx_file import OnnxFile, torch_dtype
 
 _MICROSOFT = "com.microsoft"
+#: ONNX Runtime's own products with quantised weights: the operands that are their scales and their bias.
+WITH_SCALES = {"MatMulNBits": (2, 5), "DynamicQuantizeMatMul": (2, 4), "MatMulIntegerToFloat": (3, 6)}
 _PER_AXIS_SINCE = 13  # the operator set from which a DequantizeLinear may have several scales
 _FLOATS = (torch.float32, torch.float16)
 #: Products, and the axis of their weight that writes channels; None where each channel is written by several.
@@ -63,8 +65,8 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
     for position, node in zip(file.positions, file.nodes, strict=True):
         if position in pinned:
             continue
-        if node.op_type == "MatMulNBits" and file.domain(node) == _MICROSOFT:
-            restored = _of_blocks(file, position, node)
+        if node.op_type in WITH_SCALES and file.domain(node) == _MICROSOFT:
+            restored = _of_itself(file, position, node, WITH_SCALES[node.op_type][0])
         elif node.op_type in _WRITES and file.is_own(node) and len(node.input) > 1:
             axis, name = _WRITES[node.op_type](node), node.input[1]
             while axis is not None and uses[name] == 1 and name in makers:
@@ -110,21 +112,34 @@ def _of_axis(file: OnnxFile, position: int, node: NodeProto, axis: int) -> Resto
     laid = scales if blocks else [1 if single or place != along else size for place, size in enumerate(weight)]
     if not single and laid[axis] != weight[axis]:
         return None
-    return _restored(file, position, 1, laid, axis, weight[axis], None if blocks else axis)
+    per_axis = None if blocks else axis
+    return _restored(file, position, 1, laid, axis, weight[axis], keeps_dims=bool(blocks), per_axis=per_axis)
 
 
-def _of_blocks(file: OnnxFile, position: int, node: NodeProto) -> Restored | None:
-    """Of ONNX Runtime's product with a weight of a few bits: a scale for each block of what a channel reads."""
-    name, rows = node.input[2], attribute(node, "N", 0)
-    if name not in file.constants or rows < 1 or math.prod(file.constants[name].dims) % rows:
+def _of_itself(file: OnnxFile, position: int, node: NodeProto, operand: int) -> Restored | None:
+    """Of a product that has the scales itself: one, one for each channel, or in MatMulNBits one for each block."""
+    weight, scales = (file.constants.get(node.input[place]) for place in (1, operand))
+    if weight is None or scales is None:
         return None
-    return _restored(file, position, 2, [rows, -1], 0, rows, None)
+    blocks = node.op_type == "MatMulNBits"
+    channels, count = attribute(node, "N", 0) if blocks else weight.dims[-1], math.prod(scales.dims)
+    if channels < 1 or (count % channels if blocks else len(weight.dims) != 2 or count not in (1, channels)):
+        return None
+    return _restored(file, position, operand, [channels, -1] if blocks else [-1], 0, channels, keeps_dims=blocks)
 
 
 def _restored(
-    file: OnnxFile, position: int, operand: int, laid: list[int], axis: int, channels: int, per_axis: int | None
+    file: OnnxFile,
+    position: int,
+    operand: int,
+    laid: list[int],
+    axis: int,
+    channels: int,
+    *,
+    keeps_dims: bool,
+    per_axis: int | None = None,
 ) -> Restored | None:
-    """With scales that are laid against the weight so; `per_axis` where one axis of it has all of them."""
+    """With scales that are laid against the weight so; see :class:`Restored` for `per_axis`."""
     name = file.proto.graph.node[position].input[operand]
     dtype, dims = torch_dtype(file.constants[name].data_type), list(file.constants[name].dims)
     if dtype not in _FLOATS:
@@ -133,6 +148,6 @@ def _restored(
     def store(factor: torch.Tensor) -> torch.Tensor:
         scales = torch.from_numpy(file.array(name).astype(np.float32)).reshape(laid)
         across = [-1 if place == axis else 1 for place in range(len(laid))]
-        return (scales * factor.reshape(across)).to(dtype).reshape(dims if per_axis is None else -1)
+        return (scales * factor.reshape(across)).to(dtype).reshape(dims if keeps_dims else -1)
 
     return Restored(position, operand, name, dtype, channels, store, per_axis)

@@ -55,6 +55,17 @@ TAKES = {
         "DequantizeLinear Gemm Tanh",
     ),
     "a product of ONNX Runtime": (ROWS, f"p = {FEW_BITS} (x, packed, few)" + TAIL, "MatMulNBits Add Tanh"),
+    "a product that quantises its input": (
+        ROWS, "p = com.microsoft.DynamicQuantizeMatMul (x, w8, each, middle)" + TAIL, "DynamicQuantizeMatMul Tanh"
+    ),
+    "a product that quantises its input, one scale": (
+        ROWS, "p = com.microsoft.DynamicQuantizeMatMul (x, w8, one, middle, b)" + TAIL, "DynamicQuantizeMatMul Tanh"
+    ),
+    "a product of integers that restores its result": (
+        FLAT, "q, s, z = DynamicQuantizeLinear (x) "
+        "p = com.microsoft.MatMulIntegerToFloat (q, w8, s, each, z, middle)" + TAIL,
+        "DynamicQuantizeLinear MatMulIntegerToFloat Tanh",
+    ),
     "a product of ONNX Runtime with a bias": (
         FLAT, f"p = {FEW_BITS} (x, packed, few, , , b)" + TAIL, "MatMulNBits Tanh"
     ),
