@@ -59,6 +59,26 @@ def make_norm_whole(node: Node) -> None:
         node.meta = dict(apart.meta) | {"val": node.meta["val"]}
 
 
+def _take_apart(node: Node) -> None:
+    """Write a variance or deviation that comes with its mean as one of the two."""
+    if node.target is not operator.getitem or node.args[0].target not in _WITH_MEAN:
+        return
+    both = node.args[0]
+    if node.args[1] == 0:
+        node.target, node.args, node.kwargs = _WITH_MEAN[both.target], both.args, both.kwargs
+    else:
+        axes, keepdim = argument(both, "dim"), argument(both, "keepdim", False)
+        node.target = aten.mean.default if axes is None else aten.mean.dim
+        node.args = (both.args[0],) if axes is None else (both.args[0], axes, keepdim)
+
+
+_WITH_MEAN = {
+    getattr(getattr(aten, f"{name}_mean"), overload): getattr(getattr(aten, name), overload)
+    for name in ("var", "std")
+    for overload in ("default", "dim", "correction")
+}
+
+
 def _parameters(node: Node) -> list[Any]:
     return node.target._schema.arguments
 
@@ -80,6 +100,11 @@ _WHOLE: dict[object, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
 }
+
+
+def _one_of_several(node: Node) -> None:
+    make_norm_whole(node)
+    _take_apart(node)
 
 
 def _convolution(node: Node) -> None:
@@ -293,7 +318,7 @@ def _before(node: Node, target: Any, *args: Any) -> Node:
 
 
 _FORMS: dict[object, Callable[[Node], None]] = {
-    operator.getitem: make_norm_whole,
+    operator.getitem: _one_of_several,
     aten.convolution.default: _convolution,
     **dict.fromkeys((aten.type_as.default, aten.to.other, aten.to.device), _cast_like),
     aten.expand_as.default: _shaped_like(aten.expand.default),

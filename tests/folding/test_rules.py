@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from normfuse.folding import fold
 
 from .checks import folded, operations
-from .maps import BehindAnInput, C, Map, MapNorm, Sandwich, sequence, status
+from .maps import BehindAnInput, C, Map, MapNorm, Net, Sandwich, sequence, status
 
 CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -424,3 +424,13 @@ def test_a_product_that_cannot_have_its_scale_keeps_the_norm_of_one_factor() -> 
     model.forward = lambda x: model.last(model.norm(x) * other(x) + x)
     _, report = folded(model, sequence())
     assert status(report) == ["kept", "kept"]
+
+
+@pytest.mark.parametrize("pair", [torch.var_mean, torch.std_mean])
+@pytest.mark.parametrize("axes", [{"dim": 1}, {"dim": (0, 1), "correction": 0, "keepdim": True}])
+def test_statistics_that_come_in_pairs_pass_scale_and_shift(pair: Callable, axes: dict[str, object]) -> None:
+    norm = MapNorm()
+    norm.scale.data.abs_()
+    model = Net(lambda m, x: sum(map(m.last, pair(m.norm(x), **axes))), norm=norm, last=nn.Linear(C, 4))
+    _, report = folded(model, sequence())
+    assert status(report) == ["folded"]

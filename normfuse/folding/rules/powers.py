@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import to_rank
+from ..arrays import Collapse, take_first, to_rank
 from ..gauge import Facts, Gauge
 from ..operations import EXPONENTS
 from ..relations import Relations
 from ..weight_edits import WeightEdits
 from .base import Use, is_float, rule_for
+from .carry import reduce_axes
 from .equations import Equation
 
 aten = torch.ops.aten
@@ -73,6 +74,32 @@ class Power(Equation):
     def subtracted(self, gauge: Gauge) -> np.ndarray:
         """What is subtracted before the power is taken, as an array over the operand."""
         return gauge.no_shift(self.operand())
+
+
+@rule_for(aten.var.dim, aten.var.correction, aten.var.default)
+class Variance(Power):
+    """``var(s * x + t) = s^2 * var(x)`` over positions, s being equal along them; of a shift nothing is left."""
+
+    def relate(self, relations: Relations) -> np.ndarray:
+        scale = reduce_axes(self.node, relations.scale(self.operand()), relations.require_equal)
+        relations.equations.append(self.node)
+        return relations.scales.fresh(scale.shape)
+
+    def sides(self, gauge: Gauge) -> tuple[np.ndarray, ...]:
+        scale = reduce_axes(self.node, gauge.scale(self.operand()), take_first)
+        return np.zeros_like(scale), scale, gauge.scale(self.node)
+
+    def last_resort(self) -> Use:
+        return Use.STOP
+
+    def use(self, operand: Node, shift: np.ndarray | None, gauge: Gauge) -> Use:
+        return Use.ABSORB if gauge.can_carry(self.node, operand, shift) else Use.STOP
+
+    def carry(self, operand: Node, numbers: np.ndarray, collapse: Collapse, gauge: Gauge) -> np.ndarray:
+        return reduce_axes(self.node, numbers, collapse)
+
+    def rewrite(self, edits: WeightEdits) -> None:
+        pass
 
 
 @rule_for(aten.mse_loss.default)
