@@ -202,15 +202,14 @@ class _Editor:
         target.input[slot.operand] = name
         if target.op_type == "MatMul" and slot.operand == 2:
             target.op_type = "Gemm"
-        if slot.axis is not None:
-            self._spread(target, slot.axis)
+        if slot.axis is not None and new is not None:
+            self._spread(target, slot.axis, new.meta["val"].numel())
 
-    def _spread(self, target: NodeProto, axis: int) -> None:
+    def _spread(self, target: NodeProto, axis: int, channels: int) -> None:
         """Let a DequantizeLinear have a zero point for each of the scales that it now has along an axis."""
         remove_attribute(target, "axis")
         target.attribute.append(helper.make_attribute("axis", axis))
         file, zero = self._reading.file, target.input[2] if len(target.input) > 2 else ""
-        channels = file.constants[target.input[0]].dims[axis]
         if zero and file.array(zero).size != channels:
             points = torch.from_numpy(file.array(zero).reshape(-1).copy()).expand(channels)
             target.input[2] = self._store(f"{zero}:{channels}", None, points, zero)

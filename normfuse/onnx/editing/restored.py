@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,17 +57,21 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
 
     They are one number, one for each of these channels, or several for each. A weight that several operations read is
     none, nor is one with a scale for each channel that the product reads: it takes factors of none that it writes.
+    Where values are quantised too, a DequantizeLinear keeps its scales: ONNX Runtime quantises the biases of such
+    products with them, and a small factor would leave no room for the bias.
     """
     makers = {name: place for place, node in enumerate(file.nodes) for name in node.output if name}
     uses = Counter(name for node in file.nodes for name in reads(node))
     uses.update(value.name for value in file.proto.graph.output)
+    quantised = quantised_constants(file)
+    values = any(node.op_type == "QuantizeLinear" and node.input[0] not in file.constants for node in file.nodes)
     found: dict[int, Restored] = {}
     for position, node in zip(file.positions, file.nodes, strict=True):
         if position in pinned:
             continue
         if node.op_type in WITH_SCALES and file.domain(node) == _MICROSOFT:
             restored = _of_itself(file, position, node, WITH_SCALES[node.op_type][0])
-        elif node.op_type in _WRITES and file.is_own(node) and len(node.input) > 1:
+        elif not values and node.op_type in _WRITES and file.is_own(node) and len(node.input) > 1:
             axis, name = _WRITES[node.op_type](node), node.input[1]
             while axis is not None and uses[name] == 1 and name in makers:
                 maker = file.nodes[makers[name]]
@@ -78,7 +82,7 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
             place = makers.get(name)
             if axis is None or place is None or uses[name] != 1 or file.positions[place] in pinned:
                 continue
-            restored = _of_axis(file, file.positions[place], file.nodes[place], axis)
+            restored = _of_axis(file, file.positions[place], file.nodes[place], axis, quantised)
         else:
             continue
         if restored is not None:
@@ -86,28 +90,39 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
     return found
 
 
+def quantised_constants(file: OnnxFile) -> dict[str, list[int]]:
+    """Constants, and what quantises them as in training, with their sizes."""
+    found = {name: list(tensor.dims) for name, tensor in file.constants.items()}
+    for node in file.nodes:
+        if node.op_type == "QuantizeLinear" and node.input[0] in file.constants:
+            found[node.output[0]] = found[node.input[0]]
+    return found
+
+
 def restored_values(file: OnnxFile) -> set[str]:
     """Weights that are restored from integers, transposed or not."""
-    found: set[str] = set()
+    found, quantised = set[str](), quantised_constants(file)
     for node in file.nodes:
         kind, source = node.op_type, next(iter(node.input), "")
-        if (kind == "DequantizeLinear" and source in file.constants) or (kind == "Transpose" and source in found):
+        if (kind == "DequantizeLinear" and source in quantised) or (kind == "Transpose" and source in found):
             found.update(node.output)
     return found
 
 
-def _of_axis(file: OnnxFile, position: int, node: NodeProto, axis: int) -> Restored | None:
+def _of_axis(
+    file: OnnxFile, position: int, node: NodeProto, axis: int, quantised: Mapping[str, list[int]]
+) -> Restored | None:
     """Of a DequantizeLinear whose weight writes channels along an axis."""
     if node.op_type != "DequantizeLinear" or file.domain(node) not in ("", _MICROSOFT):
         return None
-    names = [name for name in node.input if name]
-    if not file.constants.keys() >= {*names} or attribute(node, "output_dtype", 0):
+    source, *names = (name for name in node.input if name)
+    if source not in quantised or not file.constants.keys() >= {*names} or attribute(node, "output_dtype", 0):
         return None
     held = [file.constants[name] for name in names]
-    weight, scales = (list(tensor.dims) for tensor in held[:2])
+    weight, scales = quantised[source], list(held[0].dims)
     along, blocks = attribute(node, "axis", 1) % len(weight), attribute(node, "block_size", 0)
     single = not blocks and math.prod(scales) == 1
-    if single and (file.version < _PER_AXIS_SINCE or (len(held) > 2 and torch_dtype(held[2].data_type) is None)):
+    if single and (file.version < _PER_AXIS_SINCE or (len(held) > 1 and torch_dtype(held[1].data_type) is None)):
         return None
     laid = scales if blocks else [1 if single or place != along else size for place, size in enumerate(weight)]
     if not single and laid[axis] != weight[axis]:
