@@ -163,7 +163,7 @@ class Search:
     def __init__(self, file: OnnxFile, inputs: Sequence[Input]) -> None:
         self.session = plain_session(str(file.path))
         self._inputs = [_with_rank(entry) for entry in inputs]
-        self._deadline = time.monotonic() + _SECONDS
+        self._deadline = time.monotonic() + _SECONDS / (len(GUESSES) if file.rank_guessed else 1)
         self._failure, self._crashed = "", False
         self._symbols = self._tied()
         self._way = 0
