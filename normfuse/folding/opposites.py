@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from .arrays import CannotCarry, collapse_equal
+from .arrays import CannotCarry, collapse_equal, varying
 from .follow import Followed
 from .gauge import Gauge
 from .nodes import coarseness
@@ -30,7 +30,7 @@ _FAR = 256
 # What may be left of a shift that was cancelled, relative to it. Scales on the way magnify float64's rounding.
 ROUNDING = 1e-9
 # The price of the Add that a shift costs where it is written out, as of a bias for a part of it; see Match.price.
-_ADD = 1
+_ADD = 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,42 @@ def cancel_shift(
     return True
 
 
+def give_shift(
+    node: Node, operands: list[Node], shift: np.ndarray, order: dict[Node, int], tolerant: set[Node], gauge: Gauge
+) -> bool:
+    """Choose the shifts of sources such that these operands arrive at `node` with one that another operand has.
+
+    Nothing changes where that would cost an operation, or another reader minds it.
+    """
+    for operand in operands:
+        others = [user for user in operand.users if user is not node]
+        if not all(tolerates(user, operand, tolerant, gauge) for user in others):
+            return False
+    ranks = [operand.meta["val"].dim() for operand in operands]
+    missing = [shift - gauge.carried(node, operand) for operand in operands]
+    if any(any(size != 1 for size in own.shape[: own.ndim - rank]) for own, rank in zip(missing, ranks, strict=True)):
+        return False
+    changes = [
+        (x, own.reshape(own.shape[own.ndim - rank :])) for x, own, rank in zip(operands, missing, ranks, strict=True)
+    ]
+    shifts = gauge.shifts
+    chosen, values = dict(shifts.chosen), dict(shifts.of)
+    price = _change_all(changes, order[node] - 1, order, tolerant, gauge, only_biases=False)
+    if price is not None and price < _ADD:
+        return True
+    _restore(chosen, values, gauge)
+    return False
+
+
+def _restore(chosen: dict[Node, Any], values: dict[Node, Any], gauge: Gauge) -> None:
+    """Take all changes of shifts back."""
+    shifts = gauge.shifts
+    shifts.chosen.clear()
+    shifts.chosen.update(chosen)
+    shifts.of.clear()
+    shifts.of.update(values)
+
+
 def _change(
     node: Node,
     wanted: np.ndarray,
@@ -108,10 +144,7 @@ def _change(
         allowed = ROUNDING * max(np.abs(before).max(), np.abs(wanted).max())
         if price is not None and np.abs(shifts.of[node] - before - wanted).max() <= allowed:
             return price
-        shifts.chosen.clear()
-        shifts.chosen.update(chosen)
-        shifts.of.clear()
-        shifts.of.update(values)
+        _restore(chosen, values, gauge)
     return None
 
 
@@ -243,14 +276,27 @@ def _minds(reader: Node, operand: Node, moved: Any, tolerant: set[Node], gauge: 
 
 
 def _cost(source: Node, gauge: Gauge) -> int:
-    """What a source pays for another shift; an added parameter is a table that is stored once more."""
+    """What a source pays for another shift; a parameter is a table, which is stored once more where others read it."""
     rule = gauge.matches.of.get(source)
-    return 2 if rule is None else rule.price()
+    return rule.price(gauge) if rule is not None else 3 if gauge.program.shared(source) else 1
 
 
 def _needed_at_source(route: _Route, wanted: np.ndarray, gauge: Gauge) -> np.ndarray | None:
-    """The change of the source's shift that gives the end of the route the change that is wanted; None for none."""
-    shape = gauge.scale(route.source).shape
+    """The change of the source's shift that gives the end of the route the change that is wanted; None for none.
+
+    The entries of a parameter change alike that have the same place along an axis, so that it does not matter which of
+    them are read; or one by one.
+    """
+    shape, axes = gauge.scale(route.source).shape, varying(gauge.scale(route.source))
+    shapes = []
+    if route.source in gauge.matches.free_constants and len(axes) > 1:
+        shapes = [tuple(size if axis == own else 1 for axis, size in enumerate(shape)) for own in reversed(axes)]
+    changes = (_needed_along(route, own, wanted, gauge) for own in (*shapes, shape))
+    return next((change for change in changes if change is not None), None)
+
+
+def _needed_along(route: _Route, shape: tuple[int, ...], wanted: np.ndarray, gauge: Gauge) -> np.ndarray | None:
+    """Such a change as an array of this shape."""
     followed = Followed.along(shape)
     try:
         for operand, reader in route.steps:

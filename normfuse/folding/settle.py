@@ -18,7 +18,7 @@ from . import opposites
 from .gains import adds_constant, choose_shifts, keep_shift
 from .gauge import Gauge
 from .nodes import CALLED
-from .opposites import cancel_shift, root_mean_square
+from .opposites import cancel_shift, give_shift, root_mean_square
 from .results import Shifts, closed
 from .rules import Use
 from .rules.base import is_float
@@ -106,15 +106,26 @@ def _carry_shifts(gauge: Gauge) -> None:
 
 
 def _join_shifts(node: Node, order: dict[Node, int], tolerant: set[Node], gauge: Gauge) -> None:
-    """Where a result can carry one shift only, and its operands have different ones: they are to have none."""
+    """Where a result can carry one shift only, and its operands have different ones: they are to have none.
+
+    If one of them has to keep its shift, the others get it as well, such as tokens that are put in front of a sequence.
+    """
     joined = [x for x in node.all_input_nodes if x in gauge.matches.scale_of and is_float(x)]
     if not any(_use_of_its_shift(node, operand, gauge) is Use.JOIN for operand in joined):
         return
     carried = [gauge.carried(node, operand) for operand in joined]
     if all(np.equal(carried[0], shift).all() for shift in carried[1:]):
         return
-    for operand in joined:
-        if gauge.incoming(node, operand).any() and not cancel_shift(operand, order, tolerant, gauge):
+    stuck = [
+        operand
+        for operand in joined
+        if gauge.incoming(node, operand).any() and not cancel_shift(operand, order, tolerant, gauge)
+    ]
+    if not stuck:
+        return
+    others = [operand for operand in joined if operand not in stuck]
+    if len(stuck) > 1 or not give_shift(node, others, gauge.carried(node, stuck[0]), order, tolerant, gauge):
+        for operand in stuck:
             gauge.shifts.materialised_shifts.setdefault(operand, []).append(node)
 
 

@@ -156,8 +156,8 @@ class Match:
         """
         return []
 
-    def price(self) -> int:
-        """What another shift of its result costs: nothing, an addition (1), or a copy of a table (2)."""
+    def price(self, gauge: Gauge) -> int:
+        """What another shift of its result costs: nothing, a table's numbers (1), an Add (2), or another table (3)."""
         return 0
 
     def keeps_channels(self) -> bool:

@@ -182,8 +182,8 @@ class Bilinear(Match):
     def chooses_shift(self, gauge: Gauge) -> bool:
         return True
 
-    def price(self) -> int:
-        return 0 if self.argument("bias") is not None else 1
+    def price(self, gauge: Gauge) -> int:
+        return 0 if self.argument("bias") is not None else 2
 
     def relate(self, relations: Relations) -> np.ndarray:
         for scale in map(relations.scale, self.args[:2]):

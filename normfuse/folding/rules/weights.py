@@ -58,8 +58,8 @@ class Weighted(Match):
     def chooses_shift(self, gauge: Gauge) -> bool:
         return True
 
-    def price(self) -> int:
-        return 0 if self.operands()[2] is not None else 1
+    def price(self, gauge: Gauge) -> int:
+        return 0 if self.operands()[2] is not None else 2
 
     def columns(self, numbers: np.ndarray) -> Tensor:
         """Numbers about the input, which vary along the axes that the weight reads, laid against the weight."""
@@ -289,8 +289,8 @@ class Embedding(Match):
     def can_centre(self, groups: np.ndarray) -> bool:
         return True
 
-    def price(self) -> int:
-        return 2
+    def price(self, gauge: Gauge) -> int:
+        return 3 if gauge.program.shared(self.args[0]) else 1
 
     def fits(self, facts: Facts) -> bool:
         return facts.usable_weight(self.args[0]) and not facts.program.is_constant(self.args[1])
