@@ -127,6 +127,14 @@ class Program:
             for graph in (part.graph for part in body.modules() if isinstance(part, GraphModule)):
                 yield from ((caller, inner) for inner in graph.nodes if inner.target in NORMALISING)
 
+    def statistics_in_branches(self) -> Iterator[tuple[str, str]]:
+        """Modules whose running statistics are read by operations that call graphs, with what these are called."""
+        module = self._original.graph_module
+        for caller in dict.fromkeys(user for node, _ in bodies(module, module.graph) for user in node.users):
+            names = [self._targets.get(operand.name) or "" for operand in caller.all_input_nodes]
+            paths = [path for path, _, name in (name.rpartition(".") for name in names) if name.startswith("running_")]
+            yield from ((operation_name(caller), path) for path in dict.fromkeys(paths))
+
     def runnable(self) -> GraphModule:
         """A module that runs the graph as it is now, on tensors for all its placeholders in their order."""
         return GraphModule(self._original.graph_module, self.graph)

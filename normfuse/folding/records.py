@@ -48,6 +48,10 @@ def collect_records(gauge: Gauge) -> list[tuple[NormRecord, list[Node]]]:
         stays = list(calls[key].values())
         if any(stays) and not all(stays):
             record.status, record.reason = "partly folded", f"at {sum(stays)} of {len(stays)} uses {record.reason}"
+    for caller, path in gauge.program.statistics_in_branches():
+        record, _ = records.setdefault(path, (NormRecord(path, "norm", "kept"), []))
+        record.status = "partly folded" if record.status == "folded" else record.status
+        record.reason = record.reason or _inside(caller)
     return list(records.values())
 
 
@@ -63,9 +67,14 @@ def collect_dynamic(gauge: Gauge) -> list[tuple[DynamicNormRecord, list[Node]]]:
             records.append((_record(node, gauge), list(_operations_around(node, gauge, backward=False))))
         elif node.target in NORMALISING and node not in gauge.matches.affine and not gauge.program.is_constant(node):
             records.append((_untouched(node, _why_untouched(node, gauge)), []))
-    for name, node in gauge.program.norms_in_branches():
-        records.append((_untouched(node, f"it runs inside {name}, which folding does not follow"), []))
+    for caller, node in gauge.program.norms_in_branches():
+        if argument(node, "running_mean") is None:  # others have running statistics, and a record as static norms
+            records.append((_untouched(node, _inside(caller)), []))
     return records
+
+
+def _inside(caller: str) -> str:
+    return f"it runs inside {caller}, which folding does not follow"
 
 
 def at_fault(node: Node, gauge: Gauge) -> Node | None:

@@ -125,6 +125,24 @@ def test_a_norm_that_stays_at_one_of_its_uses_is_partly_folded() -> None:
     assert record.reason.startswith("at 1 of 2 uses its input is fixed by tanh")
 
 
+@pytest.mark.parametrize("norm", [UnifiedNorm, nn.BatchNorm1d])
+@pytest.mark.parametrize("outside", [False, True])
+def test_static_norms_in_branches_have_a_row(norm: type[nn.Module], outside: bool) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = norm(C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.linear(x)) if outside else x
+            return torch.cond(x.sum() > 0, lambda y: self.norm(y), lambda y: self.linear(y), (x,))
+
+    _, report = fold(export(Inside().eval(), (torch.randn(3, C),)))
+    (record,) = report.norms
+    assert (record.name, record.status) == ("norm", "partly folded" if outside else "kept")
+    assert "inside cond" in record.reason and not report.dynamic
+
+
 def test_reasons_read_well_where_a_shared_weight_may_not_be_copied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
