@@ -289,6 +289,30 @@ def _multiply_in_turns(node: Node) -> None:
     node.target, node.args = aten.matmul.default, (product, last)
 
 
+def _einsum(node: Node) -> None:
+    _contract_in_pairs(node)
+    _multiply_each(node)
+
+
+def _multiply_each(node: Node) -> None:
+    """An einsum that sums nothing multiplies single numbers."""
+    equation, operands = node.args[0].replace(" ", ""), list(node.args[1])
+    before, arrow, result = equation.partition("->")
+    terms = before.split(",")
+    if len(terms) != 2 or not arrow or not (before + result).replace(",", "").isalpha():
+        return
+    if terms[0] != result:
+        terms, operands = terms[::-1], operands[::-1]
+    if terms[0] != result or len(set(result)) != len(result) or "".join(x for x in result if x in terms[1]) != terms[1]:
+        return
+    shape = iter(operands[1].meta["val"].shape)
+    sizes = [next(shape) if letter in terms[1] else 1 for letter in result]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    other = operands[1] if terms[1] == result else _before(node, aten.reshape.default, operands[1], sizes)
+    node.target, node.args = aten.mul.Tensor, (operands[0], other)
+
+
 def _contract_in_pairs(node: Node) -> None:
     """An einsum of three operands or more as einsums of two: the first one with the next one that shares a letter."""
     equation, operands = node.args[0].replace(" ", ""), list(node.args[1])
@@ -303,6 +327,7 @@ def _contract_in_pairs(node: Node) -> None:
         both = "".join(letter for letter in dict.fromkeys(first + second) if letter in needed)
         terms.insert(0, both)
         operands.insert(0, _before(node, aten.einsum.default, f"{first},{second}->{both}", [a, b]))
+        _multiply_each(operands[0])
     node.args = (f"{terms[0]},{terms[1]}->{result}", operands)
 
 
@@ -350,5 +375,5 @@ _FORMS: dict[object, Callable[[Node], None]] = {
     aten.rot90.default: _rotate,
     aten.inner.default: _inner,
     aten.linalg_multi_dot.default: _multiply_in_turns,
-    aten.einsum.default: _contract_in_pairs,
+    aten.einsum.default: _einsum,
 }

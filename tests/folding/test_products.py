@@ -57,6 +57,23 @@ def test_products_take_scale_and_shift(product: Callable[[Weights, Tensor], Tens
         folded(Weights(product), sequence(), carry_biases=True)
 
 
+FACTORS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "einsum": lambda m, x: torch.einsum("bsc,c->bsc", x, m.gain),
+    "einsum with the gain on the left": lambda m, x: torch.einsum("c, bsc -> bsc", m.gain, x),
+    "einsum of three": lambda m, x: torch.einsum("bsc,c,c->bsc", x, m.gain, m.gain),
+    "repeated": lambda m, x: x * m.gain.repeat(*x.shape[:2], 1) + m.gain.repeat(x.shape[1], 1),
+}
+
+
+@pytest.mark.parametrize("multiply", FACTORS.values(), ids=FACTORS)
+def test_gains_vanish_however_they_are_laid_against_a_value(multiply: Callable[[Net, Tensor], Tensor]) -> None:
+    model = Net(
+        lambda m, x: torch.tanh(multiply(m, m.first(x))), gain=nn.Parameter(torch.rand(C) + 0.5), first=nn.Linear(C, C)
+    )
+    program, _ = folded(model, sequence())
+    assert operations(program) == ["aten.linear.default", "aten.tanh.default"]
+
+
 MIXTURES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "matmul": lambda m, x: m.mix @ x,
     "linear": lambda m, x: F.linear(x.mT, m.mix).mT,

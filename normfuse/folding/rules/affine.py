@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from ..arrays import CannotCarry, Collapse, same_size, to_rank, varying
+from ..arrays import CannotCarry, Collapse, same_size, take_first, to_rank, varying
 from ..gauge import Facts, Gauge
 from ..nodes import tensors_of
 from ..operations import EXPANSIONS, filled_with
 from ..relations import Relations
 from ..weight_edits import WeightEdits
-from .base import Coefficients, Match, MeanRole, Use, argument, is_float, rule_for
+from .base import MAX_LOOKED_AT, Coefficients, Match, MeanRole, Use, argument, is_float, rule_for
 
 aten = torch.ops.aten
 _LERP = (aten.lerp.Scalar, aten.lerp.Tensor)
@@ -184,10 +185,18 @@ def _per_channel(coefficient: object, rank: int, facts: Facts) -> np.ndarray | N
         return np.full((1,) * rank, float(coefficient))
     if not facts.program.is_constant(coefficient) or not tensors_of(coefficient):
         return None
-    if sum(size != 1 for size in coefficient.meta["val"].shape) > 1:
+    shape = coefficient.meta["val"].shape
+    repeats = sum(size != 1 for size in shape) > 1
+    if repeats and math.prod(shape) > MAX_LOOKED_AT:
         return None
     array = facts.program.constant(coefficient).double().numpy()
+    if repeats:  # one number for each channel, which the model has written out for every position
+        array = take_first(array, tuple(axis for axis in range(array.ndim) if _repeats(array, axis)))
     return to_rank(array, rank) if array.ndim <= rank and len(varying(array)) <= 1 else None
+
+
+def _repeats(array: np.ndarray, axis: int) -> bool:
+    return bool((array == array.take([0], axis)).all())
 
 
 def _batch_norm(node: Node, facts: Facts) -> Coefficients | None:
