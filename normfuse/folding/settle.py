@@ -81,12 +81,14 @@ def _carry_shifts(gauge: Gauge) -> None:
         # would be an Add behind a product, where a bias in front can take it.
         arises = node in gauge.matches.affine and node not in gauge.solution.kept
         passes = node in tolerant
-        adds = wants_adds(node, gauge, flexible) if arises and passes else 0
-        better = arises and (not passes or adds > 0)
+        products = wants_adds(node, gauge, flexible) if arises and passes else set()
+        better = arises and (not passes or bool(products))
         if better and cancel_shift(node, order, tolerant, gauge, only_biases=passes):
             continue
         # Read from a file, each of them is an operation, of which one in front does the same.
-        if adds > 1 and CALLED in node.meta and not _goes_into_a_map(node, gauge):
+        # Read from a file, each of them is an operation, of which one in front does the same.
+        new = [product for product in products if CALLED in node.meta and not _meets_a_summand(product, gauge)]
+        if len(new) > 1 and not (_rides(node, gauge) or _meets_a_summand(node, gauge)):
             gauge.shifts.materialised_shifts[node] = [user for user in node.users if user in gauge.matches.of]
             continue
         constants[node] = _constants(node, constants, gauge)
@@ -187,9 +189,17 @@ def _rides(node: Node, gauge: Gauge) -> bool:
     return any(rule.adds or (rule.moves and _rides(user, gauge)) for user, rule in rules)
 
 
-def _goes_into_a_map(node: Node, gauge: Gauge) -> bool:
-    """Whether the shift of a value becomes part of that of a map behind it."""
-    return any(user in gauge.matches.affine and user not in gauge.solution.kept for user in node.users)
+def _meets_a_summand(node: Node, gauge: Gauge) -> bool:
+    """Whether maps that go add something behind a value, wherever it is read: its shift becomes part of that."""
+    readers = [user for user in node.users if gauge.reads_values(user)]
+    for user in readers:
+        goes = user in gauge.matches.affine and user not in gauge.solution.kept
+        if goes and gauge.matches.affine[user].b.any():
+            continue
+        moves = user in gauge.matches.of and gauge.matches.of[user].moves
+        if not (goes or moves) or not _meets_a_summand(user, gauge):
+            return False
+    return bool(readers)
 
 
 def _lets_go(node: Node, gauge: Gauge) -> bool:

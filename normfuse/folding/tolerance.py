@@ -61,8 +61,8 @@ def to_bend(node: Node, tolerant: set[Node], gauge: Gauge) -> tuple[set[Node], s
     return readers, values
 
 
-def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> int:
-    """To how many products without a bias a shift of a value would come, and be an Add behind each.
+def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> set[Node]:
+    """The products without a bias to which a shift of a value would come, to be an Add behind each.
 
     Args:
         node: the value.
@@ -80,7 +80,7 @@ def wants_adds(node: Node, gauge: Gauge, passing: Container[Node] = ()) -> int:
                 pending.append(user)
             elif use is Use.ABSORB and _appends_add(user, gauge) and user not in passing:
                 products.add(user)
-    return len(products)
+    return products
 
 
 def _appends_add(user: Node, gauge: Gauge) -> bool:

@@ -109,6 +109,28 @@ def test_a_shift_in_front_of_several_products_stays_one_add(tmp_path, norm):
     assert_equal(tmp_path, {"x": draw(2, 5, 4)})
 
 
+SHARED = {
+    "with the summands behind the products": (
+        "z = Relu (x) m = Mul (z, gain) n = Add (m, shift) q = MatMul (n, w) d = Mul (q, gain) e = Add (d, mean) "
+        "k = MatMul (n, w2) h = Mul (k, gain) i = Add (h, mean) t = Tanh (e) y = Mul (t, i)"
+    ),
+    "with the other shifts of a stream": (
+        "a = MatMul (x, w) b = Mul (a, gain) c = Add (b, shift) d = MatMul (x, w2) e = Mul (d, mean) f = Add (e, gain) "
+        "g = MatMul (x, w) h = Mul (g, shift) i = Add (h, mean) r = Sum (c, f, i) q = MatMul (r, w) k = MatMul (r, w2) "
+        "t = Tanh (q) y = Mul (t, k)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_shift_that_shares_an_add_behind_products_goes_there(tmp_path, case):
+    constants = {"gain": np.abs(draw(4)) + 1, "shift": draw(4), "mean": draw(4), "w": draw(4, 4), "w2": draw(4, 4)}
+    body = SHARED[case]
+    _, after = folded(model("float[batch, seq, 4] x", "float y", body, 17, **read(body, constants)), tmp_path)
+    assert kinds(after).count("Add") == 2
+    assert_equal(tmp_path, {"x": draw(2, 5, 4)})
+
+
 @pytest.mark.parametrize("reading", ["MatMul (f, w)", 'Einsum <equation: string = "bpc,co->bpo"> (f, w)'])
 def test_a_norm_goes_into_a_convolution_rather_than_into_an_add_behind_a_product(tmp_path, reading):
     body = f"t = Transpose <perm: ints = [0, 2, 3, 1]> (n) f = Reshape (t, order) y = {reading}"
