@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node, map_arg
 
 from .arrays import same_size
-from .nodes import argument
+from .nodes import CALLED, argument
 from .operations import filled_with
 
 aten = torch.ops.aten
@@ -295,7 +295,9 @@ def _einsum(node: Node) -> None:
 
 
 def _multiply_each(node: Node) -> None:
-    """An einsum that sums nothing multiplies single numbers."""
+    """An einsum that sums nothing multiplies single numbers; one from a file stays, where its arguments have places."""
+    if CALLED in node.meta:
+        return
     equation, operands = node.args[0].replace(" ", ""), list(node.args[1])
     before, arrow, result = equation.partition("->")
     terms = before.split(",")
