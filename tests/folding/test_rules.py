@@ -202,14 +202,14 @@ STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_scale_and_shift_pass(name: str) -> None:
     """The norm reaches both linears through the operation; its shift is paid by whichever bias is right."""
     program, report = folded(Sandwich(CARRIED[name]), sequence())
-    assert status(report) == ["folded"]
+    assert set(status(report)) == {"folded"}  # constants of the operation have rows of their own
     assert not {"aten.mul.Tensor", "aten.div.Tensor"} & set(operations(program))
 
 
 @pytest.mark.parametrize("name", [*SCALE_ONLY, *STOPPED])
 def test_what_does_not_pass_goes_into_the_weight_in_front(name: str) -> None:
     _, report = folded(Sandwich((SCALE_ONLY | STOPPED)[name]), sequence())
-    assert status(report) == ["folded"]
+    assert set(status(report)) == {"folded"}
     assert "first.bias" in report.norms[0].absorbed_by
 
 
