@@ -13,6 +13,8 @@ from .arrays import take_first
 from .gauge import Gauge
 from .nodes import is_float
 from .operations import UNWRITTEN, filled_with
+from .program import largest_entry
+from .scales import NARROW_BITS
 
 # A constant that flows as a value gets one scale per entry; beyond this many entries it stays as it is.
 MAX_FREE_ENTRIES = 1 << 22
@@ -20,6 +22,17 @@ MAX_FREE_ENTRIES = 1 << 22
 _FEW_EXPONENTS = {
     *(torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
 }
+
+
+def _stands_for_infinity(constant: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a constant is a mask: it holds infinities, or numbers such as ``torch.finfo(dtype).min``.
+
+    Scales up to 2**40, or those that few exponents allow, take no other number out of its dtype.
+    """
+    if not dtype.is_floating_point:
+        return not bool(constant.isfinite().all())
+    room = 2.0**NARROW_BITS if dtype in _FEW_EXPONENTS else 2.0**40
+    return not largest_entry(constant) <= torch.finfo(dtype).max / room
 
 
 class Relations:
@@ -50,11 +63,10 @@ class Relations:
             # Zeros are zeros at any scale, also where their number is not known.
             elif (filled_with(node) == 0 or node.target in UNWRITTEN) and math.prod(known) <= MAX_FREE_ENTRIES:
                 self.scale_of[node] = self.scales.fresh(known)
-            # A constant that holds infinities is a mask.
             elif (
                 program.is_constant(node)
                 and value.numel() <= MAX_FREE_ENTRIES
-                and bool(program.constant(node).isfinite().all())
+                and not _stands_for_infinity(program.constant(node), value.dtype)
             ):
                 self.scale_of[node] = self.scales.fresh(tuple(value.shape))
                 self.stored.append(self.scale_of[node])

@@ -16,6 +16,8 @@ import numpy as np
 
 # Ratios that reach one channel on two ways agree when they differ by rounding only: a few thousand float64 products.
 AGREEMENT = 1e-12
+# How far from one, as a logarithm to base two, the scales of values may be that are stored in few exponents.
+NARROW_BITS = 5.0
 
 
 class Outcome(enum.Enum):
@@ -50,7 +52,7 @@ class Scales:
 
     ONE = 0
 
-    def __init__(self, max_range: float = np.inf, narrow_bits: float = 5.0) -> None:
+    def __init__(self, max_range: float = np.inf, narrow_bits: float = NARROW_BITS) -> None:
         self._max_bits = np.log2(max_range)
         self._narrow_bits = narrow_bits
         self._count = 1

@@ -233,3 +233,16 @@ def test_an_added_mask_is_no_shift_and_does_not_hold_up_the_norm_in_front(wide: 
 
     _, report = folded(Masked(), (torch.randn(3, C, dtype=torch.float64),))
     assert [record.status for record in report.norms] == ["folded"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_mask_of_the_lowest_number_keeps_its_scale(dtype: torch.dtype) -> None:
+    """Scores are ranked behind it, so that a scale could pass: it would take the mask out of its dtype."""
+    mask = torch.full((5, 5), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    model = Net(
+        lambda m, x: torch.topk(m.first(x) @ m.first(x).mT * 8**-0.5 + m.mask, 2)[1],
+        first=nn.Linear(C, C), mask=nn.Buffer(mask),
+    ).to(dtype)  # fmt: skip
+    x = torch.randn(2, 5, C, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    result, _ = fold(export(model.eval(), (x,)))
+    assert (result.module()(x) == model(x)).all()
