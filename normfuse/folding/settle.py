@@ -86,7 +86,6 @@ def _carry_shifts(gauge: Gauge) -> None:
         if better and cancel_shift(node, order, tolerant, gauge, only_biases=passes):
             continue
         # Read from a file, each of them is an operation, of which one in front does the same.
-        # Read from a file, each of them is an operation, of which one in front does the same.
         new = [product for product in products if CALLED in node.meta and not _meets_a_summand(product, gauge)]
         if len(new) > 1 and not (_rides(node, gauge) or _meets_a_summand(node, gauge)):
             gauge.shifts.materialised_shifts[node] = [user for user in node.users if user in gauge.matches.of]

@@ -99,7 +99,7 @@ class Reader:
         self.restored = restored_weights(file, pinned | file.dead)
         self.factors: dict[int, Node] = {}
         self.scales: dict[str, str] = {}
-        self._restored = restored_values(file)
+        self._restored_values = restored_values(file)
 
     def read(self) -> Reading:
         """The whole file."""
@@ -247,7 +247,7 @@ class Reader:
 
     def _called(self, node: NodeProto) -> str:
         """What reasons call an operation."""
-        quantised = node.op_type in WITH_SCALES or not self._restored.isdisjoint(node.input)
+        quantised = node.op_type in WITH_SCALES or not self._restored_values.isdisjoint(node.input)
         return f"{node.op_type} with quantised weights" if quantised else node.op_type
 
     def _path(self, position: int, node: NodeProto, output: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from onnx import NodeProto
 
-from normfuse.onnx.protos import attribute, reads
+from normfuse.onnx.protos import attribute, uses_of
 
 from .onnx_file import OnnxFile, torch_dtype
 
@@ -61,9 +60,8 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
     products with them, and a small factor would leave no room for the bias.
     """
     makers = {name: place for place, node in enumerate(file.nodes) for name in node.output if name}
-    uses = Counter(name for node in file.nodes for name in reads(node))
-    uses.update(value.name for value in file.proto.graph.output)
-    quantised = quantised_constants(file)
+    uses = uses_of(file.proto.graph)
+    quantised = _quantised_constants(file)
     values = any(node.op_type == "QuantizeLinear" and node.input[0] not in file.constants for node in file.nodes)
     found: dict[int, Restored] = {}
     for position, node in zip(file.positions, file.nodes, strict=True):
@@ -90,7 +88,7 @@ def restored_weights(file: OnnxFile, pinned: Collection[int]) -> dict[int, Resto
     return found
 
 
-def quantised_constants(file: OnnxFile) -> dict[str, list[int]]:
+def _quantised_constants(file: OnnxFile) -> dict[str, list[int]]:
     """Constants, and what quantises them as in training, with their sizes."""
     found = {name: list(tensor.dims) for name, tensor in file.constants.items()}
     for node in file.nodes:
@@ -101,7 +99,7 @@ def quantised_constants(file: OnnxFile) -> dict[str, list[int]]:
 
 def restored_values(file: OnnxFile) -> set[str]:
     """Weights that are restored from integers, transposed or not."""
-    found, quantised = set[str](), quantised_constants(file)
+    found, quantised = set[str](), _quantised_constants(file)
     for node in file.nodes:
         kind, source = node.op_type, next(iter(node.input), "")
         if (kind == "DequantizeLinear" and source in quantised) or (kind == "Transpose" and source in found):
